@@ -1,0 +1,216 @@
+"""Who may import whom (see CONTRIBUTING.md), read from the sources without running them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("service", "training", "export")
+
+# Distribution name of an import, where the two differ.
+DISTRIBUTIONS = {
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "pydantic_settings": "pydantic-settings",
+    "multipart": "python-multipart",
+    "python_multipart": "python-multipart",
+    "starlette": "fastapi",  # a part of FastAPI's public interface
+    "onnx_ir": "onnxscript",  # likewise of onnxscript's
+}
+# Backends that are imported only where their library is installed.
+OPTIONAL_IMPORTS = {"service/backends/aoti.py", "service/backends/trt.py"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: `file` (relative to the root), line, absolute dotted name."""
+
+    file: str
+    line: int
+    name: str
+    top_level: bool
+
+    @property
+    def root(self) -> str:
+        return self.name.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.name}"
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def read_imports(source: str, file: str) -> Iterator[Import]:
+    """Yields every import of a module, also those in functions and `TYPE_CHECKING` blocks.
+
+    `from a import b` counts as `a.b`, so that a rule about a submodule sees it.
+    """
+    tree = ast.parse(source, filename=file)
+    package = list(Path(file).with_suffix("").parts)[:-1]
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield Import(file, node.lineno, name, id(node) in top)
+
+
+def imports_of(room: str) -> list[Import]:
+    found: list[Import] = []
+    for path in sorted((ROOT / room).rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        found += read_imports(path.read_text(encoding="utf-8"), file)
+    return found
+
+
+def offences_against_rooms(imports: list[Import]) -> list[str]:
+    """The imports between rooms that CONTRIBUTING.md does not allow."""
+    return [str(item) for item in imports if not _is_allowed(item)]
+
+
+def _is_allowed(item: Import) -> bool:
+    if item.root not in ROOMS:
+        return True
+    room = item.file.split("/")[0]
+    if item.file.startswith("service/pipeline/"):
+        return is_in(item.name, "service.pipeline")
+    if room == "service":
+        return item.root == "service"
+    measured = ("service.pipeline", "service.registry", "service.backends")
+    served = any(is_in(item.name, allowed) for allowed in measured)
+    if room == "training":
+        return item.root == "training" or served
+    return item.root in ("export", "training") or served
+
+
+def declared_distributions(extra: str | None) -> set[str]:
+    """Direct dependencies of the project with one extra or none, references to itself followed."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project: dict[str, Any] = tomllib.load(file)["project"]
+    found: set[str] = set()
+    waiting: list[str] = [*project["dependencies"]]
+    waiting += project["optional-dependencies"][extra] if extra else []
+    while waiting:
+        requirement = waiting.pop()
+        own = re.fullmatch(r"solo-serve\[([\w-]+)\]", requirement)
+        if own:
+            waiting += project["optional-dependencies"][own[1]]
+        else:
+            name = re.match(r"[\w.-]+", requirement)
+            assert name, requirement
+            found.add(name[0].lower().replace("_", "-"))
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_it_may(room: str) -> None:
+    imports = imports_of(room)
+    assert imports, f"no imports found in {room}/"
+    assert offences_against_rooms(imports) == []
+
+
+def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:
+    offences = [
+        str(item)
+        for item in imports_of("service")
+        if item.root in ("torch", "torchvision")
+        and (item.file != "service/backends/aoti.py" or item.top_level)
+    ]
+    assert offences == []
+
+
+def test_configs_import_no_torch() -> None:
+    configs = [item for item in imports_of("training") if item.file.startswith("training/configs/")]
+    assert [str(item) for item in configs if item.root in ("torch", "torchvision")] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "extra"),
+    [
+        ("service/pipeline", None),
+        ("service", "service"),
+        ("training", "training"),
+        ("export", "export"),
+    ],
+)
+def test_what_a_room_imports_is_declared_in_its_extra(room: str, extra: str | None) -> None:
+    declared = declared_distributions(extra)
+    known = {*sys.stdlib_module_names, *ROOMS}
+    offences = [
+        str(item)
+        for item in imports_of(room)
+        if item.root not in known
+        and item.file not in OPTIONAL_IMPORTS
+        and DISTRIBUTIONS.get(item.root, item.root).lower() not in declared
+    ]
+    assert offences == []
+
+
+def test_torch_is_in_no_serving_extra() -> None:
+    for extra in ("service", "service-gpu", "http"):
+        assert "torch" not in declared_distributions(extra)
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0] for line in lines if "==" in line}
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    for extra in extras:
+        assert declared_distributions(extra) - pinned == set(), extra
+
+
+def test_no_file_is_called_utils() -> None:
+    assert [path for room in ROOMS for path in (ROOT / room).rglob("utils.py")] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("service/app.py", "import training"),
+        ("service/app.py", "def f():\n    from export.onnx import build"),
+        ("service/pipeline/nms.py", "from service.registry import load_version"),
+        ("service/pipeline/nms.py", "from .. import registry"),
+        ("training/train.py", "from service import app"),
+        ("training/train.py", "from service.batcher import DynamicBatcher"),
+        ("training/train.py", "from export import parity"),
+        ("export/parity.py", "from service.app import create_app"),
+    ],
+)
+def test_the_rules_see_an_offence(file: str, source: str) -> None:
+    assert len(offences_against_rooms(list(read_imports(source, file)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "service/app.py",
+            "from service.pipeline import nms\nfrom . import registry",
+        ),
+        ("service/pipeline/nms.py", "from .types import Instance"),
+        ("training/evaluate.py", "from service.registry import load_version"),
+        ("training/evaluate.py", "from service.pipeline.nms import matrix_nms"),
+        ("export/parity.py", "from training.model import solo\nfrom service.pipeline import types"),
+    ],
+)
+def test_the_rules_allow_what_is_meant(file: str, source: str) -> None:
+    assert offences_against_rooms(list(read_imports(source, file))) == []
