@@ -1,0 +1,1 @@
+"""solo-serve: an HTTP microservice for instance segmentation with SOLO."""

@@ -1,0 +1,80 @@
+"""Encoded bytes -> RGB pixels, strictly: an allow-list of formats, bounds before decoding."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
+from service.pipeline.types import UInt8
+
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_PIXELS = 64_000_000
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Reads the header alone."""
+    if not data:
+        raise EmptyImage("the image is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"the image is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        start = data[:12].hex(" ")
+        raise UnsupportedFormat(
+            f"not an image of an allowed format ({', '.join(ALLOWED_FORMATS)}); "
+            f"its {len(data)} bytes start with {start}"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorruptImage(f"the image's header is damaged: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"the image is {width}x{height} px, more than the {max_pixels} px allowed"
+        )
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; 16-bit is scaled to 8, transparency is drawn on black."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image).astype(np.float32)
+        scaled = np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
+    """Decodes a JPEG, PNG, WebP or BMP; of an animation the first frame.
+
+    The format is known by content, not by name. EXIF orientation is applied; ICC profiles are
+    ignored.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Bound on width x height, checked before decoding.
+
+    Returns:
+        [H, W, 3] uint8 RGB, C-contiguous.
+
+    Raises:
+        DecodeError: One of its subclasses says why.
+    """
+    image = _open(data, max_pixels)
+    try:
+        image.load()
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, IndexError, KeyError) as error:
+        raise CorruptImage(f"the image is damaged or truncated: {error}") from error
+    return np.array(image, np.uint8)
