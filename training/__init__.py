@@ -1,0 +1,1 @@
+"""Training of SOLO: network, targets, losses, data, trainer and evaluation."""

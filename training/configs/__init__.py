@@ -1,0 +1,25 @@
+"""The model zoo; `get_config` is the only door. A name is also the model's in model_repo."""
+
+from __future__ import annotations
+
+from training.configs.coco import COCO_CONFIGS
+from training.configs.nuclei import NUCLEI_CONFIGS
+from training.configs.schema import Config
+
+_ZOO = {config.name: config for config in (*COCO_CONFIGS, *NUCLEI_CONFIGS)}
+
+
+def list_configs() -> list[str]:
+    """Names of the zoo, sorted."""
+    return sorted(_ZOO)
+
+
+def get_config(name: str) -> Config:
+    """A configuration by its name.
+
+    Raises:
+        ValueError: No such name; lists those there are.
+    """
+    if name not in _ZOO:
+        raise ValueError(f"no configuration named {name!r}; there are {', '.join(list_configs())}")
+    return _ZOO[name]

@@ -1,0 +1,75 @@
+"""The paper's COCO models (arXiv 1912.04488, tables 1, 2 and 6; section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from service.pipeline.model_config import InputSpec, KeepRatioResize
+from training.configs.schema import (
+    AugmentConfig,
+    BackboneConfig,
+    Config,
+    HeadConfig,
+    ModelConfig,
+    ScheduleConfig,
+)
+
+LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
+
+SOLO_R50 = Config(name="solo_r50", description="SOLO, ResNet-50, short side 800, 3x")
+SIX_TIMES = ScheduleConfig(epochs=72, milestones=(54, 66))
+"""The schedule of the paper's main table."""
+
+
+def _with_depth(config: Config, name: str, description: str) -> Config:
+    model = replace(config.model, backbone=BackboneConfig(depth=101))
+    return replace(config, name=name, description=description, model=model)
+
+
+def _with_short_side_512(config: Config, name: str, description: str) -> Config:
+    resize = KeepRatioResize(short_side=512, long_side=852)
+    return replace(
+        config,
+        name=name,
+        description=description,
+        input=InputSpec(resize=resize),
+        augment=AugmentConfig(short_sides=(352, 512)),
+    )
+
+
+SOLO_R101 = _with_depth(SOLO_R50, "solo_r101", "SOLO, ResNet-101, short side 800, 3x")
+SOLO_512_R50 = _with_short_side_512(
+    replace(SOLO_R50, schedule=SIX_TIMES), "solo_512_r50", "SOLO-512, ResNet-50, 6x"
+)
+SOLO_512_R101 = _with_short_side_512(
+    replace(SOLO_R101, schedule=SIX_TIMES), "solo_512_r101", "SOLO-512, ResNet-101, 6x"
+)
+DECOUPLED_R50 = replace(
+    SOLO_R50,
+    name="decoupled_solo_r50",
+    description="Decoupled SOLO, ResNet-50, short side 800, 3x",
+    model=ModelConfig(head=HeadConfig(kind="decoupled")),
+)
+DECOUPLED_R101 = _with_depth(
+    DECOUPLED_R50, "decoupled_solo_r101", "Decoupled SOLO, ResNet-101, short side 800, 3x"
+)
+DECOUPLED_LIGHT_R50 = _with_short_side_512(
+    replace(
+        SOLO_R50,
+        model=ModelConfig(
+            head=HeadConfig(kind="decoupled_light", num_convs=4, scale_ranges=LIGHT_SCALE_RANGES)
+        ),
+    ),
+    "decoupled_solo_light_r50",
+    "Decoupled Light SOLO, ResNet-50, short side 512, 3x",
+)
+
+COCO_CONFIGS = (
+    SOLO_R50,
+    SOLO_R101,
+    SOLO_512_R50,
+    SOLO_512_R101,
+    DECOUPLED_R50,
+    DECOUPLED_R101,
+    DECOUPLED_LIGHT_R50,
+)

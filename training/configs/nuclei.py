@@ -1,0 +1,74 @@
+"""The bundled model: nuclei in microscopy images, trained from scratch on a CPU.
+
+How each choice was found is in docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from service.pipeline.model_config import (
+    ContrastSpec,
+    InputSpec,
+    MatrixNms,
+    PostprocessSpec,
+    TileResize,
+)
+from training.configs.schema import (
+    AugmentConfig,
+    BackboneConfig,
+    Config,
+    HeadConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TargetConfig,
+)
+
+NUCLEI = Config(
+    name="nuclei",
+    description="Decoupled Light SOLO, half-width ResNet-18, 256x256 px tiles shown at 2x",
+    num_classes=1,
+    model=ModelConfig(
+        backbone=BackboneConfig(depth=18, base_width=32, norm="bn", frozen_stages=0),
+        neck_channels=64,
+        head=HeadConfig(
+            kind="decoupled_light",
+            channels=64,
+            num_convs=3,
+            num_grids=(64, 32, 16),
+            level_strides=(4, 8, 16),
+            mask_strides=(4, 4, 8),
+            scale_ranges=((1, 48), (32, 96), (64, 2048)),
+            coord_octaves=6,
+            mask_kernel=1,
+            norm_groups=8,
+            mask_prior=0.1,
+        ),
+        candidates=400,
+    ),
+    targets=TargetConfig(mask_resize="area"),
+    augment=AugmentConfig(
+        scale_jitter=(0.8, 1.25),
+        dihedral=True,
+        brightness=0.1,
+        contrast=0.2,
+        gamma=0.3,
+        invert=0.1,
+    ),
+    schedule=ScheduleConfig(
+        optimizer="adamw",
+        schedule="cosine",
+        lr=1e-3,
+        weight_decay=0.05,
+        batch_size=4,
+        epochs=24,
+        warmup_steps=100,
+        clip_norm=5.0,
+        ema_decay=0.995,
+    ),
+    input=InputSpec(
+        resize=TileResize(scale=2.0, tile_hw=(256, 256), overlap_px=64),
+        contrast=ContrastSpec(low=0.5, high=99.8, min_range=16),
+    ),
+    postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=500),
+)
+
+NUCLEI_CONFIGS = (NUCLEI,)

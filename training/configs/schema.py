@@ -1,0 +1,218 @@
+"""What can be said about a SOLO model and its training; no torch here.
+
+Every class is a frozen keyword-only dataclass, so a variant states only its difference with
+`dataclasses.replace` and a misspelt field fails at once. Defaults are the published R50 model
+("SOLO: Segmenting Objects by Locations", arXiv 1912.04488, and its published configuration).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.pipeline.model_config import (
+    ClassSpec,
+    InputSpec,
+    KeepRatioResize,
+    MatrixNms,
+    PostprocessSpec,
+)
+
+HeadKind = Literal["vanilla", "decoupled", "decoupled_light"]
+PUBLISHED_SCALE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """ResNet (v1.5: the stride sits in the 3x3 convolution).
+
+    Attributes:
+        depth: 18, 34, 50 or 101.
+        base_width: Channels of the stem; 64 is the published width.
+        norm: `frozen_bn` keeps batch statistics and affine parameters of an ImageNet model
+            in evaluation mode as the published models do; `bn` and `gn` train from scratch.
+        frozen_stages: Stages without gradients (0 none, 1 stem and stage 1); published: 1.
+    """
+
+    depth: Literal[18, 34, 50, 101] = 50
+    base_width: int = 64
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
+    frozen_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """SOLO head; one entry of each tuple per pyramid level, finest first.
+
+    Attributes:
+        kind: `vanilla` (S^2 mask channels), `decoupled` (two towers, 2S channels) or
+            `decoupled_light` (one shared mask tower, 2S channels).
+        channels: Width of both towers.
+        num_convs: 3x3 convolutions per tower.
+        num_grids: S of every level.
+        level_strides: Stride that each pyramid level is resized to before the head, px.
+        mask_strides: Stride of each level's masks, px; published: half of `level_strides`.
+        scale_ranges: Inclusive bounds of sqrt(box area) that each level takes, px.
+        num_coord_convs: Mask tower convolutions that see the coordinates, from the first on.
+        coord_octaves: Sine/cosine pairs added to each coordinate (0: the plain coordinate of
+            the paper). Our own variant; see docs/experiments.md.
+        mask_kernel: Kernel of the decoupled heads' output convolution; published: 3.
+        norm_groups: Groups of GroupNorm in the towers.
+        mask_prior: Initial probability of each mask output channel; published: 0.01.
+    """
+
+    kind: HeadKind = "vanilla"
+    channels: int = 256
+    num_convs: int = 7
+    num_grids: tuple[int, ...] = (40, 36, 24, 16, 12)
+    level_strides: tuple[int, ...] = (8, 8, 16, 32, 32)
+    mask_strides: tuple[int, ...] = (4, 4, 8, 16, 16)
+    scale_ranges: tuple[tuple[float, float], ...] = PUBLISHED_SCALE_RANGES
+    num_coord_convs: int = 1
+    coord_octaves: int = 0
+    mask_kernel: Literal[1, 3] = 3
+    norm_groups: int = 32
+    mask_prior: float = 0.01
+
+    def __post_init__(self) -> None:
+        levels = len(self.num_grids)
+        for name in ("level_strides", "mask_strides", "scale_ranges"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, num_grids has {levels}"
+                )
+        if not 1 <= levels <= 5:
+            raise ValueError(f"num_grids has {levels} levels, expected 1 to 5 (P2..P6)")
+        if not 0 <= self.num_coord_convs <= self.num_convs:
+            raise ValueError(
+                f"num_coord_convs is {self.num_coord_convs}, expected 0 to {self.num_convs}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and what its graph computes.
+
+    Attributes:
+        neck_channels: Width of the feature pyramid.
+        recipe: `published` selects candidates as the authors' code does (points NMS, area
+            filter, maskness); `paper` ranks by the category score alone.
+        candidate_threshold: Category probability a candidate must exceed (paper: 0.1).
+        candidates: K, the ranked candidates that leave the graph (paper: top 500).
+    """
+
+    backbone: BackboneConfig = BackboneConfig()
+    neck_channels: int = 256
+    head: HeadConfig = HeadConfig()
+    recipe: Literal["paper", "published"] = "published"
+    candidate_threshold: float = 0.1
+    candidates: int = 500
+
+    @property
+    def stride_divisor(self) -> int:
+        """What a canvas must be divisible by, px: the stride of C5."""
+        return 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Target assignment (paper, section 3.3).
+
+    Attributes:
+        recipe: `published`: extents from the box, at most one cell to each side of the
+            centre's cell; `paper`: extents of the mask, no such limit.
+        centre_scale: Size of the centre region relative to the object (paper: 0.2).
+        mask_resize: `bilinear` as published (uint8, so still binary) or `area` (the covered
+            fraction of each mask pixel; keeps the contour of objects of a few pixels).
+    """
+
+    recipe: Literal["paper", "published"] = "published"
+    centre_scale: float = 0.2
+    mask_resize: Literal["bilinear", "area"] = "bilinear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the losses (paper, section 3.3.2; focal loss as RetinaNet).
+
+    Attributes:
+        dice_eps: Added to both sums of squares; the paper has 0, the published code 1e-3.
+    """
+
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    category_weight: float = 1.0
+    mask_weight: float = 3.0
+    dice_eps: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training image.
+
+    Attributes:
+        short_sides: Keep-ratio rule: bounds of the random short side, px (paper: 640-800).
+        scale_jitter: Tile rule: bounds of the factor on the serving scale.
+        flip: Probability of a horizontal flip.
+        dihedral: Also flips vertically and turns by 90 degrees (microscopy has no up).
+        brightness, contrast, gamma: Half-widths of the random photometric changes.
+        invert: Probability of inverting the intensities.
+    """
+
+    short_sides: tuple[int, int] = (640, 800)
+    scale_jitter: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.5
+    dihedral: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+    invert: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Optimisation.
+
+    Attributes:
+        optimizer: `sgd` (paper) or `adamw`.
+        schedule: `step` divides by ten at `milestones`; `cosine` falls to zero.
+        batch_size: Images a step.
+        epochs: Passes over the data; `milestones` are epochs too.
+        warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
+        clip_norm: Bound of the gradients' norm; the authors use 35, None is no bound.
+        ema_decay: Decay of the weights' moving average used for evaluation (0: none).
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["step", "cosine"] = "step"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 16
+    epochs: int = 36
+    milestones: tuple[int, ...] = (27, 33)
+    warmup_steps: int = 500
+    warmup_ratio: float = 1e-3
+    clip_norm: float | None = 35.0
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One named row of the model zoo; `classes` is empty until a data set fills it."""
+
+    name: str
+    description: str = ""
+    model: ModelConfig = ModelConfig()
+    targets: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    input: InputSpec = field(
+        default_factory=lambda: InputSpec(resize=KeepRatioResize(short_side=800, long_side=1333))
+    )
+    postprocess: PostprocessSpec = field(
+        default_factory=lambda: PostprocessSpec(nms=MatrixNms(), score_threshold=0.05)
+    )
+    num_classes: int = 80
+    classes: tuple[ClassSpec, ...] = ()

@@ -1,0 +1,1 @@
+"""COCO-format data: reading, augmentation and batches with their targets."""

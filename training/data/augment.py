@@ -1,0 +1,132 @@
+"""Random training samples: what serving would show the network, changed at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from service.pipeline.model_config import KeepRatioResize, TileResize
+from service.pipeline.preprocess import keep_ratio_size
+from training.configs.schema import AugmentConfig
+from training.data.coco import Annotation
+from training.targets import Objects
+
+UInt8 = NDArray[np.uint8]
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image part [h, w, 3] uint8 at canvas scale, not padded yet, and its objects."""
+
+    image: UInt8
+    objects: Objects
+
+
+def crop_masks(
+    annotations: Sequence[Annotation], top: int, left: int, height: int, width: int
+) -> tuple[list[UInt8], list[int]]:
+    """Masks [height, width] and labels of the objects that show pixels in a window."""
+    masks, labels = [], []
+    for annotation in annotations:
+        x, y, w, h = annotation.box_xywh
+        if x >= left + width or y >= top + height or x + w <= left or y + h <= top:
+            continue
+        mask = coco_mask.decode(annotation.rle)[top : top + height, left : left + width]
+        if mask.any():
+            masks.append(mask)
+            labels.append(annotation.label)
+    return masks, labels
+
+
+def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
+    """Random brightness, contrast, gamma and inversion through one lookup table."""
+    level = np.arange(256, dtype=np.float64) / 255
+    level = level ** np.exp(rng.uniform(-config.gamma, config.gamma))
+    level = (level - 0.5) * (1 + rng.uniform(-config.contrast, config.contrast)) + 0.5
+    level = level + rng.uniform(-config.brightness, config.brightness)
+    if rng.random() < config.invert:
+        level = 1 - level
+    table = (np.clip(level, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.asarray(cv2.LUT(image, table), np.uint8)
+
+
+def build_sample(image: UInt8, masks: Sequence[UInt8], labels: Sequence[int]) -> Sample:
+    """Drops masks that resizing emptied; boxes are the masks' own, x2 and y2 exclusive."""
+    height, width = image.shape[:2]
+    kept = [i for i, mask in enumerate(masks) if mask.any()]
+    masks, labels = [masks[i] for i in kept], [labels[i] for i in kept]
+    stack = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for row, mask in zip(boxes, stack, strict=True):
+        x, y, w, h = cv2.boundingRect(mask)
+        row[:] = x, y, x + w, y + h
+    return Sample(image, Objects(stack, boxes, np.asarray(labels, np.int64)))
+
+
+def random_keep_ratio(
+    image: UInt8,
+    annotations: Sequence[Annotation],
+    resize: KeepRatioResize,
+    config: AugmentConfig,
+    rng: Rng,
+) -> Sample:
+    """Short side drawn from `short_sides`, long side bounded, flip (paper, section 4)."""
+    low, high = config.short_sides
+    short = int(rng.integers(low, high + 1))
+    height, width = image.shape[:2]
+    size = keep_ratio_size((height, width), short, resize.long_side)
+    masks, labels = crop_masks(annotations, 0, 0, height, width)
+    flip = rng.random() < config.flip
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    image = photometric(image, config, rng)
+    masks = [_resize_mask(m, size) for m in masks]
+    if flip:
+        image = np.ascontiguousarray(image[:, ::-1])
+        masks = [np.ascontiguousarray(m[:, ::-1]) for m in masks]
+    return build_sample(image, masks, labels)
+
+
+def random_tile(
+    image: UInt8,
+    annotations: Sequence[Annotation],
+    resize: TileResize,
+    config: AugmentConfig,
+    rng: Rng,
+) -> Sample:
+    """A random window at about the serving scale, on the canvas that serving uses.
+
+    A window larger than the image shows all of it, as serving does; the rest is padding.
+    """
+    low, high = np.log(config.scale_jitter)
+    scale = resize.scale * float(np.exp(rng.uniform(low, high)))
+    canvas = [round(side * resize.scale) for side in resize.tile_hw]
+    window = [min(round(c / scale), side) for c, side in zip(canvas, image.shape, strict=False)]
+    top, left = (int(rng.integers(0, s - w + 1)) for s, w in zip(image.shape, window, strict=False))
+    masks, labels = crop_masks(annotations, top, left, *window)
+    part = image[top : top + window[0], left : left + window[1]]
+    part = photometric(part, config, rng)
+    parts = [part, *masks]
+    if config.dihedral:
+        turns = int(rng.integers(4)) if canvas[0] == canvas[1] else 2 * int(rng.integers(2))
+        parts = [np.rot90(p, turns) for p in parts]
+    if rng.random() < config.flip:
+        parts = [p[:, ::-1] for p in parts]
+    size = [
+        min(c, max(1, round(side * scale))) for c, side in zip(canvas, parts[0].shape, strict=False)
+    ]
+    image = cv2.resize(
+        np.ascontiguousarray(parts[0]), size[::-1], interpolation=cv2.INTER_LINEAR
+    ).astype(np.uint8)
+    masks = [_resize_mask(np.ascontiguousarray(m), (size[0], size[1])) for m in parts[1:]]
+    return build_sample(image, masks, labels)
+
+
+def _resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:
+    resized = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(resized, np.uint8)

@@ -1,0 +1,250 @@
+"""solo-eval: COCO mask AP of a checkpoint, of a model_repo folder or of a running server.
+
+All three run the same preprocessing and post-processing (`service.pipeline`), so what is
+reported is what is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from service.pipeline.decode import decode_image
+from service.pipeline.model_config import ClassSpec
+from service.pipeline.postprocess import postprocess
+from service.pipeline.preprocess import prepare
+from service.pipeline.types import Candidates, Instance
+from training.checkpoint import CheckpointError, load_model
+from training.coco_metrics import mask_ap
+from training.configs.schema import Config
+from training.data.coco import CocoDataset, DatasetError
+from training.model.solo import Solo
+
+Result = dict[str, Any]
+Predictor = Callable[[bytes], list[Result]]
+"""An encoded image -> COCO results without their image_id."""
+
+EVALUATION_THRESHOLD = 0.0
+"""Score threshold of evaluation: COCO AP wants the whole ranking, serving a cut."""
+
+
+def to_results(instances: Iterable[Instance], classes: tuple[ClassSpec, ...]) -> list[Result]:
+    """Instances -> COCO results without their image_id."""
+    return [
+        {
+            "category_id": classes[instance.label].category_id,
+            "score": float(instance.score),
+            "segmentation": {
+                "size": list(instance.rle["size"]),
+                "counts": instance.rle["counts"].decode(),
+            },
+        }
+        for instance in instances
+    ]
+
+
+class CheckpointPredictor:
+    """Runs the PyTorch network.
+
+    Args:
+        model: In evaluation mode.
+        config: Its configuration, with classes.
+        max_dets: Instances kept per image.
+        batch_size: Tiles a forward pass.
+    """
+
+    def __init__(self, model: Solo, config: Config, *, max_dets: int, batch_size: int = 4) -> None:
+        self.model, self.config = model, config
+        self.max_dets, self.batch_size = max_dets, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, data: bytes) -> list[Result]:
+        """Encoded image -> results."""
+        prepared = prepare(decode_image(data), self.config.input)
+        device = self.model.pixel_mean.device
+        found: list[Candidates] = []
+        for start in range(0, len(prepared.tiles), self.batch_size):
+            tiles = prepared.tiles[start : start + self.batch_size]
+            images = torch.from_numpy(np.stack([tile.image for tile in tiles])).to(device)
+            valid_hw = torch.tensor([tile.valid_hw for tile in tiles], device=device)
+            scores, labels, probs = self.model.candidates(images, valid_hw)
+            found += [
+                Candidates(s, c, m)
+                for s, c, m in zip(
+                    scores.cpu().numpy(), labels.cpu().numpy(), probs.cpu().numpy(), strict=True
+                )
+            ]
+        instances = postprocess(
+            prepared,
+            found,
+            self.config.postprocess,
+            score_threshold=EVALUATION_THRESHOLD,
+            max_instances=self.max_dets,
+        )
+        return to_results(instances, self.config.classes)
+
+
+class RepositoryPredictor:
+    """Runs a model_repo folder through the loader and the engine that serve it."""
+
+    def __init__(self, folder: Path, version: int | None, *, max_dets: int) -> None:
+        from service.registry import load_version
+
+        self.loaded = load_version(folder, version)
+        self.max_dets = max_dets
+
+    def __call__(self, data: bytes) -> list[Result]:
+        """Encoded image -> results."""
+        config = self.loaded.config
+        prepared = prepare(decode_image(data), config.input)
+        found: list[Candidates] = []
+        batch = config.limits.max_batch
+        for start in range(0, len(prepared.tiles), batch):
+            tiles = prepared.tiles[start : start + batch]
+            found += self.loaded.backend.infer(
+                np.stack([tile.image for tile in tiles]),
+                np.array([tile.valid_hw for tile in tiles], np.int64),
+            )
+        instances = postprocess(
+            prepared,
+            found,
+            config.postprocess,
+            score_threshold=EVALUATION_THRESHOLD,
+            max_instances=self.max_dets,
+        )
+        return to_results(instances, config.classes)
+
+
+class ServerPredictor:
+    """Posts images to a running server's /segment.
+
+    Raises:
+        RuntimeError: The server answers with an error; carries its message.
+    """
+
+    def __init__(self, url: str, model: str | None, *, max_dets: int) -> None:
+        query = {"score_threshold": str(EVALUATION_THRESHOLD), "max_instances": str(max_dets)}
+        if model is not None:
+            query["model"] = model
+        self.url = f"{url.rstrip('/')}/segment?{urllib.parse.urlencode(query)}"
+
+    def __call__(self, data: bytes) -> list[Result]:
+        """Encoded image -> results."""
+        kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
+        request = urllib.request.Request(self.url, data, {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request) as response:
+                content = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{self.url} answered {error.code}: {error.read()!r}") from error
+        keys = ("category_id", "score", "segmentation")
+        return [{k: i[k] for k in keys} for i in content["results"][0]["instances"]]
+
+
+def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) -> list[Result]:
+    """COCO results of every image of a split."""
+    results = []
+    for index in tqdm(range(len(data)), unit="image", disable=not progress):
+        image_id = data.records[index].image_id
+        results += [{"image_id": image_id, **r} for r in predictor(data.image_bytes(index))]
+    return results
+
+
+def evaluate_model(
+    model: Solo, config: Config, data: CocoDataset, *, max_dets: int
+) -> dict[str, float]:
+    """AP of a network on a split."""
+    predictor = CheckpointPredictor(model, config, max_dets=max_dets)
+    return mask_ap(data.annotation_file, predict(data, predictor), max_dets=max_dets)
+
+
+def build_predictor(
+    source: str, model: str | None, version: int | None, max_dets: int
+) -> Predictor:
+    """A predictor for a URL, a model_repo folder or a checkpoint file.
+
+    Raises:
+        CheckpointError: `source` is none of the three.
+    """
+    if source.startswith(("http://", "https://")):
+        return ServerPredictor(source, model, max_dets=max_dets)
+    path = Path(source)
+    if (path / "config.json").is_file():
+        return RepositoryPredictor(path, version, max_dets=max_dets)
+    if path.is_file():
+        config, network = load_model(path)
+        return CheckpointPredictor(network, config, max_dets=max_dets)
+    raise CheckpointError(
+        f"{source!r} is neither a checkpoint, nor a model folder with config.json, nor a URL"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of solo-eval."""
+    parser = argparse.ArgumentParser(
+        prog="solo-eval",
+        description="COCO mask AP of a model on a COCO-format split.",
+        epilog="Examples: solo-eval runs/nuclei/best.pt --data datasets/nuclei --max-dets 500 | "
+        "solo-eval model_repo/nuclei --data ... | solo-eval http://localhost:8000 --data ...",
+    )
+    parser.add_argument("model", help="checkpoint file, model_repo/<model> folder or server URL")
+    parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
+    parser.add_argument("--split", default="val", help="annotation file's name (default: val)")
+    parser.add_argument("--max-dets", type=int, default=100, help="detections an image (100)")
+    parser.add_argument("--model-name", help="which model of the server (default: its own)")
+    parser.add_argument("--version", type=int, help="which version of the folder (default: last)")
+    parser.add_argument("--group-by", help="also print AP per value of this image field")
+    parser.add_argument("--results", type=Path, help="write the COCO results here")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    return parser
+
+
+def _groups(data: CocoDataset, field: str) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for image in json.loads(data.annotation_file.read_text())["images"]:
+        if field not in image:
+            raise DatasetError(f"image {image['id']} has no field {field!r} to group by")
+        groups.setdefault(str(image[field]), []).append(int(image["id"]))
+    return groups
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        data = CocoDataset(options.data, options.split)
+        predictor = build_predictor(
+            options.model, options.model_name, options.version, options.max_dets
+        )
+        results = predict(data, predictor, progress=True)
+        numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
+        if options.group_by:
+            for name, ids in sorted(_groups(data, options.group_by).items()):
+                numbers[name] = mask_ap(
+                    data.annotation_file, results, max_dets=options.max_dets, image_ids=ids
+                )
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"solo-eval: {error}", file=sys.stderr)
+        return 1
+    for name, row in numbers.items():
+        print(f"{name:>20} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    if options.results:
+        options.results.write_text(json.dumps(results))
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

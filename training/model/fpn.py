@@ -1,0 +1,44 @@
+"""Feature pyramid network ("Feature Pyramid Networks", arXiv 1612.03144), P2..P6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FPN(nn.Module):
+    """Lateral 1x1, nearest top-down sum, 3x3 output; P6 is P5 subsampled by 2.
+
+    Args:
+        in_channels: Channels of C2..C5.
+        channels: Channels of every pyramid level.
+        num_levels: 1..5; the finest levels are kept, P2 first.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, num_levels: int = 5) -> None:
+        super().__init__()
+        if not 1 <= num_levels <= 5:
+            raise ValueError(f"num_levels is {num_levels}, expected 1 to 5 (P2..P6)")
+        self.num_levels = num_levels
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output_convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(min(num_levels, 4))
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """C2..C5 [B, c, H / s, W / s] -> P2.. [B, channels, H / s, W / s], s = 4, 8, ... ."""
+        merged = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            size = merged[i - 1].shape[-2:]
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=size, mode="nearest")
+        outs = [conv(x) for conv, x in zip(self.output_convs, merged, strict=False)]
+        if self.num_levels == 5:
+            outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
+        return outs

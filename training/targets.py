@@ -1,0 +1,182 @@
+"""Which grid cells answer for which object (paper, section 3.3.1) and with which mask.
+
+Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from training.configs.schema import HeadConfig, TargetConfig
+
+UInt8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Ground truth of one canvas.
+
+    Attributes:
+        masks: [N, H, W] uint8 0/1; H, W is the image's part of the canvas or all of it.
+        boxes_xyxy: [N, 4] float32, px.
+        labels: [N] int64, 0..C-1.
+    """
+
+    masks: UInt8
+    boxes_xyxy: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LevelTargets:
+    """Targets of one image at one level.
+
+    Attributes:
+        labels: [S, S] int64, C is the background.
+        cells: [P] int64, i * S + j of the positive cells, ascending.
+        mask_index: [P] int64, each positive cell's row in `masks`.
+        masks: [M, h, w] float32 in 0..1, one row per object that has a cell here.
+    """
+
+    labels: NDArray[np.int64]
+    cells: NDArray[np.int64]
+    mask_index: NDArray[np.int64]
+    masks: NDArray[np.float32]
+
+
+def centre_of_mass(mask: UInt8) -> tuple[float, float]:
+    """Row and column of the centre of mass, px (float32 arithmetic, as published).
+
+    Raises:
+        ValueError: The mask is empty.
+    """
+    left, top, width, height = cv2.boundingRect(mask)
+    inside = mask[top : top + height, left : left + width]
+    rows = inside.sum(axis=1, dtype=np.int64)
+    total = int(rows.sum())
+    if total == 0:
+        raise ValueError("the mask is empty, it has no centre of mass")
+    columns = inside.sum(axis=0, dtype=np.int64)
+    y = np.float32((rows * np.arange(top, top + height)).sum()) / np.float32(total)
+    x = np.float32((columns * np.arange(left, left + width)).sum()) / np.float32(total)
+    return float(y), float(x)
+
+
+def grid_cell(position: float, size: int, grid: int) -> int:
+    """Index of the cell that holds a position: trunc(float32(p / size) / float32(1 / S)).
+
+    The published arithmetic; other roundings differ at cell borders.
+    """
+    return int(np.float32(np.float32(position) / np.float32(size)) / np.float32(1.0 / grid))
+
+
+def resize_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[np.float32]:
+    """A mask at `stride`: [H, W] uint8 -> [int(H / stride + 0.5), int(W / stride + 0.5)].
+
+    Args:
+        mask: [H, W] uint8 0/1.
+        stride: Factor to shrink by.
+        method: `bilinear` on uint8 as published (stays 0/1), `area` for the covered fraction.
+    """
+    height, width = (int(side / stride + 0.5) for side in mask.shape)
+    if method == "bilinear":
+        small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
+        return small.astype(np.float32)
+    small = cv2.resize(mask * np.uint8(255), (width, height), interpolation=cv2.INTER_AREA)
+    return small.astype(np.float32) / 255
+
+
+def _cell_range(
+    centre: float, extent: float, size: int, grid: int, clamp_to_neighbours: bool
+) -> tuple[int, int]:
+    """First and last cell that the centre region covers along one axis."""
+    cell = grid_cell(centre, size, grid)
+    first = max(0, grid_cell(centre - extent, size, grid))
+    last = min(grid - 1, grid_cell(centre + extent, size, grid))
+    if clamp_to_neighbours:
+        first, last = max(first, cell - 1), min(last, cell + 1)
+    return first, last
+
+
+def _extent(mask: UInt8) -> tuple[float, float]:
+    """Height and width of a mask's bounding box, px."""
+    _, _, width, height = cv2.boundingRect(mask)
+    return float(height), float(width)
+
+
+def assign_targets(
+    objects: Objects,
+    canvas_hw: tuple[int, int],
+    head: HeadConfig,
+    config: TargetConfig,
+    num_classes: int,
+) -> list[LevelTargets]:
+    """Targets of one image, a `LevelTargets` per level.
+
+    An object goes to every level whose range holds sqrt(box area), bounds inclusive; cells
+    under its centre region are positive, a later object overwrites an earlier one, and
+    objects without pixels are skipped.
+
+    Args:
+        objects: Ground truth; no objects is fine.
+        canvas_hw: Height and width of the padded batch, px; the grid is relative to it.
+        head: Grids, ranges and mask strides.
+        config: Recipe.
+        num_classes: C.
+    """
+    published = config.recipe == "published"
+    spans = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
+    sizes = np.sqrt(spans[:, 0] * spans[:, 1])
+    half = 0.5 * config.centre_scale
+    regions: list[tuple[float, float, float, float] | None] = []
+    for mask, (box_w, box_h) in zip(objects.masks, spans, strict=True):
+        if not mask.any():
+            regions.append(None)
+            continue
+        height, width = (float(box_h), float(box_w)) if published else _extent(mask)
+        regions.append((*centre_of_mass(mask), half * height, half * width))
+    targets = []
+    for grid, stride, (low, high) in zip(
+        head.num_grids, head.mask_strides, head.scale_ranges, strict=True
+    ):
+        owner = np.full((grid, grid), -1, np.int64)
+        for index in np.flatnonzero((sizes >= low) & (sizes <= high)):
+            region = regions[index]
+            if region is None:
+                continue
+            y, x, extent_y, extent_x = region
+            top, bottom = _cell_range(y, extent_y, canvas_hw[0], grid, published)
+            left, right = _cell_range(x, extent_x, canvas_hw[1], grid, published)
+            owner[top : bottom + 1, left : right + 1] = index
+        mask_hw = (canvas_hw[0] // stride, canvas_hw[1] // stride)
+        targets.append(_level_targets(owner, objects, mask_hw, stride, config, num_classes))
+    return targets
+
+
+def _level_targets(
+    owner: NDArray[np.int64],
+    objects: Objects,
+    mask_hw: tuple[int, int],
+    stride: int,
+    config: TargetConfig,
+    num_classes: int,
+) -> LevelTargets:
+    cells = np.flatnonzero(owner >= 0)
+    used, mask_index = np.unique(owner.reshape(-1)[cells], return_inverse=True)
+    labels = np.full(owner.shape, num_classes, np.int64)
+    labels.reshape(-1)[cells] = objects.labels[used][mask_index]
+    masks = np.zeros((len(used), *mask_hw), np.float32)
+    for row, index in enumerate(used):
+        small = resize_mask(objects.masks[index], stride, config.mask_resize)
+        masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
+    return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
+
+
+def count_positives(targets: Sequence[LevelTargets]) -> int:
+    """Number of positive cells over all levels of an image."""
+    return sum(len(t.cells) for t in targets)
