@@ -1,0 +1,1 @@
+"""Engines behind one protocol; one file for each."""

@@ -1,0 +1,170 @@
+"""The service's errors and their one table to HTTP status.
+
+    ServiceError                  `code` names it in responses, the text says what was wrong
+    ├── InvalidRequest            the request cannot be understood
+    │   ├── EmptyBody
+    │   ├── InvalidMultipart      broken, or without a file part named `images`
+    │   ├── InvalidParameter      a query parameter
+    │   └── TooManyImages         more than the server can ever hold
+    ├── BodyTooLarge              more bytes than allowed, counted before parsing
+    ├── UnknownModel
+    ├── UnknownVersion
+    ├── ModelUnavailable          it is in model_repo, but was refused
+    ├── Overloaded                admission is full; has `reason` and `retry_after_s`
+    ├── Draining                  the server is going down
+    ├── EngineError               the engine failed on this very image
+    └── StartupError              the server cannot start; never sent
+        ├── DeviceError           the device asked for is not there
+        └── ModelRefused          has `file`: which file of model_repo, and why
+
+Errors of an image (`service.pipeline.errors.DecodeError`) carry a code of their own and are in the
+same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from service.pipeline.errors import DecodeError
+
+
+class ServiceError(Exception):
+    """Base of the service's errors."""
+
+    code = "internal_error"
+
+
+class InvalidRequest(ServiceError):
+    """The request cannot be understood."""
+
+    code = "invalid_request"
+
+
+class EmptyBody(InvalidRequest):
+    """The body has no bytes."""
+
+    code = "empty_body"
+
+
+class InvalidMultipart(InvalidRequest):
+    """The multipart body is broken or has no image."""
+
+    code = "invalid_multipart"
+
+
+class InvalidParameter(InvalidRequest):
+    """A query parameter has a value it cannot have."""
+
+    code = "invalid_parameter"
+
+
+class TooManyImages(InvalidRequest):
+    """One request holds more than the server may ever have in work."""
+
+    code = "too_many_images"
+
+
+class BodyTooLarge(ServiceError):
+    """The body has more bytes than allowed."""
+
+    code = "body_too_large"
+
+
+class UnknownModel(ServiceError):
+    """There is no such model."""
+
+    code = "unknown_model"
+
+
+class UnknownVersion(ServiceError):
+    """The model has no such version, or it is not served."""
+
+    code = "unknown_version"
+
+
+class ModelUnavailable(ServiceError):
+    """The model is in model_repo but was refused."""
+
+    code = "model_unavailable"
+
+
+class Overloaded(ServiceError):
+    """Admission is full.
+
+    Attributes:
+        reason: Which bound: "queue_images" or "queue_pixels".
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Draining(ServiceError):
+    """The server is going down and takes nothing new."""
+
+    code = "draining"
+
+
+class EngineError(ServiceError):
+    """The engine failed on this image, also when it was alone."""
+
+    code = "engine_error"
+
+
+class StartupError(ServiceError):
+    """The server cannot start."""
+
+
+class DeviceError(StartupError):
+    """The device that was asked for is not there."""
+
+
+class ModelRefused(StartupError):
+    """A model cannot be served.
+
+    Attributes:
+        file: The file or folder at fault.
+    """
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file = file
+        self.reason = reason
+
+
+STATUS_BY_CODE: Mapping[str, int] = {
+    "invalid_request": 400,
+    "empty_body": 400,
+    "invalid_multipart": 400,
+    "empty_image": 400,
+    "not_found": 404,
+    "unknown_model": 404,
+    "unknown_version": 404,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "too_many_images": 413,
+    "unsupported_format": 415,
+    "corrupt_image": 422,
+    "invalid_parameter": 422,
+    "internal_error": 500,
+    "engine_error": 500,
+    "overloaded": 503,
+    "draining": 503,
+    "model_unavailable": 503,
+}
+"""Every code that a response can carry."""
+
+
+def describe_error(error: Exception) -> tuple[int, dict[str, str]]:
+    """HTTP status and the `{code, message}` object of an error.
+
+    An error that is not ours becomes `internal_error` and tells nothing of itself.
+    """
+    if isinstance(error, (ServiceError, DecodeError)) and not isinstance(error, StartupError):
+        return STATUS_BY_CODE[error.code], {"code": error.code, "message": str(error)}
+    return 500, {"code": "internal_error", "message": "the server failed; see its log"}

@@ -1,0 +1,251 @@
+"""model_repo: which models there are, which may be served, and their engines.
+
+    <model_repo>/<model>/config.json
+    <model_repo>/<model>/<version>/model.onnx
+
+A file is hashed before anything is built from it; what differs from config.json is refused with
+the file's name and the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from service.backends.base import Backend, BackendError, BackendOptions
+from service.backends.ort import build_ort_backend
+from service.errors import ModelRefused, StartupError
+from service.pipeline.errors import ConfigError
+from service.pipeline.model_config import FileSpec, ModelConfig, parse_model_config
+from service.pipeline.postprocess import postprocess
+from service.pipeline.preprocess import prepare
+from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+ONNX_FILE = "model.onnx"
+WARM_IMAGE_HW = (64, 64)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One version of a model with its engine, warm."""
+
+    config: ModelConfig
+    version: int
+    backend: Backend
+
+    def segment(
+        self,
+        image: UInt8,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+    ) -> list[Instance]:
+        """Segments one image, exactly as the server does but without company.
+
+        Args:
+            image: [H, W, 3] uint8 RGB.
+            score_threshold: Least score; default from the model's configuration.
+            max_instances: Most instances; default from the model's configuration.
+        """
+        prepared = prepare(image, self.config.input)
+        candidates: list[Candidates] = []
+        size = self.config.limits.max_batch
+        for start in range(0, len(prepared.tiles), size):
+            candidates += infer_tiles(self.backend, prepared.tiles[start : start + size])
+        return postprocess(
+            prepared,
+            candidates,
+            self.config.postprocess,
+            score_threshold=score_threshold,
+            max_instances=max_instances,
+        )
+
+
+def infer_tiles(backend: Backend, tiles: tuple[Tile, ...] | list[Tile]) -> list[Candidates]:
+    """Runs tiles of one canvas shape as one batch."""
+    images = np.stack([tile.image for tile in tiles])
+    valid_hw = np.array([tile.valid_hw for tile in tiles], np.int64)
+    return backend.infer(images, valid_hw)
+
+
+def load_version(
+    folder: Path, version: int | None = None, options: BackendOptions | None = None
+) -> LoadedModel:
+    """Verifies and builds one version of the model in `folder`, and runs it once.
+
+    Args:
+        folder: A model's folder of model_repo.
+        version: Default: the highest that config.json names.
+        options: Device and threads.
+
+    Raises:
+        ModelRefused: Names the file and says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    config = read_config(folder, version)
+    graph = _verify_files(folder / str(config.version), config.files)
+    file = folder / str(config.version) / ONNX_FILE
+    try:
+        backend = build_ort_backend(graph, options or BackendOptions())
+    except BackendError as error:
+        raise ModelRefused(file, str(error)) from error
+    try:
+        _warm_up(backend, config)
+    except Exception as error:  # an engine's exceptions have no common base
+        backend.close()
+        raise ModelRefused(file, f"the first run failed: {error}") from error
+    return LoadedModel(config, config.version, backend)
+
+
+def read_config(folder: Path, version: int | None = None) -> ModelConfig:
+    """Reads config.json of a model's folder; nothing else is read.
+
+    Raises:
+        ModelRefused: It is missing or wrong, has no such version, or names another model.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        repository = parse_model_config(file.read_bytes())
+        if version is None:
+            if not repository.version_numbers:
+                raise ConfigError("it names no version")
+            version = repository.version_numbers[-1]
+        config = repository.for_version(version)
+    except OSError as error:
+        raise ModelRefused(file, error.strerror or str(error)) from error
+    except ConfigError as error:
+        raise ModelRefused(file, str(error)) from error
+    if config.name != folder.resolve().name:
+        raise ModelRefused(
+            file, f"it names the model {config.name!r}, but the folder is {folder.resolve().name!r}"
+        )
+    return config
+
+
+def _verify_files(folder: Path, files: Mapping[str, FileSpec]) -> bytes | Path:
+    """Hashes every file of a version.
+
+    Returns:
+        The graph's bytes, the very ones that were hashed; or its path if it has data files beside
+        it, which the engine must read by itself.
+    """
+    if ONNX_FILE not in files:
+        raise ModelRefused(folder, f"config.json lists {sorted(files)}, but no {ONNX_FILE}")
+    graph = b""
+    for name, spec in files.items():
+        path = folder / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ModelRefused(path, "a file's name in config.json must not be a path")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ModelRefused(path, error.strerror or str(error)) from error
+        if len(data) != spec.bytes:
+            raise ModelRefused(
+                path,
+                f"it has {len(data)} bytes, config.json says {spec.bytes}: cut short or changed",
+            )
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != spec.sha256:
+            raise ModelRefused(path, f"its SHA-256 is {digest}, config.json says {spec.sha256}")
+        if name == ONNX_FILE:
+            graph = data
+    return graph if len(files) == 1 else folder / ONNX_FILE
+
+
+def _warm_up(backend: Backend, config: ModelConfig) -> None:
+    """One run on a grey image: what is slow only once happens here, and so do mismatches."""
+    prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
+    candidates = infer_tiles(backend, prepared.tiles)
+    _check_output(prepared, candidates, config)
+    postprocess(prepared, candidates, config.postprocess)
+
+
+def _check_output(prepared: Prepared, candidates: list[Candidates], config: ModelConfig) -> None:
+    for tile, found in zip(prepared.tiles, candidates, strict=True):
+        height, width = tile.image.shape[:2]
+        wanted = (height // config.mask_stride, width // config.mask_stride)
+        if found.mask_probs.shape[1:] != wanted:
+            raise BackendError(
+                f"masks are {found.mask_probs.shape[1:]} on a canvas of {(height, width)}; "
+                f"config.json's mask_stride {config.mask_stride} asks for {wanted}"
+            )
+        if len(found.scores) > config.candidates:
+            raise BackendError(
+                f"{len(found.scores)} candidates, config.json says {config.candidates}"
+            )
+        wrong = (found.labels < 0) | (found.labels >= len(config.classes))
+        if wrong.any():
+            raise BackendError(f"label {found.labels[wrong][0]} for {len(config.classes)} classes")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a scan of model_repo found.
+
+    Attributes:
+        models: The models that can be served, by name.
+        refused: Why the others are not, by folder name.
+    """
+
+    models: Mapping[str, LoadedModel]
+    refused: Mapping[str, ModelRefused]
+
+    def close(self) -> None:
+        """Frees all engines."""
+        for model in self.models.values():
+            model.backend.close()
+
+
+def find_models(root: Path) -> list[Path]:
+    """Folders of `root` by name; hidden ones are skipped.
+
+    Raises:
+        StartupError: `root` is not a folder, or has none in it.
+    """
+    if not root.is_dir():
+        raise StartupError(f"model repository {str(root)!r} is not a folder")
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not folders:
+        raise StartupError(f"model repository {str(root)!r} has no model folders")
+    return folders
+
+
+def load_repository(root: Path, options: BackendOptions | None = None) -> Repository:
+    """Loads the latest version of every model; a broken one does not stop the others.
+
+    Raises:
+        StartupError: There is no model at all that can be served; says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    models: dict[str, LoadedModel] = {}
+    refused: dict[str, ModelRefused] = {}
+    for folder in find_models(root):
+        try:
+            model = load_version(folder, None, options)
+        except ModelRefused as error:
+            logger.error("model %s is refused: %s", folder.name, error)
+            refused[folder.name] = error
+        else:
+            models[folder.name] = model
+            logger.info(
+                "model %s version %d is ready on %s (%s)",
+                folder.name,
+                model.version,
+                model.backend.device,
+                model.backend.name,
+            )
+    if not models:
+        reasons = "; ".join(str(error) for error in refused.values())
+        raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
+    return Repository(models, refused)

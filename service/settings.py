@@ -1,0 +1,85 @@
+"""Settings: SOLO_* variables, or the flags of `solo-serve`; a wrong value stops the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.cores import count_cores
+
+MIB = 1024 * 1024
+Device = Literal["auto", "cpu", "cuda"]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """All settings; `SOLO_MAX_BATCH=4` sets `max_batch`. The help texts are also the flags'."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SOLO_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
+    port: Annotated[
+        int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    ] = 8000
+    model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
+        "model_repo"
+    )
+    default_model: Annotated[
+        str | None,
+        Field(description="model of requests that name none (default: the first by name)"),
+    ] = None
+    device: Annotated[
+        Device, Field(description="auto takes CUDA where it works; cuda refuses to start without")
+    ] = "auto"
+    threads: Annotated[
+        PositiveInt, Field(description="threads of an engine on the CPU (default: real cores)")
+    ] = Field(default_factory=count_cores)
+    pool_threads: Annotated[
+        PositiveInt,
+        Field(description="threads for decoding, and as many for encoding (default: real cores)"),
+    ] = Field(default_factory=count_cores)
+    max_batch: Annotated[
+        PositiveInt, Field(description="canvases in one engine call; a model's limit also holds")
+    ] = 8
+    max_delay_ms: Annotated[
+        float, Field(ge=0, le=10_000, description="how long a canvas waits for company, ms")
+    ] = 5.0
+    max_body_bytes: Annotated[
+        PositiveInt, Field(description="largest request body, bytes; counted before parsing")
+    ] = 64 * MIB
+    max_image_pixels: Annotated[
+        PositiveInt, Field(description="largest image, pixels; read from its header")
+    ] = 50_000_000
+    max_queue_images: Annotated[
+        PositiveInt, Field(description="images in work at once; more are answered 503")
+    ] = 256
+    max_queue_pixels: Annotated[
+        PositiveInt, Field(description="pixels in work at once; more are answered 503")
+    ] = 100_000_000
+    retry_after_s: Annotated[PositiveInt, Field(description="Retry-After of a 503, s")] = 1
+    drain_timeout_s: Annotated[
+        float, Field(ge=0, description="how long accepted work may take after SIGTERM, s")
+    ] = 30.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(description="least level that is logged"),
+    ] = "info"
+
+    @field_validator("log_level", "device", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _queue_holds_an_image(self) -> Settings:
+        if self.max_queue_pixels < self.max_image_pixels:
+            raise ValueError(
+                f"max_queue_pixels {self.max_queue_pixels} is below max_image_pixels "
+                f"{self.max_image_pixels}: the largest allowed image could never be admitted"
+            )
+        return self
