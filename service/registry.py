@@ -192,10 +192,12 @@ class Repository:
     """What a scan of model_repo found.
 
     Attributes:
+        root: The repository's folder.
         models: The models that can be served, by name.
         refused: Why the others are not, by folder name.
     """
 
+    root: Path
     models: Mapping[str, LoadedModel]
     refused: Mapping[str, ModelRefused]
 
@@ -248,4 +250,4 @@ def load_repository(root: Path, options: BackendOptions | None = None) -> Reposi
     if not models:
         reasons = "; ".join(str(error) for error in refused.values())
         raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
-    return Repository(models, refused)
+    return Repository(root, models, refused)

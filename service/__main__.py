@@ -1,0 +1,159 @@
+"""solo-serve, also `python -m service`: reads settings, loads the models, serves until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from service.app import create_app
+from service.backends.base import BackendOptions
+from service.backends.ort import check_device
+from service.errors import StartupError
+from service.registry import load_repository
+from service.settings import Settings
+
+logger = logging.getLogger("service")
+
+PREFIX = "SOLO_"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for each setting."""
+    parser = argparse.ArgumentParser(
+        prog="solo-serve",
+        description="Serves the models of a repository over HTTP.",
+        epilog="A flag goes before its SOLO_* variable, and that before the default.",
+    )
+    for name, setting in Settings.model_fields.items():
+        default = setting.get_default()
+        shown = "" if default in (None, PydanticUndefined) else f", default {default}"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{setting.description} ({PREFIX}{name.upper()}{shown})".replace("%", "%%"),
+        )
+    return parser
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from flags, variables and defaults.
+
+    Raises:
+        StartupError: Names each wrong setting and its value.
+    """
+    flags = vars(build_parser().parse_args(arguments))
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        parts = []
+        for item in error.errors():
+            if not item["loc"]:
+                parts.append(item["msg"].removeprefix("Value error, "))
+                continue
+            name = str(item["loc"][0])
+            source = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
+            parts.append(f"{source}: {item['msg']}, not {item['input']!r}")
+        raise StartupError("; ".join(parts)) from error
+
+
+def find_unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A warning for each SOLO_* variable that is no setting: most are typing errors."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    warnings = []
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            warnings.append(f"{name} is no setting and is ignored{hint}")
+    return warnings
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT accepted work is finished before the sockets close.
+
+    Until then new work is answered 503 and the health routes go on to answer; a second signal
+    does not wait.
+    """
+
+    _drain_task: asyncio.Task[None] | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Starts draining; called by a signal, so it only schedules."""
+        if self._loop is None or self._drain_task is not None:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        app = self.config.app
+        segmenter = getattr(getattr(app, "state", None), "segmenter", None)
+        if segmenter is not None:
+            logger.info("draining: %d images are in work", segmenter.admission.images)
+            await segmenter.finish_accepted()
+        self.should_exit = True
+
+
+def serve(settings: Settings) -> None:
+    """Loads the models and serves them until a signal.
+
+    Raises:
+        StartupError: The device is not there, or no model can be served.
+    """
+    check_device(settings.device)
+    options = BackendOptions(device=settings.device, threads=settings.threads)
+    app = create_app(settings, load_repository(settings.model_repo, options))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )
+    server = DrainingServer(config)
+    server.run()
+    if not server.started:
+        raise StartupError(f"cannot serve on {settings.host}:{settings.port}; see above")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the server; exits 0 after a drain, 1 with the reason if it cannot start."""
+    try:
+        settings = read_settings(arguments)
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        for warning in find_unknown_variables(os.environ):
+            logger.warning(warning)
+        serve(settings)
+    except StartupError as error:
+        sys.exit(f"solo-serve: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

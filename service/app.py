@@ -1,0 +1,123 @@
+"""The application: `create_app(settings)` puts it together; there is nothing global."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.backends.base import BackendOptions
+from service.errors import (
+    Draining,
+    InvalidParameter,
+    Overloaded,
+    ServiceError,
+    describe_error,
+)
+from service.metrics import Metrics
+from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from service.pipeline.errors import DecodeError
+from service.registry import Repository, load_repository
+from service.routes import health, models, segment
+from service.segmenter import Segmenter
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        settings: Everything that can be set.
+        repository: Loaded models; default: loaded from `settings.model_repo` at the start.
+    """
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loaded = repository
+        if loaded is None:
+            options = BackendOptions(device=settings.device, threads=settings.threads)
+            loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
+        segmenter = Segmenter(settings, loaded, metrics)
+        app.state.segmenter = segmenter
+        segmenter.start()
+        try:
+            yield
+        finally:
+            await segmenter.drain()
+
+    app = FastAPI(
+        title="solo-serve", description=DESCRIPTION, version=_version(), lifespan=lifespan
+    )
+    for module in (segment, models, health):
+        app.include_router(module.router)
+    _add_error_handlers(app, settings, metrics)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, metrics=metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    return app
+
+
+def _version() -> str:
+    try:
+        return metadata.version("solo-serve")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        headers = {}
+        if isinstance(error, (Overloaded, Draining)):
+            reason = error.reason if isinstance(error, Overloaded) else "draining"
+            metrics.rejections.labels(reason).inc()
+            headers["retry-after"] = str(settings.retry_after_s)
+        status, detail = describe_error(error)
+        return _error_response(status, detail, headers)
+
+    async def answer_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        status, detail = describe_error(InvalidParameter(_explain(error)))
+        return _error_response(status, detail, {})
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return _error_response(
+            error.status_code, {"code": code, "message": message}, dict(error.headers or {})
+        )
+
+    app.add_exception_handler(ServiceError, answer)
+    app.add_exception_handler(DecodeError, answer)
+    app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(HTTPException, answer_http)
+
+
+def _explain(error: RequestValidationError) -> str:
+    """Names each wrong parameter and its value."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"there is no parameter {name!r}")
+        else:
+            parts.append(f"{name}: {item['msg']}, not {item['input']!r}")
+    return "; ".join(parts)
+
+
+def _error_response(status: int, detail: dict[str, str], headers: dict[str, str]) -> Response:
+    body = orjson.dumps({"error": detail})
+    return Response(body, status, headers, media_type="application/json")

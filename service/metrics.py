@@ -1,0 +1,148 @@
+"""Every Prometheus name in one place; seconds, pixels and counts.
+
+A `Metrics` owns its registry, so that two servers in one process do not share numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
+REJECTIONS = ("queue_images", "queue_pixels", "draining", "body_too_large")
+
+# An edge stands at each objective (0.4 s for a 256 x 256 image on two cores).
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
+    *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
+)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Metrics:
+    """The server's instruments; the attributes' help texts are what /metrics shows."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.stage_seconds = Histogram(
+            "solo_stage_duration_seconds",
+            "Time of one image in a stage; the stages add up to total",
+            ["model", "stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "solo_request_duration_seconds",
+            "Time of one HTTP request, the upload of its body included",
+            ["route", "method"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "solo_batch_size",
+            "Canvases in one engine call",
+            ["model"],
+            buckets=_BATCH_SIZES,
+            registry=registry,
+        )
+        self._build_counters(registry)
+        self._build_gauges(registry)
+        for reason in REJECTIONS:
+            self.rejections.labels(reason)
+
+    def _build_counters(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "solo_requests_total",
+            "HTTP requests answered",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.images = Counter(
+            "solo_images_total", "Images answered with a result", ["model"], registry=registry
+        )
+        self.image_errors = Counter(
+            "solo_image_errors_total",
+            "Images answered with an error",
+            ["model", "code"],
+            registry=registry,
+        )
+        self.instances = Counter(
+            "solo_instances_total", "Instances returned", ["model"], registry=registry
+        )
+        self.rejections = Counter(
+            "solo_rejections_total", "Requests turned away", ["reason"], registry=registry
+        )
+        self.engine_failures = Counter(
+            "solo_engine_failures_total", "Engine calls that raised", ["model"], registry=registry
+        )
+        self.cancelled_images = Counter(
+            "solo_cancelled_images_total",
+            "Images removed because their client left",
+            ["model"],
+            registry=registry,
+        )
+
+    def _build_gauges(self, registry: CollectorRegistry) -> None:
+        self.queue_images = Gauge(
+            "solo_queue_images", "Images admitted and not finished", registry=registry
+        )
+        self.queue_pixels = Gauge(
+            "solo_queue_pixels", "Pixels admitted and not finished", registry=registry
+        )
+        self.queue_limit_images = Gauge(
+            "solo_queue_limit_images", "Images that may be in work", registry=registry
+        )
+        self.queue_limit_pixels = Gauge(
+            "solo_queue_limit_pixels", "Pixels that may be in work", registry=registry
+        )
+        self.in_flight_requests = Gauge(
+            "solo_in_flight_requests", "Requests to /segment being handled", registry=registry
+        )
+        self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
+        self.model_info = Gauge(
+            "solo_model_info",
+            "1 for each model that is served",
+            ["model", "version", "backend", "device"],
+            registry=registry,
+        )
+        self.model_refused = Gauge(
+            "solo_model_refused",
+            "1 for each model of the repository that was refused",
+            ["model"],
+            registry=registry,
+        )
+
+    def add_model(self, name: str, version: int, backend: str, device: str) -> None:
+        """Announces a served model; its series exist from now on, at 0."""
+        self.model_info.labels(name, str(version), backend, device).set(1)
+        for stage in STAGES:
+            self.stage_seconds.labels(name, stage)
+        for family in (self.images, self.instances, self.engine_failures, self.cancelled_images):
+            family.labels(name)
+        self.batch_size.labels(name)
+
+    def watch_queue(self, images: Callable[[], float], pixels: Callable[[], float]) -> None:
+        """Reads the queue's gauges from its owner whenever they are asked for."""
+        self.queue_images.set_function(images)
+        self.queue_pixels.set_function(pixels)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,170 @@
+"""Pure ASGI middleware: request ids, counting, and the limit on bodies.
+
+Not BaseHTTPMiddleware: behind that a handler never learns that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import BodyTooLarge, describe_error
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+CLIENT_LEFT = 499
+"""Status in log and metrics of a request whose client left before the answer."""
+
+
+class RequestContextMiddleware:
+    """Outermost: gives the request its id, counts it, logs one line, answers what nobody caught.
+
+    Args:
+        app: What it wraps.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get(REQUEST_ID, "")
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        began_s = time.monotonic()
+        status = CLIENT_LEFT
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if status == CLIENT_LEFT:
+                await send_error(send_with_id, error)
+        finally:
+            self._count(scope, request_id, status, time.monotonic() - began_s)
+
+    def _count(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if route != "unmatched" else "any"
+        self.metrics.requests.labels(route, method, str(status)).inc()
+        self.metrics.request_seconds.labels(route, method).observe(seconds)
+        level = logging.INFO if route == "/segment" else logging.DEBUG
+        logger.log(
+            level,
+            "%s %s %d %.1f ms id=%s",
+            method,
+            scope["path"],
+            status,
+            seconds * 1e3,
+            request_id,
+        )
+
+
+async def send_error(send: Send, error: Exception, *, close: bool = False) -> None:
+    """Sends an error's response, for where there is no framework around.
+
+    Args:
+        send: ASGI's.
+        error: Whose response.
+        close: The body is complete for the client, but the exchange stays open for the caller
+            to end; the connection is closed then.
+    """
+    status, detail = describe_error(error)
+    body = orjson.dumps({"error": detail})
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": close})
+
+
+class BodyLimitMiddleware:
+    """Counts a body's bytes before anything parses them; 413 beyond the limit.
+
+    A body that announces its length is refused before it is read, a chunked one as soon as it
+    has passed the limit. What the client still sends is then read and dropped for a while,
+    because closing at once could destroy the response before the client has seen it.
+
+    Args:
+        app: What it wraps.
+        max_bytes: The limit.
+        metrics: Where rejections are counted.
+    """
+
+    linger_s = 2.0
+
+    def __init__(self, app: ASGIApp, max_bytes: int, metrics: Metrics) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            await self._refuse(f"the body has {announced} bytes", receive, send)
+            return
+        received = 0
+        started = False
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise _LimitPassed
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted_receive, watched_send)
+        except _LimitPassed:
+            if not started:
+                await self._refuse(f"the body has at least {received} bytes", receive, send)
+
+    async def _refuse(self, found: str, receive: Receive, send: Send) -> None:
+        self.metrics.rejections.labels("body_too_large").inc()
+        error = BodyTooLarge(f"{found}, the limit is {self.max_bytes}")
+        await send_error(send, error, close=True)
+        try:
+            async with asyncio.timeout(self.linger_s):
+                message = await receive()
+                while message["type"] == "http.request" and message.get("more_body", False):
+                    message = await receive()
+        except TimeoutError:
+            logger.debug("a refused body was still being sent after %s s", self.linger_s)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _LimitPassed(BaseException):
+    """Leaves the application without being taken for an error of its own."""

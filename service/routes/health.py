@@ -1,0 +1,41 @@
+"""GET /healthz, /v2/health/live, /v2/health/ready, /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.routes.state import SegmenterDep
+from service.schemas import HealthResponse, LiveResponse, ReadyResponse
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz(segmenter: SegmenterDep) -> HealthResponse:
+    """200 as long as the process answers; the text says whether new work is taken."""
+    return HealthResponse(status="ok" if segmenter.is_ready else "draining")
+
+
+@router.get("/v2/health/live")
+async def live() -> LiveResponse:
+    """200 as long as the process answers."""
+    return LiveResponse(live=True)
+
+
+@router.get("/v2/health/ready", responses={503: {"model": ReadyResponse}})
+async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
+    """200 if new work is taken, else 503; says what runs where."""
+    if not segmenter.is_ready:
+        response.status_code = 503
+    models = segmenter.repository.models
+    return ReadyResponse(
+        ready=segmenter.is_ready,
+        models=[f"{name}:{m.version} on {m.backend.device}" for name, m in models.items()],
+        refused=sorted(segmenter.repository.refused),
+    )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(segmenter: SegmenterDep) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(segmenter.metrics.render(), media_type=segmenter.metrics.content_type)

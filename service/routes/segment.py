@@ -1,0 +1,219 @@
+"""POST /segment: image bytes in, COCO instances out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.errors import EmptyBody, InvalidMultipart, InvalidRequest
+from service.routes.state import SegmenterDep
+from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse
+from service.segmenter import ImageFile, Outcome, ServedModel, Timing
+from service.steps import Options
+
+router = APIRouter(tags=["segment"])
+T = TypeVar("T")
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp")
+PART_NAME = "images"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_PARTS = {
+    "schema": {
+        "type": "object",
+        "required": [PART_NAME],
+        "properties": {
+            PART_NAME: {"type": "array", "items": {"type": "string", "format": "binary"}}
+        },
+    }
+}
+_REQUEST_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"multipart/form-data": _PARTS, **dict.fromkeys(IMAGE_TYPES, _BINARY)},
+    }
+}
+_NO_TIME = Timing(decode=0, queue=0, infer=0, postprocess=0, encode=0, total=0)
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@router.post(
+    "/segment",
+    response_class=Response,
+    openapi_extra=_REQUEST_BODY,
+    responses={
+        200: {
+            "model": SegmentResponse,
+            "content": {"image/png": _BINARY},
+            "description": "Instances; or, for Accept: image/png, the picture with its masks",
+        },
+        **{
+            status: {"model": ErrorResponse, "description": text}
+            for status, text in {
+                400: "Nothing to segment, or the request is broken",
+                404: "No such model or version",
+                413: "Too many bytes, pixels or images",
+                415: "Not an image of an allowed format",
+                422: "A parameter or the image is not valid",
+                500: "The server failed",
+                503: "Too much work, or going down; see Retry-After",
+            }.items()
+        },
+    },
+)
+async def segment(
+    request: Request, query: Annotated[SegmentQuery, Query()], segmenter: SegmenterDep
+) -> Response:
+    """Segments one image (the body) or several (multipart parts named `images`).
+
+    Of several images a bad one has an `error` in its result; a single bad one is the answer.
+    """
+    with segmenter.track_request():
+        model = segmenter.find_model(query.model, query.version)
+        segmenter.admission.check_open()
+        overlay = wants_png(request.headers.get("accept", ""))
+        images = await read_images(request, segmenter.admission.max_images)
+        if overlay and len(images) > 1:
+            raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
+        options = Options(
+            score_threshold=query.score_threshold,
+            max_instances=query.max_instances,
+            masks=query.masks,
+            overlay=overlay,
+        )
+        try:
+            outcomes = await until_client_leaves(request, segmenter.segment(model, images, options))
+        except ClientLeft:
+            return Response(status_code=499)
+    return build_response(model, outcomes, overlay=overlay)
+
+
+def build_response(model: ServedModel, outcomes: Sequence[Outcome], *, overlay: bool) -> Response:
+    """The answer of a request's outcomes; raises the error of a single failed image."""
+    if len(outcomes) == 1 and outcomes[0].error is not None:
+        raise outcomes[0].error
+    headers = {"vary": "accept"}
+    if overlay:
+        return Response(outcomes[0].payload, media_type="image/png", headers=headers)
+    timings = [outcome.timing for outcome in outcomes if outcome.timing is not None]
+    last = max(timings, key=lambda timing: timing.total, default=_NO_TIME)
+    body = {
+        "model": model.name,
+        "version": model.loaded.version,
+        "results": [orjson.Fragment(outcome.payload) for outcome in outcomes],
+        "timing_ms": {stage: round(1e3 * seconds, 3) for stage, seconds in vars(last).items()},
+    }
+    return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+
+
+def wants_png(accept: str) -> bool:
+    """Whether an Accept header names image/png (or image/*) before application/json."""
+    weights = {"image/png": 0.0, "application/json": 0.0}
+    for item in accept.lower().split(","):
+        media_type, _, parameters = item.partition(";")
+        media_type = {"image/*": "image/png"}.get(media_type.strip(), media_type.strip())
+        if media_type in weights:
+            weights[media_type] = max(weights[media_type], _quality(parameters))
+    return weights["image/png"] > weights["application/json"]
+
+
+def _quality(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+async def read_images(request: Request, max_images: int) -> list[ImageFile]:
+    """A request's images, in memory.
+
+    Args:
+        request: Multipart with parts named `images`, or anything else: then the body is an image.
+        max_images: Most parts.
+
+    Raises:
+        EmptyBody: There are no bytes.
+        InvalidMultipart: Broken, or no file part is named `images`.
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+        data = await request.body()
+        if not data:
+            raise EmptyBody("the body is empty; send an image's bytes or multipart parts")
+        return [ImageFile(None, data)]
+    parser = _InMemoryParser(
+        request.headers, _not_empty(request.stream()), max_files=max_images, max_fields=16
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        reason = getattr(error, "message", "no boundary is named in Content-Type")
+        raise InvalidMultipart(f"the multipart body cannot be read: {reason}") from error
+    images = [
+        ImageFile(part.filename or None, await part.read())
+        for part in form.getlist(PART_NAME)
+        if isinstance(part, UploadFile)
+    ]
+    if not images:
+        found = sorted({name for name, _ in form.multi_items()})
+        raise InvalidMultipart(
+            f"no file part is named {PART_NAME!r} (with a file name); the parts are {found}"
+        )
+    await form.close()
+    return images
+
+
+class _InMemoryParser(MultiPartParser):
+    """Keeps parts in memory: the body's limit bounds them, and disks are slow."""
+
+    spool_max_size = 1 << 62
+
+
+async def _not_empty(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Passes a stream on and raises `EmptyBody` if it has no bytes."""
+    empty = True
+    async for chunk in stream:
+        empty = empty and not chunk
+        yield chunk
+    if empty:
+        raise EmptyBody("the body is empty; send parts named 'images'")
+
+
+async def until_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`; cancels it as soon as the client is gone.
+
+    Args:
+        request: Its body must have been read.
+        work: What the client waits for.
+
+    Raises:
+        ClientLeft: The client is gone.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,149 @@
+"""Request and response models: what is checked on the way in and documented on the way out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Masks = Literal["rle", "polygon", "none"]
+
+
+class SegmentQuery(BaseModel):
+    """Query of POST /segment; an unknown parameter is refused, so that a typing error shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str | None, Field(description="default: the server's default model")] = None
+    version: Annotated[int | None, Field(ge=1, description="default: the latest")] = None
+    score_threshold: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="least score; default: from the model's configuration"),
+    ] = None
+    max_instances: Annotated[
+        int | None,
+        Field(ge=1, le=100_000, description="default: from the model's configuration"),
+    ] = None
+    masks: Annotated[
+        Masks,
+        Field(description="COCO run-length encoding, COCO polygons, or boxes and scores alone"),
+    ] = "rle"
+
+
+class ErrorDetail(BaseModel):
+    """Why something was not done."""
+
+    code: Annotated[str, Field(examples=["unsupported_format"])]
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is not 2xx."""
+
+    error: ErrorDetail
+
+
+class Rle(BaseModel):
+    """COCO compressed run-length encoding."""
+
+    size: Annotated[list[int], Field(description="height, width", examples=[[256, 256]])]
+    counts: str
+
+
+class InstanceModel(BaseModel):
+    """One object; together with an `image_id` it is a COCO result."""
+
+    category_id: int
+    category: str
+    score: float
+    bbox: Annotated[list[float], Field(description="x, y, width, height, px")]
+    area: Annotated[int, Field(description="mask pixels")]
+    segmentation: Annotated[
+        Rle | list[list[float]] | None,
+        Field(description="RLE, or polygons [x1, y1, x2, y2, ...]; absent with masks=none"),
+    ] = None
+
+
+class ImageResult(BaseModel):
+    """One image: width, height and instances, or an error."""
+
+    file_name: str | None
+    width: int | None = None
+    height: int | None = None
+    instances: list[InstanceModel] | None = None
+    error: ErrorDetail | None = None
+
+
+class TimingMs(BaseModel):
+    """Milliseconds of the image that was finished last; the stages add up to `total`."""
+
+    decode: Annotated[float, Field(description="decoding, resizing, padding")]
+    queue: Annotated[float, Field(description="waiting for a thread, for company, for the engine")]
+    infer: float
+    postprocess: float
+    encode: float
+    total: Annotated[float, Field(description="since the request's body was there")]
+
+
+class SegmentResponse(BaseModel):
+    """Answer of POST /segment: one result for each image, in their order."""
+
+    model: str
+    version: int
+    results: list[ImageResult]
+    timing_ms: TimingMs
+
+
+class HealthResponse(BaseModel):
+    """Answer of GET /healthz."""
+
+    status: Literal["ok", "draining"]
+
+
+class LiveResponse(BaseModel):
+    """Answer of GET /v2/health/live."""
+
+    live: bool
+
+
+class ReadyResponse(BaseModel):
+    """Answer of GET /v2/health/ready."""
+
+    ready: bool
+    models: Annotated[list[str], Field(description="name:version on device")]
+    refused: Annotated[list[str], Field(description="models of the repository that are refused")]
+
+
+class ModelSummary(BaseModel):
+    """A model of the repository."""
+
+    name: str
+    state: Literal["READY", "UNAVAILABLE"]
+    version: int | None = None
+    reason: Annotated[str | None, Field(description="why it is refused")] = None
+
+
+class ModelList(BaseModel):
+    """Answer of GET /v2/models."""
+
+    models: list[ModelSummary]
+
+
+class ModelDetail(BaseModel):
+    """Answer of GET /v2/models/{name}."""
+
+    name: str
+    version: int
+    versions: list[int]
+    state: Literal["READY"]
+    task: str
+    description: str
+    backend: str
+    device: str
+    max_batch: int
+    input: dict[str, Any]
+    classes: list[dict[str, Any]]
+    candidates: int
+    mask_stride: int
+    postprocess: dict[str, Any]
+    provenance: dict[str, Any]

@@ -1,0 +1,177 @@
+"""The steps of one image around the engine, each a plain function for a thread of a pool."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import orjson
+from PIL import Image
+
+from service.errors import describe_error
+from service.pipeline.decode import decode_image, read_image_hw
+from service.pipeline.draw import draw_instances
+from service.pipeline.encode import instance_to_coco
+from service.pipeline.errors import DecodeError
+from service.pipeline.model_config import ModelConfig
+from service.pipeline.postprocess import postprocess
+from service.pipeline.preprocess import prepare
+from service.pipeline.types import Candidates, Instance, Prepared, UInt8
+from service.schemas import Masks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a request asks for.
+
+    Attributes:
+        score_threshold: Least score; None takes the model's.
+        max_instances: Most instances; None takes the model's.
+        masks: How masks are written.
+        overlay: The answer is a picture with the masks drawn on it.
+    """
+
+    score_threshold: float | None = None
+    max_instances: int | None = None
+    masks: Masks = "rle"
+    overlay: bool = False
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """A step's result and when it ran, on the monotonic clock."""
+
+    result: T
+    started_s: float
+    ended_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it ran."""
+        return self.ended_s - self.started_s
+
+
+def timed(step: Callable[[], T]) -> Timed[T]:
+    """Runs a step and takes its time."""
+    started_s = time.monotonic()
+    result = step()
+    return Timed(result, started_s, time.monotonic())
+
+
+def count_pixels(images: Sequence[bytes], max_pixels: int) -> list[int | DecodeError]:
+    """Reads headers alone: each image's pixels, or why it is refused."""
+    counts: list[int | DecodeError] = []
+    for data in images:
+        try:
+            height, width = read_image_hw(data, max_pixels=max_pixels)
+            counts.append(height * width)
+        except DecodeError as error:
+            counts.append(error)
+    return counts
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image ready for the engine.
+
+    Attributes:
+        prepared: Its canvases.
+        picture: [H, W, 3] uint8 RGB if it will be drawn on, else None.
+    """
+
+    prepared: Prepared
+    picture: UInt8 | None
+
+
+def decode(data: bytes, config: ModelConfig, max_pixels: int, options: Options) -> DecodedImage:
+    """Stage `decode`: bytes to canvases.
+
+    Raises:
+        DecodeError: The image is refused.
+    """
+    picture = decode_image(data, max_pixels=max_pixels)
+    return DecodedImage(prepare(picture, config.input), picture if options.overlay else None)
+
+
+def find_instances(
+    prepared: Prepared, candidates: Sequence[Candidates], config: ModelConfig, options: Options
+) -> list[Instance]:
+    """Candidates to instances on the original image."""
+    return postprocess(
+        prepared,
+        candidates,
+        config.postprocess,
+        score_threshold=options.score_threshold,
+        max_instances=options.max_instances,
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An image's answer.
+
+    Attributes:
+        payload: Its entry of `results` as JSON, or a PNG.
+        instances: How many were found.
+        postprocess_s: Seconds of stage `postprocess`.
+        encode_s: Seconds of stage `encode`.
+    """
+
+    payload: bytes
+    instances: int
+    postprocess_s: float
+    encode_s: float
+
+
+def finish(
+    file_name: str | None,
+    image: DecodedImage,
+    candidates: Sequence[Candidates],
+    config: ModelConfig,
+    options: Options,
+) -> Finished:
+    """Stages `postprocess` and `encode`: an engine's candidates to the bytes of the answer."""
+    found = timed(partial(find_instances, image.prepared, candidates, config, options))
+    if image.picture is None:
+        step = partial(
+            encode_entry, file_name, image.prepared.image_hw, found.result, config, options.masks
+        )
+    else:
+        step = partial(encode_overlay, image.picture, found.result)
+    encoded = timed(step)
+    return Finished(encoded.result, len(found.result), found.seconds, encoded.seconds)
+
+
+def encode_entry(
+    file_name: str | None,
+    image_hw: tuple[int, int],
+    instances: Sequence[Instance],
+    config: ModelConfig,
+    masks: Masks,
+) -> bytes:
+    """An entry of `results` as JSON."""
+    entry = {
+        "file_name": file_name,
+        "width": image_hw[1],
+        "height": image_hw[0],
+        "instances": [instance_to_coco(i, config, masks=masks) for i in instances],
+    }
+    return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_error(file_name: str | None, error: Exception) -> bytes:
+    """An entry of `results` for an image that failed, as JSON."""
+    return orjson.dumps({"file_name": file_name, "error": describe_error(error)[1]})
+
+
+def encode_overlay(picture: UInt8, instances: Sequence[Instance]) -> bytes:
+    """The picture with its masks drawn on it, as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw_instances(picture, instances)).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
