@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad bodies are answered
         for warning in find_unknown_variables(os.environ):
             logger.warning(warning)
         serve(settings)

@@ -32,6 +32,10 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
+_FIXED_PATHS = (
+    *("/segment", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
+    *("/metrics", "/docs", "/redoc", "/openapi.json"),
+)
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -66,7 +70,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     _add_error_handlers(app, settings, metrics)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, metrics=metrics)
-    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS)
     return app
 
 

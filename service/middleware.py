@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 import orjson
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,11 +33,13 @@ class RequestContextMiddleware:
     Args:
         app: What it wraps.
         metrics: Where requests are counted.
+        routes: Paths that may become labels; all others but route templates are "unmatched".
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
         self.app = app
         self.metrics = metrics
+        self.routes = frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection."""
@@ -67,7 +70,8 @@ class RequestContextMiddleware:
             self._count(scope, request_id, status, time.monotonic() - began_s)
 
     def _count(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        fallback = scope["path"] if scope["path"] in self.routes else "unmatched"
+        route = getattr(scope.get("route"), "path", fallback)
         method = scope["method"] if route != "unmatched" else "any"
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.request_seconds.labels(route, method).observe(seconds)
