@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.__main__ import build_parser, find_unknown_variables, read_settings
+from service.errors import StartupError
+from service.settings import Settings
+
+
+def test_defaults_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read_settings([])
+    assert settings.port == 8000
+    assert settings.model_repo == Path("model_repo")
+    assert settings.threads >= 1
+    assert settings.pool_threads >= 1
+
+
+def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLO_PORT", "9000")
+    monkeypatch.setenv("SOLO_MAX_BATCH", "4")
+    monkeypatch.setenv("SOLO_DEVICE", "CPU")
+    monkeypatch.setenv("SOLO_DEFAULT_MODEL", "")
+    settings = read_settings(["--port", "9001"])
+    assert (settings.port, settings.max_batch, settings.device) == (9001, 4, "cpu")
+    assert settings.default_model is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SOLO_PORT", "70000"),
+        ("SOLO_PORT", "http"),
+        ("SOLO_DEVICE", "tpu"),
+        ("SOLO_THREADS", "0"),
+        ("SOLO_MAX_BATCH", "-1"),
+        ("SOLO_MAX_DELAY_MS", "nan"),
+        ("SOLO_MAX_BODY_BYTES", "64MB"),
+        ("SOLO_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_variable_is_named_with_its_value(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StartupError, match=f"{variable}: .*{value}"):
+        read_settings([])
+
+
+def test_a_wrong_flag_is_named_as_a_flag() -> None:
+    with pytest.raises(StartupError, match=r"--max-batch: .*not 'many'"):
+        read_settings(["--max-batch", "many"])
+
+
+def test_an_unknown_flag_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_settings(["--max-bach", "3"])
+    assert caught.value.code == 2
+    assert "--max-bach" in capsys.readouterr().err
+
+
+def test_a_queue_that_cannot_hold_the_largest_image_is_refused() -> None:
+    with pytest.raises(StartupError, match="max_queue_pixels 100 is below max_image_pixels"):
+        read_settings(["--max-queue-pixels", "100"])
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(ValidationError, match="max_bach"):
+        Settings(max_bach=3)  # type: ignore[call-arg]
+
+
+def test_a_misspelt_variable_is_noticed() -> None:
+    found = find_unknown_variables({"SOLO_MAX_BACH": "3", "SOLO_PORT": "1", "PATH": "x"})
+    assert found == ["SOLO_MAX_BACH is no setting and is ignored; did you mean SOLO_MAX_BATCH?"]
+
+
+def test_every_setting_has_a_flag_with_a_help_text() -> None:
+    text = build_parser().format_help()
+    for name, setting in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert setting.description, name
