@@ -1,0 +1,141 @@
+"""Rules for the Dockerfiles, read from their instructions."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.gpu")
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """Each (INSTRUCTION, arguments) of a Dockerfile, continued lines joined."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        word, _, rest = line.strip().partition(" ")
+        found.append((word.upper(), " ".join(rest.split())))
+    return found
+
+
+def last_stage(name: str) -> list[tuple[str, str]]:
+    found = instructions(name)
+    start = max(i for i, (word, _) in enumerate(found) if word == "FROM")
+    return found[start:]
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+class TestDockerfile:
+    def test_the_base_is_an_argument_with_a_pinned_tag(self, name: str) -> None:
+        word, base = instructions(name)[0]
+        assert word == "ARG"
+        assert re.fullmatch(r"BASE_IMAGE=[\w./-]+:\d+\.\d+\.\d+-[\w.-]+", base), base
+        stages = [rest.split()[0] for word, rest in instructions(name) if word == "FROM"]
+        assert stages == ["${BASE_IMAGE}"] * 2
+
+    def test_the_user_is_not_root_and_has_a_fixed_number(self, name: str) -> None:
+        users = [rest for word, rest in last_stage(name) if word == "USER"]
+        assert users == ["10001:10001"]
+        after = [word for word, _ in last_stage(name)]
+        assert "RUN" not in after[after.index("USER") :]
+        assert "COPY" not in after[after.index("USER") :]
+
+    def test_nothing_installs_torch(self, name: str) -> None:
+        installs = [rest for word, rest in instructions(name) if word == "RUN" and "pip" in rest]
+        assert installs
+        for install in installs:
+            assert "torch" not in install
+            assert "training" not in install
+            assert "export" not in install
+
+    def test_every_install_is_constrained(self, name: str) -> None:
+        for word, rest in instructions(name):
+            for command in rest.split("&&") if word == "RUN" else []:
+                if re.search(r"pip .*\binstall\b", command) and "apt-get" not in command:
+                    assert "--constraint constraints.txt" in command, command
+
+    def test_package_lists_do_not_stay_in_a_layer(self, name: str) -> None:
+        for word, rest in instructions(name):
+            if word == "RUN" and "apt-get update" in rest:
+                assert "--no-install-recommends" in rest
+                assert "rm -rf /var/lib/apt/lists/*" in rest
+
+    def test_what_changes_often_is_copied_late(self, name: str) -> None:
+        copies = [rest for word, rest in last_stage(name) if word == "COPY"]
+        assert copies[0].startswith("--from=dependencies")
+        assert [copy.split()[0] for copy in copies[-2:]] == ["service", "model_repo"]
+        assert "." not in [copy.split()[0] for copy in copies]
+
+    def test_everything_copied_exists_and_is_let_through(self, name: str) -> None:
+        allowed = {
+            line[1:]
+            for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+            if line.startswith("!")
+        }
+        for word, rest in instructions(name):
+            if word == "COPY" and not rest.startswith("--from"):
+                for source in rest.split()[:-1]:
+                    assert (ROOT / source).exists(), source
+                    assert source in allowed, source
+
+    def test_health_is_asked_of_ready(self, name: str) -> None:
+        (check,) = [rest for word, rest in last_stage(name) if word == "HEALTHCHECK"]
+        assert check.endswith('CMD ["python", "/app/healthcheck.py"]')
+        assert "/v2/health/ready" in (ROOT / "docker/healthcheck.py").read_text(encoding="utf-8")
+
+    def test_it_starts_in_exec_form_so_that_signals_arrive(self, name: str) -> None:
+        (entry,) = [rest for word, rest in last_stage(name) if word == "ENTRYPOINT"]
+        assert entry == '["python", "-m", "service"]'
+
+
+def test_variables_of_the_image_are_settings() -> None:
+    from service.settings import Settings
+
+    for name in DOCKERFILES:
+        variables = re.findall(r"SOLO_(\w+)=", " ".join(rest for _, rest in instructions(name)))
+        assert {v.lower() for v in variables} == {"host", "port", "model_repo"}
+        assert {v.lower() for v in variables} <= set(Settings.model_fields)
+
+
+def test_the_gpu_image_says_that_nobody_ran_it() -> None:
+    assert "NOT RUN ON HARDWARE" in (ROOT / "docker/Dockerfile.gpu").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, 0), (503, 1)])
+def test_the_health_check_passes_on_what_ready_says(
+    status: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/v2/health/ready" else 404)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("SOLO_PORT", str(server.server_address[1]))
+        assert _run_health_check() == expected
+
+
+def test_the_health_check_fails_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLO_PORT", "1")
+    assert _run_health_check() == 1
+
+
+def _run_health_check() -> int:
+    spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker/healthcheck.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result: int = module.main()
+    return result
