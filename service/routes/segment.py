@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.errors import EmptyBody, InvalidMultipart, InvalidRequest
+from service.errors import EmptyBody, InvalidMultipart, InvalidRequest, TooManyImages
 from service.routes.state import SegmenterDep
 from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse
 from service.segmenter import ImageFile, Outcome, ServedModel, Timing
@@ -146,6 +146,7 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
     Raises:
         EmptyBody: There are no bytes.
         InvalidMultipart: Broken, or no file part is named `images`.
+        TooManyImages: More parts than the server can ever have in work.
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
@@ -160,6 +161,8 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
         reason = getattr(error, "message", "no boundary is named in Content-Type")
+        if reason.startswith("Too many files"):
+            raise TooManyImages(f"one request may have {max_images} images") from error
         raise InvalidMultipart(f"the multipart body cannot be read: {reason}") from error
     images = [
         ImageFile(part.filename or None, await part.read())
