@@ -55,6 +55,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width from the header, before EXIF orientation; nothing is decoded.
+
+    Raises:
+        DecodeError: As `decode_image`, but for damage behind the header.
+    """
+    width, height = _open(data, max_pixels).size
+    return height, width
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """Decodes a JPEG, PNG, WebP or BMP; of an animation the first frame.
 

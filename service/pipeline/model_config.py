@@ -51,8 +51,10 @@ class ContrastSpec(Spec):
 
 
 class KeepRatioResize(Spec):
-    """The published rule: the short side to `short_side` unless the long side then exceeds
-    `long_side`; the canvas is padded to a multiple."""
+    """The published rule; the canvas is the resized image padded to a multiple.
+
+    The short side becomes `short_side` unless the long side then exceeds `long_side`.
+    """
 
     rule: Literal["keep_ratio"] = "keep_ratio"
     short_side: PositiveInt

@@ -28,7 +28,9 @@ def pairwise_iou(masks: Bool) -> Float32:
     inter = flat @ flat.T
     area = flat.sum(axis=1)
     union = area[:, None] + area[None, :] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    iou = np.zeros_like(inter)
+    np.divide(inter, union, out=iou, where=union > 0)
+    return iou
 
 
 def matrix_nms(

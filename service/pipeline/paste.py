@@ -95,7 +95,7 @@ def paste_mask(probs: Float32, tile: Tile, stride: int, threshold: float = 0.5) 
     window = tile.window
     down = axis_matrix(probs.shape[0], stride, tile.valid_hw[0], window.height)
     across = axis_matrix(probs.shape[1], stride, tile.valid_hw[1], window.width)
-    used_rows, used_columns = above.any(axis=1), above.any(axis=0)
+    used_rows, used_columns = np.any(above, axis=1), np.any(above, axis=0)
     if not (down[:, used_rows] > 0).any() or not (across[:, used_columns] > 0).any():
         return None  # the mask lies in the padding alone
     out_rows, in_rows = _support(down, used_rows)

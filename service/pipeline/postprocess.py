@@ -55,7 +55,7 @@ def _mask_stride(tile: Tile, candidates: Candidates) -> int:
         raise ValueError(
             f"masks of {height}x{width} do not divide the canvas {tile.image.shape[:2]}"
         )
-    return stride
+    return int(stride)
 
 
 def _tile_instances(

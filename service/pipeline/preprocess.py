@@ -14,7 +14,7 @@ from service.pipeline.types import Prepared, Tile, UInt8, Window
 
 
 def stretch_contrast(image: UInt8, spec: ContrastSpec) -> UInt8:
-    """Maps two percentiles of the grey values to 0 and 255; channels keep their proportions.
+    """Maps two percentiles of the grey values to 0 and 255, all channels alike.
 
     Args:
         image: [H, W, 3] uint8 RGB.
@@ -43,7 +43,7 @@ def _canvas(part: UInt8, size: tuple[int, int], canvas_hw: tuple[int, int]) -> U
     canvas = np.zeros((*canvas_hw, 3), np.uint8)
     resized = part
     if part.shape[:2] != size:
-        resized = cv2.resize(part, size[::-1], interpolation=cv2.INTER_LINEAR)
+        resized = cv2.resize(part, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)
     canvas[: size[0], : size[1]] = resized
     return canvas
 

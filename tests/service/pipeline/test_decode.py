@@ -1,0 +1,151 @@
+"""What is decoded, how, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.pipeline.decode import decode_image, read_image_hw
+from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _gradient(mode: str = "RGB") -> Image.Image:
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[..., 0] = np.arange(30) * 8
+    pixels[..., 1] = np.arange(20)[:, None] * 12
+    return Image.fromarray(pixels).convert(mode)
+
+
+def _png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    data = b"IDAT" + zlib.compress(b"\0" * 100)
+    chunk += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_lossless_formats_give_the_pixels(kind: str) -> None:
+    got = decode_image(_encode(_gradient(), kind))
+    np.testing.assert_array_equal(got, np.asarray(_gradient()))
+    assert got.flags.c_contiguous and got.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_give_about_the_pixels(kind: str) -> None:
+    got = decode_image(_encode(_gradient(), kind, quality=95))
+    assert np.abs(got.astype(int) - np.asarray(_gradient())).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "I;16", "CMYK"])
+def test_modes_become_rgb(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray((np.arange(600).reshape(20, 30) * 100).astype(np.uint16))
+    elif mode == "LA":
+        image = _gradient("L").convert("LA")
+    else:
+        image = _gradient(mode)
+    got = decode_image(_encode(image, "JPEG" if mode == "CMYK" else "PNG"))
+    assert got.shape == (20, 30, 3) and got.dtype == np.uint8
+    assert np.ptp(got) > 100
+
+
+def test_sixteen_bit_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 32896, 65535]], np.uint16)
+    got = decode_image(_encode(Image.fromarray(values), "PNG"))
+    assert got[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_transparency_is_drawn_on_black() -> None:
+    image = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    assert not decode_image(_encode(image, "PNG")).any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientations_show_one_picture(orientation: int) -> None:
+    upright = np.asarray(_gradient())
+    turn = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(turn(upright)))
+    got = decode_image(_encode(stored, "PNG", exif=exif))
+    np.testing.assert_array_equal(got, upright)
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    data = _encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert decode_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_one_pixel() -> None:
+    assert decode_image(_encode(Image.new("RGB", (1, 1), "white"), "PNG")).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
+def test_other_formats_are_refused_by_content(kind: str) -> None:
+    with pytest.raises(UnsupportedFormat, match="JPEG, PNG, WEBP, BMP"):
+        decode_image(_encode(_gradient(), kind))
+
+
+def test_text_is_refused() -> None:
+    with pytest.raises(UnsupportedFormat, match="68 65 6c 6c 6f"):
+        decode_image(b"hello, world")
+
+
+def test_empty_is_refused() -> None:
+    with pytest.raises(EmptyImage, match="0 bytes"):
+        decode_image(b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_files_are_refused(kind: str, share: float) -> None:
+    rng = np.random.default_rng(0)
+    data = _encode(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), kind)
+    with pytest.raises(CorruptImage):
+        decode_image(data[: int(len(data) * share)])
+
+
+def test_huge_header_is_refused_before_decoding() -> None:
+    with pytest.raises(ImageTooLarge, match="60000"):
+        decode_image(_png_header(60_000, 60_000))
+
+
+def test_pixel_bound_is_the_callers() -> None:
+    data = _encode(_gradient(), "PNG")
+    assert read_image_hw(data, max_pixels=600) == (20, 30)
+    with pytest.raises(ImageTooLarge, match="30x20 px, more than the 599 px"):
+        decode_image(data, max_pixels=599)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_flipped_bytes_never_escape_as_another_error(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kind = ["JPEG", "PNG", "WEBP", "BMP"][seed % 4]
+    data = bytearray(_encode(_gradient(), kind))
+    for position in rng.integers(0, len(data), 5):
+        data[position] = rng.integers(0, 256)
+    with contextlib.suppress(CorruptImage, UnsupportedFormat, ImageTooLarge):
+        assert decode_image(bytes(data), max_pixels=100_000).shape[2] == 3
