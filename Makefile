@@ -75,5 +75,5 @@ bench: install-test ## measure the running code: python -m benchmarks
 	$(TEST_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove environments, caches and build products (never models or runs)
-	rm -rf $(VENV) $(TEST_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TEST_VENV) .venv-service-test build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +
