@@ -13,6 +13,36 @@ from numpy.typing import NDArray
 from service.pipeline.types import Float32, Int64
 
 Bool = NDArray[np.bool_]
+BLOCK = 64
+"""Side of the blocks in which masks are compared, px at the mask stride."""
+
+
+def pairwise_intersections(masks: Bool) -> Float32:
+    """Shared pixels of every pair.
+
+    The plane is cut into blocks, and in each block only the masks that reach it are multiplied:
+    many small objects cost little, and no float copy of all masks exists.
+
+    Args:
+        masks: [N, h, w] bool.
+
+    Returns:
+        [N, N] float32, whole numbers.
+    """
+    count, height, width = masks.shape
+    shared = np.zeros((count, count), np.float32)
+    for y in range(0, height, BLOCK):
+        strip = masks[:, y : y + BLOCK]
+        in_strip = np.flatnonzero(strip.any(axis=(1, 2)))
+        for x in range(0, width, BLOCK):
+            block = strip[in_strip, :, x : x + BLOCK]
+            present = block.any(axis=(1, 2))
+            members = in_strip[present]
+            if members.size == 0:
+                continue
+            flat = block[present].reshape(len(members), -1).astype(np.float32)
+            shared[np.ix_(members, members)] += flat @ flat.T
+    return shared
 
 
 def pairwise_iou(masks: Bool) -> Float32:
@@ -24,12 +54,11 @@ def pairwise_iou(masks: Bool) -> Float32:
     Returns:
         [N, N] float32; 0 for a pair of empty masks.
     """
-    flat = masks.reshape(len(masks), -1).astype(np.float32)
-    inter = flat @ flat.T
-    area = flat.sum(axis=1)
-    union = area[:, None] + area[None, :] - inter
-    iou = np.zeros_like(inter)
-    np.divide(inter, union, out=iou, where=union > 0)
+    shared = pairwise_intersections(masks)
+    area = shared.diagonal()
+    union = area[:, None] + area[None, :] - shared
+    iou = np.zeros_like(shared)
+    np.divide(shared, union, out=iou, where=union > 0)
     return iou
 
 

@@ -10,6 +10,7 @@ Symbols: H W window in the original, h w mask at the mask stride.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,8 @@ from pycocotools import mask as coco_mask
 from service.pipeline.types import Float32, Instance, Tile
 
 Bool = NDArray[np.bool_]
+BLOCK = 64
+"""Outputs along an axis that are computed at once."""
 
 
 def linear_weights(in_size: int, out_size: int) -> tuple[NDArray[np.int64], Float32]:
@@ -36,7 +39,6 @@ def linear_weights(in_size: int, out_size: int) -> tuple[NDArray[np.int64], Floa
     return low, (centre - low).astype(np.float32)
 
 
-@lru_cache(maxsize=256)
 def axis_matrix(mask_size: int, stride: int, valid: int, original: int) -> Float32:
     """Matrix [original, mask_size] of upsampling by `stride`, cropping and resizing.
 
@@ -55,9 +57,46 @@ def axis_matrix(mask_size: int, stride: int, valid: int, original: int) -> Float
         return canvas
     low, weight = linear_weights(valid, original)
     upper = np.minimum(low + 1, valid - 1)
-    matrix = canvas[low] * (1 - weight)[:, None] + canvas[upper] * weight[:, None]
-    matrix.setflags(write=False)
-    return matrix
+    return canvas[low] * (1 - weight)[:, None] + canvas[upper] * weight[:, None]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The resize along one axis: a matrix with at most three weights a row, close together.
+
+    Attributes:
+        matrix: [outputs, inputs].
+        first, last: Range of inputs that each output depends on, both ascending.
+    """
+
+    matrix: Float32
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    def outputs_of(self, inputs: slice) -> slice:
+        """Outputs that depend on any input of a range; may be empty."""
+        start = int(np.searchsorted(self.last, inputs.start, side="left"))
+        return slice(start, int(np.searchsorted(self.first, inputs.stop - 1, side="right")))
+
+    def apply(self, values: Float32, outputs: slice) -> Iterator[tuple[slice, Float32]]:
+        """Product with [inputs, n], as blocks (where in `outputs`, [rows, n])."""
+        for start in range(outputs.start, outputs.stop, BLOCK):
+            stop = min(start + BLOCK, outputs.stop)
+            inputs = slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
+            place = slice(start - outputs.start, stop - outputs.start)
+            yield place, self.matrix[start:stop, inputs] @ values[inputs]
+
+
+@lru_cache(maxsize=16)
+def build_axis(mask_size: int, stride: int, valid: int, original: int) -> Axis:
+    """The axis of `axis_matrix`; the last few are kept, some MB each for large images."""
+    matrix = axis_matrix(mask_size, stride, valid, original)
+    used = matrix > 0
+    first = used.argmax(axis=1)
+    last = mask_size - 1 - used[:, ::-1].argmax(axis=1)
+    for array in (matrix, first, last):
+        array.setflags(write=False)
+    return Axis(matrix, first, last)
 
 
 @dataclass(frozen=True)
@@ -69,12 +108,10 @@ class BoxMask:
     pixels: Bool
 
 
-def _support(matrix: Float32, inside: Bool) -> tuple[slice, slice]:
-    """Output range that can exceed the threshold, and the inputs that it depends on."""
-    touched = np.flatnonzero((matrix[:, inside] > 0).any(axis=1))
-    rows = slice(int(touched[0]), int(touched[-1]) + 1)
-    inputs = np.flatnonzero((matrix[rows] > 0).any(axis=0))
-    return rows, slice(int(inputs[0]), int(inputs[-1]) + 1)
+def _extent(used: Bool) -> slice:
+    """From the first to the last set element."""
+    indices = np.flatnonzero(used)
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def paste_mask(probs: Float32, tile: Tile, stride: int, threshold: float = 0.5) -> BoxMask | None:
@@ -93,22 +130,26 @@ def paste_mask(probs: Float32, tile: Tile, stride: int, threshold: float = 0.5) 
     if not above.any():
         return None
     window = tile.window
-    down = axis_matrix(probs.shape[0], stride, tile.valid_hw[0], window.height)
-    across = axis_matrix(probs.shape[1], stride, tile.valid_hw[1], window.width)
-    used_rows, used_columns = np.any(above, axis=1), np.any(above, axis=0)
-    if not (down[:, used_rows] > 0).any() or not (across[:, used_columns] > 0).any():
+    down = build_axis(probs.shape[0], stride, tile.valid_hw[0], window.height)
+    across = build_axis(probs.shape[1], stride, tile.valid_hw[1], window.width)
+    rows = down.outputs_of(_extent(np.any(above, axis=1)))
+    columns = across.outputs_of(_extent(np.any(above, axis=0)))
+    if rows.start >= rows.stop or columns.start >= columns.stop:
         return None  # the mask lies in the padding alone
-    out_rows, in_rows = _support(down, used_rows)
-    out_columns, in_columns = _support(across, used_columns)
-    part = down[out_rows, in_rows] @ probs[in_rows, in_columns]
-    pixels = part @ across[out_columns, in_columns].T > threshold
-    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    if rows.size == 0:
+    part = np.empty((probs.shape[1], rows.stop - rows.start), np.float32)
+    for place, block in down.apply(probs, rows):
+        part[:, place] = block.T
+    pixels = np.empty((columns.stop - columns.start, rows.stop - rows.start), np.bool_)
+    for place, block in across.apply(part, columns):
+        np.greater(block, threshold, out=pixels[place])
+    if not pixels.any():
         return None
-    tight = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    y = window.y + out_rows.start + int(rows[0])
-    x = window.x + out_columns.start + int(columns[0])
-    return BoxMask(y, x, tight)
+    box_columns, box_rows = _extent(np.any(pixels, axis=1)), _extent(np.any(pixels, axis=0))
+    return BoxMask(
+        y=window.y + rows.start + box_rows.start,
+        x=window.x + columns.start + box_columns.start,
+        pixels=pixels[box_columns, box_rows].T,
+    )
 
 
 def encode_box_mask(mask: BoxMask, image_hw: tuple[int, int]) -> dict[str, Any]:
@@ -118,24 +159,19 @@ def encode_box_mask(mask: BoxMask, image_hw: tuple[int, int]) -> dict[str, Any]:
     """
     height, width = image_hw
     box_h, box_w = mask.pixels.shape
-    column_major = np.zeros((box_w, box_h + 2), np.int8)
-    column_major[:, 1:-1] = mask.pixels.T
-    change = np.diff(column_major, axis=1)
-    column, start = np.nonzero(change == 1)
-    _, stop = np.nonzero(change == -1)
-    base = (mask.x + column) * height + mask.y
-    starts, stops = base + start, base + stop
-    # Runs that touch across a column border (a box as high as the image) are one run.
-    joined = starts[1:] == stops[:-1]
-    starts = starts[np.r_[True, ~joined]]
-    stops = stops[np.r_[~joined, True]]
-    edges = np.empty(2 * len(starts) + 2, np.int64)
-    edges[0], edges[-1] = 0, height * width
-    edges[1:-1:2], edges[2:-1:2] = starts, stops
-    counts = np.diff(edges)
+    # Column-major with one empty pixel below each column and one before all: then a change of
+    # value is in turn a start and a stop.
+    padded = np.zeros(box_w * (box_h + 1) + 1, np.bool_)
+    padded[1:].reshape(box_w, box_h + 1)[:, :box_h] = mask.pixels.T
+    column, row = np.divmod(np.flatnonzero(padded[1:] != padded[:-1]), box_h + 1)
+    edges = (mask.x + column) * height + mask.y + row
+    if box_h == height:  # runs that touch across a column border are one run
+        joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
+        edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
     if counts[-1] == 0:
         counts = counts[:-1]
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": rle["counts"]}
 
 

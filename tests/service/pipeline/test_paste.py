@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from service.pipeline.paste import (
     BoxMask,
     axis_matrix,
+    build_axis,
     build_instance,
     encode_box_mask,
     linear_weights,
@@ -125,7 +126,7 @@ def test_a_hundred_masks_of_a_large_photograph_stay_small() -> None:
     rng = np.random.default_rng(0)
     probs = np.zeros((200, 272), np.float32)
     probs[5:195, 5:260] = 1
-    axis_matrix.cache_clear()
+    build_axis.cache_clear()
     tracemalloc.start()
     instances = []
     for _ in range(100):

@@ -47,7 +47,7 @@ def test_a_duplicate_goes_and_another_class_stays(spec: PostprocessSpec) -> None
     kept = [(i.label, round(i.score, 3)) for i in found if i.score > 0.2]
     assert kept == [(0, 0.9), (1, 0.7), (0, 0.6)]
     assert found[0].bbox_xywh == (8, 8, 24, 24)
-    assert found[0].area == 24 * 24
+    assert found[0].area == 24 * 24 - 4  # bilinear enlarging rounds the corners
 
 
 def test_empty_slots_and_empty_masks_are_dropped() -> None:
