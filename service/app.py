@@ -45,16 +45,20 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     Args:
         settings: Everything that can be set.
         repository: Loaded models; default: loaded from `settings.model_repo` at the start.
+
+    Raises:
+        StartupError: `settings.default_model` is not in the repository.
     """
     metrics = Metrics()
+    built = None if repository is None else Segmenter(settings, repository, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loaded = repository
-        if loaded is None:
+        segmenter = built
+        if segmenter is None:
             options = BackendOptions(device=settings.device, threads=settings.threads)
             loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
-        segmenter = Segmenter(settings, loaded, metrics)
+            segmenter = Segmenter(settings, loaded, metrics)
         app.state.segmenter = segmenter
         segmenter.start()
         try:

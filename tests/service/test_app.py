@@ -120,7 +120,7 @@ async def test_the_default_model_can_be_set(settings: Settings, open_client: Ope
         assert response.json()["model"] == "wide"
 
 
-def subclasses(root: type[Exception]) -> set[type[Exception]]:
+def subclasses(root: type[ServiceError]) -> set[type[ServiceError]]:
     return {root}.union(*(subclasses(child) for child in root.__subclasses__()))
 
 

@@ -181,7 +181,7 @@ async def test_a_bad_image_is_a_4xx_and_the_server_goes_on(
 ) -> None:
     data, status, code = BAD_BODIES[name]
     for request in ({"files": [part(data)]}, {"content": data}):
-        response = await client.post("/segment", **request)  # type: ignore[arg-type]
+        response = await client.post("/segment", **request)
         assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert (await client.post("/segment", files=[part(PICTURE)])).status_code == 200
 
@@ -380,5 +380,5 @@ async def post_and_leave(app: FastAPI, admission: Any) -> list[int]:
         "client": ("test", 1),
         "root_path": "",
     }
-    await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
+    await asyncio.wait_for(app(scope, receive, send), 10)
     return statuses
