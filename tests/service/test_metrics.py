@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import re
+
+from service.metrics import STAGES, Metrics
+
+NAMES = {
+    "solo_stage_duration_seconds",
+    "solo_request_duration_seconds",
+    "solo_batch_size",
+    "solo_requests_total",
+    "solo_images_total",
+    "solo_image_errors_total",
+    "solo_instances_total",
+    "solo_rejections_total",
+    "solo_engine_failures_total",
+    "solo_cancelled_images_total",
+    "solo_queue_images",
+    "solo_queue_pixels",
+    "solo_queue_limit_images",
+    "solo_queue_limit_pixels",
+    "solo_in_flight_requests",
+    "solo_ready",
+    "solo_model_info",
+    "solo_model_refused",
+}
+
+
+def test_the_names_are_those_that_dashboards_rely_on() -> None:
+    text = Metrics().render().decode()
+    assert set(re.findall(r"^# TYPE (solo_\w+) ", text, re.M)) == NAMES
+
+
+def test_a_models_series_exist_before_its_first_image() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 3, "onnxruntime", "cpu")
+    text = metrics.render().decode()
+    assert 'solo_images_total{model="nuclei"} 0.0' in text
+    for stage in STAGES:
+        assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
+    assert (
+        'solo_model_info{backend="onnxruntime",device="cpu",model="nuclei",version="3"} 1.0' in text
+    )
+
+
+def test_an_edge_stands_at_the_objective() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, "onnxruntime", "cpu")
+    assert 'le="0.4",model="nuclei",stage="total"' in metrics.render().decode()
+
+
+def test_two_servers_in_one_process_do_not_share_numbers() -> None:
+    one, other = Metrics(), Metrics()
+    one.images.labels("nuclei").inc()
+    assert 'solo_images_total{model="nuclei"}' not in other.render().decode()
+
+
+def test_the_queue_is_read_when_it_is_asked_for() -> None:
+    metrics = Metrics()
+    images = [3]
+    metrics.watch_queue(lambda: images[0], lambda: 100 * images[0])
+    assert "solo_queue_images 3.0" in metrics.render().decode()
+    images[0] = 4
+    assert "solo_queue_pixels 400.0" in metrics.render().decode()
