@@ -32,9 +32,9 @@ def solo_loss(
 
     Returns:
         `category`, `mask` (both weighted), `total`, and `num_positives` as a float tensor.
-        Without a positive cell the mask loss is 0 and the graph stays connected.
+        Without a positive cell the mask loss is 0; every parameter still gets a gradient.
     """
-    logits, labels, dice = [], [], []
+    logits, labels, dice, unused = [], [], [], []
     for level, output in enumerate(outputs):
         logits.append(output.category_logits.permute(0, 2, 3, 1).reshape(-1, model.num_classes))
         device = output.category_logits.device
@@ -51,6 +51,11 @@ def solo_loss(
                 probs = probs * factor.sigmoid()
             index = torch.from_numpy(target.mask_index).to(device)
             dice.append(dice_loss(probs, masks[index], eps=config.dice_eps))
+        if not any(len(image_targets[level].cells) for image_targets in targets):
+            # No mask: a sum over nothing gives the level's output convolution a gradient of
+            # zero. Without one, momentum and weight decay would skip it, as would other ranks.
+            none = torch.zeros(0, dtype=torch.int64, device=output.category_logits.device)
+            unused += [m.sum() for m in model.head.cell_logits(output, level, 0, none)]
     num_positives = sum(len(d) for d in dice)
     all_logits = torch.cat(logits)
     category = focal_loss(
@@ -60,10 +65,8 @@ def solo_loss(
         gamma=config.focal_gamma,
     )
     category = config.category_weight * category / (num_positives + 1)
-    if dice:
-        mask = config.mask_weight * torch.cat(dice).mean()
-    else:
-        mask = sum((m.sum() * 0 for o in outputs for m in o.mask_inputs), category.new_zeros(()))
+    mask = config.mask_weight * torch.cat(dice).mean() if dice else category.new_zeros(())
+    mask = sum(unused, mask)
     return {
         "category": category,
         "mask": mask,

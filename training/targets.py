@@ -88,7 +88,7 @@ def resize_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[n
         small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
         return small.astype(np.float32)
     small = cv2.resize(mask * np.uint8(255), (width, height), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) / 255
+    return np.asarray(small, np.float32) / np.float32(255)
 
 
 def _cell_range(
@@ -96,17 +96,18 @@ def _cell_range(
 ) -> tuple[int, int]:
     """First and last cell that the centre region covers along one axis."""
     cell = grid_cell(centre, size, grid)
-    first = max(0, grid_cell(centre - extent, size, grid))
-    last = min(grid - 1, grid_cell(centre + extent, size, grid))
+    middle, half = np.float32(centre), np.float32(extent)
+    first = max(0, grid_cell(float(middle - half), size, grid))
+    last = min(grid - 1, grid_cell(float(middle + half), size, grid))
     if clamp_to_neighbours:
         first, last = max(first, cell - 1), min(last, cell + 1)
     return first, last
 
 
-def _extent(mask: UInt8) -> tuple[float, float]:
+def _extent(mask: UInt8) -> tuple[int, int]:
     """Height and width of a mask's bounding box, px."""
     _, _, width, height = cv2.boundingRect(mask)
-    return float(height), float(width)
+    return height, width
 
 
 def assign_targets(
@@ -132,14 +133,15 @@ def assign_targets(
     published = config.recipe == "published"
     spans = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
     sizes = np.sqrt(spans[:, 0] * spans[:, 1])
-    half = 0.5 * config.centre_scale
+    scale = np.float32(config.centre_scale)  # float32 as published, so that ties fall alike
     regions: list[tuple[float, float, float, float] | None] = []
     for mask, (box_w, box_h) in zip(objects.masks, spans, strict=True):
         if not mask.any():
             regions.append(None)
             continue
-        height, width = (float(box_h), float(box_w)) if published else _extent(mask)
-        regions.append((*centre_of_mass(mask), half * height, half * width))
+        height, width = (box_h, box_w) if published else _extent(mask)
+        half_h, half_w = (np.float32(0.5) * np.float32(side) * scale for side in (height, width))
+        regions.append((*centre_of_mass(mask), float(half_h), float(half_w)))
     targets = []
     for grid, stride, (low, high) in zip(
         head.num_grids, head.mask_strides, head.scale_ranges, strict=True
@@ -153,15 +155,23 @@ def assign_targets(
             top, bottom = _cell_range(y, extent_y, canvas_hw[0], grid, published)
             left, right = _cell_range(x, extent_x, canvas_hw[1], grid, published)
             owner[top : bottom + 1, left : right + 1] = index
-        mask_hw = (canvas_hw[0] // stride, canvas_hw[1] // stride)
-        targets.append(_level_targets(owner, objects, mask_hw, stride, config, num_classes))
+        targets.append(_level_targets(owner, objects, canvas_hw, stride, config, num_classes))
     return targets
+
+
+def _pad(mask: UInt8, canvas_hw: tuple[int, int]) -> UInt8:
+    """Zeros at the bottom and the right; a part canvas would not be resized by the stride."""
+    if mask.shape == canvas_hw:
+        return mask
+    padded = np.zeros(canvas_hw, np.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    return padded
 
 
 def _level_targets(
     owner: NDArray[np.int64],
     objects: Objects,
-    mask_hw: tuple[int, int],
+    canvas_hw: tuple[int, int],
     stride: int,
     config: TargetConfig,
     num_classes: int,
@@ -170,9 +180,13 @@ def _level_targets(
     used, mask_index = np.unique(owner.reshape(-1)[cells], return_inverse=True)
     labels = np.full(owner.shape, num_classes, np.int64)
     labels.reshape(-1)[cells] = objects.labels[used][mask_index]
+    mask_hw = (canvas_hw[0] // stride, canvas_hw[1] // stride)
     masks = np.zeros((len(used), *mask_hw), np.float32)
     for row, index in enumerate(used):
-        small = resize_mask(objects.masks[index], stride, config.mask_resize)
+        mask = objects.masks[index]
+        if config.mask_resize == "bilinear":
+            mask = _pad(mask, canvas_hw)
+        small = resize_mask(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
     return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
 
