@@ -249,13 +249,13 @@ class RunLog:
         self._file = path.open("w", newline="")
         self._csv = csv.writer(self._file)
         self._csv.writerows(kept)
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Appends one row a number."""
         for name, value in numbers.items():
             self._csv.writerow([step, name, f"{value:.6g}"])
-            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(name, value, step)
         self._file.flush()
 
     def __enter__(self) -> RunLog:
@@ -263,4 +263,4 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()

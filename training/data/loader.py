@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ class TrainingSamples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:  # type: ignore[override]
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The sample of (epoch, index)."""
         epoch, index = item
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -98,8 +100,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def collate(samples: Sequence[Sample], config: Config) -> Batch:
-    """Pads to one canvas (the serving canvas for tiles, else the largest, / 32) and assigns
-    targets, which are relative to that canvas."""
+    """Pads the samples to one canvas and assigns targets, which are relative to it.
+
+    The canvas is the serving canvas for tiles, else the largest sample's, divisible by 32.
+    """
     resize = config.input.resize
     if isinstance(resize, TileResize):
         height, width = (round(side * resize.scale) for side in resize.tile_hw)
@@ -131,10 +135,12 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Batches of the steps start_step..stop_step - 1."""
     batches = EpochBatches(len(data), config.schedule.batch_size, seed, start_step, stop_step)
+    # DataLoader's type parameter is that of the samples; collate_fn makes batches of them.
+    samples: Dataset[Any] = TrainingSamples(data, config, seed)
     return DataLoader(
-        TrainingSamples(data, config, seed),
+        samples,
         batch_sampler=batches,
-        collate_fn=lambda samples: collate(samples, config),
+        collate_fn=partial(collate, config=config),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )

@@ -173,10 +173,13 @@ class SoloHead(nn.Module):
     def _masks(self, x: Tensor, level: int) -> tuple[Tensor, ...]:
         coords = coordinate_channels(x, self.config.coord_octaves)
         if self.config.kind == "decoupled":
-            towers = [(self.mask_convs_x, coords[:1]), (self.mask_convs_y, coords[1:])]
+            towers = [self.mask_convs_x, self.mask_convs_y]
+            seen: list[tuple[Tensor, ...]] = [coords[:1], coords[1:]]
         else:
-            towers = [(self.mask_convs, coords)]
-        features = [self._upsample(self._run(t, x, c), level) for t, c in towers]
+            towers, seen = [self.mask_convs], [coords]
+        features = [
+            self._upsample(self._run(t, x, c), level) for t, c in zip(towers, seen, strict=True)
+        ]
         if not self.decoupled:
             return tuple(features)
         return self.mask_out_x[level](features[0]), self.mask_out_y[level](features[-1])
@@ -216,4 +219,4 @@ class SoloHead(nn.Module):
         features = output.mask_inputs[0][image]
         weight = conv.weight.flatten(1).index_select(0, cells)
         logits = torch.addmm(conv.bias[cells, None], weight, features.flatten(1))
-        return (logits.unflatten(1, features.shape[1:]),)
+        return (logits.unflatten(1, features.shape[1:]),)  # type: ignore[no-untyped-call]

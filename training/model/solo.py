@@ -92,7 +92,10 @@ class Solo(nn.Module):
             scores [B, K] float32 (0: an empty slot), labels [B, K] int64 and mask
             probabilities [B, K, h, w] float32 at the finest mask stride.
         """
-        outputs = self(self.normalise(images, valid_hw))
+        return self.rank(self(self.normalise(images, valid_hw)))
+
+    def rank(self, outputs: Sequence[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:
+        """Head outputs of a batch -> its candidates, as `candidates` returns them."""
         scores, labels, cells = self._select(outputs)
         probs = self._candidate_probs(outputs, cells)
         if self.config.recipe == "published":
@@ -144,7 +147,8 @@ class Solo(nn.Module):
             features = output.mask_inputs[0]
             logits = torch.matmul(conv.weight.flatten(1)[inside], features.flatten(2))
             logits = logits + conv.bias[inside][..., None]
-            maps = _resize(logits.unflatten(2, features.shape[-2:]).sigmoid(), finest)
+            logits = logits.unflatten(2, features.shape[-2:])  # type: ignore[no-untyped-call]
+            maps = _resize(logits.sigmoid(), finest)
             here = (level == index)[..., None, None]
             probs = maps if probs is None else torch.where(here, maps, probs)
             offset += grid * grid
