@@ -9,16 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
+from service.pipeline.merge import TileInstance, merge_tiles
 from service.pipeline.model_config import MatrixNms, PostprocessSpec
 from service.pipeline.nms import mask_nms, matrix_nms
 from service.pipeline.paste import build_instance, paste_mask
 from service.pipeline.types import Candidates, Instance, Prepared, Tile
-
-CONTAINED = 0.5
-"""A mask that an inner tile border cuts is a duplicate if another covers this share of it."""
-DUPLICATE_IOU = 0.5
 
 
 def select(
@@ -58,70 +54,65 @@ def _mask_stride(tile: Tile, candidates: Candidates) -> int:
     return int(stride)
 
 
-def _tile_instances(
+def _is_cut(instance: Instance, tile: Tile, stride: int) -> bool:
+    """Whether a mask comes within one mask pixel of a border behind which the image goes on."""
+    x, y, width, height = instance.bbox_xywh
+    window = tile.window
+    near_y = stride * window.height / tile.valid_hw[0]
+    near_x = stride * window.width / tile.valid_hw[1]
+    top, left, bottom, right = tile.cut
+    return (
+        (top and y - window.y < near_y)
+        or (left and x - window.x < near_x)
+        or (bottom and window.y + window.height - (y + height) < near_y)
+        or (right and window.x + window.width - (x + width) < near_x)
+    )
+
+
+def _bounds(
+    spec: PostprocessSpec, score_threshold: float | None, max_instances: int | None
+) -> tuple[float, int]:
+    threshold = spec.score_threshold if score_threshold is None else score_threshold
+    bound = spec.max_instances if max_instances is None else max_instances
+    if not 0 <= threshold <= 1 or bound < 1:
+        raise ValueError(f"score_threshold {threshold} or max_instances {bound} is out of range")
+    return threshold, bound
+
+
+def postprocess_tile(
     tile: Tile,
     candidates: Candidates,
     image_hw: tuple[int, int],
     spec: PostprocessSpec,
-    score_threshold: float,
-    max_instances: int,
-) -> list[Instance]:
+    *,
+    score_threshold: float | None = None,
+    max_instances: int | None = None,
+) -> list[TileInstance]:
+    """Instances of one tile in coordinates of the image, best first.
+
+    Args:
+        tile: What the engine saw.
+        candidates: What it answered.
+        image_hw: Height and width of the original image.
+        spec: The model's post-processing.
+        score_threshold: Least score of a returned instance; default from `spec`.
+        max_instances: Most instances returned; default from `spec`.
+
+    Raises:
+        ValueError: A bound is out of range, or the masks do not fit the canvas.
+    """
+    threshold, bound = _bounds(spec, score_threshold, max_instances)
     scores, indices = select(candidates, spec)
     stride = _mask_stride(tile, candidates)
-    instances: list[Instance] = []
+    found: list[TileInstance] = []
     for score, index in zip(scores, indices, strict=True):
-        if score < score_threshold or len(instances) == max_instances:
+        if score < threshold or len(found) == bound:
             break
         mask = paste_mask(candidates.mask_probs[index], tile, stride, spec.mask_threshold)
         if mask is not None:
-            label = int(candidates.labels[index])
-            instances.append(build_instance(mask, image_hw, label, float(score)))
-    return instances
-
-
-def _touches_cut(instance: Instance, tile: Tile) -> bool:
-    """Whether a mask reaches a border of its tile behind which the image goes on."""
-    x, y, width, height = instance.bbox_xywh
-    window = tile.window
-    top, left, bottom, right = tile.cut
-    return (
-        (top and y == window.y)
-        or (left and x == window.x)
-        or (bottom and y + height == window.y + window.height)
-        or (right and x + width == window.x + window.width)
-    )
-
-
-def merge_tiles(found: Sequence[tuple[Instance, bool]]) -> list[Instance]:
-    """Greedy NMS over the tiles of one image.
-
-    Whole masks come first, then those that an inner border cuts; each group best first. A mask
-    goes if a kept one of its class is the same (IoU), and a cut one also if a kept one covers
-    it.
-
-    Args:
-        found: Instances of all tiles, each with whether an inner border cuts it.
-
-    Returns:
-        The kept ones by descending score.
-    """
-    order = sorted(range(len(found)), key=lambda i: (found[i][1], -found[i][0].score))
-    instances = [found[i][0] for i in order]
-    cut = [found[i][1] for i in order]
-    if not instances:
-        return []
-    rles = [instance.rle for instance in instances]
-    iou = np.asarray(coco_mask.iou(rles, rles, [0] * len(rles)))
-    share = np.asarray(coco_mask.iou(rles, rles, [1] * len(rles)))  # of the first mask's area
-    labels = np.array([instance.label for instance in instances])
-    duplicate = iou > DUPLICATE_IOU
-    duplicate |= (share > CONTAINED) & np.array(cut)[:, None]
-    duplicate &= labels[:, None] == labels[None, :]
-    kept: list[int] = []
-    for index in range(len(instances)):
-        if not duplicate[index, kept].any():
-            kept.append(index)
-    return sorted((instances[i] for i in kept), key=lambda instance: -instance.score)
+            instance = build_instance(mask, image_hw, int(candidates.labels[index]), float(score))
+            found.append(TileInstance(instance, tile.window, _is_cut(instance, tile, stride)))
+    return found
 
 
 def postprocess(
@@ -132,7 +123,7 @@ def postprocess(
     score_threshold: float | None = None,
     max_instances: int | None = None,
 ) -> list[Instance]:
-    """Instances of one image, best first.
+    """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
 
     Args:
         prepared: The image's tiles.
@@ -142,23 +133,22 @@ def postprocess(
         max_instances: Most instances returned; default from `spec`.
 
     Raises:
-        ValueError: The number of candidates' entries is not that of the tiles, or a bound is
-            out of range.
+        ValueError: The number of candidates' entries is not that of the tiles, a bound is out
+            of range, or masks do not fit their canvas.
     """
-    threshold = spec.score_threshold if score_threshold is None else score_threshold
-    bound = spec.max_instances if max_instances is None else max_instances
+    threshold, bound = _bounds(spec, score_threshold, max_instances)
     if len(candidates) != len(prepared.tiles):
         raise ValueError(f"{len(candidates)} candidate sets for {len(prepared.tiles)} tiles")
-    if not 0 <= threshold <= 1 or bound < 1:
-        raise ValueError(f"score_threshold {threshold} or max_instances {bound} is out of range")
-    found: list[tuple[Instance, bool]] = []
-    for tile, tile_candidates in zip(prepared.tiles, candidates, strict=True):
-        found += [
-            (instance, _touches_cut(instance, tile))
-            for instance in _tile_instances(
-                tile, tile_candidates, prepared.image_hw, spec, threshold, bound
-            )
-        ]
+    found: list[TileInstance] = []
+    for tile, answer in zip(prepared.tiles, candidates, strict=True):
+        found += postprocess_tile(
+            tile,
+            answer,
+            prepared.image_hw,
+            spec,
+            score_threshold=threshold,
+            max_instances=bound,
+        )
     if len(prepared.tiles) == 1:
-        return [instance for instance, _ in found]
-    return merge_tiles(found)[:bound]
+        return [entry.instance for entry in found]
+    return merge_tiles(found, max_instances=bound)

@@ -13,7 +13,7 @@ from service.pipeline.model_config import (
     PostprocessSpec,
     TileResize,
 )
-from service.pipeline.postprocess import merge_tiles, postprocess
+from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Prepared, Tile, Window
 
@@ -125,7 +125,3 @@ def test_discs_over_tile_borders_are_found_once_with_exact_pixels() -> None:
     got = {bytes(coco_mask.decode(i.rle)) for i in found}
     assert got == {bytes(d.astype(np.uint8)) for d in discs}
     assert [i.score for i in found] == sorted((i.score for i in found), reverse=True)
-
-
-def test_merging_nothing() -> None:
-    assert merge_tiles([]) == []
