@@ -21,6 +21,7 @@ from service.backends.base import Backend, BackendError
 from service.errors import Draining, EngineError
 from service.pipeline.types import Candidates, Tile
 from service.registry import infer_tiles
+from service.timing import Interval
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +49,17 @@ class Inferred:
 
     Attributes:
         candidates: One entry a tile, in their order.
-        queue_s: Time in which none of its tiles was in the engine.
-        infer_s: Time in which the engine had one of its tiles.
+        calls: When the engine had its tiles: each call once.
     """
 
     candidates: list[Candidates]
-    queue_s: float
-    infer_s: float
+    calls: list[Interval]
 
 
 @dataclass(frozen=True)
 class _Done:
     candidates: Candidates
-    call: int
-    infer_s: float
+    call: Interval
 
 
 @dataclass(eq=False)
@@ -100,7 +98,6 @@ class DynamicBatcher:
         self._buckets: dict[Shape, deque[_Item]] = {}
         self._changed = asyncio.Event()
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._calls = itertools.count()
         self._draining = False
         self._task: asyncio.Task[None] | None = None
 
@@ -137,9 +134,9 @@ class DynamicBatcher:
         except BaseException:
             self._remove(items)
             raise
-        infer_s = sum({result.call: result.infer_s for result in done}.values())
-        queue_s = max(0.0, loop.time() - arrived_s - infer_s)
-        return Inferred([result.candidates for result in done], queue_s, infer_s)
+        return Inferred(
+            [result.candidates for result in done], sorted({result.call for result in done})
+        )
 
     async def drain(self) -> None:
         """Takes nothing more, runs what waits without delay, and ends the engine's thread."""
@@ -243,7 +240,6 @@ class DynamicBatcher:
     async def _call(self, batch: list[_Item]) -> Exception | None:
         """One engine call; scatters its results, or returns what it raised."""
         loop = asyncio.get_running_loop()
-        call = next(self._calls)
         started_s = loop.time()
         try:
             results = await loop.run_in_executor(
@@ -254,11 +250,11 @@ class DynamicBatcher:
         except Exception as error:  # an engine's exceptions have no common base
             self._on_batch(BatchStats(len(batch), loop.time() - started_s, failed=True))
             return error
-        infer_s = loop.time() - started_s
-        self._on_batch(BatchStats(len(batch), infer_s, failed=False))
+        call = (started_s, loop.time())
+        self._on_batch(BatchStats(len(batch), call[1] - call[0], failed=False))
         for item, candidates in zip(batch, results, strict=True):
             if not item.done.done():
-                item.done.set_result(_Done(candidates, call, infer_s))
+                item.done.set_result(_Done(candidates, call))
         return None
 
     @staticmethod

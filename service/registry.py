@@ -22,9 +22,10 @@ from service.backends.ort import build_ort_backend
 from service.errors import ModelRefused, StartupError
 from service.pipeline.errors import ConfigError
 from service.pipeline.model_config import FileSpec, ModelConfig, parse_model_config
-from service.pipeline.postprocess import postprocess
+from service.pipeline.postprocess import postprocess, postprocess_tile
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
+from service.tiles import merge_found
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +57,22 @@ class LoadedModel:
             max_instances: Most instances; default from the model's configuration.
         """
         prepared = prepare(image, self.config.input)
-        candidates: list[Candidates] = []
+        found = []
         size = self.config.limits.max_batch
         for start in range(0, len(prepared.tiles), size):
-            candidates += infer_tiles(self.backend, prepared.tiles[start : start + size])
-        return postprocess(
-            prepared,
-            candidates,
-            self.config.postprocess,
-            score_threshold=score_threshold,
-            max_instances=max_instances,
-        )
+            tiles = prepared.tiles[start : start + size]
+            for tile, candidates in zip(tiles, infer_tiles(self.backend, tiles), strict=True):
+                found.append(
+                    postprocess_tile(
+                        tile,
+                        candidates,
+                        prepared.image_hw,
+                        self.config.postprocess,
+                        score_threshold=score_threshold,
+                        max_instances=max_instances,
+                    )
+                )
+        return merge_found(found, self.config.postprocess, max_instances)
 
 
 def infer_tiles(backend: Backend, tiles: tuple[Tile, ...] | list[Tile]) -> list[Candidates]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.admission import Admission
 from service.batcher import BatchStats, DynamicBatcher
@@ -28,6 +28,8 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
+from service.pipeline.merge import TileInstance
+from service.pipeline.types import Tile
 from service.registry import LoadedModel, Repository
 from service.settings import Settings
 from service.steps import (
@@ -36,9 +38,11 @@ from service.steps import (
     count_pixels,
     decode,
     encode_error,
+    find_in_tile,
     finish,
     timed,
 )
+from service.timing import Interval, Timing, attribute_time
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,18 +54,6 @@ class ImageFile:
 
     file_name: str | None
     data: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds of one image; the stages add up to `total`."""
-
-    decode: float
-    queue: float
-    infer: float
-    postprocess: float
-    encode: float
-    total: float
 
 
 @dataclass(frozen=True)
@@ -275,31 +267,58 @@ class Segmenter:
         self, model: ServedModel, image: ImageFile, options: Options, began_s: float
     ) -> Outcome:
         config = model.loaded.config
-        loop = asyncio.get_running_loop()
         decoded = await self._in_pool(
             self._decoders,
             partial(decode, image.data, config, self._settings.max_image_pixels, options),
         )
-        image_ready = decoded.result
-        inferred = await model.batcher.infer(image_ready.prepared.tiles)
-        submitted_s = loop.time()
+        prepared = decoded.result.prepared
+        # Few tiles of an image are on their way at once: their masks are what takes memory.
+        room = asyncio.Semaphore(2 * model.batcher.max_batch)
+        tiles = await gather_or_cancel(
+            self._run_tile(model, tile, prepared.image_hw, options, room) for tile in prepared.tiles
+        )
         finished = await self._in_pool(
             self._finishers,
-            partial(finish, image.file_name, image_ready, inferred.candidates, config, options),
+            partial(
+                finish,
+                image.file_name,
+                decoded.result,
+                [tile.result for tile, _ in tiles],
+                config,
+                options,
+            ),
         )
-        waited_s = decoded.started_s - began_s + inferred.queue_s
-        waited_s += finished.started_s - submitted_s
         answer = finished.result
-        timing = Timing(
-            decode=decoded.seconds,
-            queue=max(0.0, waited_s),
-            infer=inferred.infer_s,
-            postprocess=answer.postprocess_s,
-            encode=answer.encode_s,
-            total=loop.time() - began_s,
+        timing = attribute_time(
+            (began_s, asyncio.get_running_loop().time()),
+            decode=[decoded.ran],
+            infer=[call for _, calls in tiles for call in calls],
+            postprocess=[*(tile.ran for tile, _ in tiles), answer.merged],
+            encode=[answer.encoded],
         )
         self._count(model.name, timing, answer.instances)
         return Outcome(answer.payload, timing)
+
+    async def _run_tile(
+        self,
+        model: ServedModel,
+        tile: Tile,
+        image_hw: tuple[int, int],
+        options: Options,
+        room: asyncio.Semaphore,
+    ) -> tuple[Timed[list[TileInstance]], list[Interval]]:
+        """One tile's instances, with when they were found and when the engine had the tile."""
+        async with room:
+            inferred = await model.batcher.infer([tile])
+            step = partial(
+                find_in_tile,
+                tile,
+                inferred.candidates[0],
+                image_hw,
+                model.loaded.config,
+                options,
+            )
+            return await self._in_pool(self._finishers, step), inferred.calls
 
     def _count(self, name: str, timing: Timing, instances: int) -> None:
         self.metrics.images.labels(name).inc()
@@ -309,3 +328,13 @@ class Segmenter:
 
     async def _in_pool(self, pool: ThreadPoolExecutor, step: Callable[[], T]) -> Timed[T]:
         return await asyncio.get_running_loop().run_in_executor(pool, timed, step)
+
+
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Like `asyncio.gather`, but when one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -17,11 +17,14 @@ from service.pipeline.decode import decode_image, read_image_hw
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
+from service.pipeline.merge import TileInstance
 from service.pipeline.model_config import ModelConfig
-from service.pipeline.postprocess import postprocess
+from service.pipeline.postprocess import postprocess_tile
 from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance, Prepared, UInt8
+from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
 from service.schemas import Masks
+from service.tiles import merge_found
+from service.timing import Interval
 
 T = TypeVar("T")
 
@@ -48,20 +51,14 @@ class Timed(Generic[T]):
     """A step's result and when it ran, on the monotonic clock."""
 
     result: T
-    started_s: float
-    ended_s: float
-
-    @property
-    def seconds(self) -> float:
-        """How long it ran."""
-        return self.ended_s - self.started_s
+    ran: Interval
 
 
 def timed(step: Callable[[], T]) -> Timed[T]:
     """Runs a step and takes its time."""
     started_s = time.monotonic()
     result = step()
-    return Timed(result, started_s, time.monotonic())
+    return Timed(result, (started_s, time.monotonic()))
 
 
 def count_pixels(images: Sequence[bytes], max_pixels: int) -> list[int | DecodeError]:
@@ -99,13 +96,18 @@ def decode(data: bytes, config: ModelConfig, max_pixels: int, options: Options) 
     return DecodedImage(prepare(picture, config.input), picture if options.overlay else None)
 
 
-def find_instances(
-    prepared: Prepared, candidates: Sequence[Candidates], config: ModelConfig, options: Options
-) -> list[Instance]:
-    """Candidates to instances on the original image."""
-    return postprocess(
-        prepared,
+def find_in_tile(
+    tile: Tile,
+    candidates: Candidates,
+    image_hw: tuple[int, int],
+    config: ModelConfig,
+    options: Options,
+) -> list[TileInstance]:
+    """Stage `postprocess`, the greater part: one tile's candidates to its instances."""
+    return postprocess_tile(
+        tile,
         candidates,
+        image_hw,
         config.postprocess,
         score_threshold=options.score_threshold,
         max_instances=options.max_instances,
@@ -119,33 +121,33 @@ class Finished:
     Attributes:
         payload: Its entry of `results` as JSON, or a PNG.
         instances: How many were found.
-        postprocess_s: Seconds of stage `postprocess`.
-        encode_s: Seconds of stage `encode`.
+        merged: When its tiles were merged (stage `postprocess`).
+        encoded: When the payload was written (stage `encode`).
     """
 
     payload: bytes
     instances: int
-    postprocess_s: float
-    encode_s: float
+    merged: Interval
+    encoded: Interval
 
 
 def finish(
     file_name: str | None,
     image: DecodedImage,
-    candidates: Sequence[Candidates],
+    found: Sequence[Sequence[TileInstance]],
     config: ModelConfig,
     options: Options,
 ) -> Finished:
-    """Stages `postprocess` and `encode`: an engine's candidates to the bytes of the answer."""
-    found = timed(partial(find_instances, image.prepared, candidates, config, options))
+    """The rest of stage `postprocess`, and stage `encode`: the bytes of the answer."""
+    merged = timed(partial(merge_found, found, config.postprocess, options.max_instances))
     if image.picture is None:
         step = partial(
-            encode_entry, file_name, image.prepared.image_hw, found.result, config, options.masks
+            encode_entry, file_name, image.prepared.image_hw, merged.result, config, options.masks
         )
     else:
-        step = partial(encode_overlay, image.picture, found.result)
+        step = partial(encode_overlay, image.picture, merged.result)
     encoded = timed(step)
-    return Finished(encoded.result, len(found.result), found.seconds, encoded.seconds)
+    return Finished(encoded.result, len(merged.result), merged.ran, encoded.ran)
 
 
 def encode_entry(

@@ -14,8 +14,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from service.errors import EmptyBody, InvalidMultipart, InvalidRequest, TooManyImages
 from service.routes.state import SegmenterDep
 from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse
-from service.segmenter import ImageFile, Outcome, ServedModel, Timing
+from service.segmenter import ImageFile, Outcome, ServedModel
 from service.steps import Options
+from service.timing import NO_TIME
 
 router = APIRouter(tags=["segment"])
 T = TypeVar("T")
@@ -38,7 +39,6 @@ _REQUEST_BODY = {
         "content": {"multipart/form-data": _PARTS, **dict.fromkeys(IMAGE_TYPES, _BINARY)},
     }
 }
-_NO_TIME = Timing(decode=0, queue=0, infer=0, postprocess=0, encode=0, total=0)
 
 
 class ClientLeft(Exception):
@@ -104,7 +104,7 @@ def build_response(model: ServedModel, outcomes: Sequence[Outcome], *, overlay: 
     if overlay:
         return Response(outcomes[0].payload, media_type="image/png", headers=headers)
     timings = [outcome.timing for outcome in outcomes if outcome.timing is not None]
-    last = max(timings, key=lambda timing: timing.total, default=_NO_TIME)
+    last = max(timings, key=lambda timing: timing.total, default=NO_TIME)
     body = {
         "model": model.name,
         "version": model.loaded.version,

@@ -139,8 +139,8 @@ async def test_tiles_of_one_image_come_back_in_order() -> None:
     inferred = await batcher.infer([build_tile(value) for value in range(1, 11)])
     assert [int(c.scores[0]) for c in inferred.candidates] == list(range(1, 11))
     assert [len(batch) for batch in backend.batches] == [4, 4, 2]
-    assert inferred.infer_s > 0
-    assert inferred.queue_s >= 0
+    assert len(inferred.calls) == 3
+    assert all(start < end for start, end in inferred.calls)
     await batcher.drain()
 
 
