@@ -1,0 +1,1 @@
+"""Measurements of the running code; not tests."""
