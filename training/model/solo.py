@@ -57,8 +57,7 @@ class Solo(nn.Module):
         self.head = SoloHead(config.head, config.neck_channels, num_classes)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], False)
-        cells = [s * s for s in config.head.num_grids]
-        level = torch.arange(levels).repeat_interleave(torch.tensor(cells))
+        level = torch.cat([torch.full((s * s,), i) for i, s in enumerate(config.head.num_grids)])
         self.register_buffer("candidate_level", level, False)
 
     def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
