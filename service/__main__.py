@@ -14,7 +14,6 @@ from types import FrameType
 
 import uvicorn
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
 from service.app import create_app
 from service.backends.base import BackendOptions
@@ -36,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="A flag goes before its SOLO_* variable, and that before the default.",
     )
     for name, setting in Settings.model_fields.items():
-        default = setting.get_default()
-        shown = "" if default in (None, PydanticUndefined) else f", default {default}"
+        unnamed = setting.default_factory is not None or setting.default is None
+        shown = "" if unnamed else f", default {setting.default}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,

@@ -27,6 +27,17 @@ from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
 from service.tiles import merge_found
 
+__all__ = [
+    "LoadedModel",
+    "ModelRefused",
+    "Repository",
+    "find_models",
+    "infer_tiles",
+    "load_repository",
+    "load_version",
+    "read_config",
+]
+
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
