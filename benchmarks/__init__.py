@@ -1,1 +1,1 @@
-"""Measurements of the running code; not tests."""
+"""Measured comparisons; never timed tests. `python -m benchmarks` runs them."""

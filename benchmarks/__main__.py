@@ -1,15 +1,14 @@
-"""python -m benchmarks: where the time of one image goes, without HTTP and without company.
+"""python -m benchmarks: what one image costs on this machine, stage by stage.
 
-Prints, for each image size, the median and the 95th percentile of every stage in milliseconds. The
-threads of the engine and the machine are part of the answer: say both where the numbers are quoted.
+Prints a table and, with --json, writes the numbers with the command that made them.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
+import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,81 +19,65 @@ from service.pipeline.decode import decode_image
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates
+from service.pipeline.types import Candidates, Prepared
 from service.registry import LoadedModel, infer_tiles, load_version
 
-STAGES = ("decode", "prepare", "infer", "postprocess", "encode", "total")
-Times = dict[str, list[float]]
+STAGES = ("decode", "prepare", "engine", "postprocess", "encode")
 
 
-def measure_image(model: LoadedModel, data: bytes, times: Times) -> tuple[int, int]:
-    """Sends one file through all stages and notes the seconds of each.
-
-    Returns:
-        Height and width of the image.
-    """
-    marks = [time.perf_counter()]
-    image = decode_image(data)
-    marks.append(time.perf_counter())
-    prepared = prepare(image, model.config.input)
-    marks.append(time.perf_counter())
-    candidates: list[Candidates] = []
-    step = model.config.limits.max_batch
-    for start in range(0, len(prepared.tiles), step):
-        candidates += infer_tiles(model.backend, prepared.tiles[start : start + step])
-    marks.append(time.perf_counter())
-    instances = postprocess(prepared, candidates, model.config.postprocess)
-    marks.append(time.perf_counter())
-    for instance in instances:
-        instance_to_coco(instance, model.config, masks="rle")
-    marks.append(time.perf_counter())
-    for stage, seconds in zip(STAGES, [*np.diff(marks), marks[-1] - marks[0]], strict=True):
-        times[stage].append(float(seconds))
-    times["instances"].append(len(instances))
-    return image.shape[0], image.shape[1]
+def _infer(model: LoadedModel, prepared: Prepared) -> list[Candidates]:
+    batch = model.config.limits.max_batch
+    starts = range(0, len(prepared.tiles), batch)
+    return [c for i in starts for c in infer_tiles(model.backend, prepared.tiles[i : i + batch])]
 
 
-def measure(model: LoadedModel, files: list[Path], repeats: int) -> dict[tuple[int, int], Times]:
-    """All files `repeats` times after one run that does not count; grouped by image size."""
-    by_size: dict[tuple[int, int], Times] = defaultdict(lambda: defaultdict(list))
-    for file in files:
-        data = file.read_bytes()
-        size = measure_image(model, data, defaultdict(list))
-        for _ in range(repeats):
-            measure_image(model, data, by_size[size])
-    return by_size
-
-
-def print_table(by_size: dict[tuple[int, int], Times]) -> None:
-    """One row for each size and stage."""
-    print("| image | instances | stage | median ms | p95 ms |\n| --- | --- | --- | --- | --- |")
-    for (height, width), times in sorted(by_size.items()):
-        instances = f"{np.mean(times['instances']):.0f}"
-        for stage in STAGES:
-            median, p95 = np.percentile(times[stage], (50, 95)) * 1000
-            row = (f"{width}x{height}", instances, stage, f"{median:.1f}", f"{p95:.1f}")
-            print("| " + " | ".join(row) + " |")
+def measure_image(model: LoadedModel, data: bytes, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each stage for one encoded image, and what was in it."""
+    laps = []
+    for _ in range(repeats + 1):
+        clock = [time.perf_counter()]
+        image = decode_image(data)
+        clock.append(time.perf_counter())
+        prepared = prepare(image, model.config.input)
+        clock.append(time.perf_counter())
+        candidates = _infer(model, prepared)
+        clock.append(time.perf_counter())
+        found = postprocess(prepared, candidates, model.config.postprocess)
+        clock.append(time.perf_counter())
+        for instance in found:
+            instance_to_coco(instance, model.config)
+        clock.append(time.perf_counter())
+        laps.append(np.diff(clock))
+    stages = 1e3 * np.median(laps[1:], axis=0)  # the first lap warms up
+    row = {f"{stage}_ms": float(ms) for stage, ms in zip(STAGES, stages, strict=True)}
+    row["total_ms"] = float(stages.sum())
+    return {**row, "tiles": len(prepared.tiles), "instances": len(found)}
 
 
 def main() -> int:
-    """Reads the arguments, measures, prints."""
+    """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("model_repo/nuclei"))
     parser.add_argument("--images", type=Path, default=Path("tests/data/nuclei/images"))
-    parser.add_argument("--repeats", type=int, default=10, help="runs of each image (default 10)")
-    parser.add_argument("--threads", type=int, default=count_cores(), help="of the engine")
-    args = parser.parse_args()
-    files = sorted(path for path in args.images.iterdir() if path.is_file())
-    if not files:
-        parser.error(f"no files in {args.images}")
-    model = load_version(args.model, options=BackendOptions(device="cpu", threads=args.threads))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=count_cores())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = load_version(options.model, options=BackendOptions(threads=options.threads))
+    rows = {}
     print(
-        f"{model.config.name} version {model.version} on {model.backend.name}, "
-        f"{args.threads} threads, {platform.machine()}, Python {platform.python_version()}, "
-        f"{len(files)} files x {args.repeats}\n"
+        f"{'image':>28} {'tiles':>5} {'found':>5} " + " ".join(f"{s:>11}" for s in STAGES), "total"
     )
-    print_table(measure(model, files, args.repeats))
-    model.backend.close()
+    for path in sorted(options.images.iterdir()):
+        row = measure_image(model, path.read_bytes(), options.repeats)
+        rows[path.name] = row
+        stages = " ".join(f"{row[f'{stage}_ms']:8.1f} ms" for stage in STAGES)
+        counts = f"{row['tiles']:5} {row['instances']:5}"
+        print(f"{path.name:>28} {counts} {stages} {row['total_ms']:.1f} ms")
+    if options.json:
+        command = "python -m benchmarks " + " ".join(sys.argv[1:])
+        content = {"command": command, "threads": options.threads, "rows": rows}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
