@@ -13,6 +13,8 @@ from service.pipeline.types import Instance, UInt8
 
 GOLDEN_RATIO = 0.618033988749895
 FILL = 0.4
+OUTLINE_SHARE = 600
+"""The outline is one pixel wider for each of these in the image's short side."""
 
 
 def instance_colour(index: int) -> tuple[int, int, int]:
@@ -33,6 +35,7 @@ def draw_instances(image: UInt8, instances: Sequence[Instance]) -> UInt8:
         [H, W, 3] uint8 RGB.
     """
     canvas = image.copy()
+    thickness = 1 + min(image.shape[:2]) // OUTLINE_SHARE
     for index in range(len(instances) - 1, -1, -1):
         x, y, width, height = instances[index].bbox_xywh
         mask = decode_box(instances[index])
@@ -42,6 +45,6 @@ def draw_instances(image: UInt8, instances: Sequence[Instance]) -> UInt8:
         part[inside] = (part[inside] * (1 - FILL) + colour * FILL).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         outline = np.zeros_like(mask)
-        cv2.drawContours(outline, contours, -1, 1, 1)
-        part[outline > 0] = colour.astype(np.uint8)
+        cv2.drawContours(outline, contours, -1, 1, 2 * thickness - 1)
+        part[inside & (outline > 0)] = colour.astype(np.uint8)
     return canvas

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
+from numpy.typing import NDArray
 
 from service.pipeline.model_config import ModelConfig
 from service.pipeline.types import Instance, UInt8
@@ -14,29 +14,61 @@ from service.pipeline.types import Instance, UInt8
 SCORE_DIGITS = 6
 
 
+def decode_counts(counts: bytes) -> NDArray[np.int64]:
+    """Run lengths of a compressed COCO RLE: zeros, ones, zeros, ... in column-major order.
+
+    Each run is the difference to the one before the last, in groups of five bits, least first;
+    a sixth bit says that more follow.
+    """
+    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((groups & 0x20) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    sizes = last - first + 1
+    place = np.arange(len(groups)) - np.repeat(first, sizes)
+    runs = np.add.reduceat((groups & 0x1F) << (5 * place), first)
+    runs -= np.where(groups[last] & 0x10, np.int64(1) << (5 * sizes), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
 def decode_box(instance: Instance) -> UInt8:
-    """The mask's pixels inside its box: [h, w] uint8 0/1."""
-    x, y, width, height = instance.bbox_xywh
-    full = coco_mask.decode(instance.rle)
-    return np.ascontiguousarray(full[y : y + height, x : x + width])
+    """The mask's pixels inside its box: [h, w] uint8 0/1; the full mask is never built."""
+    x, y, box_w, box_h = instance.bbox_xywh
+    height = instance.rle["size"][0]
+    edges = np.cumsum(decode_counts(instance.rle["counts"]))
+    column, row = np.divmod(edges, height)
+    # Pixels of the box before each edge, in column-major order.
+    before = (column - x) * box_h + np.clip(row - y, 0, box_h)
+    before = np.clip(before, 0, box_w * box_h)
+    lengths = np.diff(np.concatenate([[0], before, [box_w * box_h]]))
+    values = np.arange(len(lengths), dtype=np.uint8) & 1
+    return np.ascontiguousarray(np.repeat(values, lengths).reshape(box_w, box_h).T)
+
+
+def _without_straight(points: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Drops repeated vertices and those on a straight line between their neighbours."""
+    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    keep = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    return np.asarray(points[keep])
 
 
 def encode_polygons(instance: Instance) -> list[list[float]]:
-    """Outer contours as COCO polygons, one flat [x0, y0, x1, y1, ...] per part.
+    """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per part.
 
-    COCO polygons cannot say holes, so these are filled; RLE is exact. Vertices lie on pixel
-    centres, and a part of one or two pixels repeats its last vertex to have the three that a
-    COCO polygon needs.
+    The vertices lie on the pixels' corners, so that pycocotools makes the same mask of them;
+    but COCO polygons cannot say holes, and these are filled: RLE is exact.
     """
     x, y, _, _ = instance.bbox_xywh
-    contours, _ = cv2.findContours(
-        decode_box(instance), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(x, y)
-    )
+    # In the doubled mask a contour runs along the first and the last row and column of each
+    # pixel; (v + 1) // 2 maps these to the pixel's two edges.
+    doubled = decode_box(instance).repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     polygons = []
     for contour in contours:
-        points = contour.reshape(-1, 2)
-        if len(points) < 3:
-            points = np.concatenate([points, np.repeat(points[-1:], 3 - len(points), axis=0)])
+        corners = (contour.reshape(-1, 2).astype(np.int64) + 1) // 2
+        points = _without_straight(corners) + np.array([x, y])
         polygons.append([float(v) for v in points.reshape(-1)])
     return polygons
 

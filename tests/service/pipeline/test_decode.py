@@ -6,6 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from service.pipeline.decode import decode_image, read_image_hw
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
+from service.pipeline.types import UInt8
 
 
 def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -76,7 +78,7 @@ def test_transparency_is_drawn_on_black() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientations_show_one_picture(orientation: int) -> None:
     upright = np.asarray(_gradient())
-    turn = {
+    turns: dict[int, Callable[[UInt8], UInt8]] = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
         3: lambda a: a[::-1, ::-1],
@@ -85,10 +87,10 @@ def test_exif_orientations_show_one_picture(orientation: int) -> None:
         6: lambda a: np.rot90(a, 1),
         7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
         8: lambda a: np.rot90(a, -1),
-    }[orientation]
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(turn(upright)))
+    stored = Image.fromarray(np.ascontiguousarray(turns[orientation](upright)))
     got = decode_image(_encode(stored, "PNG", exif=exif))
     np.testing.assert_array_equal(got, upright)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from service.pipeline.draw import draw_instances, instance_colour
-from service.pipeline.encode import instance_to_coco
+from service.pipeline.encode import (
+    decode_box,
+    decode_counts,
+    encode_polygons,
+    instance_to_coco,
+)
 from service.pipeline.model_config import ModelConfig
 from service.pipeline.paste import BoxMask, build_instance
 from service.pipeline.types import Instance
@@ -33,6 +39,17 @@ def _instance(pixels: np.ndarray, y: int = 3, x: int = 5) -> Instance:
     return build_instance(BoxMask(y, x, pixels.astype(bool)), (40, 50), 0, 0.8765432109)
 
 
+def _blob(seed: int) -> Instance:
+    """A mask of several parts, with holes, sometimes as high as the image."""
+    rng = np.random.default_rng(seed)
+    height, width = (int(v) for v in rng.integers(1, 60, 2))
+    noise = cv2.GaussianBlur(rng.random((height, width)), (0, 0), rng.uniform(0.3, 4))
+    mask = noise >= np.quantile(noise, rng.uniform(0, 0.95))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return build_instance(BoxMask(int(rows[0]), int(columns[0]), box), (height, width), 0, 0.5)
+
+
 def test_rle_result_loads_into_pycocotools() -> None:
     disc = np.hypot(*(np.mgrid[:15, :15] - 7)) <= 7
     result = json.loads(json.dumps(instance_to_coco(_instance(disc), CONFIG)))
@@ -53,11 +70,40 @@ def test_rle_result_loads_into_pycocotools() -> None:
     np.testing.assert_array_equal(loaded.annToMask(annotation)[3:18, 5:20], disc)
 
 
-def test_polygon_covers_about_the_mask() -> None:
-    disc = np.hypot(*(np.mgrid[:15, :15] - 7)) <= 7
-    (polygon,) = instance_to_coco(_instance(disc), CONFIG, masks="polygon")["segmentation"]
-    points = np.array(polygon).reshape(-1, 2)
-    assert points.min(axis=0).tolist() == [5, 3] and points.max(axis=0).tolist() == [19, 17]
+@pytest.mark.parametrize("seed", range(30))
+def test_box_is_decoded_as_pycocotools_does(seed: int) -> None:
+    instance = _blob(seed)
+    x, y, width, height = instance.bbox_xywh
+    expected = coco_mask.decode(instance.rle)[y : y + height, x : x + width]
+    np.testing.assert_array_equal(decode_box(instance), expected)
+
+
+def test_long_runs_are_decoded() -> None:
+    pixels = np.zeros((3000, 40), np.bool_)
+    pixels[5:2990, 3:38] = True
+    pixels[17, 20] = False
+    instance = build_instance(BoxMask(0, 0, pixels[5:2990, 3:38]), (2985, 35), 0, 0.5)
+    np.testing.assert_array_equal(decode_box(instance), pixels[5:2990, 3:38])
+    assert decode_counts(instance.rle["counts"]).sum() == 2985 * 35
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_polygons_make_the_same_mask_but_for_holes(seed: int) -> None:
+    instance = _blob(seed)
+    mask = coco_mask.decode(instance.rle)
+    polygons = encode_polygons(instance)
+    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *mask.shape)))
+    contours, _ = cv2.findContours(
+        np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+    )
+    filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, -1)
+    np.testing.assert_array_equal(drawn, filled)
+
+
+def test_polygon_of_a_rectangle_is_its_four_corners() -> None:
+    (polygon,) = encode_polygons(_instance(np.ones((4, 7))))
+    corners = {(polygon[i], polygon[i + 1]) for i in range(0, 8, 2)}
+    assert len(polygon) == 8 and corners == {(5, 3), (12, 3), (12, 7), (5, 7)}
 
 
 def test_every_part_gets_its_polygon() -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pipeline.nms import mask_nms, matrix_nms, pairwise_iou
+from service.pipeline.nms import Bool, mask_nms, matrix_nms, pairwise_iou
+from service.pipeline.types import Float32, Int64
 
 PARITY = Path(__file__).parents[2] / "data" / "parity" / "matrix_nms.npz"
 
 
-def _random_masks(count: int, classes: int, seed: int):
+def _random_masks(count: int, classes: int, seed: int) -> tuple[Float32, Int64, Bool]:
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, 12, 15), bool)
     for mask in masks:
@@ -30,9 +32,11 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return np.count_nonzero(a & b) / union if union else 0.0
 
 
-def _brute_force_matrix(scores, labels, masks, kernel, sigma):
-    def decay(iou):
-        return np.exp(-sigma * iou**2) if kernel == "gaussian" else 1 - iou
+def _brute_force_matrix(
+    scores: Float32, labels: Int64, masks: Bool, kernel: str, sigma: float
+) -> Float32:
+    def decay(iou: float) -> float:
+        return float(np.exp(-sigma * iou**2)) if kernel == "gaussian" else 1 - iou
 
     out = []
     for j in range(len(scores)):
@@ -61,7 +65,7 @@ def test_mask_nms_equals_brute_force(count: int, classes: int, seed: int) -> Non
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-def test_matrix_nms_equals_brute_force(kernel: str) -> None:
+def test_matrix_nms_equals_brute_force(kernel: Literal["gaussian", "linear"]) -> None:
     for seed in range(10):
         scores, labels, masks = _random_masks(20, 2, seed)
         # identical masks make the linear kernel divide by zero; they have their own test
@@ -92,7 +96,7 @@ def test_matrix_nms_equals_the_published_implementation() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-def test_identical_masks_leave_one(kernel: str) -> None:
+def test_identical_masks_leave_one(kernel: Literal["gaussian", "linear"]) -> None:
     masks = np.ones((4, 5, 5), bool)
     scores = np.array([0.9, 0.8, 0.7, 0.6], np.float32)
     got = matrix_nms(scores, np.zeros(4, np.int64), masks, kernel=kernel)
@@ -109,3 +113,14 @@ def test_nothing_in_nothing_out() -> None:
 
 def test_empty_masks_overlap_nothing() -> None:
     assert pairwise_iou(np.zeros((2, 3, 3), bool)).max() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 33), (32, 64), (70, 97)])
+def test_blocks_make_no_difference(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(shape[0])
+    masks = np.zeros((12, *shape), np.bool_)
+    for mask in masks:
+        y, x = rng.integers(0, shape[0]), rng.integers(0, shape[1])
+        mask[y : y + rng.integers(1, 60), x : x + rng.integers(1, 60)] = True
+    expected = [[_iou(a, b) for b in masks] for a in masks]
+    np.testing.assert_allclose(pairwise_iou(masks), expected, rtol=1e-6)

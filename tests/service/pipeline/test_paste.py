@@ -34,9 +34,9 @@ def _resize_dense(image: np.ndarray, out_h: int, out_w: int) -> np.ndarray:
         low = np.floor(centre).astype(int)
         high = np.minimum(low + 1, size - 1)
         weight = (centre - low)[:, None]
-        return values[low] * (1 - weight) + values[high] * weight
+        return np.asarray(values[low] * (1 - weight) + values[high] * weight)
 
-    return axis(axis(image.astype(np.float64), out_h).T, out_w).T
+    return np.asarray(axis(axis(image.astype(np.float64), out_h).T, out_w).T)
 
 
 def _dense(mask: BoxMask | None, height: int, width: int) -> np.ndarray:

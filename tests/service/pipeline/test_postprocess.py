@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -78,7 +80,7 @@ def test_full_k_of_separate_masks_all_stay() -> None:
     ("kwargs", "match"),
     [({"score_threshold": 1.5}, "1.5"), ({"max_instances": 0}, "max_instances 0")],
 )
-def test_bounds_out_of_range_are_named(kwargs: dict[str, float], match: str) -> None:
+def test_bounds_out_of_range_are_named(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         postprocess(_whole(), [_candidates([_square(0, 0, 2)], [0.5], [0])], MATRIX, **kwargs)
 
