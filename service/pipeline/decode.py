@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import warnings
+import struct
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from service.pipeline.types import UInt8
@@ -14,6 +15,22 @@ from service.pipeline.types import UInt8
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_CAMERA_BITS = (8, 10, 12, 14, 16)
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's readers raise on damaged files."""
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -21,10 +38,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise EmptyImage("the image is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
-    except Image.DecompressionBombError as error:
+        image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:
         start = data[:12].hex(" ")
@@ -32,7 +47,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             f"not an image of an allowed format ({', '.join(ALLOWED_FORMATS)}); "
             f"its {len(data)} bytes start with {start}"
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGE as error:
         raise CorruptImage(f"the image's header is damaged: {error}") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -43,16 +58,30 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; 16-bit is scaled to 8, transparency is drawn on black."""
+    """Any mode to RGB; transparency is drawn on black.
+
+    A 16-bit grey image is scaled by the range of the least camera depth that holds its values:
+    a 12-bit camera's picture does not come out all but black.
+    """
     if image.mode in _SIXTEEN_BIT_MODES:
         values = np.asarray(image).astype(np.float32)
-        scaled = np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8)
+        bits = int(values.max()).bit_length()
+        depth = next((depth for depth in _CAMERA_BITS if depth >= bits), 16)
+        scaled = np.clip(values * (255 / (2**depth - 1)) + 0.5, 0, 255).astype(np.uint8)
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1..8; 1 if there is none or EXIF is damaged, as viewers do."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except _DAMAGE:
+        return 1
 
 
 def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -84,7 +113,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     image = _open(data, max_pixels)
     try:
         image.load()
-        image = _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError) as error:
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image if turn is None else image.transpose(turn))
+    except _DAMAGE as error:
         raise CorruptImage(f"the image is damaged or truncated: {error}") from error
     return np.array(image, np.uint8)

@@ -70,6 +70,16 @@ def test_sixteen_bit_is_scaled_not_clipped() -> None:
     assert got[0, :, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize(("top", "expected"), [(255, 255), (1023, 255), (4095, 255), (2047, 127)])
+def test_camera_depths_fill_the_range(top: int, expected: int) -> None:
+    values = np.array([[0, top]], np.uint16)
+    assert decode_image(_encode(Image.fromarray(values), "PNG"))[0, 1, 0] == expected
+
+
+def test_black_sixteen_bit_stays_black() -> None:
+    assert not decode_image(_encode(Image.fromarray(np.zeros((2, 3), np.uint16)), "PNG")).any()
+
+
 def test_transparency_is_drawn_on_black() -> None:
     image = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
     assert not decode_image(_encode(image, "PNG")).any()
@@ -93,6 +103,28 @@ def test_exif_orientations_show_one_picture(orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(turns[orientation](upright)))
     got = decode_image(_encode(stored, "PNG", exif=exif))
     np.testing.assert_array_equal(got, upright)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"\0"])
+def test_damaged_exif_is_ignored(exif: bytes) -> None:
+    data = _encode(_gradient(), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data), np.asarray(_gradient()))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_unknown_orientation_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encode(_gradient(), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data), np.asarray(_gradient()))
+
+
+def test_turned_image_swaps_its_sides_behind_the_header() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encode(_gradient(), "JPEG", exif=exif)
+    assert read_image_hw(data) == (20, 30)
+    assert decode_image(data).shape == (30, 20, 3)
 
 
 def test_animation_gives_its_first_frame() -> None:
@@ -131,7 +163,7 @@ def test_truncated_files_are_refused(kind: str, share: float) -> None:
 
 
 def test_huge_header_is_refused_before_decoding() -> None:
-    with pytest.raises(ImageTooLarge, match="60000"):
+    with pytest.raises(ImageTooLarge, match="3600000000 pixels"):
         decode_image(_png_header(60_000, 60_000))
 
 
