@@ -1,0 +1,215 @@
+"""Enters a version into model_repo: its files, and config.json with their SHA-256.
+
+    <model_repo>/<name>/config.json
+    <model_repo>/<name>/<version>/model.onnx, parity.json
+
+Files are written beside their place and renamed. The version's folder comes first and
+config.json last: until it names the version, no server sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.errors import PublishError
+from service.pipeline.errors import ConfigError
+from service.pipeline.model_config import (
+    SCHEMA_VERSION,
+    ModelConfig,
+    RepositoryConfig,
+    parse_model_config,
+)
+
+CONFIG_FILE = "config.json"
+ONNX_FILE = "model.onnx"
+PARITY_FILE = "parity.json"
+SECTIONS = (
+    "task",
+    "description",
+    "input",
+    "classes",
+    "candidates",
+    "mask_stride",
+    "postprocess",
+    "limits",
+)
+"""What the versions of a model can share, in config.json's order."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is published.
+
+    Attributes:
+        config: With the version's number, the graph's hash and the provenance.
+        graph: model.onnx.
+        parity: The report, which must have passed.
+    """
+
+    config: ModelConfig
+    graph: bytes
+    parity: dict[str, Any]
+
+    @property
+    def version(self) -> int:
+        """Number of the version and name of its folder."""
+        return self.config.version
+
+
+def describe_file(data: bytes) -> dict[str, Any]:
+    """A file's entry in config.json."""
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def read_repository(folder: Path) -> RepositoryConfig | None:
+    """config.json of a model's folder, None if there is none yet.
+
+    Raises:
+        PublishError: It cannot be read, or is another model's.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        repository = parse_model_config(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ConfigError) as error:
+        raise PublishError(f"{file} cannot be extended: {error}") from error
+    if repository.name != folder.name:
+        raise PublishError(f"{file} is that of the model {repository.name!r}")
+    return repository
+
+
+def next_version(folder: Path) -> int:
+    """The number after the highest that config.json names or that has a folder."""
+    repository = read_repository(folder)
+    taken = list(repository.version_numbers) if repository else []
+    if folder.is_dir():
+        taken += [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()]
+    return max(taken, default=0) + 1
+
+
+def require_free(root: Path, name: str, version: int, *, force: bool = False) -> None:
+    """Checks that a version may be written.
+
+    Raises:
+        PublishError: It is there already and `force` is not given.
+    """
+    repository = read_repository(root / name)
+    listed = repository is not None and version in repository.version_numbers
+    target = root / name / str(version)
+    if (listed or target.exists()) and not force:
+        raise PublishError(f"{target} exists already; choose another version, or --force")
+
+
+def merge_config(repository: RepositoryConfig | None, new: ModelConfig) -> dict[str, Any]:
+    """config.json with a version added or replaced.
+
+    The new version's sections stand at the top; where another version has a different one, that
+    version's entry gets it, so that every other version means what it meant before.
+
+    Raises:
+        PublishError: A version that is there is not valid.
+    """
+    shared = _sections(new)
+    versions: dict[int, dict[str, Any]] = {}
+    for number in repository.version_numbers if repository else []:
+        if repository is None or number == new.version:
+            continue
+        try:
+            old = repository.for_version(number)
+        except ConfigError as error:
+            raise PublishError(f"config.json cannot be extended: {error}") from error
+        versions[number] = _entry(old, shared)
+    versions[new.version] = _entry(new, shared)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": new.name,
+        **shared,
+        "versions": {str(number): versions[number] for number in sorted(versions)},
+    }
+
+
+def _sections(config: ModelConfig) -> dict[str, Any]:
+    content = config.model_dump(mode="json")
+    return {section: content[section] for section in SECTIONS}
+
+
+def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
+    content = config.model_dump(mode="json")
+    differing = {s: content[s] for s in SECTIONS if content[s] != shared[s]}
+    return {**differing, "files": content["files"], "provenance": content["provenance"]}
+
+
+def publish(root: Path, release: Release, *, force: bool = False) -> Path:
+    """Writes a release.
+
+    Args:
+        root: model_repo; made if it is not there.
+        release: Its files.
+        force: Replace the version if it is there.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        PublishError: The parity report has not passed, the version is there already, or the
+            existing config.json is not valid. Nothing is changed then.
+    """
+    folder = root / release.config.name
+    target = folder / str(release.version)
+    if release.parity.get("passed") is not True:
+        raise PublishError(f"{target} is not published: its parity report has not passed")
+    if describe_file(release.graph) != release.config.files[ONNX_FILE].model_dump():
+        raise PublishError(f"{target} is not published: config.json describes another {ONNX_FILE}")
+    require_free(root, release.config.name, release.version, force=force)
+    repository = read_repository(folder)
+    config = merge_config(repository, release.config)
+    _check_unchanged(repository, config, release)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_version(folder, release)
+    _replace_file(folder / CONFIG_FILE, _to_json(config))
+    return target
+
+
+def _check_unchanged(
+    repository: RepositoryConfig | None, config: dict[str, Any], release: Release
+) -> None:
+    """What is about to be written reads back as what it was made of."""
+    merged = parse_model_config(json.dumps(config))
+    assert merged.for_version(release.version) == release.config
+    for number in repository.version_numbers if repository else []:
+        if repository is not None and number != release.version:
+            assert merged.for_version(number) == repository.for_version(number)
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_version(folder: Path, release: Release) -> None:
+    target = folder / str(release.version)
+    with tempfile.TemporaryDirectory(prefix=f".{release.version}-", dir=folder) as name:
+        staged, replaced = Path(name) / "new", Path(name) / "replaced"
+        staged.mkdir()
+        (staged / ONNX_FILE).write_bytes(release.graph)
+        (staged / PARITY_FILE).write_bytes(_to_json(release.parity))
+        if target.exists():
+            os.replace(target, replaced)
+        try:
+            os.replace(staged, target)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+
+
+def _replace_file(file: Path, data: bytes) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, file)

@@ -1,0 +1,217 @@
+"""solo-export from a checkpoint to a served version."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.__main__ import build_parser, describe_command, main
+from export.parity import draw_blobs
+from service.backends.base import BackendOptions
+from service.pipeline.postprocess import postprocess
+from service.pipeline.preprocess import prepare
+from service.pipeline.types import Candidates, Instance
+from service.registry import LoadedModel, load_version
+from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
+from training.configs.schema import Config
+from training.model.solo import Solo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> Solo:
+    return save_tiny_checkpoint(folder / "best.pt", tiny_config())
+
+
+@pytest.fixture(scope="module")
+def published(folder: Path, network: Solo) -> Path:
+    """The version's folder after a run of the command."""
+    provenance = folder / "provenance.json"
+    provenance.write_text(json.dumps({"training_data": "drawn discs", "licence": "CC0"}))
+    status = main(
+        [
+            *(str(folder / "best.pt"), "--out", str(folder / "repo")),
+            *("--name", "discs", "--version", "2", "--max-batch", "4"),
+            *("--score-threshold", "0.25", "--provenance-json", str(provenance)),
+        ]
+    )
+    assert status == 0
+    return folder / "repo" / "discs" / "2"
+
+
+@pytest.fixture(scope="module")
+def loaded(published: Path) -> LoadedModel:
+    return load_version(published.parent, None, BackendOptions(device="cpu", threads=1))
+
+
+def segment_with_torch(network: Solo, config: Config, image: Any) -> list[Instance]:
+    prepared = prepare(image, config.input)
+    found = []
+    for tile in prepared.tiles:
+        with torch.inference_mode():
+            outputs = network.candidates(
+                torch.from_numpy(tile.image[None]), torch.tensor([tile.valid_hw])
+            )
+        found.append(Candidates(*(output[0].numpy() for output in outputs)))
+    return postprocess(prepared, found, config.postprocess, score_threshold=0.25)
+
+
+@pytest.mark.parametrize("image_hw", [(64, 64), (50, 40), (100, 130)])
+def test_the_served_instances_are_pytorchs(
+    network: Solo, loaded: LoadedModel, image_hw: tuple[int, int]
+) -> None:
+    image = draw_blobs(np.random.default_rng(5), image_hw)
+    expected = segment_with_torch(network, tiny_config(), image)
+    found = loaded.segment(image)
+    assert len(expected) > 3
+    assert [(i.label, i.rle, i.bbox_xywh, i.area) for i in found] == [
+        (i.label, i.rle, i.bbox_xywh, i.area) for i in expected
+    ]
+    np.testing.assert_allclose(
+        [i.score for i in found], [i.score for i in expected], rtol=0, atol=1e-4
+    )
+
+
+def test_config_json_says_what_the_checkpoint_and_the_command_say(loaded: LoadedModel) -> None:
+    config, wanted = loaded.config, tiny_config()
+    assert (config.name, config.version) == ("discs", 2)
+    assert config.input == wanted.input and config.classes == wanted.classes
+    assert (config.candidates, config.mask_stride, config.limits.max_batch) == (60, 4, 4)
+    assert config.postprocess.score_threshold == 0.25
+    assert config.postprocess.nms == wanted.postprocess.nms
+
+
+def test_provenance_names_the_run_but_no_folder_of_the_machine(
+    folder: Path, loaded: LoadedModel
+) -> None:
+    provenance = loaded.config.provenance
+    assert provenance["config"] == "tiny"
+    assert provenance["training_data"] == "drawn discs"
+    assert provenance["checkpoint"]["file"] == "best.pt"
+    assert provenance["command"].startswith("solo-export best.pt --out repo --name discs")
+    assert str(folder) not in json.dumps(provenance)
+
+
+def test_the_parity_report_lies_beside_the_graph(published: Path, loaded: LoadedModel) -> None:
+    report = json.loads((published / "parity.json").read_text())
+    assert report["passed"] is True
+    assert report["graph"] == loaded.config.files["model.onnx"].model_dump()
+    sizes = {tuple(case["canvas_hw"]) for case in report["cases"]}
+    batches = {case["batch"] for case in report["cases"]}
+    assert len(sizes) == 2 and len(batches) == 2
+    assert report["total"]["candidates_torch"] > 100
+
+
+def test_the_same_version_again_is_refused_before_any_work(
+    folder: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (published / "model.onnx").stat().st_mtime_ns
+    again = [str(folder / "best.pt"), "--out", str(folder / "repo"), "--name", "discs"]
+    assert main([*again, "--version", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "2 exists already; choose another version, or --force" in captured.err
+    assert "exporting" not in captured.out
+    assert (published / "model.onnx").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the export is reached: the error must come first."""
+
+    def unreachable(*_: Any, **__: Any) -> bytes:
+        raise AssertionError("the export was started")
+
+    monkeypatch.setattr("export.__main__.build_onnx", unreachable)
+
+
+@pytest.mark.usefixtures("quick")
+def test_bad_arguments_end_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "repo")]
+    checkpoint = tmp_path / "a.pt"
+    save_tiny_checkpoint(checkpoint, tiny_config())
+    (tmp_path / "list.json").write_text("[]")
+    nameless = tmp_path / "nameless.pt"
+    save_tiny_checkpoint(nameless, replace(tiny_config(), classes=()))
+    for arguments, reason in (
+        ([str(tmp_path / "none.pt")], "no checkpoint at"),
+        ([str(tmp_path / "list.json")], "cannot be read as a checkpoint"),
+        ([str(checkpoint), "--provenance-json", str(tmp_path / "list.json")], "holds a list"),
+        ([str(checkpoint), "--provenance-json", str(tmp_path / "no.json")], "no.json cannot be"),
+        ([str(checkpoint), "--data", str(tmp_path)], "no annotations of split 'val'"),
+        ([str(checkpoint), "--version", "0"], "version"),
+        ([str(checkpoint), "--max-batch", "0"], "max_batch"),
+        ([str(checkpoint), "--score-threshold", "1.5"], "score_threshold"),
+        ([str(checkpoint), "--name", "../x"], "name"),
+        ([str(nameless)], "names 0 classes, but its network has 2"),
+    ):
+        assert main([*arguments, *out]) == 1, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("solo-export: ") and reason in error, error
+    assert not (tmp_path / "repo").exists()
+
+
+def test_an_unsupported_opset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["a.pt", "--out", "repo", "--opset", "21"])
+    assert "--opset: invalid choice: 21" in capsys.readouterr().err
+
+
+def test_a_graph_that_disagrees_is_not_published(
+    folder: Path, network: Solo, tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_config()
+    save_tiny_checkpoint(tmp_path / "other.pt", other, seed=1)
+    graph = (published / "model.onnx").read_bytes()  # of other weights
+    monkeypatch.setattr("export.__main__.build_onnx", lambda *_, **__: graph)
+    assert main([str(tmp_path / "other.pt"), "--out", str(tmp_path / "repo")]) == 1
+    assert not (tmp_path / "repo").exists()
+
+
+def test_data_adds_images_to_the_comparison_and_the_measured_ap(
+    folder: Path, network: Solo, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    data = tmp_path / "data"
+    (data / "annotations").mkdir(parents=True)
+    (data / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        Image.fromarray(draw_blobs(rng, (64, 80))).save(data / "images" / f"{index}.png")
+    box = {"id": 1, "image_id": 0, "category_id": 3, "area": 400, "bbox": [5, 5, 20, 20]}
+    polygon = [[5, 5, 25, 5, 25, 25, 5, 25]]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 80} for i in range(2)],
+        "annotations": [{**box, "iscrowd": 0, "segmentation": polygon}],
+        "categories": [{"id": c.category_id, "name": c.name} for c in tiny_config().classes],
+    }
+    (data / "annotations" / "val.json").write_text(json.dumps(content))
+    graph = (published / "model.onnx").read_bytes()
+    monkeypatch.setattr("export.__main__.build_onnx", lambda *_, **__: graph)
+    repo = tmp_path / "repo"
+    arguments = [str(folder / "best.pt"), "--out", str(repo), "--data", str(data)]
+    assert main(arguments) == 0
+    report = json.loads((repo / "tiny" / "1" / "parity.json").read_text())
+    assert [c["batch"] for c in report["cases"] if c["content"] == "data"] == [2, 2]
+    entry = json.loads((repo / "tiny" / "config.json").read_text())["versions"]["1"]
+    measured = entry["provenance"]["measured"]
+    assert measured["split"] == "val" and measured["images"] == 2
+    assert -1 <= measured["AP"] <= 1
+
+
+def test_commands_are_recorded_without_folders() -> None:
+    assert describe_command(["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]) == (
+        "solo-export best.pt --out model_repo --name 'a b'"
+    )

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.errors import PublishError
+from export.publish import (
+    Release,
+    describe_file,
+    merge_config,
+    next_version,
+    publish,
+    read_repository,
+    require_free,
+)
+from service.backends.base import BackendOptions
+from service.pipeline.model_config import ModelConfig
+from service.registry import load_version
+from tests.support import blob_model
+
+PASSED = {"passed": True, "cases": []}
+
+
+def build_release(version: int = 1, graph: bytes = b"graph", **changes: Any) -> Release:
+    content = blob_model.model_config(graph)
+    content.pop("versions")
+    content.pop("schema_version")
+    files = {"model.onnx": describe_file(graph)}
+    config = {**content, "version": version, "files": files, "provenance": {"run": version}}
+    return Release(ModelConfig.model_validate({**config, **changes}), graph, PASSED)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((root / "blobs" / "config.json").read_text())
+    return content
+
+
+def files_under(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_the_first_version_is_written_and_can_be_served(tmp_path: Path) -> None:
+    graph = blob_model.build_graph()
+    target = publish(tmp_path / "repo", build_release(graph=graph))
+    assert target == tmp_path / "repo" / "blobs" / "1"
+    assert sorted(files_under(tmp_path / "repo")) == [
+        "blobs/1/model.onnx",
+        "blobs/1/parity.json",
+        "blobs/config.json",
+    ]
+    config = read_config(tmp_path / "repo")
+    assert config["versions"] == {
+        "1": {"files": {"model.onnx": describe_file(graph)}, "provenance": {"run": 1}}
+    }
+    assert config["candidates"] == 3 and config["schema_version"] == 1
+    loaded = load_version(target.parent, None, BackendOptions(device="cpu"))
+    assert loaded.config == build_release(graph=graph).config
+    assert len(loaded.segment(blob_model.draw_picture())) == 1
+
+
+def test_a_second_version_leaves_the_first_as_it_was(tmp_path: Path) -> None:
+    first, second = build_release(1), build_release(2, b"other", candidates=7, mask_stride=8)
+    publish(tmp_path, first)
+    publish(tmp_path, second)
+    repository = read_repository(tmp_path / "blobs")
+    assert repository is not None
+    assert repository.for_version(1) == first.config
+    assert repository.for_version(2) == second.config
+    config = read_config(tmp_path)
+    assert config["candidates"] == 7
+    assert set(config["versions"]["1"]) == {"candidates", "mask_stride", "files", "provenance"}
+    assert set(config["versions"]["2"]) == {"files", "provenance"}
+    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == b"graph"
+
+
+def test_versions_with_sections_of_their_own_stay_valid(tmp_path: Path) -> None:
+    """A hand-written config.json that shares nothing."""
+    folder = tmp_path / "blobs"
+    publish(tmp_path, build_release(3))
+    config = read_config(tmp_path)
+    entry = config["versions"]["3"]
+    for section in ("input", "classes", "candidates", "mask_stride", "postprocess", "limits"):
+        entry[section] = config.pop(section)
+    (folder / "config.json").write_text(json.dumps(config))
+    before = read_repository(folder)
+    publish(tmp_path, build_release(1, limits={"max_batch": 2}))
+    after = read_repository(folder)
+    assert before is not None and after is not None
+    assert after.version_numbers == [1, 3]
+    assert after.for_version(3) == before.for_version(3)
+    assert after.for_version(1).limits.max_batch == 2
+
+
+def test_an_existing_version_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    publish(tmp_path, build_release())
+    before = files_under(tmp_path)
+    with pytest.raises(PublishError, match="1 exists already; choose another version, or --force"):
+        publish(tmp_path, build_release(graph=b"other"))
+    assert files_under(tmp_path) == before
+
+
+def test_a_folder_that_config_json_does_not_name_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "1").mkdir(parents=True)
+    with pytest.raises(PublishError, match="exists already"):
+        require_free(tmp_path, "blobs", 1)
+
+
+def test_force_replaces_the_version_alone(tmp_path: Path) -> None:
+    publish(tmp_path, build_release(1))
+    publish(tmp_path, build_release(2))
+    publish(tmp_path, build_release(1, b"other", candidates=5), force=True)
+    repository = read_repository(tmp_path / "blobs")
+    assert repository is not None
+    assert repository.for_version(2) == build_release(2).config
+    assert repository.for_version(1).candidates == 5
+    assert sorted(files_under(tmp_path)) == [
+        "blobs/1/model.onnx",
+        "blobs/1/parity.json",
+        "blobs/2/model.onnx",
+        "blobs/2/parity.json",
+        "blobs/config.json",
+    ]
+    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == b"other"
+
+
+def test_a_failing_rename_keeps_the_old_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    publish(tmp_path, build_release())
+    before = files_under(tmp_path)
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("export.publish.os.replace", failing)
+    with pytest.raises(OSError, match="No space left"):
+        publish(tmp_path, build_release(graph=b"other"), force=True)
+    assert files_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("parity", [{"passed": False}, {}])
+def test_what_has_no_passed_parity_report_is_refused(
+    tmp_path: Path, parity: dict[str, Any]
+) -> None:
+    release = build_release()
+    with pytest.raises(PublishError, match="parity report has not passed"):
+        publish(tmp_path, Release(release.config, release.graph, parity))
+    assert files_under(tmp_path) == {}
+
+
+def test_a_graph_that_config_json_does_not_describe_is_refused(tmp_path: Path) -> None:
+    release = build_release()
+    with pytest.raises(PublishError, match=r"describes another model\.onnx"):
+        publish(tmp_path, Release(release.config, b"other", PASSED))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not valid JSON"),
+        ('{"name": "blobs", "versions": {}, "colour": 1}', "colour"),
+        ('{"name": "discs", "versions": {}}', "that of the model 'discs'"),
+        ('{"name": "blobs", "versions": {"4": {}}}', "version 4"),
+    ],
+)
+def test_a_config_that_cannot_be_extended_is_refused(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "config.json").write_text(text)
+    with pytest.raises(PublishError, match=reason):
+        publish(tmp_path, build_release())
+    assert list(files_under(tmp_path)) == ["blobs/config.json"]
+
+
+def test_the_next_version_follows_what_is_listed_and_what_lies_there(tmp_path: Path) -> None:
+    folder = tmp_path / "blobs"
+    assert next_version(folder) == 1
+    publish(tmp_path, build_release(4))
+    assert next_version(folder) == 5
+    (folder / "7").mkdir()
+    (folder / "notes").mkdir()
+    assert next_version(folder) == 8
+
+
+def test_sections_that_all_versions_share_are_written_once() -> None:
+    config = merge_config(None, build_release(1).config)
+    assert list(config) == [
+        "schema_version",
+        "name",
+        "task",
+        "description",
+        "input",
+        "classes",
+        "candidates",
+        "mask_stride",
+        "postprocess",
+        "limits",
+        "versions",
+    ]
