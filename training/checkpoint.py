@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from training.model.solo import Solo
 
 FORMAT = "solo-serve checkpoint"
 FORMAT_VERSION = 1
+REQUIRED = ("format_version", "config", "model", "ema")
 _CONFIG = TypeAdapter(Config)
 
 
@@ -36,9 +36,25 @@ def config_from_dict(content: dict[str, Any]) -> Config:
         CheckpointError: A field is unknown or has a wrong value.
     """
     try:
-        return _CONFIG.validate_python(content)
+        config = _CONFIG.validate_python(content)
     except ValidationError as error:
         raise CheckpointError(f"the stored configuration does not fit: {error}") from error
+    unknown = _unknown_fields(content, config_to_dict(config))
+    if unknown:
+        raise CheckpointError(
+            f"the stored configuration has unknown fields: {', '.join(unknown[:5])}"
+        )
+    return config
+
+
+def _unknown_fields(content: Any, known: Any, path: str = "") -> list[str]:
+    """Dotted names that the configuration classes do not have."""
+    if not isinstance(content, dict) or not isinstance(known, dict):
+        return []
+    found = [path + key for key in content if key not in known]
+    for key in content.keys() & known.keys():
+        found += _unknown_fields(content[key], known[key], f"{path}{key}.")
+    return sorted(found)
 
 
 def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
@@ -65,10 +81,13 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes lead to
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a solo-serve checkpoint")
+    missing = [key for key in REQUIRED if key not in content]
+    if missing:
+        raise CheckpointError(f"{path} is incomplete: it has no {', '.join(missing)}")
     if content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {content['format_version']}, expected {FORMAT_VERSION}"

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import CheckpointError
 from training.configs import get_config, list_configs
 from training.configs.schema import Config
-from training.data.coco import CocoDataset, DatasetError
+from training.data.coco import CocoDataset
 from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.overrides import apply_overrides
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         path = run(options)
-    except (ValueError, CheckpointError, DatasetError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"solo-train: {error}", file=sys.stderr)
         return 1
     print(f"checkpoint: {path}")

@@ -85,6 +85,12 @@ class MovingAverage:
         self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over a stored average, on the device of this one."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+    @torch.no_grad()
     def update(self, model: Solo, step: int) -> None:
         """Moves towards the model's present state; counters are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -134,7 +140,7 @@ class Trainer:
         load_weights(self.model, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
         if self.average is not None:
-            self.average.state = content["ema"]
+            self.average.load(content["ema"])
         self.step, self.seconds = content["step"], content["seconds"]
         self.best = content["best"]
 
@@ -245,7 +251,8 @@ class RunLog:
         kept: list[list[str]] = [["step", "name", "value"]]
         if step > 0 and path.exists():
             with path.open(newline="") as file:
-                kept += [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3]
+                kept += [row for row in rows if int(row[0]) <= step]
         self._file = path.open("w", newline="")
         self._csv = csv.writer(self._file)
         self._csv.writerows(kept)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from service.pipeline.decode import decode_image
+from service.pipeline.errors import DecodeError
 from service.pipeline.model_config import ClassSpec, ContrastSpec
 from service.pipeline.preprocess import stretch_contrast
 
@@ -97,7 +98,10 @@ class CocoDataset:
             raise DatasetError(f"{self.annotation_file} is not COCO JSON: {error!r}") from error
         self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
-        self.records = self._read(content)
+        try:
+            self.records = self._read(content)
+        except (KeyError, TypeError) as error:
+            raise DatasetError(f"{self.annotation_file} lacks a COCO field: {error!r}") from error
         pixels = sum(r.height * r.width for r in self.records)
         self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
@@ -114,6 +118,11 @@ class CocoDataset:
             if row.get("iscrowd", 0) or not row["segmentation"]:
                 continue
             rle = to_rle(row["segmentation"], *sizes[image_id])
+            if tuple(rle["size"]) != sizes[image_id]:
+                raise DatasetError(
+                    f"annotation {row.get('id')} in {self.annotation_file} is a mask of "
+                    f"{rle['size']}, its image is {list(sizes[image_id])} (height, width)"
+                )
             x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
             label = self.labels[row["category_id"]]
             by_image[image_id].append(Annotation(rle, label, (x, y, w, h)))
@@ -139,12 +148,15 @@ class CocoDataset:
         """The decoded image [H, W, 3] RGB, contrast applied.
 
         Raises:
-            DatasetError: The file's size differs from the annotation's.
+            DatasetError: The file cannot be decoded or its size is not the annotation's.
         """
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         record = self.records[index]
-        image = decode_image(self.image_bytes(index))
+        try:
+            image = decode_image(self.image_bytes(index))
+        except DecodeError as error:
+            raise DatasetError(f"{record.file_name}: {error}") from error
         if image.shape[:2] != (record.height, record.width):
             raise DatasetError(
                 f"{record.file_name} is {image.shape[1]}x{image.shape[0]} px, "
