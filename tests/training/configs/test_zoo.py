@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from service.pipeline.model_config import KeepRatioResize, TileResize
+from training.configs import get_config, list_configs
+from training.configs.schema import HeadConfig
+
+PAPER = {
+    "solo_r50": (50, "vanilla", 800, 7),
+    "solo_r101": (101, "vanilla", 800, 7),
+    "solo_512_r50": (50, "vanilla", 512, 7),
+    "solo_512_r101": (101, "vanilla", 512, 7),
+    "decoupled_solo_r50": (50, "decoupled", 800, 7),
+    "decoupled_solo_r101": (101, "decoupled", 800, 7),
+    "decoupled_solo_light_r50": (50, "decoupled_light", 512, 4),
+}
+
+
+def test_the_zoo_holds_the_papers_models_and_the_bundled_one() -> None:
+    assert list_configs() == sorted([*PAPER, "nuclei"])
+    for name in list_configs():
+        assert get_config(name).name == name
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_a_model_of_the_paper(name: str) -> None:
+    config = get_config(name)
+    depth, kind, short_side, convs = PAPER[name]
+    head, resize = config.model.head, config.input.resize
+    assert (config.model.backbone.depth, head.kind, head.num_convs) == (depth, kind, convs)
+    assert isinstance(resize, KeepRatioResize) and resize.short_side == short_side
+    assert head.num_grids == (40, 36, 24, 16, 12)
+    assert head.level_strides == (8, 8, 16, 32, 32)
+    assert head.scale_ranges[0] == ((1, 64) if kind == "decoupled_light" else (1, 96))
+    assert config.num_classes == 80 and config.schedule.batch_size == 16
+
+
+def test_the_bundled_models_grid_fits_its_canvas() -> None:
+    config = get_config("nuclei")
+    assert isinstance(config.input.resize, TileResize)
+    assert all(side % 32 == 0 for side in config.input.resize.canvas_hw)
+    assert config.input.contrast is not None
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'solo_r51'.*nuclei.*solo_r50"):
+        get_config("solo_r51")
+
+
+def test_configurations_are_frozen_and_misspelt_fields_fail() -> None:
+    config = get_config("nuclei")
+    with pytest.raises(FrozenInstanceError):
+        config.name = "x"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="num_gridz"):
+        replace(config.model.head, num_gridz=(1,))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_grids": (8, 4)}, "level_strides has 5 entries, num_grids has 2"),
+        ({"num_coord_convs": 9}, "num_coord_convs is 9"),
+        ({"scale_ranges": ((1, 2),)}, "scale_ranges has 1 entries"),
+        (
+            {"num_grids": (), "level_strides": (), "mask_strides": (), "scale_ranges": ()},
+            "0 levels",
+        ),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadConfig(**changes)  # type: ignore[arg-type]
