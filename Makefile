@@ -18,6 +18,8 @@ TEST_VENV ?= .venv-test
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# ONNX Runtime of late collects usage data unless it is told not to.
+export ORT_DISABLE_TELEMETRY ?= 1
 
 # The first Python >= 3.11 that really starts.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14 python,\

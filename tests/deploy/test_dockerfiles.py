@@ -90,6 +90,10 @@ class TestDockerfile:
         assert check.endswith('CMD ["python", "/app/healthcheck.py"]')
         assert "/v2/health/ready" in (ROOT / "docker/healthcheck.py").read_text(encoding="utf-8")
 
+    def test_the_engine_collects_no_usage_data(self, name: str) -> None:
+        (variables,) = [rest for word, rest in last_stage(name) if word == "ENV"]
+        assert "ORT_DISABLE_TELEMETRY=1" in variables.split()
+
     def test_it_starts_in_exec_form_so_that_signals_arrive(self, name: str) -> None:
         (entry,) = [rest for word, rest in last_stage(name) if word == "ENTRYPOINT"]
         assert entry == '["python", "-m", "service"]'
