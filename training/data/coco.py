@@ -94,7 +94,7 @@ class CocoDataset:
         try:
             content = json.loads(self.annotation_file.read_text())
             categories = sorted(content["categories"], key=lambda c: int(c["id"]))
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{self.annotation_file} is not COCO JSON: {error!r}") from error
         self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
