@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from service.pipeline.model_config import ContrastSpec
+from tests.support.tiny import (
+    CLASSES,
+    annotation_of,
+    build_tiny_data,
+    disc,
+    rle_of,
+    write_image,
+    write_split,
+)
+from training.data.coco import CocoDataset, DatasetError, find_split, to_rle
+
+HEIGHT, WIDTH = 20, 30
+
+
+def build(root: Path, annotations: list[dict[str, Any]], **image: Any) -> CocoDataset:
+    write_image(root / "images" / "a.png", np.full((HEIGHT, WIDTH, 3), 50, np.uint8))
+    write_split(root, "train", [("a.png", HEIGHT, WIDTH)], annotations)
+    return CocoDataset(root, "train")
+
+
+def test_polygons_rle_and_uncompressed_rle_are_one_mask(tmp_path: Path) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[4:12, 5:25] = 1
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.r_[0, edges, flat.size]).tolist()
+    segmentations: list[Any] = [
+        [[5, 4, 25, 4, 25, 12, 5, 12]],
+        [[5, 4, 15, 4, 15, 12, 5, 12], [15, 4, 25, 4, 25, 12, 15, 12]],
+        {"size": [HEIGHT, WIDTH], "counts": counts},
+        rle_of(mask),
+    ]
+    annotation = annotation_of(mask, 1, 3)
+    data = build(tmp_path, [annotation | {"segmentation": s} for s in segmentations])
+    assert len(data.records[0].annotations) == 4
+    for found in data.records[0].annotations:
+        np.testing.assert_array_equal(coco_mask.decode(found.rle), mask)
+        assert found.box_xywh == (5, 4, 20, 8)
+
+
+def test_counts_may_be_bytes() -> None:
+    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    np.testing.assert_array_equal(coco_mask.decode(to_rle(rle, HEIGHT, WIDTH)), mask)
+
+
+def test_crowds_and_empty_segmentations_are_left_out(tmp_path: Path) -> None:
+    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
+    data = build(
+        tmp_path,
+        [
+            annotation_of(mask, 1, 3, iscrowd=1),
+            annotation_of(mask, 1, 7),
+            annotation_of(mask, 1, 7) | {"segmentation": []},
+        ],
+    )
+    assert [a.label for a in data.records[0].annotations] == [1]
+
+
+def test_images_without_objects_are_kept(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    assert len(data) == 3
+    assert [len(r.annotations) for r in data.records] == [2, 2, 0]
+    assert build(tmp_path / "b", []).records[0].annotations == ()
+
+
+def test_labels_are_contiguous_in_the_order_of_the_category_ids(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "val")
+    assert data.classes == CLASSES
+    assert [a.label for a in data.records[0].annotations] == [0, 1]
+
+
+def test_greyscale_sixteen_bit_and_exif(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH)
+    Image.fromarray(grey).save(images / "grey.png")
+    turned = Image.fromarray(np.rot90(np.stack([grey] * 3, axis=2), 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    turned.save(images / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    write_split(tmp_path, "train", [("grey.png", HEIGHT, WIDTH), ("turned.jpg", HEIGHT, WIDTH)], [])
+    data = CocoDataset(tmp_path, "train")
+    np.testing.assert_array_equal(data.image(0), np.stack([grey] * 3, axis=2))
+    assert data.image(1).shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(data.image(1)[..., 0].astype(int) - grey).mean() < 20
+
+
+def test_contrast_is_applied_to_the_whole_image(tmp_path: Path) -> None:
+    dark = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    dark[:, ::2] = 20
+    write_image(tmp_path / "images" / "a.png", dark)
+    write_split(tmp_path, "train", [("a.png", HEIGHT, WIDTH)], [])
+    data = CocoDataset(tmp_path, "train", ContrastSpec(low=0, high=100, min_range=1))
+    assert data.image(0).max() == 255 and data.image(0).min() == 0
+    assert data.image(0) is data.image(0)  # kept in memory
+
+
+def test_the_size_must_be_the_annotations(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "a.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    write_split(tmp_path, "train", [("a.png", WIDTH, HEIGHT)], [])
+    with pytest.raises(DatasetError, match=r"a\.png is 30x20 px, its annotation says 20x30"):
+        CocoDataset(tmp_path, "train").image(0)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    data = build(tmp_path, [])
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"a\.png"):
+        data.image(0)
+
+
+def test_a_missing_split_says_where_it_looked(tmp_path: Path) -> None:
+    build_tiny_data(tmp_path)
+    with pytest.raises(DatasetError, match=r"'test'.*test\.json.*instances_test2017\.json"):
+        CocoDataset(tmp_path, "test")
+
+
+def test_missing_images(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", [], [])
+    with pytest.raises(DatasetError, match="no image folder"):
+        CocoDataset(tmp_path, "train")
+
+
+def test_coco_2017_as_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "val2017").mkdir()
+    write_split(tmp_path, "instances_val2017", [], [])
+    assert find_split(tmp_path, "val") == (
+        tmp_path / "annotations" / "instances_val2017.json",
+        tmp_path / "val2017",
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [], "annotations": []}'])
+def test_a_file_that_is_not_coco(tmp_path: Path, text: str) -> None:
+    build_tiny_data(tmp_path)
+    (tmp_path / "annotations" / "train.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"train\.json"):
+        CocoDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 4}, "names image 1 and category 4"),
+        ({"image_id": 9}, "names image 9 and category 3"),
+        ({"segmentation": rle_of(np.ones((4, 4), np.uint8))}, r"mask of \[4, 4\].*\[20, 30\]"),
+    ],
+)
+def test_an_annotation_that_does_not_fit(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
+    with pytest.raises(DatasetError, match=message):
+        build(tmp_path, [annotation | change])
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
+    del annotation["segmentation"]
+    with pytest.raises(DatasetError, match="segmentation"):
+        build(tmp_path, [annotation])
+
+
+def test_the_file_is_read_as_it_lies_there(tmp_path: Path) -> None:
+    data = build(tmp_path, [])
+    assert data.image_bytes(0) == (tmp_path / "images" / "a.png").read_bytes()
+    assert json.loads(data.annotation_file.read_text())["images"][0]["file_name"] == "a.png"
