@@ -29,10 +29,11 @@ def select(
     Returns:
         Scores and indices of the survivors, best first (ties: the earlier candidate).
     """
-    filled = np.flatnonzero(candidates.scores > 0)
-    masks = candidates.mask_probs[filled] > spec.mask_threshold
-    shown = masks.any(axis=(1, 2))
-    filled, masks = filled[shown], masks[shown]
+    used = candidates.scores > 0
+    count = int(used.nonzero()[0].max(initial=-1)) + 1  # empty slots come last: no copy of them
+    masks = candidates.mask_probs[:count] > spec.mask_threshold
+    filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
+    masks = masks[filled]
     scores, labels = candidates.scores[filled], candidates.labels[filled]
     if isinstance(spec.nms, MatrixNms):
         scores = matrix_nms(scores, labels, masks, kernel=spec.nms.kernel, sigma=spec.nms.sigma)
