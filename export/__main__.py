@@ -29,11 +29,10 @@ from export.publish import (
     require_free,
 )
 from service.backends.base import BackendOptions
-from service.errors import ModelRefused
 from service.pipeline.errors import PipelineError
 from service.pipeline.model_config import FileSpec, ModelConfig
 from service.pipeline.preprocess import prepare
-from service.registry import load_version
+from service.registry import ModelRefused, load_version
 from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config

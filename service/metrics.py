@@ -66,8 +66,11 @@ class Metrics:
         )
         self._build_counters(registry)
         self._build_gauges(registry)
+        # Series that exist from the start have a rate from the first request on.
         for reason in REJECTIONS:
             self.rejections.labels(reason)
+        self.requests.labels("/segment", "POST", "200")
+        self.request_seconds.labels("/segment", "POST")
 
     def _build_counters(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
