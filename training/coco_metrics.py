@@ -43,7 +43,7 @@ def mask_ap(
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotation_file))
         if results:
-            found = truth.loadRes(list(results))
+            found = truth.loadRes([dict(r) for r in results])  # it writes into them
         else:
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
