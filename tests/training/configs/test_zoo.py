@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from service.pipeline.model_config import KeepRatioResize, TileResize
+from service.pipeline.model_config import InputSpec, KeepRatioResize, TileResize
 from training.configs import get_config, list_configs
 from training.configs.schema import HeadConfig
 
@@ -30,11 +30,15 @@ def test_a_model_of_the_paper(name: str) -> None:
     config = get_config(name)
     depth, kind, short_side, convs = PAPER[name]
     head, resize = config.model.head, config.input.resize
-    assert (config.model.backbone.depth, head.kind, head.num_convs) == (depth, kind, convs)
-    assert isinstance(resize, KeepRatioResize) and resize.short_side == short_side
-    assert head.num_grids == (40, 36, 24, 16, 12)
-    assert head.level_strides == (8, 8, 16, 32, 32)
-    assert head.scale_ranges[0] == ((1, 64) if kind == "decoupled_light" else (1, 96))
+    long_side = {800: 1333, 512: 852}[short_side]
+    found = (config.model.backbone.depth, head.kind, resize.rule, head.num_convs)
+    assert found == (depth, kind, "keep_ratio", convs)
+    assert config.input == InputSpec(
+        resize=KeepRatioResize(short_side=short_side, long_side=long_side)
+    )
+    assert list(head.num_grids) == [40, 36, 24, 16, 12]
+    assert list(head.level_strides) == [8, 8, 16, 32, 32]
+    assert head.scale_ranges[0][1] == (64 if "light" in name else 96)
     assert config.num_classes == 80 and config.schedule.batch_size == 16
 
 

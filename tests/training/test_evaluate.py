@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from service.pipeline.types import Instance
+from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
+from training.checkpoint import CheckpointError, save_checkpoint
+from training.data.coco import CocoDataset
+from training.evaluate import (
+    CheckpointPredictor,
+    ServerPredictor,
+    build_predictor,
+    evaluate_model,
+    main,
+    predict,
+    to_results,
+)
+from training.model.solo import Solo
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_data(tmp_path_factory.mktemp("data"), ("val",))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = Solo(TINY.model, 2)
+    for parameter in model.head.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.head.named_parameters():
+        if "_out" in name and name.endswith("bias"):
+            torch.nn.init.constant_(parameter, 2.0)  # finds something everywhere
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    save_checkpoint(path, TINY, {"model": model.state_dict(), "ema": {}})
+    return path
+
+
+def test_instances_become_coco_results() -> None:
+    mask = disc(20, 30, 8, 9, 5)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    instance = Instance(label=1, score=0.25, rle=rle, bbox_xywh=(4, 3, 11, 11), area=81)
+    (result,) = to_results([instance], CLASSES)
+    assert result == {"category_id": 7, "score": 0.25, "segmentation": rle_of(mask)}
+    json.dumps(result)
+
+
+def test_a_checkpoint_from_file_to_average_precision(root: Path, checkpoint: Path) -> None:
+    data = CocoDataset(root, "val")
+    predictor = build_predictor(str(checkpoint), None, None, 50)
+    assert isinstance(predictor, CheckpointPredictor)
+    results = predict(data, predictor)
+    assert results and {r["image_id"] for r in results} <= {1, 2, 3}
+    for result in results:
+        record = data.records[result["image_id"] - 1]
+        assert result["segmentation"]["size"] == [record.height, record.width]
+        assert result["category_id"] in (3, 7) and 0 <= result["score"] <= 1
+    numbers = evaluate_model(predictor.model, predictor.config, data, max_dets=50)
+    assert 0 <= numbers["AP"] <= 1
+
+
+def test_a_bound_on_the_instances(root: Path, checkpoint: Path) -> None:
+    data = CocoDataset(root, "val")
+    results = predict(data, build_predictor(str(checkpoint), None, None, 1))
+    assert len({r["image_id"] for r in results}) == len(results)
+
+
+def test_an_image_of_several_tiles(checkpoint: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (130, 100, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    predictor = build_predictor(str(checkpoint), None, None, 50)
+    for result in predictor(buffer.getvalue()):
+        assert result["segmentation"]["size"] == [130, 100]
+
+
+@pytest.mark.parametrize("source", ["", "nowhere.pt", "."])
+def test_a_source_that_is_none(source: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        build_predictor(source and str(tmp_path / source), None, None, 100)
+
+
+def test_the_command(root: Path, checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [str(checkpoint), "--data", str(root), "--max-dets", "50", "--group-by", "group"]
+    arguments += ["--json", str(tmp_path / "n.json"), "--results", str(tmp_path / "r.json")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "all AP " in printed and "g0" in printed and "g1" in printed
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert set(numbers) == {"all", "g0", "g1"}
+    assert isinstance(json.loads((tmp_path / "r.json").read_text()), list)
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("nowhere", [], "nowhere"),
+        (None, ["--split", "test"], "'test'"),
+        (None, ["--group-by", "modality"], "no field 'modality'"),
+    ],
+)
+def test_the_command_fails_with_one_line(
+    source: str | None, more: list[str], message: str, root: Path, checkpoint: Path, capsys: Any
+) -> None:
+    assert main([source or str(checkpoint), "--data", str(root), *more]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(root: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"nonsense")
+    assert main([str(tmp_path / "bad.pt"), "--data", str(root)]) == 1
+    assert "bad.pt" in capsys.readouterr().err
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers /segment with one disc per image; an unknown model gets 404."""
+
+    asked: list[dict[str, list[str]]]
+
+    def do_POST(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        type(self).asked.append(query | {"type": [str(self.headers["Content-Type"])]})
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if query.get("model") == ["unknown"]:
+            status, content = 404, {"error": {"code": "unknown_model", "message": "no such model"}}
+        else:
+            instance = {
+                "category_id": 3,
+                "category": "disc",
+                "score": 0.5,
+                "bbox": [1, 2, 3, 4],
+                "segmentation": rle_of(disc(64, 64, 20, 20, 10)),
+            }
+            status, content = 200, {"results": [{"instances": [instance]}]}  # type: ignore[dict-item]
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    FakeServer.asked = []
+    server = HTTPServer(("127.0.0.1", 0), FakeServer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_running_server(url: str, root: Path) -> None:
+    predictor = build_predictor(url, "tiny", None, 77)
+    assert isinstance(predictor, ServerPredictor)
+    results = predict(CocoDataset(root, "val"), predictor)
+    assert [r["image_id"] for r in results] == [1, 2, 3]
+    assert set(results[0]) == {"image_id", "category_id", "score", "segmentation"}
+    query = FakeServer.asked[0]
+    assert query["max_instances"] == ["77"] and query["model"] == ["tiny"]
+    assert float(query["score_threshold"][0]) == 0 and query["type"] == ["image/png"]
+
+
+def test_a_servers_error_is_shown(url: str, root: Path, capsys: Any) -> None:
+    assert main([url, "--data", str(root), "--model-name", "unknown"]) == 1
+    printed = capsys.readouterr().err
+    assert "404" in printed and "no such model" in printed
+
+
+def test_no_server_there(root: Path, capsys: Any) -> None:
+    assert main(["http://127.0.0.1:9", "--data", str(root)]) == 1
+    assert "solo-eval:" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny import CLASSES, build_tiny_data
+from training.checkpoint import load_checkpoint
+from training.train import build_parser, main
+
+SMALL = [
+    "model.backbone.base_width=8",
+    "model.neck_channels=16",
+    "model.head.channels=16",
+    "model.head.num_convs=1",
+    "model.head.norm_groups=4",
+    "model.head.num_grids=[8,4,2]",
+    "model.candidates=20",
+    "input.resize.scale=1",
+    "input.resize.tile_hw=[64,64]",
+    "input.resize.overlap_px=16",
+    "schedule.batch_size=2",
+    "schedule.epochs=2",
+    "schedule.warmup_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def command(root: Path, out: Path, *more: str) -> list[str]:
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    return ["nuclei", "--data", str(root), "--out", str(out), "--workers", "0", *sets, *more]
+
+
+def test_a_small_run_from_command_to_checkpoint(root: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = command(root, tmp_path, "--validate-every", "1", "--checkpoint-every", "1")
+    assert main(arguments) == 0
+    assert f"checkpoint: {tmp_path / 'last.pt'}" in capsys.readouterr().out
+    config, content = load_checkpoint(tmp_path / "last.pt")
+    assert config.name == "nuclei" and config.num_classes == 2 and config.classes == CLASSES
+    assert config.model.head.num_grids == (8, 4, 2)
+    assert content["step"] == 2 and content["ema"]
+    assert (tmp_path / "best.pt").exists()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        names = {row[1] for row in csv.reader(file)}
+    assert "val/AP" in names and "val/AP50" in names
+    # The same command again finds the run finished; other settings are refused by name.
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--set", "schedule.lr=1"]) == 1
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> None:
+    assert main(command(root, tmp_path, "--val-split", "", "--max-hours", "1e-9")) == 0
+    assert load_checkpoint(tmp_path / "last.pt")[1]["step"] == 1
+    assert not (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solo_r51", "--data", "DATA"], "'solo_r51'"),
+        (["nuclei", "--data", "nowhere"], "nowhere"),
+        (["nuclei", "--data", "DATA", "--train-split", "test"], "'test'"),
+        (["nuclei", "--data", "DATA", "--val-split", "test"], "'test'"),
+        (["nuclei", "--data", "DATA", "--set", "schedule.learning_rate=1"], "learning_rate=1"),
+        (["nuclei", "--data", "DATA", "--set", "model.head.num_grids=[1]"], "num_grids=[1]"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    filled = [str(root) if a == "DATA" else a for a in arguments]
+    assert main([*filled, "--out", str(tmp_path / "run"), "--workers", "0"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("solo-train: ") and message in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_is_one_line(root: Path, tmp_path: Path, capsys: Any) -> None:
+    sets = ["--set", "loss.mask_weight=Infinity", "--val-split", ""]
+    assert main(command(root, tmp_path, *sets)) == 1
+    assert "loss is" in capsys.readouterr().err
+
+
+def test_the_help_names_the_configurations() -> None:
+    text = build_parser().format_help()
+    assert "nuclei" in text and "decoupled_solo_light_r50" in text and "--max-hours" in text

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tiny import TINY, TINY_SGD, build_tiny_data
+from training.checkpoint import CheckpointError, load_checkpoint
+from training.configs.schema import Config, ScheduleConfig
+from training.data.coco import CocoDataset
+from training.data.loader import build_loader
+from training.model.solo import Solo
+from training.trainer import (
+    MovingAverage,
+    RunLog,
+    RunOptions,
+    Trainer,
+    Validate,
+    build_optimizer,
+    learning_rate,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    return CocoDataset(build_tiny_data(tmp_path_factory.mktemp("data")), "train")
+
+
+def longer(config: Config, epochs: int) -> Config:
+    return replace(config, schedule=replace(config.schedule, epochs=epochs))
+
+
+def build(
+    config: Config, data: CocoDataset, out: Path, validate: Validate | None = None, **more: Any
+) -> Trainer:
+    options = {"workers": 0, "log_every": 1, "checkpoint_every": 2, **more}
+    return Trainer(config, data, RunOptions(out=out, **options), validate)
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor in nested containers by its path."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    if isinstance(value, dict):
+        pairs: Any = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {path: torch.tensor(value)} if isinstance(value, int | float) else {}
+    found: dict[str, Tensor] = {}
+    for key, item in pairs:
+        found |= tensors(item, f"{path}.{key}")
+    return found
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, averages, optimizer and counters are equal bit for bit; the clock is not."""
+    first, second = load_checkpoint(a)[1], load_checkpoint(b)[1]
+    for content in (first, second):
+        del content["seconds"]
+    one, other = tensors(first), tensors(second)
+    assert one.keys() == other.keys() and len(one) > 100
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_at(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = trainer.train_step
+
+    def stepping(batch: Any) -> dict[str, float]:
+        if trainer.step == step:
+            raise Stop
+        return original(batch)
+
+    monkeypatch.setattr(trainer, "train_step", stepping)
+
+
+@pytest.mark.parametrize("config", [longer(TINY, 5), longer(TINY_SGD, 5)], ids=["adamw", "sgd"])
+def test_stop_and_resume_is_bit_identical_to_an_unbroken_run(
+    config: Config, data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = build(config, data, tmp_path / "a")
+    assert unbroken.total_steps == 5
+    last = unbroken.fit()
+    first = build(config, data, tmp_path / "b")
+    interrupt_at(first, 3, monkeypatch)
+    with pytest.raises(Stop):
+        first.fit()
+    assert load_checkpoint(tmp_path / "b" / "last.pt")[1]["step"] == 2
+    second = build(config, data, tmp_path / "b")
+    assert second.step == 2 and second.seconds > 0
+    assert_same_run(last, second.fit())
+    content = load_checkpoint(last)[1]
+    assert content["step"] == 5
+    assert bool(content["ema"]) == (config.schedule.ema_decay > 0)
+    # The logs tell the same story and no step stands there twice.
+    rows = {}
+    for name in "ab":
+        with (tmp_path / name / "metrics.csv").open(newline="") as file:
+            rows[name] = [row for row in csv.reader(file) if row[1] != "seconds"]
+        keys = [(step, key) for step, key, _ in rows[name]]
+        assert len(set(keys)) == len(keys)
+    assert rows["a"] == rows["b"]
+    assert {step for step, *_ in rows["a"][1:]} == {"1", "2", "3", "4", "5"}
+
+
+def test_a_seed_makes_a_run_repeatable_and_another_one_differs(
+    data: CocoDataset, tmp_path: Path
+) -> None:
+    config = longer(TINY, 2)
+    runs = [
+        build(config, data, tmp_path / name, seed=seed).fit()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert_same_run(runs[0], runs[1])
+    weights = [load_checkpoint(run)[1]["model"]["head.category_out.weight"] for run in runs]
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_time_limit_stops_with_a_checkpoint(data: CocoDataset, tmp_path: Path) -> None:
+    calls = []
+
+    def validate(model: Solo, config: Config) -> dict[str, float]:
+        calls.append(model.training)
+        return {"AP": 0.5}
+
+    trainer = build(
+        longer(TINY, 50), data, tmp_path, validate, max_seconds=0.0, checkpoint_every=100
+    )
+    trainer.fit()
+    assert load_checkpoint(tmp_path / "last.pt")[1]["step"] == 1
+    assert load_checkpoint(tmp_path / "best.pt")[1]["best"] == 0.5
+    assert calls == [False]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: CocoDataset, tmp_path: Path) -> None:
+    trainer = build(TINY, data, tmp_path)
+    with torch.no_grad():
+        trainer.model.head.category_out.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="nan at step 0"):
+        trainer.fit()
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_another_configuration_is_refused(data: CocoDataset, tmp_path: Path) -> None:
+    build(longer(TINY, 1), data, tmp_path).fit()
+    with pytest.raises(CheckpointError, match=r"last\.pt was trained with another configuration"):
+        build(longer(TINY, 2), data, tmp_path)
+    assert build(longer(TINY, 2), data, tmp_path, resume=False).step == 0
+
+
+def test_a_finished_run_stays_as_it_is(data: CocoDataset, tmp_path: Path) -> None:
+    config = longer(TINY, 1)
+    before = load_checkpoint(build(config, data, tmp_path).fit())[1]
+    again = build(config, data, tmp_path)
+    assert again.step == again.total_steps
+    after = load_checkpoint(again.fit())[1]
+    assert all(torch.equal(v, after["model"][k]) for k, v in before["model"].items())
+
+
+def test_validation_keeps_the_best(data: CocoDataset, tmp_path: Path) -> None:
+    scores = iter([0.2, 0.4, 0.3])
+    trainer = build(
+        longer(TINY, 3),
+        data,
+        tmp_path,
+        lambda model, config: {"AP": next(scores)},
+        validate_every=1,
+    )
+    trainer.fit()
+    best, last = (load_checkpoint(tmp_path / f"{n}.pt")[1] for n in ("best", "last"))
+    assert (best["step"], best["best"]) == (2, 0.4)
+    assert (last["step"], last["best"]) == (3, 0.4)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        found = {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == "val/AP"}
+    assert found == {"1": 0.2, "2": 0.4, "3": 0.3}
+
+
+def test_training_goes_on_in_training_mode_after_a_validation(
+    data: CocoDataset, tmp_path: Path
+) -> None:
+    modes = []
+
+    def validate(model: Solo, config: Config) -> dict[str, float]:
+        model.eval()
+        return {"AP": 0.0}
+
+    trainer = build(longer(TINY, 2), data, tmp_path, validate, validate_every=1)
+    original = trainer.train_step
+    trainer.train_step = lambda batch: (  # type: ignore[method-assign]
+        modes.append(trainer.model.training) or original(batch)  # type: ignore[func-returns-value]
+    )
+    trainer.fit()
+    assert modes == [True, True]
+
+
+def test_tensorboard_gets_the_numbers(data: CocoDataset, tmp_path: Path) -> None:
+    build(longer(TINY, 1), data, tmp_path).fit()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_images_without_objects_train(tmp_path: Path) -> None:
+    root = build_tiny_data(tmp_path / "data")
+    split = CocoDataset(root, "train")
+    split.records = split.records[2:]
+    assert split.records[0].annotations == ()
+    trainer = build(longer(TINY, 1), split, tmp_path / "run")
+    batch = next(iter(_batches(trainer)))
+    numbers = trainer.train_step(batch)
+    assert numbers["mask"] == 0 and numbers["num_positives"] == 0
+    assert math.isfinite(numbers["total"]) and math.isfinite(numbers["grad_norm"])
+
+
+def _batches(trainer: Trainer) -> Any:
+    return build_loader(trainer.data, trainer.config, seed=0, start_step=0, stop_step=1, workers=0)
+
+
+CRASH = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+from tests.support.tiny import TINY
+from training.data.coco import CocoDataset
+from training.data.loader import build_loader
+from training.trainer import RunOptions, Trainer
+config = replace(TINY, schedule=replace(TINY.schedule, epochs=100000))
+data = CocoDataset(Path(sys.argv[1]), "train")
+options = RunOptions(out=Path(sys.argv[2]), workers=0, checkpoint_every=1, log_every=1)
+Trainer(config, data, options, None).fit()
+"""
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    root, out = build_tiny_data(tmp_path / "data"), tmp_path / "run"
+    command = [sys.executable, "-c", CRASH, str(root), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not (out / "last.pt").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+    content = load_checkpoint(out / "last.pt")[1]
+    assert content["step"] >= 1
+    config = longer(TINY, 100000)
+    resumed = build(config, CocoDataset(root, "train"), out)
+    assert resumed.step == content["step"]
+    with RunLog(out, resumed.step) as log:
+        log.write(resumed.step + 1, {"total": 1.0})
+    with (out / "metrics.csv").open(newline="") as file:
+        steps = [int(row[0]) for row in list(csv.reader(file))[1:]]
+    assert max(steps) == resumed.step + 1
+
+
+def test_a_resumed_log_drops_later_and_broken_rows(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,name,value\n1,a,1\n2,a,2\n3,a,3\n4,")
+    with RunLog(tmp_path, 2) as log:
+        log.write(3, {"a": 7.0})
+    assert (tmp_path / "metrics.csv").read_text().split() == [
+        "step,name,value",
+        "1,a,1",
+        "2,a,2",
+        "3,a,7",
+    ]
+    with RunLog(tmp_path, 0):
+        pass
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,name,value"]
+
+
+def test_step_schedule() -> None:
+    schedule = ScheduleConfig(lr=1.0, epochs=10, milestones=(4, 8), warmup_steps=5)
+    rates = [learning_rate(schedule, step, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[:6] == sorted(rates[:6]) and rates[5] == 1.0
+    assert rates[39] == 1.0
+    assert rates[40] == pytest.approx(0.1) and rates[79] == pytest.approx(0.1)
+    assert rates[80] == pytest.approx(0.01)
+
+
+def test_cosine_schedule() -> None:
+    schedule = ScheduleConfig(schedule="cosine", lr=2.0, epochs=10, warmup_steps=0)
+    rates = [learning_rate(schedule, step, 10) for step in range(101)]
+    assert rates[0] == 2 and rates[50] == pytest.approx(1) and rates[100] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_only_what_trains_is_optimised() -> None:
+    frozen = replace(
+        TINY.model, backbone=replace(TINY.model.backbone, norm="frozen_bn", frozen_stages=1)
+    )
+    model = Solo(frozen, 2)
+    sgd = build_optimizer(model, ScheduleConfig())
+    count = sum(len(g["params"]) for g in sgd.param_groups)
+    assert count == sum(p.requires_grad for p in model.parameters())
+    assert count < len(list(model.parameters()))
+    adamw = build_optimizer(model, TINY.schedule)
+    decayed, plain = adamw.param_groups
+    assert decayed["weight_decay"] == TINY.schedule.weight_decay and plain["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim <= 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == count
+
+
+def test_moving_average_by_hand() -> None:
+    model = Solo(TINY.model, 2)
+    average = MovingAverage(model, 0.9)
+    key = "head.category_out.bias"
+    expected = average.state[key].clone()
+    for step in range(1, 30):
+        with torch.no_grad():
+            model.state_dict()[key].add_(0.1)
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.state_dict()[key]
+    torch.testing.assert_close(average.state[key], expected)
+    assert average.state["backbone.bn1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_gradients_are_clipped(data: CocoDataset, tmp_path: Path) -> None:
+    schedule = replace(TINY_SGD.schedule, clip_norm=1e-3, momentum=0.0, weight_decay=0.0)
+    config = replace(TINY_SGD, schedule=replace(schedule, warmup_steps=0, lr=1.0))
+    trainer = build(config, data, tmp_path)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    numbers = trainer.train_step(next(iter(_batches(trainer))))
+    assert numbers["grad_norm"] > 1e-3
+    moved = [(a - b).detach() for a, b in zip(trainer.model.parameters(), before, strict=True)]
+    norm = math.sqrt(sum((m.double() ** 2).sum().item() for m in moved))
+    assert norm == pytest.approx(1e-3, rel=0.02)
