@@ -96,12 +96,19 @@ class CheckpointPredictor:
 
 
 class RepositoryPredictor:
-    """Runs a model_repo folder through the loader and the engine that serve it."""
+    """Runs a model_repo folder through the loader and the engine that serve it.
+
+    Raises:
+        CheckpointError: The folder is refused as the server would refuse it; says why.
+    """
 
     def __init__(self, folder: Path, version: int | None, *, max_dets: int) -> None:
-        from service.registry import load_version
+        from service.registry import ModelRefused, load_version
 
-        self.loaded = load_version(folder, version)
+        try:
+            self.loaded = load_version(folder, version)
+        except ModelRefused as error:
+            raise CheckpointError(str(error)) from error
         self.max_dets = max_dets
 
     def __call__(self, data: bytes) -> list[Result]:
