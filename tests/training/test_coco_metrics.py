@@ -42,12 +42,12 @@ def test_perfect_results(tmp_path: Path) -> None:
 
 
 def test_dense_images_need_more_detections(tmp_path: Path) -> None:
-    masks = grid_of_discs(300)
+    masks = grid_of_discs(150)
     path, results = truth_of(tmp_path, masks), results_of(masks)
     assert mask_ap(path, results, max_dets=500)["AP"] == pytest.approx(1)
     cut = mask_ap(path, results, max_dets=100)
-    assert cut["AR"] == pytest.approx(1 / 3, abs=1e-6)
-    assert cut["AP"] == pytest.approx(0.34, abs=0.01)
+    assert cut["AR"] == pytest.approx(2 / 3, abs=1e-6)
+    assert cut["AP"] == pytest.approx(67 / 101, abs=0.01)
 
 
 def test_no_results_are_zero(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from service.pipeline.types import Instance
+from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
 from training.checkpoint import CheckpointError, save_checkpoint
 from training.data.coco import CocoDataset
 from training.evaluate import (
     CheckpointPredictor,
+    RepositoryPredictor,
     ServerPredictor,
     build_predictor,
     evaluate_model,
@@ -125,6 +127,30 @@ def test_a_damaged_checkpoint_is_named(root: Path, tmp_path: Path, capsys: Any) 
     (tmp_path / "bad.pt").write_bytes(b"nonsense")
     assert main([str(tmp_path / "bad.pt"), "--data", str(root)]) == 1
     assert "bad.pt" in capsys.readouterr().err
+
+
+def test_a_model_folder(tmp_path: Path) -> None:
+    folder = publish(tmp_path)
+    predictor = build_predictor(str(folder), None, None, 10)
+    assert isinstance(predictor, RepositoryPredictor)
+    picture = draw_picture(100, 150, {"red": (8, 8, 24, 24), "blue": (100, 60, 32, 24)})
+    results = predictor(encode_picture(picture))
+    assert {r["category_id"] for r in results} == {10, 30}
+    for result in results:
+        channel = {10: 0, 30: 2}[result["category_id"]]
+        found = coco_mask.decode(result["segmentation"]).astype(bool)
+        drawn = picture[..., channel] > 0
+        assert (found & drawn).sum() / (found | drawn).sum() > 0.9
+
+
+def test_a_damaged_model_folder_is_named(root: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = publish(tmp_path)
+    with (folder / "1" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    assert main([str(folder), "--data", str(root)]) == 1
+    assert "model.onnx" in capsys.readouterr().err
+    assert main([str(folder), "--data", str(root), "--version", "5"]) == 1
+    assert "5" in capsys.readouterr().err
 
 
 class FakeServer(BaseHTTPRequestHandler):
