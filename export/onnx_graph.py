@@ -126,16 +126,15 @@ def _export(network: Solo, opset: int) -> onnx.ModelProto:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Removes what no runtime needs: stack traces, file paths, scopes, inferred shapes."""
-    model.producer_name, model.producer_version, model.domain = "solo-serve", "", ""
-    model.doc_string, model.graph.doc_string = "", ""
-    model.graph.name = "solo"
+    model.producer_name = "solo-serve"
+    model.ClearField("producer_version")
     graph = model.graph
-    del model.metadata_props[:]
-    del graph.metadata_props[:]
-    del graph.value_info[:]
-    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.doc_string = ""
-        del part.metadata_props[:]
+    graph.name = "solo"
+    graph.ClearField("value_info")
+    values = (*graph.input, *graph.output, *graph.initializer)
+    for part in (model, graph, *graph.node, *values):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
