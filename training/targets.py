@@ -183,9 +183,7 @@ def _level_targets(
     mask_hw = (canvas_hw[0] // stride, canvas_hw[1] // stride)
     masks = np.zeros((len(used), *mask_hw), np.float32)
     for row, index in enumerate(used):
-        mask = objects.masks[index]
-        if config.mask_resize == "bilinear":
-            mask = _pad(mask, canvas_hw)
+        mask = _pad(objects.masks[index], canvas_hw)
         small = resize_mask(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
     return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
