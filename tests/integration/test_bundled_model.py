@@ -1,0 +1,68 @@
+"""The bundled model behind the real server, on real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from tests.support.server import ROOT, ServerProcess, run_server
+from training.pictures import match_f1
+
+DATA = ROOT / "tests" / "data" / "nuclei"
+IMAGES = sorted((DATA / "images").iterdir())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with run_server(log, "--model-repo", str(ROOT / "model_repo"), "--device", "cpu") as process:
+        yield process
+
+
+def _post(server: ServerProcess, paths: list[Path]) -> list[dict[str, Any]]:
+    files = [("images", (path.name, path.read_bytes())) for path in paths]
+    answer = httpx.post(f"{server.url}/segment", files=files, timeout=300)
+    assert answer.status_code == 200, answer.text
+    results: list[dict[str, Any]] = answer.json()["results"]
+    return results
+
+
+def _rles(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**i["segmentation"], "counts": i["segmentation"]["counts"].encode()}
+        for i in entry["instances"]
+    ]
+
+
+def test_a_batch_of_mixed_sizes_equals_one_at_a_time(server: ServerProcess) -> None:
+    """DESIGN: a result does not depend on its company, mask IoU >= 0.999."""
+    together = _post(server, IMAGES)
+    assert [entry["file_name"] for entry in together] == [path.name for path in IMAGES]
+    for path, entry in zip(IMAGES, together, strict=True):
+        (alone,) = _post(server, [path])
+        assert len(entry["instances"]) == len(alone["instances"]) > 0
+        for ours, theirs in zip(_rles(entry), _rles(alone), strict=True):
+            assert float(np.asarray(coco_mask.iou([ours], [theirs], [0]))[0, 0]) >= 0.999
+
+
+def test_most_nuclei_are_found(server: ServerProcess) -> None:
+    """Far below what the model card says, far above what a broken pipeline could reach."""
+    content = json.loads((DATA / "annotations" / "val.json").read_text())
+    ids = {image["file_name"]: image["id"] for image in content["images"]}
+    scores = []
+    for entry in _post(server, IMAGES):
+        truth = [
+            {**a["segmentation"], "counts": a["segmentation"]["counts"].encode()}
+            for a in content["annotations"]
+            if a["image_id"] == ids[entry["file_name"]]
+        ]
+        scores.append(match_f1(_rles(entry), truth))
+    assert np.mean(scores) > 0.5
+    assert max(scores) > 0.9
