@@ -113,24 +113,12 @@ class RepositoryPredictor:
 
     def __call__(self, data: bytes) -> list[Result]:
         """Encoded image -> results."""
-        config = self.loaded.config
-        prepared = prepare(decode_image(data), config.input)
-        found: list[Candidates] = []
-        batch = config.limits.max_batch
-        for start in range(0, len(prepared.tiles), batch):
-            tiles = prepared.tiles[start : start + batch]
-            found += self.loaded.backend.infer(
-                np.stack([tile.image for tile in tiles]),
-                np.array([tile.valid_hw for tile in tiles], np.int64),
-            )
-        instances = postprocess(
-            prepared,
-            found,
-            config.postprocess,
+        instances = self.loaded.segment(
+            decode_image(data),
             score_threshold=EVALUATION_THRESHOLD,
             max_instances=self.max_dets,
         )
-        return to_results(instances, config.classes)
+        return to_results(instances, self.loaded.config.classes)
 
 
 class ServerPredictor:
