@@ -19,8 +19,6 @@ from export.errors import ExportError
 from export.onnx_graph import DEFAULT_OPSET, OPSETS, build_onnx, num_candidates
 from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
 from export.publish import (
-    CONFIG_FILE,
-    ONNX_FILE,
     PARITY_FILE,
     Release,
     describe_file,
@@ -32,7 +30,7 @@ from service.backends.base import BackendOptions
 from service.pipeline.errors import PipelineError
 from service.pipeline.model_config import FileSpec, ModelConfig
 from service.pipeline.preprocess import prepare
-from service.registry import ModelRefused, load_version
+from service.registry import CONFIG_FILE, ONNX_FILE, ModelRefused, load_version
 from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config

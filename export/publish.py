@@ -25,9 +25,8 @@ from service.pipeline.model_config import (
     RepositoryConfig,
     parse_model_config,
 )
+from service.registry import CONFIG_FILE, ONNX_FILE
 
-CONFIG_FILE = "config.json"
-ONNX_FILE = "model.onnx"
 PARITY_FILE = "parity.json"
 SECTIONS = (
     "task",
