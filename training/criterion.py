@@ -1,4 +1,4 @@
-"""The training loss of a batch: focal on every cell, Dice on the positive cells only."""
+"""The training loss of a batch: focal on every cell, the mask loss on positive cells only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,31 @@ import torch
 from torch import Tensor
 
 from training.configs.schema import LossConfig
-from training.losses import dice_loss, focal_loss
+from training.losses import bce_mask_loss, dice_loss, focal_loss, focal_mask_loss
 from training.model.head import LevelOutput
 from training.model.solo import Solo
 from training.targets import LevelTargets
+
+
+def mask_loss(factors: Sequence[Tensor], target: Tensor, config: LossConfig) -> Tensor:
+    """The configured loss of each mask, unweighted.
+
+    Args:
+        factors: Mask logits [P, h, w], one (vanilla) or X and Y (decoupled).
+        target: [P, h, w] in 0..1.
+        config: Kind and parameters.
+
+    Returns:
+        [P].
+    """
+    if config.mask_loss == "bce":
+        return bce_mask_loss(factors, target, positive_weight=config.bce_positive_weight)
+    if config.mask_loss == "focal":
+        return focal_mask_loss(factors, target, alpha=config.focal_alpha, gamma=config.focal_gamma)
+    probs = factors[0].sigmoid()
+    for factor in factors[1:]:
+        probs = probs * factor.sigmoid()
+    return dice_loss(probs, target, eps=config.dice_eps)
 
 
 def solo_loss(
@@ -20,7 +41,7 @@ def solo_loss(
     targets: Sequence[Sequence[LevelTargets]],
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """L = L_category + 3 L_mask (paper, eq. 3; weights from `config`).
+    """L = L_category + w L_mask (paper, eq. 3; w 3 for Dice; weights from `config`).
 
     Masks are computed for positive cells alone, level by level and image by image.
 
@@ -34,7 +55,7 @@ def solo_loss(
         `category`, `mask` (both weighted), `total`, and `num_positives` as a float tensor.
         Without a positive cell the mask loss is 0; every parameter still gets a gradient.
     """
-    logits, labels, dice, unused = [], [], [], []
+    logits, labels, per_mask, unused = [], [], [], []
     for level, output in enumerate(outputs):
         logits.append(output.category_logits.permute(0, 2, 3, 1).reshape(-1, model.num_classes))
         device = output.category_logits.device
@@ -46,17 +67,14 @@ def solo_loss(
             cells = torch.from_numpy(target.cells).to(device)
             masks = torch.from_numpy(target.masks).to(device)
             factors = model.head.cell_logits(output, level, image, cells)
-            probs = factors[0].sigmoid()
-            for factor in factors[1:]:
-                probs = probs * factor.sigmoid()
             index = torch.from_numpy(target.mask_index).to(device)
-            dice.append(dice_loss(probs, masks[index], eps=config.dice_eps))
+            per_mask.append(mask_loss(factors, masks[index], config))
         if not any(len(image_targets[level].cells) for image_targets in targets):
             # No mask: a sum over nothing gives the level's output convolution a gradient of
             # zero. Without one, momentum and weight decay would skip it, as would other ranks.
             none = torch.zeros(0, dtype=torch.int64, device=output.category_logits.device)
             unused += [m.sum() for m in model.head.cell_logits(output, level, 0, none)]
-    num_positives = sum(len(d) for d in dice)
+    num_positives = sum(len(m) for m in per_mask)
     all_logits = torch.cat(logits)
     category = focal_loss(
         all_logits,
@@ -65,8 +83,8 @@ def solo_loss(
         gamma=config.focal_gamma,
     )
     category = config.category_weight * category / (num_positives + 1)
-    mask = config.mask_weight * torch.cat(dice).mean() if dice else category.new_zeros(())
-    mask = sum(unused, mask)
+    mask = torch.cat(per_mask).mean() if per_mask else category.new_zeros(())
+    mask = sum(unused, config.effective_mask_weight * mask)
     return {
         "category": category,
         "mask": mask,

@@ -1,6 +1,8 @@
-"""Focal loss of the category branch and Dice loss of the mask branch (paper, section 3.3.2)."""
+"""Focal loss of the category branch; Dice, BCE and focal losses of masks (paper, section 3.3.2)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,3 +45,54 @@ def dice_loss(probs: Tensor, target: Tensor, *, eps: float = 1e-3) -> Tensor:
     p, q = probs.flatten(1), target.flatten(1).to(probs.dtype)
     squares = (p * p).sum(1) + (q * q).sum(1) + 2 * eps
     return 1 - 2 * (p * q).sum(1) / squares.clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def bce_mask_loss(
+    factors: Sequence[Tensor], target: Tensor, *, positive_weight: float = 2.0
+) -> Tensor:
+    """Binary cross-entropy, the mean over each mask's pixels (the paper's ablation).
+
+    Args:
+        factors: Mask logits, one tensor [P, h, w] (vanilla) or X and Y (decoupled), the
+            probability being the product of their sigmoids.
+        target: [P, h, w] in 0..1.
+        positive_weight: Factor of the object's pixels (paper: 2).
+
+    Returns:
+        [P].
+    """
+    log_p, log_q = _log_probs(factors)
+    target = target.to(log_p.dtype)
+    loss = positive_weight * target * log_p + (1 - target) * log_q
+    return -loss.flatten(1).mean(1)
+
+
+def focal_mask_loss(
+    factors: Sequence[Tensor], target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Focal loss, the mean over each mask's pixels (the paper's ablation and its contours).
+
+    Args:
+        factors: As in `bce_mask_loss`.
+        target: [P, h, w] in 0..1.
+        alpha: Weight of the object's pixels.
+        gamma: Exponent of the modulating factor.
+
+    Returns:
+        [P].
+    """
+    log_p, log_q = _log_probs(factors)
+    target = target.to(log_p.dtype)
+    p = log_p.exp()
+    inside = alpha * (1 - p).pow(gamma) * log_p
+    outside = (1 - alpha) * p.pow(gamma) * log_q
+    return -(target * inside + (1 - target) * outside).flatten(1).mean(1)
+
+
+def _log_probs(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logarithms of p, a product of sigmoids, and of 1 - p, without rounding p to 0 or 1."""
+    log_p = sum((F.logsigmoid(f.float()) for f in factors[1:]), F.logsigmoid(factors[0].float()))
+    if len(factors) == 1:
+        return log_p, F.logsigmoid(-factors[0].float())
+    # 1 - exp(log_p); log_p = 0 only where both logits are huge, kept finite with its gradient.
+    return log_p, torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))

@@ -19,6 +19,8 @@ from service.pipeline.model_config import (
 )
 
 HeadKind = Literal["vanilla", "decoupled", "decoupled_light"]
+MaskLoss = Literal["dice", "bce", "focal"]
+PAPER_MASK_WEIGHTS: dict[MaskLoss, float] = {"dice": 3.0, "bce": 10.0, "focal": 20.0}
 PUBLISHED_SCALE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
 
 
@@ -32,12 +34,18 @@ class BackboneConfig:
         norm: `frozen_bn` keeps batch statistics and affine parameters of an ImageNet model
             in evaluation mode as the published models do; `bn` and `gn` train from scratch.
         frozen_stages: Stages without gradients (0 none, 1 stem and stage 1); published: 1.
+        deformable_stages: Stages whose 3x3 convolutions are deformable (R-DCN: 2, 3, 4).
     """
 
     depth: Literal[18, 34, 50, 101] = 50
     base_width: int = 64
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
     frozen_stages: int = 1
+    deformable_stages: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not set(self.deformable_stages) <= {1, 2, 3, 4}:
+            raise ValueError(f"deformable_stages is {self.deformable_stages}, expected some of 1-4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,10 @@ class HeadConfig:
         level_strides: Stride that each pyramid level is resized to before the head, px.
         mask_strides: Stride of each level's masks, px; published: half of `level_strides`.
         scale_ranges: Inclusive bounds of sqrt(box area) that each level takes, px.
+        align: How a level's features become S x S for the category branch (paper, section 3.2):
+            `interpolate` (bilinear, as published), `adaptive_max_pool`, or `region_grid` (the mean
+            of bilinear samples spread over each cell).
+        deformable: The last convolution of every tower is deformable (published Light-DCN).
         num_coord_convs: Mask tower convolutions that see the coordinates, from the first on.
         coord_octaves: Sine/cosine pairs added to each coordinate (0: the plain coordinate of
             the paper). Our own variant; see docs/experiments.md.
@@ -68,6 +80,8 @@ class HeadConfig:
     level_strides: tuple[int, ...] = (8, 8, 16, 32, 32)
     mask_strides: tuple[int, ...] = (4, 4, 8, 16, 16)
     scale_ranges: tuple[tuple[float, float], ...] = PUBLISHED_SCALE_RANGES
+    align: Literal["interpolate", "adaptive_max_pool", "region_grid"] = "interpolate"
+    deformable: bool = False
     num_coord_convs: int = 1
     coord_octaves: int = 0
     mask_kernel: Literal[1, 3] = 3
@@ -94,7 +108,9 @@ class ModelConfig:
     """The network and what its graph computes.
 
     Attributes:
-        neck_channels: Width of the feature pyramid.
+        neck: `fpn` (P2..P6), or `single`: C3..C5 merged at stride 8, for heads of one level
+            (the paper's single-level ablation).
+        neck_channels: Width of the neck's features.
         recipe: `published` selects candidates as the authors' code does (points NMS, area
             filter, maskness); `paper` ranks by the category score alone.
         candidate_threshold: Category probability a candidate must exceed (paper: 0.1).
@@ -102,11 +118,18 @@ class ModelConfig:
     """
 
     backbone: BackboneConfig = BackboneConfig()
+    neck: Literal["fpn", "single"] = "fpn"
     neck_channels: int = 256
     head: HeadConfig = HeadConfig()
     recipe: Literal["paper", "published"] = "published"
     candidate_threshold: float = 0.1
     candidates: int = 500
+
+    def __post_init__(self) -> None:
+        if self.neck == "single" and self.head.level_strides != (8,):
+            raise ValueError(
+                f"level_strides is {self.head.level_strides}, the single neck has one level: (8,)"
+            )
 
     @property
     def stride_divisor(self) -> int:
@@ -124,26 +147,39 @@ class TargetConfig:
         centre_scale: Size of the centre region relative to the object (paper: 0.2).
         mask_resize: `bilinear` as published (uint8, so still binary) or `area` (the covered
             fraction of each mask pixel; keeps the contour of objects of a few pixels).
+        masks: What the mask branch learns: the object's `region`, or its `contour` alone
+            (instance contour detection; paper, section 5).
     """
 
     recipe: Literal["paper", "published"] = "published"
     centre_scale: float = 0.2
     mask_resize: Literal["bilinear", "area"] = "bilinear"
+    masks: Literal["region", "contour"] = "region"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the losses (paper, section 3.3.2; focal loss as RetinaNet).
+    """Losses and their weights (paper, section 3.3.2; focal loss as RetinaNet).
 
     Attributes:
+        mask_loss: `dice`, `bce` or `focal`; the last two are the paper's ablation.
+        mask_weight: Factor of the mask loss; None takes the paper's for the kind (3, 10, 20).
+        bce_positive_weight: Factor of the object's pixels in `bce` (paper: 2).
         dice_eps: Added to both sums of squares; the paper has 0, the published code 1e-3.
     """
 
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     category_weight: float = 1.0
-    mask_weight: float = 3.0
+    mask_loss: MaskLoss = "dice"
+    mask_weight: float | None = None
+    bce_positive_weight: float = 2.0
     dice_eps: float = 1e-3
+
+    @property
+    def effective_mask_weight(self) -> float:
+        """The factor in use."""
+        return PAPER_MASK_WEIGHTS[self.mask_loss] if self.mask_weight is None else self.mask_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,3 +252,8 @@ class Config:
     )
     num_classes: int = 80
     classes: tuple[ClassSpec, ...] = ()
+
+    @property
+    def task(self) -> Literal["segmentation", "contour"]:
+        """What the model is served as."""
+        return "contour" if self.targets.masks == "contour" else "segmentation"

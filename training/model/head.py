@@ -76,17 +76,20 @@ class ConvNormRelu(nn.Module):
         return F.relu(self.gn(self.conv(x)))
 
 
-def resize_levels(features: Sequence[Tensor], level_strides: Sequence[int]) -> list[Tensor]:
+def resize_levels(
+    features: Sequence[Tensor], level_strides: Sequence[int], first_stride: int = 4
+) -> list[Tensor]:
     """Resizes P2, P3, ... to the strides that the head wants (paper: 8, 8, 16, 32, 32).
 
     Args:
-        features: Pyramid levels, strides 4, 8, 16, ... px, finest first.
-        level_strides: Wanted stride per level.
+        features: Levels, finest first; each has twice the stride of the one before.
+        level_strides: Wanted stride per level, px.
+        first_stride: Stride of the first level, px.
     """
-    sizes = {4 * 2**i: x.shape[-2:] for i, x in enumerate(features)}
+    sizes = {first_stride * 2**i: x.shape[-2:] for i, x in enumerate(features)}
     resized = []
     for i, (x, wanted) in enumerate(zip(features, level_strides, strict=True)):
-        stride = 4 * 2**i
+        stride = first_stride * 2**i
         if wanted == 2 * stride:
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
         elif wanted in sizes and wanted != stride:
@@ -97,6 +100,43 @@ def resize_levels(features: Sequence[Tensor], level_strides: Sequence[int]) -> l
     return resized
 
 
+REGION_SAMPLES = 3
+"""Samples along each axis of a cell in the region-grid alignment."""
+
+
+def align_to_grid(x: Tensor, grid: int, method: str) -> Tensor:
+    """Features of a level as one vector per grid cell (paper, section 3.2).
+
+    Args:
+        x: [B, c, h, w].
+        grid: S.
+        method: `interpolate`, `adaptive_max_pool` or `region_grid`.
+
+    Returns:
+        [B, c, S, S].
+    """
+    if method == "adaptive_max_pool":
+        return _pool_axis(_pool_axis(x, grid, 2), grid, 3)
+    if method == "region_grid":
+        # Half-pixel bilinear resizing to S * n samples at the middles of n x n parts of a cell.
+        fine = grid * REGION_SAMPLES
+        x = F.interpolate(x, size=(fine, fine), mode="bilinear", align_corners=False)
+        return F.avg_pool2d(x, REGION_SAMPLES)
+    return F.interpolate(x, size=(grid, grid), mode="bilinear", align_corners=False)
+
+
+def _pool_axis(x: Tensor, grid: int, axis: int) -> Tensor:
+    """Adaptive max-pool along one axis, by gathering: its extent may be symbolic in a graph."""
+    size = x.shape[axis]
+    cells = torch.arange(grid, device=x.device)
+    first, last = cells * size // grid, ((cells + 1) * size + grid - 1) // grid - 1
+    steps = torch.arange(size // grid + 2, device=x.device)
+    index = torch.minimum(first[:, None] + steps, last[:, None])
+    cells_of = x.index_select(axis, index.flatten()).unflatten(axis, (grid, -1))  # type: ignore[no-untyped-call]
+    pooled: Tensor = cells_of.amax(axis + 1)
+    return pooled
+
+
 class SoloHead(nn.Module):
     """Category and mask branches, shared by the levels but for the mask output convolution.
 
@@ -104,11 +144,15 @@ class SoloHead(nn.Module):
         config: Kind, widths, grids and strides.
         in_channels: Channels of the pyramid.
         num_classes: C, background excluded.
+        first_stride: Stride of the neck's finest level, px.
     """
 
-    def __init__(self, config: HeadConfig, in_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, config: HeadConfig, in_channels: int, num_classes: int, first_stride: int = 4
+    ) -> None:
         super().__init__()
         self.config = config
+        self.first_stride = first_stride
         self.num_classes = num_classes
         self.decoupled = config.kind != "vanilla"
         ramps = 1 + 2 * config.coord_octaves
@@ -155,16 +199,14 @@ class SoloHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
         """Pyramid levels [B, c, H / s, W / s] -> one `LevelOutput` per level."""
-        strides = self.config.level_strides
-        levels = resize_levels(features, strides)
+        levels = resize_levels(features, self.config.level_strides, self.first_stride)
         return [
             LevelOutput(self._categories(x, level), self._masks(x, level))
             for level, x in enumerate(levels)
         ]
 
     def _categories(self, x: Tensor, level: int) -> Tensor:
-        grid = self.config.num_grids[level]
-        x = F.interpolate(x, size=(grid, grid), mode="bilinear", align_corners=False)
+        x = align_to_grid(x, self.config.num_grids[level], self.config.align)
         for conv in self.category_convs:
             x = conv(x)
         logits: Tensor = self.category_out(x)

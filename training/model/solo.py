@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.configs.schema import ModelConfig
-from training.model.fpn import FPN
+from training.model.fpn import FPN, SingleLevel
 from training.model.head import LevelOutput, SoloHead
 from training.model.resnet import ResNet
 
@@ -52,9 +52,13 @@ class Solo(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.backbone = ResNet(config.backbone)
-        levels = len(config.head.num_grids)
-        self.neck = FPN(self.backbone.out_channels, config.neck_channels, levels)
-        self.head = SoloHead(config.head, config.neck_channels, num_classes)
+        channels, width = self.backbone.out_channels, config.neck_channels
+        self.neck = (
+            SingleLevel(channels, width)
+            if config.neck == "single"
+            else FPN(channels, width, len(config.head.num_grids))
+        )
+        self.head = SoloHead(config.head, width, num_classes, self.neck.first_stride)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], False)
         level = torch.cat([torch.full((s * s,), i) for i, s in enumerate(config.head.num_grids)])
