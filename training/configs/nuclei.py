@@ -5,6 +5,8 @@ How each choice was found is in docs/experiments.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from service.pipeline.model_config import (
     ContrastSpec,
     InputSpec,
@@ -71,4 +73,30 @@ NUCLEI = Config(
     postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=500),
 )
 
-NUCLEI_CONFIGS = (NUCLEI,)
+NUCLEI_ABLATION = replace(
+    NUCLEI,
+    name="nuclei_ablation",
+    description="Small SOLO for comparisons: quarter-width ResNet-18, 96x96 px tiles shown at 2x",
+    model=replace(
+        NUCLEI.model,
+        backbone=BackboneConfig(depth=18, base_width=16, norm="bn", frozen_stages=0),
+        neck_channels=32,
+        head=HeadConfig(
+            channels=32,
+            num_convs=3,
+            num_grids=(24, 16, 8),
+            level_strides=(8, 8, 16),
+            mask_strides=(4, 4, 8),
+            scale_ranges=((1, 48), (32, 96), (64, 2048)),
+            norm_groups=8,
+            mask_prior=0.1,
+        ),
+    ),
+    schedule=replace(NUCLEI.schedule, batch_size=8, epochs=14),
+    input=NUCLEI.input.model_copy(
+        update={"resize": TileResize(scale=2.0, tile_hw=(96, 96), overlap_px=24)}
+    ),
+)
+"""The base of the ablations in docs/experiments.md: minutes on one CPU core."""
+
+NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION)

@@ -1,0 +1,130 @@
+"""Runs a table of the paper, row by row and seed by seed, and prints it beside the paper's.
+
+Every run has its folder, `<out>/<base>-<digest of the configuration>/seed<n>`, with its
+checkpoints and, once it is finished, `result.json`. A finished run is not repeated, an unfinished
+one goes on from its checkpoint, and what several tables share is run once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from training.checkpoint import config_to_dict
+from training.configs.schema import Config
+from training.configs.tables import Row, Table
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+RESULT_FILE = "result.json"
+TrainOne = Callable[[Config, Path, int], dict[str, float]]
+"""Trains a configuration into a folder with a seed; returns its metrics, AP in 0..1."""
+
+
+def row_config(row: Row, base: Config) -> Config:
+    """The configuration of a row; its name ends in a digest of everything that it says."""
+    config = replace(row.change(base), name="", description="")
+    text = json.dumps(config_to_dict(config), sort_keys=True)
+    return replace(config, name=f"{base.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+def select_rows(table: Table, names: Sequence[str]) -> tuple[Row, ...]:
+    """The rows of a table that have one of the names; all of them for no names.
+
+    Raises:
+        ValueError: A name is none of the table's; lists those there are.
+    """
+    known = {row.name: row for row in table.rows}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"table {table.key} has no row {name!r}; it has {', '.join(known)}")
+    return tuple(known[name] for name in names) if names else table.rows
+
+
+def run_row(row: Row, base: Config, out: Path, seed: int, train_one: TrainOne) -> dict[str, float]:
+    """Metrics of a row with a seed; a finished run is read, not repeated."""
+    config = row_config(row, base)
+    folder = out / config.name / f"seed{seed}"
+    path = folder / RESULT_FILE
+    if not path.exists():
+        numbers = train_one(config, folder, seed)
+        content = {"row": row.name, "config": config_to_dict(config), "metrics": numbers}
+        _write(path, content)
+    metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
+    return metrics
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2))
+    os.replace(partial, path)
+
+
+def _cell(values: Sequence[float]) -> str:
+    """Percent; with the standard deviation over the seeds if there are several."""
+    percent = [100 * v for v in values]
+    if len(percent) == 1:
+        return f"{percent[0]:.1f}"
+    return f"{fmean(percent):.1f} ± {stdev(percent):.1f}"
+
+
+def format_table(
+    table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Mapping[str, float]]]
+) -> str:
+    """Markdown: each row's metrics in percent, the paper's in the line's second half.
+
+    Args:
+        table: Its title and note.
+        rows: Lines in order.
+        results: By row name, one dictionary of metrics per seed; a row without is left out.
+    """
+    told = [m for m in METRICS if any(m in row.paper for row in rows)] or ["AP"]
+    header = ["", *METRICS, *(f"paper {m}" for m in told)]
+    lines = [
+        f"Table {table.key}: {table.title} (paper: {table.note})",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join(['---'] * len(header))} |",
+    ]
+    for row in rows:
+        if not results.get(row.name):
+            continue
+        cells = [_cell([r[m] for r in results[row.name]]) for m in METRICS]
+        paper = [f"{row.paper[m]:.1f}" if m in row.paper else "" for m in told]
+        lines.append(f"| {' | '.join([row.name, *cells, *paper])} |")
+    return "\n".join(lines)
+
+
+def run_table(
+    table: Table,
+    base: Config,
+    out: Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    train_one: TrainOne,
+) -> str:
+    """Runs what is not finished yet and returns the table; also in `out/table_<key>.md`.
+
+    Seeds are the outer loop: the whole table is there early and grows more certain.
+
+    Raises:
+        ValueError: No such row, or a seed twice.
+    """
+    chosen = select_rows(table, rows)
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ValueError(f"seeds are {list(seeds)}, expected one or more different ones")
+    results: dict[str, list[dict[str, float]]] = {row.name: [] for row in chosen}
+    text = ""
+    for seed in seeds:
+        for row in chosen:
+            results[row.name].append(run_row(row, base, out, seed, train_one))
+            text = format_table(table, chosen, results)
+            (out / f"table_{table.key}.md").write_text(text + "\n")
+    return text
