@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,32 @@ def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> N
     assert not (tmp_path / "best.pt").exists()
 
 
+def test_a_table_is_trained_printed_and_not_repeated(
+    root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = ["--table", "4", "--base", *command(root, tmp_path, "--row", "focal")]
+    assert main([*arguments, "--max-hours", "1e-9"]) == 1
+    assert "step 1 of 2; the same command goes on" in capsys.readouterr().err
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| focal |" in printed and "| 31.6 |" in printed
+    (result,) = tmp_path.glob("nuclei-*/seed0/result.json")
+    content = json.loads(result.read_text())
+    assert content["config"]["loss"]["mask_loss"] == "focal"
+    assert 0 <= content["metrics"]["AP"] <= 1
+    written = result.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == printed and result.stat().st_mtime_ns == written
+
+
+def test_the_paper_recipe_from_the_command_line(root: Path, tmp_path: Path) -> None:
+    arguments = command(root, tmp_path, "--recipe", "paper", "--set", "model.head.kind=vanilla")
+    assert main(arguments) == 0
+    config = load_checkpoint(tmp_path / "last.pt")[0]
+    assert (config.model.recipe, config.targets.recipe) == ("paper", "paper")
+    assert config.postprocess.nms.kind == "mask"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +98,11 @@ def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> N
         (["nuclei", "--data", "DATA", "--val-split", "test"], "'test'"),
         (["nuclei", "--data", "DATA", "--set", "schedule.learning_rate=1"], "learning_rate=1"),
         (["nuclei", "--data", "DATA", "--set", "model.head.num_grids=[1]"], "num_grids=[1]"),
+        (["--data", "DATA"], "either a configuration or --table"),
+        (["nuclei", "--table", "4", "--data", "DATA"], "either a configuration or --table"),
+        (["--table", "9", "--data", "DATA"], "no table '9'"),
+        (["--table", "4", "--base", "solo", "--data", "DATA"], "'solo'"),
+        (["--table", "4", "--data", "DATA", "--val-split", ""], "validation split"),
     ],
 )
 def test_mistakes_are_one_line(
