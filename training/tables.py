@@ -67,8 +67,10 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Percent; with the standard deviation over the seeds if there are several."""
+    """Percent, with the standard deviation over the seeds; -1 is no object of that kind."""
     percent = [100 * v for v in values]
+    if min(percent) < 0:
+        return "-"
     if len(percent) == 1:
         return f"{percent[0]:.1f}"
     return f"{fmean(percent):.1f} ± {stdev(percent):.1f}"

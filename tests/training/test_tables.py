@@ -68,8 +68,9 @@ def test_the_name_of_a_row_follows_from_all_that_it_says() -> None:
 def test_a_row_without_numbers_in_the_paper_or_in_the_results() -> None:
     rows = (Row(name="a", change=lambda c: c), Row(name="b", change=lambda c: c))
     table = Table(key="x", title="t", rows=rows, note="n")
-    text = format_table(table, rows, {"a": [dict.fromkeys(METRICS, 0.1234)], "b": []})
-    assert text.splitlines()[-1].startswith("| a | 12.3 |") and "| b |" not in text
+    metrics = {**dict.fromkeys(METRICS, 0.1234), "APl": -1.0}
+    text = format_table(table, rows, {"a": [metrics], "b": []})
+    assert text.splitlines()[-1] == f"| a |{' 12.3 |' * 5} - |  |" and "| b |" not in text
 
 
 def test_rows_and_seeds_are_checked(tmp_path: Path) -> None:
