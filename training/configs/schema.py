@@ -7,6 +7,7 @@ Every class is a frozen keyword-only dataclass, so a variant states only its dif
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -212,7 +213,10 @@ class ScheduleConfig:
     Attributes:
         optimizer: `sgd` (paper) or `adamw`.
         schedule: `step` divides by ten at `milestones`; `cosine` falls to zero.
-        batch_size: Images a step.
+        batch_size: Images a step, over all processes.
+        images_per_canvas: Keep-ratio rule: so many consecutive images of a batch share a canvas,
+            all landscape or all portrait; published: 2, those of a GPU. A batch that it does
+            not divide takes the greatest common divisor.
         epochs: Passes over the data; `milestones` are epochs too.
         warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
         clip_norm: Bound of the gradients' norm; the authors use 35, None is no bound.
@@ -225,12 +229,23 @@ class ScheduleConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch_size: int = 16
+    images_per_canvas: int = 2
     epochs: int = 36
     milestones: tuple[int, ...] = (27, 33)
     warmup_steps: int = 500
     warmup_ratio: float = 1e-3
     clip_norm: float | None = 35.0
     ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "images_per_canvas", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def canvas_group(self) -> int:
+        """Images that share a canvas: `images_per_canvas`, or what divides the batch too."""
+        return math.gcd(self.batch_size, self.images_per_canvas)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import pytest
 
 from service.pipeline.model_config import InputSpec, KeepRatioResize, TileResize
 from training.configs import get_config, list_configs
-from training.configs.schema import HeadConfig
+from training.configs.coco import apply_schedule
+from training.configs.schema import HeadConfig, ScheduleConfig
 
 PAPER = {
     "solo_r50": (50, "vanilla", 800, 7),
@@ -77,3 +78,37 @@ def test_configurations_are_frozen_and_misspelt_fields_fail() -> None:
 def test_a_head_that_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "milestones"),
+    [("1x", 12, (8, 11)), ("3x", 36, (27, 33)), ("6x", 72, (54, 66))],
+)
+def test_a_schedule_changes_its_length_alone(
+    name: str, epochs: int, milestones: tuple[int, ...]
+) -> None:
+    base = get_config("nuclei")
+    config = apply_schedule(base, name)
+    assert (config.schedule.epochs, config.schedule.milestones) == (epochs, milestones)
+    schedule = replace(
+        config.schedule, epochs=base.schedule.epochs, milestones=base.schedule.milestones
+    )
+    assert replace(config, schedule=schedule) == base
+
+
+def test_another_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="schedule is '2x', expected one of 1x, 3x, 6x"):
+        apply_schedule(get_config("nuclei"), "2x")
+
+
+@pytest.mark.parametrize("field", ["batch_size", "images_per_canvas", "epochs"])
+def test_a_schedule_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is 0, expected at least 1"):
+        ScheduleConfig(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("batch", "canvas", "group"), [(16, 2, 2), (5, 2, 1), (1, 2, 1), (6, 4, 2)]
+)
+def test_images_that_share_a_canvas_divide_the_batch(batch: int, canvas: int, group: int) -> None:
+    assert ScheduleConfig(batch_size=batch, images_per_canvas=canvas).canvas_group == group
