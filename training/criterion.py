@@ -40,6 +40,8 @@ def solo_loss(
     outputs: Sequence[LevelOutput],
     targets: Sequence[Sequence[LevelTargets]],
     config: LossConfig,
+    *,
+    normaliser: float | None = None,
 ) -> dict[str, Tensor]:
     """L = L_category + w L_mask (paper, eq. 3; w 3 for Dice; weights from `config`).
 
@@ -50,6 +52,8 @@ def solo_loss(
         outputs: One per level, for B images.
         targets: [B][level].
         config: Weights.
+        normaliser: Positive cells that the sums are divided by, where these images are a part of
+            a larger batch; None: those of these images.
 
     Returns:
         `category`, `mask` (both weighted), `total`, and `num_positives` as a float tensor.
@@ -75,6 +79,7 @@ def solo_loss(
             none = torch.zeros(0, dtype=torch.int64, device=output.category_logits.device)
             unused += [m.sum() for m in model.head.cell_logits(output, level, 0, none)]
     num_positives = sum(len(m) for m in per_mask)
+    divisor = num_positives if normaliser is None else normaliser
     all_logits = torch.cat(logits)
     category = focal_loss(
         all_logits,
@@ -82,8 +87,8 @@ def solo_loss(
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
     )
-    category = config.category_weight * category / (num_positives + 1)
-    mask = torch.cat(per_mask).mean() if per_mask else category.new_zeros(())
+    category = config.category_weight * category / (divisor + 1)
+    mask = torch.cat(per_mask).sum() / divisor if per_mask else category.new_zeros(())
     mask = sum(unused, config.effective_mask_weight * mask)
     return {
         "category": category,
