@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from training.configs import get_config
-from training.configs.schema import Config, ScheduleConfig
+from training.configs.coco import apply_schedule
+from training.configs.schema import Config
 
 AUTHORS_URL = "https://huggingface.co/xinlongwang/SOLO/resolve/main"
 MMDETECTION_URL = "https://download.openmmlab.com/mmdetection/v2.0/solo"
@@ -22,10 +23,6 @@ MIRROR_VARIABLE = "SOLO_MIRROR"
 
 Publisher = Literal["authors", "mmdetection"]
 Schedule = Literal["1x", "3x"]
-SCHEDULES: dict[Schedule, ScheduleConfig] = {
-    "1x": ScheduleConfig(epochs=12, milestones=(9, 11)),
-    "3x": ScheduleConfig(epochs=36, milestones=(27, 33)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +65,8 @@ class PublishedModel(PublishedFile):
 
     def config(self) -> Config:
         """Our configuration with the schedule that this checkpoint had."""
-        config = get_config(self.config_name)
-        return replace(
-            config,
-            description=config.description.replace("3x", self.schedule),
-            schedule=replace(
-                config.schedule,
-                epochs=SCHEDULES[self.schedule].epochs,
-                milestones=SCHEDULES[self.schedule].milestones,
-            ),
-        )
+        config = apply_schedule(get_config(self.config_name), self.schedule)
+        return replace(config, description=config.description.replace("3x", self.schedule))
 
 
 def _authors(name: str, config_name: str, schedule: Schedule, mask_ap: float) -> PublishedModel:

@@ -54,6 +54,28 @@ def convert_key(key: str) -> str:
     raise CheckpointError(f"{key!r} is no key of a published SOLO model")
 
 
+def convert_names(published: Iterable[str], source: str) -> dict[str, str]:
+    """The published key of each of our names.
+
+    Raises:
+        CheckpointError: Names the first keys that are unknown or doubled.
+    """
+    theirs: dict[str, str] = {}
+    unknown, doubled = [], []
+    for key in published:
+        try:
+            ours = convert_key(key)
+        except CheckpointError:
+            unknown.append(key)
+            continue
+        if ours in theirs:
+            doubled.append(f"{key} and {theirs[ours]} (both {ours})")
+        theirs[ours] = key
+    _refuse("keys that no published SOLO model has", unknown, source)
+    _refuse("two keys for one weight", doubled, source)
+    return theirs
+
+
 def convert_state_dict(
     published: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
@@ -72,19 +94,7 @@ def convert_state_dict(
         CheckpointError: Names the first keys that are unknown, doubled, missing, left over or
             of another shape; keys of the file by its own names.
     """
-    theirs: dict[str, str] = {}
-    unknown, doubled = [], []
-    for key in published:
-        try:
-            ours = convert_key(key)
-        except CheckpointError:
-            unknown.append(key)
-            continue
-        if ours in theirs:
-            doubled.append(f"{key} and {theirs[ours]} (both {ours})")
-        theirs[ours] = key
-    _refuse("keys that no published SOLO model has", unknown, source)
-    _refuse("two keys for one weight", doubled, source)
+    theirs = convert_names(published, source)
     unexpected = [key for ours, key in theirs.items() if ours not in expected]
     deformable = any(".conv_offset." in key for key in unexpected)
     hint = " (it has deformable convolutions, this configuration has none)" if deformable else ""
