@@ -1,26 +1,37 @@
-"""The training loop: one step after another, resumable at any checkpoint, bit for bit."""
+"""The training loop: one step after another, resumable at any checkpoint, bit for bit.
+
+Several processes (see `training.distributed`) or several forward passes may share a step. The
+loss is normalised by the whole step's positive cells and gradients are summed, so this changes
+nothing but the order of summation. Plain batch norm is the exception: it sees a forward pass at
+a time; on GPUs its statistics are those of all processes.
+"""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from training import distributed
 from training.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from training.configs.schema import Config, ScheduleConfig
-from training.criterion import solo_loss
+from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
+from training.data.sampling import plan_share
 from training.model.solo import Solo
+from training.objective import Objective, Precision
+from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.run_log import RunLog
+from training.termination import Terminated, TerminationRequest
 
 Validate = Callable[[Solo, Config], dict[str, float]]
 
@@ -32,10 +43,17 @@ class RunOptions:
     Attributes:
         out: Folder of checkpoints, metrics.csv and TensorBoard events.
         seed: Seed of initialisation, order and augmentation.
+        device: `cpu`, `cuda`, ...; this process's own.
+        precision: Of the network's convolutions; the rest is float32.
+        accumulate: Forward passes in which a process takes its part of a step; None: one for
+            tiles, else as few as the images that share a canvas allow.
+        channels_last: Memory layout of images and weights.
+        compile: Run the network through `torch.compile`.
         checkpoint_every: Steps between checkpoints.
         validate_every: Epochs between validations, 0 for none but the last.
         max_seconds: Stop cleanly with a checkpoint after this long; None: never.
         resume: Go on from `out/last.pt` if it is there.
+        init: Fills the model of a new run with weights trained before; not called on resuming.
     """
 
     out: Path
@@ -47,58 +65,11 @@ class RunOptions:
     log_every: int = 10
     max_seconds: float | None = None
     resume: bool = True
-
-
-def learning_rate(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
-    """Rate of a step: linear warm-up, then steps of a tenth or a cosine to zero."""
-    total = schedule.epochs * steps_per_epoch
-    rate = schedule.lr
-    if schedule.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
-    else:
-        rate *= 0.1 ** sum(step >= m * steps_per_epoch for m in schedule.milestones)
-    if step < schedule.warmup_steps:
-        done = step / schedule.warmup_steps
-        rate *= schedule.warmup_ratio + (1 - schedule.warmup_ratio) * done
-    return rate
-
-
-def build_optimizer(model: Solo, schedule: ScheduleConfig) -> torch.optim.Optimizer:
-    """SGD with momentum on everything that trains; AdamW decays matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if schedule.optimizer == "sgd":
-        return torch.optim.SGD(
-            trained, schedule.lr, schedule.momentum, weight_decay=schedule.weight_decay
-        )
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, schedule.lr, betas=(schedule.momentum, 0.999))
-
-
-class MovingAverage:
-    """Exponential moving average of a model's state, warmed up over the first steps."""
-
-    def __init__(self, model: Solo, decay: float) -> None:
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over a stored average, on the device of this one."""
-        for key, value in self.state.items():
-            value.copy_(state[key])
-
-    @torch.no_grad()
-    def update(self, model: Solo, step: int) -> None:
-        """Moves towards the model's present state; counters are copied."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.state[key].lerp_(value, 1 - decay)
-            else:
-                self.state[key].copy_(value)
+    precision: Precision = "fp32"
+    accumulate: int | None = None
+    channels_last: bool = False
+    compile: bool = False
+    init: Callable[[Solo], None] | None = None
 
 
 class Trainer:
@@ -112,6 +83,7 @@ class Trainer:
 
     Raises:
         CheckpointError: `out/last.pt` belongs to another configuration.
+        ValueError: The batch cannot be split over the processes, or an option is unknown.
     """
 
     def __init__(
@@ -119,17 +91,52 @@ class Trainer:
     ) -> None:
         torch.manual_seed(options.seed)
         self.config, self.data, self.options, self.validate = config, data, options, validate
-        self.model = Solo(config.model, config.num_classes).to(options.device)
+        self.share = plan_share(
+            config,
+            rank=distributed.rank(),
+            processes=distributed.world_size(),
+            accumulate=options.accumulate,
+        )
+        self.model = self._build_model()
+        resumes = options.resume and (options.out / "last.pt").exists()
+        if options.init is not None and not resumes:
+            options.init(self.model)
         self.optimizer = build_optimizer(self.model, config.schedule)
         decay = config.schedule.ema_decay
         self.average = MovingAverage(self.model, decay) if decay > 0 else None
         self.steps_per_epoch = max(1, len(data) // config.schedule.batch_size)
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        device_type = torch.device(options.device).type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=options.precision == "fp16")
         self.step = 0
         self.seconds = 0.0
         self.best = -1.0
-        if options.resume and (options.out / "last.pt").exists():
+        if resumes:
             self._resume(options.out / "last.pt")
+        self.objective = self._build_objective()
+
+    def _build_model(self) -> Solo:
+        model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
+        if self.options.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_gpus = self.options.device.startswith("cuda") and self.share.processes > 1
+        if on_gpus and self.config.model.backbone.norm == "bn":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return model
+
+    def _build_objective(self) -> nn.Module:
+        """The network with its loss, ready for `backward`."""
+        options = self.options
+        objective = Objective(
+            self.model,
+            self.config.loss,
+            precision=options.precision,
+            channels_last=options.channels_last,
+        )
+        if options.compile:
+            self.model.compile()
+        moving = self.config.model.backbone.norm == "bn"
+        return distributed.synchronised(objective, buffers=moving)
 
     def _resume(self, path: Path) -> None:
         config, content = load_checkpoint(path)
@@ -141,6 +148,7 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         if self.average is not None:
             self.average.load(content["ema"])
+        self.scaler.load_state_dict(content.get("scaler") or self.scaler.state_dict())
         self.step, self.seconds = content["step"], content["seconds"]
         self.best = content["best"]
 
@@ -150,19 +158,27 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.average.state if self.average is not None else {},
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
         }
 
     def save(self, name: str = "last.pt") -> Path:
-        """Writes `out/name`."""
+        """Writes `out/name`; the first process alone does."""
         path = self.options.out / name
-        save_checkpoint(path, self.config, self.state())
+        if distributed.is_main():
+            save_checkpoint(path, self.config, self.state())
         return path
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, *batches: Batch) -> dict[str, float]:
         """Forward, backward, update; returns the losses, the rate and the gradients' norm.
+
+        Args:
+            batches: This process's part of the step, one per forward pass.
+
+        Returns:
+            Numbers of the whole step, the same in every process.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -171,57 +187,103 @@ class Trainer:
         rate = learning_rate(schedule, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device = self.options.device
-        x = self.model.normalise(batch.images.to(device), batch.valid_hw.to(device))
-        losses = solo_loss(self.model, self.model(x), batch.targets, self.config.loss)
-        if not torch.isfinite(losses["total"]):
-            raise FloatingPointError(f"loss is {losses['total'].item()} at step {self.step}")
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()  # type: ignore[no-untyped-call]
+        losses = self._backward(batches)
+        if not math.isfinite(losses["total"]):
+            raise FloatingPointError(f"loss is {losses['total']} at step {self.step}")
+        self.scaler.unscale_(self.optimizer)
         bound = schedule.clip_norm if schedule.clip_norm is not None else math.inf
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # with fp16 and an overflow: leaves this step out
+        self.scaler.update()
         self.step += 1
         if self.average is not None:
             self.average.update(self.model, self.step)
-        return {**{k: v.item() for k, v in losses.items()}, "lr": rate, "grad_norm": norm.item()}
+        return {**losses, "lr": rate, "grad_norm": norm.item()}
+
+    def _backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Gradients of the step's loss, scaled for fp16, the same in every process."""
+        device, processes = self.options.device, self.share.processes
+        (positives,) = distributed.sum_over_processes(
+            [float(sum(b.num_positives for b in batches))]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = torch.zeros(2)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            context = distributed.without_synchronisation(self.objective)
+            with contextlib.nullcontext() if last else context:
+                losses = self.objective(
+                    batch.images.to(device), batch.valid_hw.to(device), batch.targets, positives
+                )
+                # Gradients are averaged over the processes; the loss is their sum.
+                self.scaler.scale(losses["total"] * processes).backward()
+            parts += torch.stack([losses["category"], losses["mask"]]).detach().cpu()
+        category, mask = distributed.sum_over_processes(parts.tolist())
+        return {
+            "category": category,
+            "mask": mask,
+            "total": category + mask,
+            "num_positives": positives,
+        }
 
     def averaged_model(self) -> Solo:
         """A copy in evaluation mode with the averaged weights (the plain ones without EMA)."""
         model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
         model.load_state_dict(self.average.state if self.average else self.model.state_dict())
+        distributed.copy_from_main(model.state_dict().values())  # batch norm's may differ
         return model.eval()
 
     def fit(self) -> Path:
-        """Trains to the end of the schedule or of the time; returns the last checkpoint."""
+        """Trains to the end of the schedule or of the time; returns the last checkpoint.
+
+        Raises:
+            Terminated: A process got SIGTERM; the checkpoint is written.
+        """
         options = self.options
-        options.out.mkdir(parents=True, exist_ok=True)
-        loader = build_loader(
-            self.data,
-            self.config,
-            seed=options.seed,
-            start_step=self.step,
-            stop_step=self.total_steps,
-            workers=options.workers,
-        )
         started, before = time.monotonic(), self.seconds
         self.model.train()
-        bar = tqdm(loader, initial=self.step, total=self.total_steps, unit="step")
-        with RunLog(options.out, self.step) as log, bar:
-            for batch in bar:
-                numbers = self.train_step(batch)
+        bar = tqdm(
+            self._steps(),
+            initial=self.step,
+            total=self.total_steps,
+            unit="step",
+            disable=not distributed.is_main(),
+        )
+        log = RunLog(options.out, self.step, enabled=distributed.is_main())
+        with log, bar, TerminationRequest() as request:
+            for batches in bar:
+                numbers = self.train_step(*batches)
                 self.seconds = before + time.monotonic() - started
                 if self.step % options.log_every == 0:
                     log.write(self.step, {**numbers, "seconds": self.seconds})
                     bar.set_postfix(loss=f"{numbers['total']:.3f}", mask=f"{numbers['mask']:.3f}")
+                late = options.max_seconds is not None and self.seconds > options.max_seconds
+                stop, terminated = distributed.any_process(late, request.received)
+                if (stop and not terminated) or self._validation_due():
+                    self._validate(log)
+                if terminated:
+                    self.save()
+                    raise Terminated(f"stopped by SIGTERM at step {self.step}")
+                if stop:
+                    break
                 if self.step % options.checkpoint_every == 0:
                     self.save()
-                late = options.max_seconds is not None and self.seconds > options.max_seconds
-                if late or self._validation_due():
-                    self._validate(log)
-                if late:
-                    break
         return self.save()
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches of one step after another."""
+        loader = build_loader(
+            self.data,
+            self.config,
+            seed=self.options.seed,
+            start_step=self.step,
+            stop_step=self.total_steps,
+            workers=self.options.workers,
+            share=self.share,
+        )
+        batches = iter(loader)
+        while step := list(islice(batches, self.share.accumulate)):
+            yield step
 
     def _validation_due(self) -> bool:
         if self.step == self.total_steps:
@@ -234,40 +296,8 @@ class Trainer:
             return
         numbers = self.validate(self.averaged_model(), self.config)
         log.write(self.step, {f"val/{k}": v for k, v in numbers.items()})
-        tqdm.write(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        if distributed.is_main():
+            tqdm.write(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         if numbers["AP"] > self.best:
             self.best = numbers["AP"]
             self.save("best.pt")
-
-
-class RunLog:
-    """Numbers of a run, to metrics.csv (step, name, value) and to TensorBoard.
-
-    A resumed run drops the rows past its checkpoint, so that no step stands there twice.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        path = folder / "metrics.csv"
-        kept: list[list[str]] = [["step", "name", "value"]]
-        if step > 0 and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3]
-                kept += [row for row in rows if int(row[0]) <= step]
-        self._file = path.open("w", newline="")
-        self._csv = csv.writer(self._file)
-        self._csv.writerows(kept)
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Appends one row a number."""
-        for name, value in numbers.items():
-            self._csv.writerow([step, name, f"{value:.6g}"])
-            self._board.add_scalar(name, value, step)
-        self._file.flush()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()

@@ -21,15 +21,9 @@ from training.configs.schema import Config, ScheduleConfig
 from training.data.coco import CocoDataset
 from training.data.loader import build_loader
 from training.model.solo import Solo
-from training.trainer import (
-    MovingAverage,
-    RunLog,
-    RunOptions,
-    Trainer,
-    Validate,
-    build_optimizer,
-    learning_rate,
-)
+from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.run_log import RunLog
+from training.trainer import RunOptions, Trainer, Validate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,10 +78,10 @@ class Stop(Exception):
 def interrupt_at(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = trainer.train_step
 
-    def stepping(batch: Any) -> dict[str, float]:
+    def stepping(*batches: Any) -> dict[str, float]:
         if trainer.step == step:
             raise Stop
-        return original(batch)
+        return original(*batches)
 
     monkeypatch.setattr(trainer, "train_step", stepping)
 
@@ -204,8 +198,8 @@ def test_training_goes_on_in_training_mode_after_a_validation(
 
     trainer = build(longer(TINY, 2), data, tmp_path, validate, validate_every=1)
     original = trainer.train_step
-    trainer.train_step = lambda batch: (  # type: ignore[method-assign]
-        modes.append(trainer.model.training) or original(batch)  # type: ignore[func-returns-value]
+    trainer.train_step = lambda *batches: (  # type: ignore[method-assign]
+        modes.append(trainer.model.training) or original(*batches)  # type: ignore[func-returns-value]
     )
     trainer.fit()
     assert modes == [True, True]

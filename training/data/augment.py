@@ -69,6 +69,14 @@ def build_sample(image: UInt8, masks: Sequence[UInt8], labels: Sequence[int]) ->
     return Sample(image, Objects(stack, boxes, np.asarray(labels, np.int64)))
 
 
+def random_size(
+    image_hw: tuple[int, int], resize: KeepRatioResize, config: AugmentConfig, rng: Rng
+) -> tuple[int, int]:
+    """Height and width of a sample: short side drawn from `short_sides`, long side bounded."""
+    low, high = config.short_sides
+    return keep_ratio_size(image_hw, int(rng.integers(low, high + 1)), resize.long_side)
+
+
 def random_keep_ratio(
     image: UInt8,
     annotations: Sequence[Annotation],
@@ -76,11 +84,9 @@ def random_keep_ratio(
     config: AugmentConfig,
     rng: Rng,
 ) -> Sample:
-    """Short side drawn from `short_sides`, long side bounded, flip (paper, section 4)."""
-    low, high = config.short_sides
-    short = int(rng.integers(low, high + 1))
+    """A random size and flip (paper, section 4)."""
     height, width = image.shape[:2]
-    size = keep_ratio_size((height, width), short, resize.long_side)
+    size = random_size((height, width), resize, config, rng)
     masks, labels = crop_masks(annotations, 0, 0, height, width)
     flip = rng.random() < config.flip
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)

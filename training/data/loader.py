@@ -1,28 +1,28 @@
-"""Batches in an order that depends on the seed and the epoch alone, so a run can resume."""
+"""Samples become the padded batches of the forward passes, with their targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from service.pipeline.model_config import TileResize
 from training.configs.schema import Config
-from training.data.augment import Sample, random_keep_ratio, random_tile
+from training.data.augment import Sample, random_keep_ratio, random_size, random_tile
 from training.data.coco import CocoDataset
+from training.data.sampling import EpochBatches, Item, MicroBatch, Share, SharedBatches
 from training.targets import LevelTargets, assign_targets
+from training.termination import outlive_one_sigterm
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's input.
+    """The input of one forward pass.
 
     Attributes:
         images: [B, H, W, 3] uint8, zero padded at the bottom and the right.
@@ -33,6 +33,11 @@ class Batch:
     images: Tensor
     valid_hw: Tensor
     targets: list[list[LevelTargets]]
+
+    @property
+    def num_positives(self) -> int:
+        """Positive cells of all images and levels."""
+        return sum(len(level.cells) for image in self.targets for level in image)
 
 
 class TrainingSamples(Dataset[Sample]):
@@ -46,10 +51,27 @@ class TrainingSamples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
+    def _rng(self, item: Item) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *item))
+
+    def canvas_hw(self, items: Sequence[Item]) -> tuple[int, int]:
+        """The canvas that these samples share, px, without reading an image.
+
+        It is the serving canvas for tiles, else the largest sample's, made divisible by 32.
+        """
+        resize = self.config.input.resize
+        if isinstance(resize, TileResize):
+            return resize.canvas_hw
+        sizes = []
+        for item in items:
+            record = self.data.records[item[1]]
+            image_hw = record.height, record.width
+            sizes.append(random_size(image_hw, resize, self.config.augment, self._rng(item)))
+        return enclosing_canvas(sizes, self.config.model.stride_divisor)
+
+    def __getitem__(self, item: Item) -> Sample:
         """The sample of (epoch, index)."""
-        epoch, index = item
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng, index = self._rng(item), item[1]
         image = self.data.image(index)
         annotations = self.data.records[index].annotations
         resize = self.config.input.resize
@@ -59,65 +81,45 @@ class TrainingSamples(Dataset[Sample]):
         return random_keep_ratio(image, annotations, resize, augment, rng)
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Shuffled full batches of one epoch after another, from any step on.
+class MicroBatches(Dataset[Batch]):
+    """Batches of augmented samples, each on its canvas."""
 
-    An epoch that does not divide is completed by the next one's order, so each batch is full
-    and `steps_per_epoch` is the rounded-down quotient; a set smaller than a batch repeats.
+    def __init__(self, samples: TrainingSamples) -> None:
+        self.samples = samples
 
-    Args:
-        size: Number of images.
-        batch_size: Images a batch.
-        seed: Seed of the shuffling.
-        start_step: First step to deliver.
-        stop_step: One past the last step.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, seed: int, start_step: int, stop_step: int
-    ) -> None:
-        if size == 0:
-            raise ValueError("the training split has no images")
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.start_step, self.stop_step = start_step, stop_step
-
-    def __len__(self) -> int:
-        return max(0, self.stop_step - self.start_step)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yields batches of (epoch, index)."""
-        orders: dict[int, NDArray[np.int64]] = {}
-        for step in range(self.start_step, self.stop_step):
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                epoch, place = divmod(position, self.size)
-                if epoch not in orders:
-                    rng = np.random.default_rng((self.seed, epoch))
-                    orders = {e: o for e, o in orders.items() if e >= epoch - 1}
-                    orders[epoch] = rng.permutation(self.size)
-                batch.append((epoch, int(orders[epoch][place])))
-            yield batch
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        """Loads the samples."""
+        canvas_hw = self.samples.canvas_hw(micro.canvas_items)
+        return collate([self.samples[i] for i in micro.items], self.samples.config, canvas_hw)
 
 
-def collate(samples: Sequence[Sample], config: Config) -> Batch:
+def enclosing_canvas(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[int, int]:
+    """The least (height, width) divisible by `divisor` that holds every size."""
+    height, width = (int(-(-side // divisor) * divisor) for side in np.max(sizes, axis=0))
+    return height, width
+
+
+def collate(
+    samples: Sequence[Sample], config: Config, canvas_hw: tuple[int, int] | None = None
+) -> Batch:
     """Pads the samples to one canvas and assigns targets, which are relative to it.
 
-    The canvas is the serving canvas for tiles, else the largest sample's, divisible by 32.
+    Args:
+        samples: B samples.
+        config: Canvas rule, head and targets.
+        canvas_hw: The canvas, px; None: the one that these samples alone would have.
     """
     resize = config.input.resize
-    if isinstance(resize, TileResize):
-        height, width = (round(side * resize.scale) for side in resize.tile_hw)
-    else:
-        divisor = config.model.stride_divisor
-        sides = np.array([s.image.shape[:2] for s in samples]).max(axis=0)
-        height, width = (int(-(-side // divisor) * divisor) for side in sides)
-    images = np.zeros((len(samples), height, width, 3), np.uint8)
+    if canvas_hw is None and isinstance(resize, TileResize):
+        canvas_hw = resize.canvas_hw
+    elif canvas_hw is None:
+        sizes = [(s.image.shape[0], s.image.shape[1]) for s in samples]
+        canvas_hw = enclosing_canvas(sizes, config.model.stride_divisor)
+    images = np.zeros((len(samples), *canvas_hw, 3), np.uint8)
     for canvas, sample in zip(images, samples, strict=True):
         canvas[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
     targets = [
-        assign_targets(
-            s.objects, (height, width), config.model.head, config.targets, config.num_classes
-        )
+        assign_targets(s.objects, canvas_hw, config.model.head, config.targets, config.num_classes)
         for s in samples
     ]
     valid_hw = torch.tensor([s.image.shape[:2] for s in samples], dtype=torch.int64)
@@ -132,15 +134,29 @@ def build_loader(
     start_step: int,
     stop_step: int,
     workers: int = 1,
+    share: Share | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of the steps start_step..stop_step - 1."""
-    batches = EpochBatches(len(data), config.schedule.batch_size, seed, start_step, stop_step)
-    # DataLoader's type parameter is that of the samples; collate_fn makes batches of them.
-    samples: Dataset[Any] = TrainingSamples(data, config, seed)
+    """Micro-batches of the steps start_step..stop_step - 1; whole batches without a `share`."""
+    schedule, portrait, group = config.schedule, None, 1
+    if not isinstance(config.input.resize, TileResize):
+        portrait = np.array([r.height > r.width for r in data.records], np.bool_)
+        group = schedule.canvas_group
+    batches = EpochBatches(
+        len(data),
+        schedule.batch_size,
+        seed,
+        start_step,
+        stop_step,
+        portrait=portrait,
+        group=group,
+    )
+    # DataLoader's type parameter is that of the batches, its sampler's that of their keys.
+    sampler: Any = SharedBatches(batches, share or Share())
     return DataLoader(
-        samples,
-        batch_sampler=batches,
-        collate_fn=partial(collate, config=config),
+        MicroBatches(TrainingSamples(data, config, seed)),
+        sampler=sampler,
+        batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=outlive_one_sigterm,
     )

@@ -1,0 +1,139 @@
+"""Several processes that train or evaluate one model together, as torchrun starts them.
+
+Without torchrun every function here is the identity, so that the callers are written once. What
+is exchanged besides gradients is small and goes over the CPU (gloo), also where the gradients go
+from GPU to GPU (NCCL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)
+"""How long processes wait for each other; the first one scores a validation meanwhile."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+
+
+def rank() -> int:
+    """This process's number, 0 for the first or only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun started (WORLD_SIZE is set); alone without it.
+
+    Args:
+        device: `cpu` or `cuda`; each process takes the GPU of its LOCAL_RANK.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        ValueError: The device is one GPU for all processes, or there is none for this one.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}"
+            )
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    elif device != "cpu":
+        raise ValueError(f"device is {device!r}, expected cpu or cuda under torchrun")
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    yield device
+    # Not after an error: the others may never come, and leaving is what tells them.
+    dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process has gone."""
+    if not dist.is_initialized() or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in LOST_PEER)
+
+
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """The sum of each value over the processes, in float64."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return [float(v) for v in total]
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """Whether each flag is set in at least one process."""
+    return [total > 0 for total in sum_over_processes([float(flag) for flag in flags])]
+
+
+def gather_to_main(items: list[T]) -> list[T]:
+    """All processes' items in the order of the processes; empty but in the first."""
+    if world_size() == 1:
+        return items
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(items, gathered)
+    return [item for part in gathered or [] for item in part]
+
+
+def from_main(value: T) -> T:
+    """The first process's value, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrites every process's tensors with the first one's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def synchronised(module: nn.Module, *, buffers: bool) -> nn.Module:
+    """Averages gradients over the processes during `backward`; the module itself if alone.
+
+    Every trained parameter must get a gradient in every backward pass, be it zero.
+
+    Args:
+        module: Its `forward` must contain all that is differentiated.
+        buffers: Whether buffers change, so that the first process's must replace the others'.
+    """
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=buffers, gradient_as_bucket_view=True)
+
+
+def without_synchronisation(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients only add up in this context, for all but a step's last backward pass."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,79 @@
+"""Learning rate, optimizer and averaged weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from training.configs.schema import Config, ScheduleConfig
+from training.model.solo import Solo
+
+
+def scale_learning_rate(config: Config, reference_batch: int) -> Config:
+    """The linear rule ("Accurate, Large Minibatch SGD", arXiv 1706.02677, section 2.1).
+
+    Args:
+        config: Its rate is meant for `reference_batch` images a step.
+        reference_batch: Usually the batch of the model zoo's configuration.
+
+    Returns:
+        The rate multiplied by batch / reference batch.
+    """
+    schedule = config.schedule
+    lr = schedule.lr * schedule.batch_size / reference_batch
+    return replace(config, schedule=replace(schedule, lr=lr))
+
+
+def learning_rate(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of a step: linear warm-up, then steps of a tenth or a cosine to zero."""
+    total = schedule.epochs * steps_per_epoch
+    rate = schedule.lr
+    if schedule.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
+    else:
+        rate *= 0.1 ** sum(step >= m * steps_per_epoch for m in schedule.milestones)
+    if step < schedule.warmup_steps:
+        done = step / schedule.warmup_steps
+        rate *= schedule.warmup_ratio + (1 - schedule.warmup_ratio) * done
+    return rate
+
+
+def build_optimizer(model: Solo, schedule: ScheduleConfig) -> torch.optim.Optimizer:
+    """SGD with momentum on everything that trains; AdamW decays matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(
+            trained, schedule.lr, schedule.momentum, weight_decay=schedule.weight_decay
+        )
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, schedule.lr, betas=(schedule.momentum, 0.999))
+
+
+class MovingAverage:
+    """Exponential moving average of a model's state, warmed up over the first steps."""
+
+    def __init__(self, model: Solo, decay: float) -> None:
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over a stored average, on the device of this one."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+    @torch.no_grad()
+    def update(self, model: Solo, step: int) -> None:
+        """Moves towards the model's present state; counters are copied."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1 - decay)
+            else:
+                self.state[key].copy_(value)
