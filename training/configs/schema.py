@@ -17,6 +17,7 @@ from service.pipeline.model_config import (
     KeepRatioResize,
     MatrixNms,
     PostprocessSpec,
+    Task,
 )
 
 HeadKind = Literal["vanilla", "decoupled", "decoupled_light"]
@@ -35,7 +36,8 @@ class BackboneConfig:
         norm: `frozen_bn` keeps batch statistics and affine parameters of an ImageNet model
             in evaluation mode as the published models do; `bn` and `gn` train from scratch.
         frozen_stages: Stages without gradients (0 none, 1 stem and stage 1); published: 1.
-        deformable_stages: Stages whose 3x3 convolutions are deformable (R-DCN: 2, 3, 4).
+        deformable_stages: Stages whose 3x3 convolutions are deformable (R-DCN and published: 2,
+            3, 4, which give C3..C5); of depth 50 and 101 only.
     """
 
     depth: Literal[18, 34, 50, 101] = 50
@@ -47,6 +49,11 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if not set(self.deformable_stages) <= {1, 2, 3, 4}:
             raise ValueError(f"deformable_stages is {self.deformable_stages}, expected some of 1-4")
+        if self.deformable_stages and self.depth < 50:
+            raise ValueError(
+                f"deformable_stages is {self.deformable_stages}, but the blocks of depth "
+                f"{self.depth} have no deformable form; expected depth 50 or 101"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +123,8 @@ class ModelConfig:
             filter, maskness); `paper` ranks by the category score alone.
         candidate_threshold: Category probability a candidate must exceed (paper: 0.1).
         candidates: K, the ranked candidates that leave the graph (paper: top 500).
+        mask_threshold: Probability above which a pixel counts for maskness and for the area
+            filter of the `published` recipe (0.5).
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -125,6 +134,7 @@ class ModelConfig:
     recipe: Literal["paper", "published"] = "published"
     candidate_threshold: float = 0.1
     candidates: int = 500
+    mask_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         if self.neck == "single" and self.head.level_strides != (8,):
@@ -269,6 +279,6 @@ class Config:
     classes: tuple[ClassSpec, ...] = ()
 
     @property
-    def task(self) -> Literal["segmentation", "contour"]:
+    def task(self) -> Task:
         """What the model is served as."""
         return "contour" if self.targets.masks == "contour" else "segmentation"

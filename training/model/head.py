@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.configs.schema import HeadConfig
+from training.model.deform import DeformConv2d, reset_offsets
 
 CATEGORY_PRIOR = 0.01
 
@@ -64,11 +65,14 @@ def coordinate_channels(features: Tensor, octaves: int = 0) -> tuple[Tensor, Ten
 
 
 class ConvNormRelu(nn.Module):
-    """3x3 convolution without bias, GroupNorm, ReLU."""
+    """3x3 convolution without bias, deformable or not; GroupNorm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, deformable: bool = False
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        conv = DeformConv2d if deformable else nn.Conv2d
+        self.conv = conv(in_channels, out_channels, 3, padding=1, bias=False)
         self.gn = nn.GroupNorm(groups, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,6 +188,7 @@ class SoloHead(nn.Module):
                 + (coords if i < config.num_coord_convs else 0),
                 config.channels,
                 config.norm_groups,
+                deformable=config.deformable and i == config.num_convs - 1,
             )
             for i in range(config.num_convs)
         )
@@ -194,6 +199,7 @@ class SoloHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.constant_(module.bias, prior_bias(self.config.mask_prior))
+        reset_offsets(self)
         assert self.category_out.bias is not None
         nn.init.constant_(self.category_out.bias, prior_bias(CATEGORY_PRIOR))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.configs.schema import BackboneConfig
+from training.model.deform import DeformConv2d, reset_offsets
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NormLayer = Callable[[int], nn.Module]
@@ -61,16 +62,32 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut."""
+    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut.
+
+    Args:
+        in_channels: Channels of the input.
+        width: Channels between the 1x1 convolutions.
+        stride: Of the 3x3 convolution.
+        norm: Builds a normalisation layer.
+        deformable: The 3x3 convolution is deformable.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, norm: NormLayer) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm: NormLayer,
+        deformable: bool = False,
+    ) -> None:
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        conv = DeformConv2d if deformable else nn.Conv2d
+        self.conv2 = conv(width, width, 3, stride, 1, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -106,7 +123,6 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"backbone depth is {config.depth}, expected one of {sorted(BLOCKS_PER_STAGE)}"
             )
-        block: type[BasicBlock | Bottleneck] = BasicBlock if config.depth < 50 else Bottleneck
         norm = build_norm(config.norm)
         width = config.base_width
         self.frozen_stages = config.frozen_stages
@@ -118,7 +134,12 @@ class ResNet(nn.Module):
             layers: list[nn.Module] = []
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layers.append(block(channels, width * 2**stage, stride, norm))
+                shape = (channels, width * 2**stage, stride, norm)
+                if config.depth < 50:
+                    block: BasicBlock | Bottleneck = BasicBlock(*shape)
+                else:
+                    block = Bottleneck(*shape, stage + 1 in config.deformable_stages)
+                layers.append(block)
                 channels = width * 2**stage * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
             outs.append(channels)
@@ -130,6 +151,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        reset_offsets(self)
 
     def _freeze(self) -> None:
         frozen: list[nn.Module] = []
