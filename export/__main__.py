@@ -31,7 +31,7 @@ from service.pipeline.errors import PipelineError
 from service.pipeline.model_config import FileSpec, ModelConfig
 from service.pipeline.preprocess import prepare
 from service.registry import CONFIG_FILE, ONNX_FILE, ModelRefused, load_version
-from training.checkpoint import CheckpointError, load_model
+from training.checkpoint import CheckpointError, load_model, load_provenance
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "and config.json with the file's SHA-256. A graph that disagrees is not published.",
         epilog="Example: solo-export runs/nuclei/best.pt --out model_repo --data datasets/nuclei",
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint of solo-train")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of solo-train or solo-import")
     parser.add_argument("--out", type=Path, required=True, help="the model_repo to publish into")
     parser.add_argument("--name", help="name of the model (default: its configuration's)")
     parser.add_argument("--version", type=int, help="number of the version (default: the next)")
@@ -124,6 +124,7 @@ def describe_model(source: Source, options: argparse.Namespace) -> ModelConfig:
             {
                 "name": name,
                 "version": version,
+                "task": config.task,
                 "description": options.description or config.description,
                 "input": config.input.model_dump(),
                 "classes": [c.model_dump() for c in config.classes],
@@ -237,6 +238,7 @@ def export(options: argparse.Namespace, command: str) -> Path:
         "command": command,
         "checkpoint": {"file": options.checkpoint.name, **_hash(options.checkpoint)},
         "exporter": {"torch": torch.__version__.split("+")[0], "opset": options.opset},
+        **load_provenance(options.checkpoint),
     }
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.configs.schema import Config
 from training.model.solo import Solo
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     return config_from_dict(content.pop("config")), content
 
 
-def load_weights(model: Solo, state: dict[str, Tensor], source: str) -> None:
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copies a state dict into a model.
 
     Raises:
@@ -116,6 +116,12 @@ def load_weights(model: Solo, state: dict[str, Tensor], source: str) -> None:
                 + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             )
     model.load_state_dict(state)
+
+
+def load_provenance(path: Path) -> dict[str, Any]:
+    """What solo-import noted about the origin of a checkpoint; empty if it was trained here."""
+    provenance: dict[str, Any] = load_checkpoint(path)[1].get("provenance", {})
+    return provenance
 
 
 def load_model(path: Path) -> tuple[Config, Solo]:

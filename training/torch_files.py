@@ -24,6 +24,10 @@ WEIGHT_ENTRIES = ("state_dict", "model")
 _NAMED = 5  # keys that a message names
 
 
+class OwnCheckpointError(CheckpointError):
+    """The file is a checkpoint of ours already."""
+
+
 class _Inert:
     """Stands in for an object that is of no use here; takes anything, does nothing."""
 
@@ -82,6 +86,7 @@ def read_weights(path: Path, *, allow_pickle: bool = False) -> WeightsFile:
         allow_pickle: Loads without restriction, which runs whatever code the file names.
 
     Raises:
+        OwnCheckpointError: It is one of ours.
         CheckpointError: It cannot be read, needs more than tensors and plain types, or holds no
             weights; says which and what to do.
     """
@@ -89,7 +94,7 @@ def read_weights(path: Path, *, allow_pickle: bool = False) -> WeightsFile:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
     if content.get("format") == FORMAT:
-        raise CheckpointError(
+        raise OwnCheckpointError(
             f"{path} is a checkpoint of solo-serve already: solo-eval and solo-export take it as "
             "it is"
         )
