@@ -118,18 +118,15 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def synchronised(module: nn.Module, *, buffers: bool) -> nn.Module:
+def synchronised(module: nn.Module) -> nn.Module:
     """Averages gradients over the processes during `backward`; the module itself if alone.
 
-    Every trained parameter must get a gradient in every backward pass, be it zero.
-
-    Args:
-        module: Its `forward` must contain all that is differentiated.
-        buffers: Whether buffers change, so that the first process's must replace the others'.
+    Every trained parameter must get a gradient in every backward pass, be it zero. Buffers are
+    the first process's.
     """
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=buffers, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def without_synchronisation(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from training import distributed
 from training.configs import get_config, list_configs
+from training.configs.coco import SCHEDULES, apply_schedule
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
 from training.data.coco import CocoDataset
 from training.evaluate import evaluate_model
 from training.model.solo import Solo
+from training.objective import DTYPES
+from training.optim import scale_learning_rate
 from training.overrides import apply_overrides
+from training.pretrained import initialise
 from training.tables import run_table
+from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
+
+TERMINATED_STATUS = 143
+"""Exit status after SIGTERM (128 + 15), so that a queue or `&&` sees that the run is unfinished."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,9 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solo-train",
         description="Trains SOLO. Stop it at any time; the same command goes on from the last "
-        "checkpoint and ends with the weights an unbroken run would have had.",
-        epilog="Example: solo-train nuclei --data datasets/nuclei --set schedule.epochs=24. "
-        f"Configurations: {', '.join(list_configs())}.",
+        "checkpoint and ends with the weights an unbroken run would have had. On SIGTERM it "
+        f"finishes its step, writes a checkpoint and exits with status {TERMINATED_STATUS}.",
+        epilog="Examples: solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
+        "torchrun --nproc-per-node 8 -m training.train solo_r50 --data datasets/coco --device cuda "
+        f"--init imagenet. Configurations: {', '.join(list_configs())}.",
     )
     what = parser.add_argument_group("what to train: CONFIG or --table")
     what.add_argument("config", nargs="?", help="name of a configuration")
@@ -51,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=get_args(Recipe),
         help="targets, losses and inference as the paper says or as the published code does",
     )
+    parser.add_argument(
+        "--schedule",
+        choices=list(SCHEDULES),
+        help="epochs and milestones of the paper's schedules: "
+        + ", ".join(f"{name} {s.epochs} epochs" for name, s in SCHEDULES.items()),
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
     parser.add_argument("--train-split", default="train", help="annotation file (train)")
     parser.add_argument("--val-split", default="val", help="annotation file (val); '' for none")
@@ -63,7 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="change one field, e.g. schedule.lr=0.001 or model.head.num_convs=5; repeatable",
     )
     parser.add_argument("--seed", type=int, default=0, help="makes a run repeatable (0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:1, ... (cpu); under torchrun cuda is each process's own GPU",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--workers", type=int, default=1, help="data loading processes (1)")
     parser.add_argument("--max-dets", type=int, default=500, help="of the validation AP (500)")
@@ -74,8 +96,39 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint-every", type=int, default=200, help="steps between checkpoints (200)"
     )
     parser.add_argument("--max-hours", type=float, help="stop with a checkpoint after this long")
+    parser.add_argument(
+        "--init",
+        metavar="imagenet|FILE",
+        help="weights that a new run starts from: ImageNet's for the backbone (downloaded once), "
+        "a ResNet file of torchvision's, or a checkpoint to fine-tune; not read on resuming",
+    )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
+    _add_speed_options(parser.add_argument_group("speed and memory"))
     return parser
+
+
+def _add_speed_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision",
+        choices=list(DTYPES),
+        default="fp32",
+        help="of the convolutions; weights, masks and losses stay fp32 (fp32)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="take a process's part of the batch in N forward passes: less memory, the same "
+        "training but for plain batch norm (default: one for tiles, else one for every "
+        "schedule.images_per_canvas images)",
+    )
+    group.add_argument("--channels-last", action="store_true", help="memory layout of the images")
+    group.add_argument("--compile", action="store_true", help="run through torch.compile")
+    group.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help="multiply schedule.lr by batch size / the configuration's own batch size",
+    )
 
 
 def _validator(options: argparse.Namespace) -> Validate | None:
@@ -89,6 +142,27 @@ def _validator(options: argparse.Namespace) -> Validate | None:
     return validate
 
 
+def _initialiser(init: str) -> Callable[[Solo], None]:
+    def fill(model: Solo) -> None:
+        for line in initialise(model, init):
+            if distributed.is_main():
+                print(f"solo-train: {line}")
+
+    return fill
+
+
+def build_config(name: str, options: argparse.Namespace) -> Config:
+    """The named configuration as the options change it."""
+    config = get_config(name)
+    reference_batch = config.schedule.batch_size
+    if options.recipe:
+        config = apply_recipe(config, options.recipe)
+    if options.schedule:
+        config = apply_schedule(config, options.schedule)
+    config = apply_overrides(config, options.set)
+    return scale_learning_rate(config, reference_batch) if options.scale_lr else config
+
+
 def run(options: argparse.Namespace) -> Path:
     """Trains as the options say; returns the last checkpoint, or a table's file."""
     if options.threads:
@@ -96,10 +170,7 @@ def run(options: argparse.Namespace) -> Path:
     if (options.config is None) == (options.table is None):
         raise ValueError("give either a configuration or --table KEY")
     table = get_table(options.table) if options.table else None
-    config = get_config((options.base or table.base) if table else options.config)
-    if options.recipe:
-        config = apply_recipe(config, options.recipe)
-    config = apply_overrides(config, options.set)
+    config = build_config((options.base or table.base) if table else options.config, options)
     data = CocoDataset(options.data, options.train_split, config.input.contrast)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)
@@ -118,7 +189,9 @@ def run(options: argparse.Namespace) -> Path:
             )
         return validate(trainer.averaged_model(), config)
 
-    print(run_table(table, config, out, rows=options.row, seeds=options.seeds, train_one=train_one))
+    text = run_table(table, config, out, rows=options.row, seeds=options.seeds, train_one=train_one)
+    if distributed.is_main():
+        print(text)
     return out / f"table_{table.key}.md"
 
 
@@ -140,6 +213,11 @@ def _train(
         validate_every=options.validate_every,
         max_seconds=options.max_hours * 3600 if options.max_hours else None,
         resume=not options.restart,
+        precision=options.precision,
+        accumulate=options.accumulate,
+        channels_last=options.channels_last,
+        compile=options.compile,
+        init=_initialiser(options.init) if options.init else None,
     )
     trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
     trainer.fit()
@@ -150,12 +228,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        path = run(options)
+        with distributed.joined(options.device) as device:
+            options.device = device
+            path = run(options)
+            main_process = distributed.is_main()
+    except Terminated as stop:
+        return _fail(f"{stop}; the same command goes on", TERMINATED_STATUS)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"solo-train: {error}", file=sys.stderr)
-        return 1
-    print(f"checkpoint: {path}" if path.suffix == ".pt" else f"table: {path}")
+        return _fail(str(error))
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        return _fail(f"another process has failed ({error})")
+    if main_process:
+        print(f"checkpoint: {path}" if path.suffix == ".pt" else f"table: {path}")
     return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    """One line; of several processes each names itself."""
+    process = f" process {distributed.rank()}:" if distributed.world_size() > 1 else ""
+    print(f"solo-train:{process} {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

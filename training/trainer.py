@@ -135,8 +135,7 @@ class Trainer:
         )
         if options.compile:
             self.model.compile()
-        moving = self.config.model.backbone.norm == "bn"
-        return distributed.synchronised(objective, buffers=moving)
+        return distributed.synchronised(objective)
 
     def _resume(self, path: Path) -> None:
         config, content = load_checkpoint(path)
