@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from service.pipeline.decode import decode_image
 from service.pipeline.errors import DecodeError
 from service.pipeline.model_config import ClassSpec, ContrastSpec
 from service.pipeline.preprocess import stretch_contrast
+from training.data.coco_json import Polygons, Row, read_coco_json
 
 UInt8 = NDArray[np.uint8]
+YEARS = ("", "2017")
 CACHE_LIMIT_BYTES = 2 * 1024**3
 
 
@@ -34,6 +35,18 @@ class Annotation:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """One object as it is stored: polygons become an `Annotation` when they are asked for."""
+
+    polygons: Polygons
+    label: int
+
+    def rasterise(self, height: int, width: int) -> Annotation:
+        """The object in an image of this size, px."""
+        return build_annotation(to_rle(list(self.polygons), height, width), self.label)
+
+
+@dataclass(frozen=True)
 class Record:
     """One image and its objects (crowds left out; possibly no object)."""
 
@@ -41,28 +54,48 @@ class Record:
     file_name: str
     height: int
     width: int
-    annotations: tuple[Annotation, ...]
+    objects: tuple[Annotation | Outline, ...]
+
+    @property
+    def annotations(self) -> tuple[Annotation, ...]:
+        """The objects as RLE; 860,000 polygons would take minutes and a gigabyte to keep so."""
+        return tuple(
+            o.rasterise(self.height, self.width) if isinstance(o, Outline) else o
+            for o in self.objects
+        )
 
 
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Annotation file and image folder of a split.
 
     Understands `annotations/{split}.json` with `images/`, and COCO 2017 as downloaded:
-    `annotations/instances_{split}2017.json` with `{split}2017/`.
+    `annotations/instances_{split}2017.json` with `{split}2017/`, and for `test-dev`
+    `annotations/image_info_test-dev2017.json` with `test2017/`.
 
     Raises:
         DatasetError: No such file; names what was looked for.
     """
-    tried = []
-    for stem in (split, f"instances_{split}", f"instances_{split}2017"):
-        annotation_file = root / "annotations" / f"{stem}.json"
-        tried.append(str(annotation_file))
-        if annotation_file.is_file():
-            for folder in ("images", split, f"{split}2017"):
-                if (root / folder).is_dir():
-                    return annotation_file, root / folder
-            raise DatasetError(f"{root} has no image folder (images, {split} or {split}2017)")
-    raise DatasetError(f"no annotations of split {split!r}: looked for {', '.join(tried)}")
+    name = split.removeprefix("instances_").removeprefix("image_info_")
+    stems = [split] + [
+        prefix + name + year for prefix in ("", "instances_", "image_info_") for year in YEARS
+    ]
+    files = [root / "annotations" / f"{stem}.json" for stem in dict.fromkeys(stems)]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        tried = ", ".join(str(file) for file in files)
+        raise DatasetError(f"no annotations of split {split!r}: looked for {tried}")
+    names = dict.fromkeys((name, name.replace("-dev", "")))  # test-dev is a part of test
+    folders = ["images", *(n + year for n in names for year in YEARS)]
+    for folder in folders:
+        if (root / folder).is_dir():
+            return found[0], root / folder
+    raise DatasetError(f"{root} has no image folder: looked for {', '.join(folders)}")
+
+
+def build_annotation(rle: dict[str, Any], label: int) -> Annotation:
+    """An annotation with the box of its mask."""
+    x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
+    return Annotation(rle, label, (x, y, w, h))
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -84,6 +117,9 @@ class CocoDataset:
         split: `train`, `val` or the name of any annotation file.
         contrast: Contrast rule of the model's input, applied to the whole image.
 
+    Attributes:
+        labelled: Whether the file has annotations; those of COCO's test images have none.
+
     Raises:
         DatasetError: Missing files or an annotation that cannot be read.
     """
@@ -92,50 +128,52 @@ class CocoDataset:
         self.annotation_file, self.image_folder = find_split(root, split)
         self.contrast = contrast
         try:
-            content = json.loads(self.annotation_file.read_text())
+            content, rows = read_coco_json(self.annotation_file)
             categories = sorted(content["categories"], key=lambda c: int(c["id"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{self.annotation_file} is not COCO JSON: {error!r}") from error
         self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
         try:
-            self.records = self._read(content)
+            self.labelled = rows is not None
+            self.records = self._read(content["images"], rows or [])
         except (KeyError, TypeError) as error:
             raise DatasetError(f"{self.annotation_file} lacks a COCO field: {error!r}") from error
         pixels = sum(r.height * r.width for r in self.records)
         self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
-    def _read(self, content: dict[str, Any]) -> list[Record]:
-        by_image: dict[int, list[Annotation]] = {int(i["id"]): [] for i in content["images"]}
-        sizes = {int(i["id"]): (int(i["height"]), int(i["width"])) for i in content["images"]}
-        for row in content["annotations"]:
-            image_id = int(row["image_id"])
-            if image_id not in by_image or row["category_id"] not in self.labels:
+    def _read(self, images: list[dict[str, Any]], rows: list[Row]) -> list[Record]:
+        by_image: dict[int, list[Annotation | Outline]] = {int(i["id"]): [] for i in images}
+        sizes = {int(i["id"]): (int(i["height"]), int(i["width"])) for i in images}
+        for row in rows:
+            if row.image_id not in by_image or row.category_id not in self.labels:
                 raise DatasetError(
-                    f"annotation {row.get('id')} in {self.annotation_file} names image "
-                    f"{image_id} and category {row['category_id']}; one of them is not listed"
+                    f"annotation {row.id} in {self.annotation_file} names image "
+                    f"{row.image_id} and category {row.category_id}; one of them is not listed"
                 )
-            if row.get("iscrowd", 0) or not row["segmentation"]:
-                continue
-            rle = to_rle(row["segmentation"], *sizes[image_id])
-            if tuple(rle["size"]) != sizes[image_id]:
-                raise DatasetError(
-                    f"annotation {row.get('id')} in {self.annotation_file} is a mask of "
-                    f"{rle['size']}, its image is {list(sizes[image_id])} (height, width)"
-                )
-            x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
-            label = self.labels[row["category_id"]]
-            by_image[image_id].append(Annotation(rle, label, (x, y, w, h)))
+            if row.segmentation is not None:
+                found = self._object(row, row.segmentation, sizes[row.image_id])
+                by_image[row.image_id].append(found)
         return [
             Record(
-                int(i["id"]),
-                i["file_name"],
-                int(i["height"]),
-                int(i["width"]),
-                tuple(by_image[int(i["id"])]),
+                int(i["id"]), i["file_name"], *sizes[int(i["id"])], tuple(by_image[int(i["id"])])
             )
-            for i in content["images"]
+            for i in images
         ]
+
+    def _object(
+        self, row: Row, segmentation: Polygons | dict[str, Any], image_hw: tuple[int, int]
+    ) -> Annotation | Outline:
+        label = self.labels[row.category_id]
+        if isinstance(segmentation, tuple):
+            return Outline(segmentation, label)
+        rle = to_rle(segmentation, *image_hw)
+        if tuple(rle["size"]) != image_hw:
+            raise DatasetError(
+                f"annotation {row.id} in {self.annotation_file} is a mask of "
+                f"{rle['size']}, its image is {list(image_hw)} (height, width)"
+            )
+        return build_annotation(rle, label)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -19,7 +19,14 @@ from tests.support.tiny import (
     write_image,
     write_split,
 )
-from training.data.coco import CocoDataset, DatasetError, find_split, to_rle
+from training.data.coco import (
+    Annotation,
+    CocoDataset,
+    DatasetError,
+    Outline,
+    find_split,
+    to_rle,
+)
 
 HEIGHT, WIDTH = 20, 30
 
@@ -141,6 +148,31 @@ def test_coco_2017_as_downloaded(tmp_path: Path) -> None:
         tmp_path / "annotations" / "instances_val2017.json",
         tmp_path / "val2017",
     )
+
+
+@pytest.mark.parametrize("split", ["test-dev", "test-dev2017", "image_info_test-dev2017"])
+def test_the_test_images_of_coco_have_no_annotations(tmp_path: Path, split: str) -> None:
+    (tmp_path / "test2017").mkdir()
+    path = write_split(tmp_path, "image_info_test-dev2017", [("a.png", HEIGHT, WIDTH)], [])
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    path.write_text(json.dumps(content))
+    data = CocoDataset(tmp_path, split)
+    assert not data.labelled and len(data) == 1 and data.records[0].annotations == ()
+    assert data.image_folder == tmp_path / "test2017" and data.classes == CLASSES
+
+
+def test_polygons_are_kept_as_they_are_until_they_are_needed(tmp_path: Path) -> None:
+    triangle = [[3.25, 2.5, 20.75, 4.125, 9.0, 17.5]]
+    annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
+    data = build(tmp_path, [annotation | {"segmentation": triangle}, annotation])
+    outline, stored = data.records[0].objects
+    assert isinstance(outline, Outline) and isinstance(stored, Annotation)
+    found = data.records[0].annotations
+    expected = coco_mask.merge(coco_mask.frPyObjects(triangle, HEIGHT, WIDTH))
+    assert found[0].rle == expected and found[0].label == 0
+    assert found[0].box_xywh == tuple(coco_mask.toBbox(expected))
+    assert found[1] is stored
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [], "annotations": []}'])
