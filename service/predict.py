@@ -29,6 +29,7 @@ from service.pipeline.decode import decode_image
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
+from service.pipeline.model_config import Task
 from service.pipeline.types import Instance
 from service.registry import LoadedModel, find_models, load_version
 
@@ -51,11 +52,24 @@ class ImageFailed(Exception):
     """An image has no result; the text says why."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was found in an image.
+
+    Attributes:
+        results: COCO results without their image_id, with RLE.
+        task: What their masks are.
+    """
+
+    results: list[dict[str, Any]]
+    task: Task
+
+
 class Predictor(Protocol):
     """What finds the instances of an encoded image."""
 
-    def predict(self, data: bytes) -> list[dict[str, Any]]:
-        """COCO results without their image_id, with RLE; raises `ImageFailed`."""
+    def predict(self, data: bytes) -> Answer:
+        """Raises `ImageFailed`."""
         ...
 
 
@@ -74,7 +88,7 @@ class LocalPredictor:
     model: LoadedModel
     bounds: Bounds
 
-    def predict(self, data: bytes) -> list[dict[str, Any]]:
+    def predict(self, data: bytes) -> Answer:
         """See `Predictor`."""
         try:
             image = decode_image(data)
@@ -85,7 +99,8 @@ class LocalPredictor:
             score_threshold=self.bounds.score_threshold,
             max_instances=self.bounds.max_instances,
         )
-        return [instance_to_coco(instance, self.model.config) for instance in instances]
+        config = self.model.config
+        return Answer([instance_to_coco(i, config) for i in instances], config.task)
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ class RemotePredictor:
     version: int | None = None
     timeout_s: float = 120.0
 
-    def predict(self, data: bytes) -> list[dict[str, Any]]:
+    def predict(self, data: bytes) -> Answer:
         """See `Predictor`; waits and asks again as long as the server is too busy."""
         for attempt in range(RETRIES + 1):
             try:
@@ -118,8 +133,8 @@ class RemotePredictor:
             except OSError as error:
                 raise ImageFailed(f"{self.url}: {error}") from error
             else:
-                instances: list[dict[str, Any]] = answer["results"][0]["instances"]
-                return instances
+                task: Task = answer.get("task", "segmentation")  # not told by old servers
+                return Answer(answer["results"][0]["instances"], task)
         raise AssertionError("unreachable")
 
     def _ask(self, data: bytes) -> Any:
@@ -190,7 +205,7 @@ def find_image_id(file: Path, ids: Mapping[str, int]) -> int:
     raise ImageFailed("it is not in the annotations")
 
 
-def write_overlay(data: bytes, results: Sequence[Mapping[str, Any]], file: Path) -> None:
+def write_overlay(data: bytes, answer: Answer, file: Path) -> None:
     """Draws COCO results on their image."""
     instances = [
         Instance(
@@ -200,9 +215,9 @@ def write_overlay(data: bytes, results: Sequence[Mapping[str, Any]], file: Path)
             bbox_xywh=tuple(result["bbox"]),
             area=result["area"],
         )
-        for result in results
+        for result in answer.results
     ]
-    Image.fromarray(draw_instances(decode_image(data), instances)).save(file)
+    Image.fromarray(draw_instances(decode_image(data), instances, answer.task)).save(file)
 
 
 @dataclass(frozen=True)
@@ -234,15 +249,15 @@ class Job:
             ids = self.image_ids
             image_id = index + 1 if ids is None else find_image_id(file, ids)
             data = file.read_bytes()
-            results = self.predictor.predict(data)
+            answer = self.predictor.predict(data)
             if self.overlays is not None:
                 name = f"{index + 1:05d}_{file.stem}.png"
-                write_overlay(data, results, self.overlays / name)
+                write_overlay(data, answer, self.overlays / name)
         except ImageFailed as error:
             return error
         except OSError as error:
             return ImageFailed(str(error))
-        return [{"image_id": image_id, "file_name": file.name, **result} for result in results]
+        return [{"image_id": image_id, "file_name": file.name, **r} for r in answer.results]
 
 
 def build_predictor(arguments: argparse.Namespace) -> Predictor:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.pipeline.model_config import Task
+
 Masks = Literal["rle", "polygon", "none"]
 
 
@@ -90,6 +92,9 @@ class SegmentResponse(BaseModel):
 
     model: str
     version: int
+    task: Annotated[
+        Task, Field(description="the masks are the objects' pixels, or their contours alone")
+    ]
     results: list[ImageResult]
     timing_ms: TimingMs
 
@@ -136,7 +141,7 @@ class ModelDetail(BaseModel):
     version: int
     versions: list[int]
     state: Literal["READY"]
-    task: str
+    task: Task
     description: str
     backend: str
     device: str

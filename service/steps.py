@@ -18,7 +18,7 @@ from service.pipeline.draw import draw_instances
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
-from service.pipeline.model_config import ModelConfig
+from service.pipeline.model_config import ModelConfig, Task
 from service.pipeline.postprocess import postprocess_tile
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
@@ -145,7 +145,7 @@ def finish(
             encode_entry, file_name, image.prepared.image_hw, merged.result, config, options.masks
         )
     else:
-        step = partial(encode_overlay, image.picture, merged.result)
+        step = partial(encode_overlay, image.picture, merged.result, config.task)
     encoded = timed(step)
     return Finished(encoded.result, len(merged.result), merged.ran, encoded.ran)
 
@@ -172,8 +172,9 @@ def encode_error(file_name: str | None, error: Exception) -> bytes:
     return orjson.dumps({"file_name": file_name, "error": describe_error(error)[1]})
 
 
-def encode_overlay(picture: UInt8, instances: Sequence[Instance]) -> bytes:
-    """The picture with its masks drawn on it, as PNG."""
+def encode_overlay(picture: UInt8, instances: Sequence[Instance], task: Task) -> bytes:
+    """The picture with its masks or contours drawn on it, as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(draw_instances(picture, instances)).save(buffer, "PNG", compress_level=3)
+    drawn = draw_instances(picture, instances, task)
+    Image.fromarray(drawn).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

@@ -22,4 +22,5 @@ def merge_found(
     if len(found) == 1:
         return [entry.instance for entry in found[0]]
     bound = spec.max_instances if max_instances is None else max_instances
-    return merge_tiles([entry for tile in found for entry in tile], max_instances=bound)
+    entries = [entry for tile in found for entry in tile]
+    return merge_tiles(entries, max_instances=bound, compare=spec.compare)

@@ -12,16 +12,18 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from service.pipeline.contour import fill_contour
 from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ClassSpec
+from service.pipeline.model_config import ClassSpec, Task
 from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance
@@ -52,6 +54,23 @@ def to_results(instances: Iterable[Instance], classes: tuple[ClassSpec, ...]) ->
         }
         for instance in instances
     ]
+
+
+def as_regions(results: Sequence[Result], task: Task) -> list[Result]:
+    """What is scored: a contour is replaced by the region that it encloses, a mask stays.
+
+    So the AP of contours is held against the same ground truth, and means the same, as that of
+    segmentation. An open contour encloses nothing but itself.
+    """
+    if task == "segmentation":
+        return list(results)
+    regions = []
+    for result in results:
+        filled = fill_contour(coco_mask.decode(result["segmentation"]))
+        rle = coco_mask.encode(np.asfortranarray(filled))
+        segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+        regions.append({**result, "segmentation": segmentation})
+    return regions
 
 
 class CheckpointPredictor:
@@ -92,7 +111,7 @@ class CheckpointPredictor:
             score_threshold=EVALUATION_THRESHOLD,
             max_instances=self.max_dets,
         )
-        return to_results(instances, self.config.classes)
+        return as_regions(to_results(instances, self.config.classes), self.config.task)
 
 
 class RepositoryPredictor:
@@ -118,7 +137,8 @@ class RepositoryPredictor:
             score_threshold=EVALUATION_THRESHOLD,
             max_instances=self.max_dets,
         )
-        return to_results(instances, self.loaded.config.classes)
+        config = self.loaded.config
+        return as_regions(to_results(instances, config.classes), config.task)
 
 
 class ServerPredictor:
@@ -144,7 +164,8 @@ class ServerPredictor:
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{self.url} answered {error.code}: {error.read()!r}") from error
         keys = ("category_id", "score", "segmentation")
-        return [{k: i[k] for k in keys} for i in content["results"][0]["instances"]]
+        results = [{k: i[k] for k in keys} for i in content["results"][0]["instances"]]
+        return as_regions(results, content.get("task", "segmentation"))
 
 
 def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) -> list[Result]:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from service.pipeline.encode import decode_box
+from service.pipeline.model_config import Task
 from service.pipeline.types import Instance, UInt8
 
 GOLDEN_RATIO = 0.618033988749895
@@ -24,12 +25,15 @@ def instance_colour(index: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def draw_instances(image: UInt8, instances: Sequence[Instance]) -> UInt8:
-    """Fills each mask with a translucent colour and draws its outline.
+def draw_instances(
+    image: UInt8, instances: Sequence[Instance], task: Task = "segmentation"
+) -> UInt8:
+    """Fills each mask with a translucent colour and draws its outline; contours are lines.
 
     Args:
         image: [H, W, 3] uint8 RGB; left as it is.
         instances: Drawn from the least to the best score, so that the best lie on top.
+        task: What the masks are: of `contour`, each pixel gets the full colour.
 
     Returns:
         [H, W, 3] uint8 RGB.
@@ -41,6 +45,9 @@ def draw_instances(image: UInt8, instances: Sequence[Instance]) -> UInt8:
         mask = decode_box(instances[index])
         part = canvas[y : y + height, x : x + width]
         colour = np.array(instance_colour(index), np.float32)
+        if task == "contour":
+            part[mask > 0] = colour.astype(np.uint8)
+            continue
         levels = np.arange(256, dtype=np.float32)[:, None, None]
         filled = cv2.LUT(part, (levels * (1 - FILL) + colour * FILL).astype(np.uint8))
         cv2.copyTo(filled, mask, part)

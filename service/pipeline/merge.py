@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from service.pipeline.contour import fill_instance, join_contours
 from service.pipeline.paste import BoxMask, encode_box_mask
 from service.pipeline.types import Instance, Window
 
@@ -149,14 +150,16 @@ class _Objects:
                 self.members[home] += moved
                 self.object_of.update(dict.fromkeys(moved, home))
 
-    def instances(self) -> list[Instance]:
-        """By descending score."""
-        parts = ([self.found[i].instance for i in m] for m in self.members.values())
-        return sorted(map(_union, parts), key=lambda instance: -instance.score)
+    def groups(self) -> list[list[int]]:
+        """Indices of each object's masks."""
+        return list(self.members.values())
 
 
 def merge_tiles(
-    found: Sequence[TileInstance], *, max_instances: int | None = None
+    found: Sequence[TileInstance],
+    *,
+    max_instances: int | None = None,
+    compare: Literal["masks", "enclosed"] = "masks",
 ) -> list[Instance]:
     """Instances of all tiles, each object once.
 
@@ -167,10 +170,16 @@ def merge_tiles(
     Args:
         found: Of all tiles, in any order.
         max_instances: Most instances returned.
+        compare: `enclosed` compares the regions that the masks enclose, and of parts that are
+            joined the outline remains: for masks that are contours.
 
     Returns:
         By descending score.
     """
+    masks, join = [entry.instance for entry in found], _union
+    if compare == "enclosed":
+        join = join_contours
+        found = [replace(entry, instance=fill_instance(entry.instance)) for entry in found]
     shared = _shared_pixels(found)
     objects = _Objects(found)
     for index in sorted(range(len(found)), key=lambda i: (found[i].cut, -found[i].instance.score)):
@@ -186,4 +195,5 @@ def merge_tiles(
             objects.join(index, parts)
         else:
             objects.add(index)
-    return objects.instances()[:max_instances]
+    merged = (join([masks[i] for i in group]) for group in objects.groups())
+    return sorted(merged, key=lambda instance: -instance.score)[:max_instances]

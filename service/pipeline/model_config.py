@@ -15,6 +15,8 @@ from service.pipeline.errors import ConfigError
 SCHEMA_VERSION = 1
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Task = Literal["segmentation", "contour"]
+"""What an instance's mask is: the object's pixels, or its outline alone."""
 
 
 class Spec(BaseModel):
@@ -114,6 +116,9 @@ class PostprocessSpec(Spec):
     """From candidates to instances.
 
     Attributes:
+        nms: How duplicates are found.
+        compare: What NMS and the merging of tiles compare: the masks themselves, or the regions
+            that they enclose (for masks that are contours).
         update_threshold: Score that a candidate must keep after NMS.
         mask_threshold: Probability above which a pixel belongs to the mask.
         score_threshold: Default of the responses.
@@ -121,6 +126,7 @@ class PostprocessSpec(Spec):
     """
 
     nms: Annotated[MatrixNms | MaskNms, Field(discriminator="kind")]
+    compare: Literal["masks", "enclosed"] = "masks"
     update_threshold: Probability = 0.05
     mask_threshold: Probability = 0.5
     score_threshold: Probability = 0.1
@@ -145,7 +151,7 @@ class ModelConfig(Spec):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     version: PositiveInt
-    task: Literal["segmentation"] = "segmentation"
+    task: Task = "segmentation"
     description: str = ""
     input: InputSpec
     classes: Annotated[tuple[ClassSpec, ...], Field(min_length=1)]

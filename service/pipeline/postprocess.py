@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from service.pipeline.contour import fill_contours
 from service.pipeline.merge import TileInstance, merge_tiles
 from service.pipeline.model_config import MatrixNms, PostprocessSpec
 from service.pipeline.nms import mask_nms, matrix_nms
@@ -34,6 +35,8 @@ def select(
     masks = candidates.mask_probs[:count] > spec.mask_threshold
     filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
     masks = masks[filled]
+    if spec.compare == "enclosed":
+        masks = fill_contours(masks)
     scores, labels = candidates.scores[filled], candidates.labels[filled]
     if isinstance(spec.nms, MatrixNms):
         scores = matrix_nms(scores, labels, masks, kernel=spec.nms.kernel, sigma=spec.nms.sigma)
@@ -152,4 +155,4 @@ def postprocess(
         )
     if len(prepared.tiles) == 1:
         return [entry.instance for entry in found]
-    return merge_tiles(found, max_instances=bound)
+    return merge_tiles(found, max_instances=bound, compare=spec.compare)

@@ -108,6 +108,7 @@ def build_response(model: ServedModel, outcomes: Sequence[Outcome], *, overlay: 
     body = {
         "model": model.name,
         "version": model.loaded.version,
+        "task": model.loaded.config.task,
         "results": [orjson.Fragment(outcome.payload) for outcome in outcomes],
         "timing_ms": {stage: round(1e3 * seconds, 3) for stage, seconds in vars(last).items()},
     }

@@ -151,7 +151,7 @@ def test_a_busy_server_is_asked_again() -> None:
     busy = (503, {"error": {"code": "overloaded", "message": "full"}})
     with fake_server([busy, busy, (200, {"results": [{"instances": []}]})]) as (url, paths):
         bounds = Bounds(score_threshold=0.5)
-        assert RemotePredictor(url, bounds, "blobs").predict(b"data") == []
+        assert RemotePredictor(url, bounds, "blobs").predict(b"data").results == []
     assert paths == ["/segment?model=blobs&score_threshold=0.5"] * 3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from service.pipeline.model_config import InputSpec, KeepRatioResize
+from training.configs.contours import as_contours
 from training.configs.schema import (
     AugmentConfig,
     BackboneConfig,
@@ -79,6 +80,11 @@ DECOUPLED_LIGHT_R50 = _with_short_side_512(
     "decoupled_solo_light_r50",
     "Decoupled Light SOLO, ResNet-50, short side 512, 3x",
 )
+CONTOUR_R50 = as_contours(
+    SOLO_R50,
+    name="solo_r50_contour",
+    description="Instance contour detection, ResNet-50, short side 800, 3x",
+)
 
 COCO_CONFIGS = (
     SOLO_R50,
@@ -88,4 +94,5 @@ COCO_CONFIGS = (
     DECOUPLED_R50,
     DECOUPLED_R101,
     DECOUPLED_LIGHT_R50,
+    CONTOUR_R50,
 )

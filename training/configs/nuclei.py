@@ -14,6 +14,7 @@ from service.pipeline.model_config import (
     PostprocessSpec,
     TileResize,
 )
+from training.configs.contours import as_contours
 from training.configs.schema import (
     AugmentConfig,
     BackboneConfig,
@@ -99,4 +100,25 @@ NUCLEI_ABLATION = replace(
 )
 """The base of the ablations in docs/experiments.md: minutes on one CPU core."""
 
-NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION)
+NUCLEI_CONTOUR = as_contours(
+    replace(
+        NUCLEI_ABLATION,
+        model=replace(
+            NUCLEI_ABLATION.model,
+            head=replace(
+                NUCLEI_ABLATION.model.head,
+                level_strides=(4, 8, 16),
+                mask_strides=(2, 2, 4),
+                mask_prior=0.01,
+            ),
+        ),
+        schedule=replace(NUCLEI_ABLATION.schedule, epochs=20),
+    ),
+    name="nuclei_contour",
+    description="Contours of nuclei: quarter-width ResNet-18, 96x96 px tiles shown at 2x",
+)
+"""Masks at stride 2, which is one pixel of the image: at 4 the ring of a median nucleus (11 px)
+would be as wide as what it encloses. One pixel in a hundred of a mask is contour: hence the prior.
+"""
+
+NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION, NUCLEI_CONTOUR)

@@ -34,6 +34,7 @@ def apply_recipe(config: Config, recipe: Recipe) -> Config:
     paper = recipe == "paper"
     postprocess = PostprocessSpec(
         nms=MaskNms(iou_threshold=0.5) if paper else MatrixNms(),
+        compare=config.postprocess.compare,
         update_threshold=0.0 if paper else 0.05,
         mask_threshold=config.postprocess.mask_threshold,
         score_threshold=config.postprocess.score_threshold,

@@ -161,7 +161,7 @@ class Solo(nn.Module):
     def _maskness(self, probs: Tensor, cells: Tensor) -> Tensor:
         """Mean probability over each mask, 0 where its area is not above the level's stride."""
         strides = torch.tensor(self.config.head.level_strides, device=cells.device)
-        inside = (probs > 0.5).to(probs.dtype)
+        inside = (probs > self.config.mask_threshold).to(probs.dtype)
         area = inside.sum(dim=(2, 3))
         mean = (probs * inside).sum(dim=(2, 3)) / area.clamp(min=1)
         return mean * (area > strides[self.candidate_level[cells]])

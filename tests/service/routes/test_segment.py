@@ -47,8 +47,8 @@ async def test_a_multipart_image_is_answered_as_the_contract_says(
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     body = response.json()
-    assert list(body) == ["model", "version", "results", "timing_ms"]
-    assert (body["model"], body["version"]) == ("blobs", 1)
+    assert list(body) == ["model", "version", "task", "results", "timing_ms"]
+    assert (body["model"], body["version"], body["task"]) == ("blobs", 1, "segmentation")
     (result,) = body["results"]
     assert (result["file_name"], result["width"], result["height"]) == ("a.png", 64, 48)
     red, blue = result["instances"]
