@@ -27,6 +27,7 @@ from service.pipeline.model_config import ClassSpec, Task
 from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance
+from training import distributed
 from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
@@ -169,26 +170,36 @@ class ServerPredictor:
 
 
 def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) -> list[Result]:
-    """COCO results of every image of a split."""
-    results = []
-    for index in tqdm(range(len(data)), unit="image", disable=not progress):
+    """COCO results of every image of a split, in the order of its images.
+
+    Several processes share the images, each taking every n-th; the first one gets all results,
+    the others none.
+    """
+    own = range(distributed.rank(), len(data), distributed.world_size())
+    found = []
+    for index in tqdm(own, unit="image", disable=not (progress and distributed.is_main())):
         image_id = data.records[index].image_id
-        results += [{"image_id": image_id, **r} for r in predictor(data.image_bytes(index))]
-    return results
+        results = predictor(data.image_bytes(index))
+        found.append((index, [{"image_id": image_id, **r} for r in results]))
+    gathered = sorted(distributed.gather_to_main(found), key=lambda pair: pair[0])
+    return [result for _, results in gathered for result in results]
 
 
 def evaluate_model(
     model: Solo, config: Config, data: CocoDataset, *, max_dets: int
 ) -> dict[str, float]:
-    """AP of a network on a split."""
-    predictor = CheckpointPredictor(model, config, max_dets=max_dets)
-    return mask_ap(data.annotation_file, predict(data, predictor), max_dets=max_dets)
+    """AP of a network on a split; several processes share the work, the first one scores."""
+    results = predict(data, CheckpointPredictor(model, config, max_dets=max_dets))
+    numbers = {}
+    if distributed.is_main():
+        numbers = mask_ap(data.annotation_file, results, max_dets=max_dets)
+    return distributed.from_main(numbers)
 
 
 def build_predictor(
-    source: str, model: str | None, version: int | None, max_dets: int
+    source: str, model: str | None, version: int | None, max_dets: int, device: str = "cpu"
 ) -> Predictor:
-    """A predictor for a URL, a model_repo folder or a checkpoint file.
+    """A predictor for a URL, a model_repo folder or a checkpoint file (on `device`).
 
     Raises:
         CheckpointError: `source` is none of the three.
@@ -200,7 +211,7 @@ def build_predictor(
         return RepositoryPredictor(path, version, max_dets=max_dets)
     if path.is_file():
         config, network = load_model(path)
-        return CheckpointPredictor(network, config, max_dets=max_dets)
+        return CheckpointPredictor(network.to(device), config, max_dets=max_dets)
     raise CheckpointError(
         f"{source!r} is neither a checkpoint, nor a model folder with config.json, nor a URL"
     )
@@ -210,14 +221,19 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of solo-eval."""
     parser = argparse.ArgumentParser(
         prog="solo-eval",
-        description="COCO mask AP of a model on a COCO-format split.",
+        description="COCO mask AP of a model on a COCO-format split. A split without annotations "
+        "(COCO's test-dev as downloaded) is not scored; --results writes what COCO's evaluation "
+        "server takes: name the file detections_test-dev2017_NAME_results.json and send it zipped.",
         epilog="Examples: solo-eval runs/nuclei/best.pt --data datasets/nuclei --max-dets 500 | "
-        "solo-eval model_repo/nuclei --data ... | solo-eval http://localhost:8000 --data ...",
+        "solo-eval model_repo/nuclei --data ... | solo-eval http://localhost:8000 --data ... | "
+        "torchrun --nproc-per-node 8 -m training.evaluate best.pt --device cuda --data "
+        "datasets/coco --split test-dev --results detections_test-dev2017_solo_results.json",
     )
     parser.add_argument("model", help="checkpoint file, model_repo/<model> folder or server URL")
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
     parser.add_argument("--split", default="val", help="annotation file's name (default: val)")
     parser.add_argument("--max-dets", type=int, default=100, help="detections an image (100)")
+    parser.add_argument("--device", default="cpu", help="of a checkpoint: cpu, cuda, ... (cpu)")
     parser.add_argument("--model-name", help="which model of the server (default: its own)")
     parser.add_argument("--version", type=int, help="which version of the folder (default: last)")
     parser.add_argument("--group-by", help="also print AP per value of this image field")
@@ -235,30 +251,45 @@ def _groups(data: CocoDataset, field: str) -> dict[str, list[int]]:
     return groups
 
 
+def run(options: argparse.Namespace) -> None:
+    """Predicts, scores where there is something to score, and writes what is asked for."""
+    data = CocoDataset(options.data, options.split)
+    if not data.labelled and not options.results:
+        raise DatasetError(
+            f"{data.annotation_file} has no annotations to score; --results FILE keeps the results"
+        )
+    predictor = build_predictor(
+        options.model, options.model_name, options.version, options.max_dets, options.device
+    )
+    results = predict(data, predictor, progress=True)
+    if not distributed.is_main():
+        return
+    if options.results:
+        options.results.write_text(json.dumps(results))
+    if not data.labelled:
+        print(f"{len(results)} results: {options.results} (no annotations, nothing to score)")
+        return
+    numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
+    if options.group_by:
+        for name, ids in sorted(_groups(data, options.group_by).items()):
+            numbers[name] = mask_ap(
+                data.annotation_file, results, max_dets=options.max_dets, image_ids=ids
+            )
+    for name, row in numbers.items():
+        print(f"{name:>20} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        data = CocoDataset(options.data, options.split)
-        predictor = build_predictor(
-            options.model, options.model_name, options.version, options.max_dets
-        )
-        results = predict(data, predictor, progress=True)
-        numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
-        if options.group_by:
-            for name, ids in sorted(_groups(data, options.group_by).items()):
-                numbers[name] = mask_ap(
-                    data.annotation_file, results, max_dets=options.max_dets, image_ids=ids
-                )
+        with distributed.joined(options.device) as options.device:
+            run(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"solo-eval: {error}", file=sys.stderr)
         return 1
-    for name, row in numbers.items():
-        print(f"{name:>20} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()))
-    if options.results:
-        options.results.write_text(json.dumps(results))
-    if options.json:
-        options.json.write_text(json.dumps(numbers, indent=2))
     return 0
 
 

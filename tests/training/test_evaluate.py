@@ -24,6 +24,7 @@ from training.evaluate import (
     CheckpointPredictor,
     RepositoryPredictor,
     ServerPredictor,
+    build_parser,
     build_predictor,
     evaluate_model,
     main,
@@ -121,6 +122,32 @@ def test_the_command_fails_with_one_line(
 ) -> None:
     assert main([source or str(checkpoint), "--data", str(root), *more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_images_without_annotations_give_a_file_of_results(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    root = build_tiny_data(tmp_path, ("val",))
+    content = json.loads((root / "annotations" / "val.json").read_text())
+    del content["annotations"]
+    (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    (root / "images").rename(root / "test2017")
+    arguments = [str(checkpoint), "--data", str(root), "--split", "test-dev"]
+    assert main(arguments) == 1
+    assert "no annotations to score; --results FILE" in capsys.readouterr().err
+    path = tmp_path / "detections_test-dev2017_tiny_results.json"
+    assert main([*arguments, "--results", str(path)]) == 0
+    assert "nothing to score" in capsys.readouterr().out
+    results = json.loads(path.read_text())
+    assert {r["image_id"] for r in results} == {1, 2, 3}
+    for result in results:
+        assert set(result) == {"image_id", "category_id", "segmentation", "score"}
+        assert coco_mask.decode(result["segmentation"]).any()
+
+
+def test_the_help_names_the_evaluation_servers_file() -> None:
+    text = "".join(build_parser().format_help().split())  # it breaks lines at the hyphen
+    assert "detections_test-dev2017_NAME_results.json" in text
 
 
 def test_a_damaged_checkpoint_is_named(root: Path, tmp_path: Path, capsys: Any) -> None:

@@ -8,42 +8,11 @@ import pytest
 import torch
 
 from tests.support.tiny import CANVAS, TINY, TINY_SGD, build_tiny_data, disc
+from training.configs.schema import Config
 from training.data.augment import build_sample
 from training.data.coco import CocoDataset
-from training.data.loader import Batch, EpochBatches, TrainingSamples, build_loader, collate
-
-
-def items(size: int, batch: int, seed: int, start: int, stop: int) -> list[list[tuple[int, int]]]:
-    return list(EpochBatches(size, batch, seed, start, stop))
-
-
-@pytest.mark.parametrize(("size", "batch"), [(10, 3), (3, 8), (4, 4), (1, 2)])
-def test_a_run_can_start_at_any_step(size: int, batch: int) -> None:
-    whole = items(size, batch, 7, 0, 12)
-    for start in (1, 5, 11, 12):
-        assert items(size, batch, 7, start, 12) == whole[start:]
-    assert len(EpochBatches(size, batch, 7, 5, 12)) == 7
-    assert len(EpochBatches(size, batch, 7, 12, 5)) == 0
-
-
-@pytest.mark.parametrize(("size", "batch"), [(10, 3), (3, 8), (4, 4)])
-def test_every_epoch_shows_every_image_once(size: int, batch: int) -> None:
-    steps = -(-size * 4 // batch)
-    flat = [item for one in items(size, batch, 0, 0, steps) for item in one]
-    for epoch in range(3):
-        assert sorted(i for e, i in flat if e == epoch) == list(range(size))
-
-
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    first = items(50, 50, 0, 0, 2)
-    assert first == items(50, 50, 0, 0, 2)
-    assert [i for _, i in first[0]] != [i for _, i in first[1]]
-    assert first != items(50, 50, 1, 0, 2)
-
-
-def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        EpochBatches(0, 2, 0, 0, 1)
+from training.data.loader import Batch, TrainingSamples, build_loader, collate
+from training.data.sampling import plan_share
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -104,3 +73,49 @@ def test_an_epoch_of_samples_by_the_keep_ratio_rule(tmp_path: Path) -> None:
     (batch,) = build_loader(data, config, seed=0, start_step=0, stop_step=1, workers=0)
     assert len(batch.targets) == 3
     assert batch.images.shape[1] % 32 == 0 and batch.images.shape[2] % 32 == 0
+
+
+def keep_ratio(images: int, per_canvas: int) -> Config:
+    schedule = replace(TINY_SGD.schedule, batch_size=images, images_per_canvas=per_canvas)
+    return replace(TINY_SGD, schedule=schedule)
+
+
+@pytest.mark.parametrize("config", [keep_ratio(4, 2), keep_ratio(4, 4), keep_ratio(4, 1)])
+@pytest.mark.parametrize(
+    ("processes", "accumulate"), [(1, None), (1, 4), (2, None), (2, 2), (4, 1)]
+)
+def test_a_sample_and_its_canvas_do_not_depend_on_how_the_batch_is_split(
+    config: Config, processes: int, accumulate: int | None, tmp_path: Path
+) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    whole = config.schedule.canvas_group  # the split in which every canvas has its own batch
+
+    def images(processes: int, accumulate: int | None) -> list[tuple[torch.Tensor, int]]:
+        """Canvas and positive cells of every image of three steps, in the order of the batch."""
+        loaders = []
+        for rank in range(processes):
+            share = plan_share(config, rank=rank, processes=processes, accumulate=accumulate)
+            loader = build_loader(
+                data, config, seed=0, start_step=0, stop_step=3, workers=0, share=share
+            )
+            loaders.append(list(loader))
+        found = []
+        for step in range(3):
+            for batches in loaders:
+                for batch in batches[step * len(batches) // 3 : (step + 1) * len(batches) // 3]:
+                    for image, levels in zip(batch.images, batch.targets, strict=True):
+                        found.append((image, sum(len(level.cells) for level in levels)))
+        return found
+
+    one, other = images(1, 4 // whole), images(processes, accumulate)
+    assert len(one) == len(other) == 12
+    for (a, positives), (b, others) in zip(one, other, strict=True):
+        assert torch.equal(a, b) and positives == others
+
+
+def test_a_batch_counts_its_positive_cells(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    config = keep_ratio(3, 3)
+    (batch,) = build_loader(data, config, seed=0, start_step=0, stop_step=1, workers=0)
+    labelled = [level.labels < config.num_classes for image in batch.targets for level in image]
+    assert batch.num_positives == sum(int(cells.sum()) for cells in labelled) > 0
