@@ -80,6 +80,16 @@ DECOUPLED_LIGHT_R50 = _with_short_side_512(
     "decoupled_solo_light_r50",
     "Decoupled Light SOLO, ResNet-50, short side 512, 3x",
 )
+DECOUPLED_LIGHT_DCN_R50 = replace(
+    DECOUPLED_LIGHT_R50,
+    name="decoupled_solo_light_dcn_r50",
+    description="Decoupled Light SOLO with deformable convolutions, ResNet-50, short side 512, 3x",
+    model=replace(
+        DECOUPLED_LIGHT_R50.model,
+        backbone=BackboneConfig(deformable_stages=(2, 3, 4)),
+        head=replace(DECOUPLED_LIGHT_R50.model.head, deformable=True),
+    ),
+)
 CONTOUR_R50 = as_contours(
     SOLO_R50,
     name="solo_r50_contour",
@@ -94,5 +104,6 @@ COCO_CONFIGS = (
     DECOUPLED_R50,
     DECOUPLED_R101,
     DECOUPLED_LIGHT_R50,
+    DECOUPLED_LIGHT_DCN_R50,
     CONTOUR_R50,
 )

@@ -17,6 +17,7 @@ PAPER = {
     "decoupled_solo_r50": (50, "decoupled", 800, 7),
     "decoupled_solo_r101": (101, "decoupled", 800, 7),
     "decoupled_solo_light_r50": (50, "decoupled_light", 512, 4),
+    "decoupled_solo_light_dcn_r50": (50, "decoupled_light", 512, 4),
 }
 
 
