@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +39,6 @@ class _Inert:
         pass
 
 
-class _InertDict(dict[Any, Any]):
-    """The same for what is pickled as a kind of dict."""
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 _NUMPY_TYPES = "Bool Float16 Float32 Float64 Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Str"
 _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((_Inert, f"numpy.dtypes.{name}DType") for name in _NUMPY_TYPES.split()),
@@ -56,9 +50,9 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Inert, "numpy._core.multiarray._reconstruct"),
     (_Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_Inert, "builtins.getattr"),  # how the pickle of a HistoryBuffer names its methods
-    (_InertDict, "mmengine.config.config.ConfigDict"),
-    (_InertDict, "mmcv.utils.config.ConfigDict"),
-    (_InertDict, "addict.addict.Dict"),
+    (OrderedDict, "mmengine.config.config.ConfigDict"),  # the one kind of dict that is taken
+    (OrderedDict, "mmcv.utils.config.ConfigDict"),
+    (OrderedDict, "addict.addict.Dict"),
 ]
 _STARTS = (b"PK", b"\x80")  # a zip archive (PyTorch 1.6 and later), a pickle (before)
 
