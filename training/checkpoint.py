@@ -58,7 +58,11 @@ def _unknown_fields(content: Any, known: Any, path: str = "") -> list[str]:
 
 
 def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
-    """Writes atomically: a crash leaves the old file or the new one, never half of one."""
+    """Writes atomically: a crash leaves the old file or the new one, never half of one.
+
+    The bytes are on the disk before the name is: else a machine that loses its power may keep
+    the new name without its content.
+    """
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -68,7 +72,18 @@ def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     torch.save(content, partial)
+    _flush(partial)
     os.replace(partial, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:

@@ -177,3 +177,27 @@ def test_a_crash_while_writing_leaves_the_old_file(
         write(path, step=6)
     assert path.read_bytes() == before
     assert load_checkpoint(path)[1]["step"] == 5
+
+
+def test_the_content_is_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    flush, rename = os.fsync, os.replace
+
+    def flushing(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flush(descriptor)
+
+    def renaming(source: Path, target: Path) -> None:
+        done.append(f"{source.name} -> {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", renaming)
+    write(tmp_path / "last.pt")
+    assert done == [
+        str(tmp_path / "last.pt.partial"),
+        "last.pt.partial -> last.pt",
+        str(tmp_path),
+    ]
