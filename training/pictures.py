@@ -1,4 +1,4 @@
-"""python -m training.pictures: a model's best and worst images beside their ground truth."""
+"""python -m training.pictures: a model's images beside their ground truth, best, worst or named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from service.pipeline.contour import draw_contour, fill_instance
 from service.pipeline.draw import draw_instances
+from service.pipeline.encode import decode_box
+from service.pipeline.model_config import Task
+from service.pipeline.paste import BoxMask, build_instance
 from service.pipeline.types import Instance, UInt8
 from service.registry import LoadedModel, load_version
 from training.data.coco import CocoDataset, DatasetError
@@ -37,56 +41,122 @@ def match_f1(found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -
     return 2 * matched / (len(found) + len(truth))
 
 
-def _truth(data: CocoDataset, index: int) -> list[Instance]:
+def _truth(data: CocoDataset, index: int, task: Task) -> list[Instance]:
+    """Ground truth as the task has it: masks, or their contours."""
     instances = []
     for a in data.records[index].annotations:
         x, y, w, h = (int(v) for v in a.box_xywh)
-        instances.append(Instance(a.label, 1.0, a.rle, (x, y, w, h), w * h))
+        truth = Instance(a.label, 1.0, a.rle, (x, y, w, h), w * h)
+        if task == "contour":
+            outline = BoxMask(y, x, draw_contour(decode_box(truth)).astype(np.bool_))
+            truth = build_instance(outline, data.image(index).shape[:2], a.label, 1.0)
+        instances.append(truth)
     return instances
 
 
-def side_by_side(image: UInt8, found: Sequence[Instance], truth: Sequence[Instance]) -> UInt8:
-    """The image, the masks found and the ground truth, left to right at 2x."""
-    parts = [image, draw_instances(image, found), draw_instances(image, truth)]
+def side_by_side(
+    image: UInt8,
+    found: Sequence[Instance],
+    truth: Sequence[Instance],
+    task: Task = "segmentation",
+) -> UInt8:
+    """The image, what was found and the ground truth, left to right at 2x."""
+    parts = [image, draw_instances(image, found, task), draw_instances(image, truth, task)]
     size = (image.shape[1] * 2, image.shape[0] * 2)
     large = [cv2.resize(p, size, interpolation=cv2.INTER_NEAREST) for p in parts]
     gap = np.full((size[1], GAP_PX, 3), 255, np.uint8)
     return np.hstack([large[0], gap, large[1], gap, large[2]]).astype(np.uint8)
 
 
+def stack(rows: Sequence[UInt8]) -> UInt8:
+    """Pictures one below the other on white."""
+    width = max(row.shape[1] for row in rows)
+    height = sum(row.shape[0] + GAP_PX for row in rows) - GAP_PX
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    top = 0
+    for row in rows:
+        canvas[top : top + row.shape[0], : row.shape[1]] = row
+        top += row.shape[0] + GAP_PX
+    return canvas
+
+
+def f1_of(found: Sequence[Instance], data: CocoDataset, index: int, task: Task) -> float:
+    """`match_f1` on an image; a contour counts as what it encloses."""
+    regions = map(fill_instance, found) if task == "contour" else found
+    truth = [a.rle for a in data.records[index].annotations]
+    return match_f1([region.rle for region in regions], truth)
+
+
 def rank(model: LoadedModel, data: CocoDataset) -> list[tuple[float, int, list[Instance]]]:
     """F1, index and instances of every image that has objects, worst first."""
     rows = []
     for index in tqdm(range(len(data)), unit="image"):
-        truth = [a.rle for a in data.records[index].annotations]
-        if truth:
+        if data.records[index].annotations:
             found = model.segment(data.image(index))
-            rows.append((match_f1([i.rle for i in found], truth), index, found))
+            rows.append((f1_of(found, data, index, model.config.task), index, found))
     return sorted(rows, key=lambda row: row[0])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def named(
+    model: LoadedModel, data: CocoDataset, names: Sequence[str]
+) -> list[tuple[float, int, list[Instance]]]:
+    """As `rank`, of images by file name, in their order.
+
+    Raises:
+        DatasetError: The split has no such image.
+    """
+    places = {record.file_name: index for index, record in enumerate(data.records)}
+    rows = []
+    for name in names:
+        if name not in places:
+            raise DatasetError(f"{data.annotation_file} has no image {name!r}")
+        found = model.segment(data.image(places[name]))
+        rows.append((f1_of(found, data, places[name], model.config.task), places[name], found))
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.pictures", description=__doc__)
     parser.add_argument("model", type=Path, help="model_repo/<model> folder")
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--count", type=int, default=3, help="pictures of each kind (3)")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--images", nargs="+", metavar="NAME", help="these alone, in one picture named chosen.png"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = build_parser().parse_args(arguments)
     try:
         data = CocoDataset(options.data, options.split)
-        rows = rank(load_version(options.model), data)
+        model = load_version(options.model)
+        if options.images:
+            chosen = {"chosen.png": named(model, data, options.images)}
+        else:
+            rows = rank(model, data)
+            some = {"worst": rows[: options.count], "best": rows[::-1][: options.count]}
+            chosen = {
+                f"{kind}_{place}.png": [row]
+                for kind, kind_rows in some.items()
+                for place, row in enumerate(kind_rows, start=1)
+            }
     except (DatasetError, ValueError, RuntimeError, OSError) as error:
         print(f"pictures: {error}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = {"worst": rows[: options.count], "best": rows[::-1][: options.count]}
-    for kind, some in chosen.items():
-        for place, (f1, index, found) in enumerate(some, start=1):
-            name = f"{kind}_{place}.png"
-            picture = side_by_side(data.image(index), found, _truth(data, index))
-            Image.fromarray(picture).save(options.out / name)
+    task = model.config.task
+    for name, rows in chosen.items():
+        pictures = [
+            side_by_side(data.image(index), found, _truth(data, index, task), task)
+            for _, index, found in rows
+        ]
+        Image.fromarray(stack(pictures)).save(options.out / name, optimize=True)
+        for f1, index, _ in rows:
             print(f"{name}: {data.records[index].file_name}, F1 {f1:.2f} at IoU {MATCH_IOU}")
     return 0
 

@@ -38,7 +38,7 @@ def draw_contour(mask: UInt8) -> UInt8:
         [h, w] uint8 0/1, a subset of the mask; empty only if the mask is.
     """
     contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    outline = np.zeros_like(mask)
+    outline = np.zeros(mask.shape, np.uint8)  # C order, whatever that of the mask
     cv2.drawContours(outline, contours, -1, 1, 1)
     return outline
 
@@ -53,7 +53,7 @@ def _close(curve: UInt8) -> UInt8:
 def _fill(closed: UInt8) -> UInt8:
     """Everything inside the outer border of each connected part."""
     contours, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    filled = np.zeros_like(closed)
+    filled = np.zeros(closed.shape, np.uint8)
     cv2.drawContours(filled, contours, -1, 1, cv2.FILLED)
     return filled
 
