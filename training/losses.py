@@ -83,16 +83,16 @@ def focal_mask_loss(
     """
     log_p, log_q = _log_probs(factors)
     target = target.to(log_p.dtype)
-    p = log_p.exp()
-    inside = alpha * (1 - p).pow(gamma) * log_p
-    outside = (1 - alpha) * p.pow(gamma) * log_q
+    inside = alpha * (gamma * log_q).exp() * log_p
+    outside = (1 - alpha) * (gamma * log_p).exp() * log_q
     return -(target * inside + (1 - target) * outside).flatten(1).mean(1)
 
 
 def _log_probs(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Logarithms of p, a product of sigmoids, and of 1 - p, without rounding p to 0 or 1."""
-    log_p = sum((F.logsigmoid(f.float()) for f in factors[1:]), F.logsigmoid(factors[0].float()))
-    if len(factors) == 1:
-        return log_p, F.logsigmoid(-factors[0].float())
-    # 1 - exp(log_p); log_p = 0 only where both logits are huge, kept finite with its gradient.
-    return log_p, torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
+    first, *others = (f if f.dtype == torch.float64 else f.float() for f in factors)
+    log_p, log_q = F.logsigmoid(first), F.logsigmoid(-first)
+    for factor in others:  # 1 - p s = (1 - p) + p (1 - s)
+        log_q = torch.logaddexp(log_q, log_p + F.logsigmoid(-factor))
+        log_p = log_p + F.logsigmoid(factor)
+    return log_p, log_q
