@@ -190,8 +190,7 @@ def import_source(source: Source, choices: Choices = Choices()) -> Imported:
         count, weights.class_names, choices, published=source.published is not None
     )
     config = replace(config, num_classes=count, classes=classes)
-    with torch.device("meta"):
-        expected = Solo(config.model, count).state_dict()
+    expected = Solo(config.model, count).state_dict()
     counters = [key for key in expected if key.endswith(COUNTER) and key not in shapes]
     if counters:
         tensors |= {key: torch.zeros((), dtype=torch.int64) for key in counters}

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from tests.support.file_server import FileServer, serve_files
 from tests.support.published import small_config, write_published
+from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
 from training import catalogue, pretrained
 from training.catalogue import PublishedFile
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, load_checkpoint
 from training.configs.schema import BackboneConfig, Config
 from training.download import DownloadError
 from training.model.resnet import ResNet
 from training.model.solo import Solo
 from training.pretrained import initialise
+from training.train import main as train_main
 
 RESNET_18 = BackboneConfig(depth=18, base_width=8)  # torchvision's is 64 wide
 
@@ -143,3 +145,29 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delitem(catalogue.IMAGENET_RESNETS, 18)
     with pytest.raises(ValueError, match="no ImageNet weights of ResNet-18"):
         pretrained.initialise(new_model(), "imagenet")
+
+
+def test_solo_train_starts_from_the_weights_and_resumes_without_them(
+    tmp_path: Path, capsys: Any
+) -> None:
+    data = build_tiny_data(tmp_path / "data")
+    settings = (
+        *("model.backbone.base_width=8", "model.neck_channels=16", "model.head.channels=16"),
+        *("model.head.num_convs=1", "model.head.norm_groups=4", "model.head.num_grids=[8,4,2]"),
+        *("input.resize.scale=1", "input.resize.tile_hw=[64,64]", "input.resize.overlap_px=16"),
+        *("schedule.batch_size=2", "schedule.epochs=1", "schedule.lr=0"),
+    )
+    command = ["nuclei", "--data", str(data), "--out", str(tmp_path / "run"), "--workers", "0"]
+    command += ["--val-split", "", *(part for s in settings for part in ("--set", s))]
+    state = resnet_state()
+    torch.save(state, tmp_path / "resnet.pth")
+    assert train_main([*command, "--init", str(tmp_path / "resnet.pth")]) == 0
+    assert "solo-train: backbone: 120 tensors of resnet.pth" in capsys.readouterr().out
+    _, content = load_checkpoint(tmp_path / "run" / "last.pt")
+    for weights in (content["model"], content["ema"]):  # the rate is zero: they stay
+        for key in ("conv1.weight", "layer4.1.conv2.weight"):
+            assert torch.equal(weights[f"backbone.{key}"], state[key])
+    missing = ["--init", str(tmp_path / "none.pth")]
+    assert train_main([*command, *missing]) == 0
+    assert train_main([*command, *missing, "--restart"]) == 1
+    assert "no file at" in capsys.readouterr().err
