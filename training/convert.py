@@ -96,10 +96,11 @@ def convert_state_dict(
     """
     theirs = convert_names(published, source)
     unexpected = [key for ours, key in theirs.items() if ours not in expected]
-    deformable = any(".conv_offset." in key for key in unexpected)
-    hint = " (it has deformable convolutions, this configuration has none)" if deformable else ""
-    _refuse(f"unexpected keys{hint}", unexpected, source)
-    _refuse("missing keys", [ours for ours in expected if ours not in theirs], source)
+    missing = [ours for ours in expected if ours not in theirs]
+    hint = " (of deformable convolutions that this configuration does not have)"
+    _refuse(f"unexpected keys{hint if _have_offsets(unexpected) else ''}", unexpected, source)
+    hint = " (of deformable convolutions that the file does not have)"
+    _refuse(f"missing keys{hint if _have_offsets(missing) else ''}", missing, source)
     shapes = [
         f"{key} {tuple(published[key].shape)}, expected {tuple(expected[ours].shape)}"
         for ours, key in theirs.items()
@@ -116,6 +117,10 @@ def load_published(model: Solo, published: Mapping[str, Tensor], source: str) ->
         CheckpointError: They do not fit; see `convert_state_dict`.
     """
     model.load_state_dict(convert_state_dict(published, model.state_dict(), source))
+
+
+def _have_offsets(keys: Iterable[str]) -> bool:
+    return any(".conv_offset." in key for key in keys)
 
 
 def _refuse(what: str, keys: Iterable[str], source: str) -> None:

@@ -61,6 +61,13 @@ SOLO_512_R50 = _with_short_side_512(
 SOLO_512_R101 = _with_short_side_512(
     replace(SOLO_R101, schedule=SIX_TIMES), "solo_512_r101", "SOLO-512, ResNet-101, 6x"
 )
+SOLO_RDCN101 = replace(
+    SOLO_R101,
+    name="solo_rdcn101",
+    description="SOLO, ResNet-101 with deformable convolutions, short side 800, 6x",
+    model=replace(SOLO_R101.model, backbone=BackboneConfig(depth=101, deformable_stages=(2, 3, 4))),
+    schedule=SIX_TIMES,
+)
 DECOUPLED_R50 = replace(
     SOLO_R50,
     name="decoupled_solo_r50",
@@ -99,6 +106,7 @@ CONTOUR_R50 = as_contours(
 COCO_CONFIGS = (
     SOLO_R50,
     SOLO_R101,
+    SOLO_RDCN101,
     SOLO_512_R50,
     SOLO_512_R101,
     DECOUPLED_R50,

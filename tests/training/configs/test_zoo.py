@@ -17,6 +17,8 @@ PAPER = {
     "decoupled_solo_r50": (50, "decoupled", 800, 7),
     "decoupled_solo_r101": (101, "decoupled", 800, 7),
     "decoupled_solo_light_r50": (50, "decoupled_light", 512, 4),
+    "solo_rdcn101": (101, "vanilla", 800, 7),
+    "decoupled_solo_light_dcn_r50": (50, "decoupled_light", 512, 4),
     "decoupled_solo_light_dcn_r50": (50, "decoupled_light", 512, 4),
 }
 
@@ -42,6 +44,10 @@ def test_a_model_of_the_paper(name: str) -> None:
     assert list(head.level_strides) == [8, 8, 16, 32, 32]
     assert head.scale_ranges[0][1] == (64 if "light" in name else 96)
     assert config.num_classes == 80 and config.schedule.batch_size == 16
+    deformable = (2, 3, 4) if "dcn" in name else ()
+    assert config.model.backbone.deformable_stages == deformable
+    assert head.deformable == (name == "decoupled_solo_light_dcn_r50")
+    assert config.schedule.epochs == (72 if "512" in name or "rdcn" in name else 36)
 
 
 def test_the_bundled_models_grid_fits_its_canvas() -> None:

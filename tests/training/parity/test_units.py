@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ FULL_SIZE = {
     "decoupled-solo_r50_fpn_3x_coco": "decoupled_solo_r50",
     "decoupled-solo_r101_fpn_3x_coco": "decoupled_solo_r101",
     "decoupled-solo-light_r50_fpn_3x_coco": "decoupled_solo_light_r50",
+    "decoupled-solo-light-dcn_r50_fpn_3x_coco": "decoupled_solo_light_dcn_r50",
 }
 DEFORMABLE = "decoupled-solo-light-dcn_r50_fpn_3x_coco"
 
@@ -148,18 +150,34 @@ def test_full_size_models_leave_no_key_over(published: str, names: str) -> None:
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
 
 
-def test_the_deformable_model_is_refused_by_name() -> None:
+def test_every_full_size_model_is_compared() -> None:
+    assert set(FULL_SIZE) == set(json.loads(shared_file("state_keys.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("stages", "in_head", "message"),
+    [
+        ((), True, r"unexpected keys \(of deformable.*: backbone\.layer2\.0\.conv2\.conv_offset"),
+        ((3, 4), True, r"unexpected keys \(of deformable.*: backbone\.layer2\.0\.conv2\.conv_off"),
+        ((2, 3, 4), False, r"unexpected keys \(of deformable.*: mask_head\.cls_convs\.3\.conv\."),
+        ((1, 2, 3, 4), True, r"missing keys \(of deformable.*: backbone\.layer1\.0\.conv2\.conv_"),
+    ],
+)
+def test_deformable_convolutions_elsewhere_are_named(
+    stages: tuple[int, ...], in_head: bool, message: str
+) -> None:
     keys = full_size_keys(DEFORMABLE)
+    model = get_config("decoupled_solo_light_dcn_r50").model
+    model = replace(
+        model,
+        backbone=replace(model.backbone, deformable_stages=stages),
+        head=replace(model.head, deformable=in_head),
+    )
     with torch.device("meta"):
-        expected = Solo(get_config("decoupled_solo_light_r50").model, 80).state_dict()
+        expected = Solo(model, 80).state_dict()
         state = {key: torch.empty(entry["shape"]) for key, entry in keys.items()}  # type: ignore[call-overload]
-    with pytest.raises(CheckpointError, match=r"deformable.*conv_offset"):
+    with pytest.raises(CheckpointError, match=message):
         convert_state_dict(state, expected, DEFORMABLE)
-
-
-@pytest.mark.skip(reason="deformable convolutions are not built yet (Light-DCN, R-DCN-101)")
-def test_the_deformable_model_leaves_no_key_over() -> None:
-    raise NotImplementedError
 
 
 def test_coco_average_precision(tmp_path: Path) -> None:
