@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import multiprocessing.util  # registers its own way out of the interpreter
 import signal
 import threading
 from types import FrameType
@@ -35,13 +38,21 @@ class TerminationRequest:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def outlive_one_sigterm(worker: int) -> None:
-    """Set-up of a data loading process: a SIGTERM to the whole job must not end it first.
+def ignore_sigterm(worker: int) -> None:
+    """Set-up of a data loading process: a SIGTERM to the whole job must not end it.
 
-    The main process finishes its step, which may need this one; then it ends its workers.
+    The main process finishes its step, which may need this one.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def ignore_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, ignore_once)
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call it a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# Later registrations run earlier: before multiprocessing's own, which sends SIGTERM to data loading
+# processes that an error has left behind, and waits.
+atexit.register(_kill_workers)

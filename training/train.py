@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Terminated as stop:
         return _fail(f"{stop}; the same command goes on", TERMINATED_STATUS)
     except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(str(error))
+        return _fail(_without_traceback(str(error)))
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise
@@ -243,6 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
     if main_process:
         print(f"checkpoint: {path}" if path.suffix == ".pt" else f"table: {path}")
     return 0
+
+
+def _without_traceback(message: str) -> str:
+    """An error of a data loading process carries its traceback; the last line says what it is."""
+    if "Original Traceback" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def _fail(message: str, status: int = 1) -> int:

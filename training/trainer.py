@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -241,15 +241,16 @@ class Trainer:
         options = self.options
         started, before = time.monotonic(), self.seconds
         self.model.train()
+        steps = self._steps()
         bar = tqdm(
-            self._steps(),
+            steps,
             initial=self.step,
             total=self.total_steps,
             unit="step",
             disable=not distributed.is_main(),
         )
         log = RunLog(options.out, self.step, enabled=distributed.is_main())
-        with log, bar, TerminationRequest() as request:
+        with contextlib.closing(steps), log, bar, TerminationRequest() as request:
             for batches in bar:
                 numbers = self.train_step(*batches)
                 self.seconds = before + time.monotonic() - started
@@ -269,7 +270,7 @@ class Trainer:
                     self.save()
         return self.save()
 
-    def _steps(self) -> Iterator[list[Batch]]:
+    def _steps(self) -> Generator[list[Batch]]:
         """This process's micro-batches of one step after another."""
         loader = build_loader(
             self.data,

@@ -36,6 +36,7 @@ def with_group_norm(config: Config, **schedule: Any) -> Config:
 # One image a process and one of three images empty: most steps have a process without objects.
 TILES = with_group_norm(TINY, batch_size=2, epochs=6, milestones=(4,))
 CANVASES = with_group_norm(TINY_SGD, batch_size=4, epochs=6, milestones=(4,))
+CHECKPOINT_EVERY = 5
 RUNS: dict[str, tuple[Config, dict[str, Any]]] = {
     "tiles": (TILES, {}),
     "canvases": (CANVASES, {}),
@@ -50,6 +51,16 @@ def train(root: Path, out: Path, config: Config, **options: Any) -> Trainer:
     trainer = Trainer(config, data, run_options, None)
     trainer.fit()
     return trainer
+
+
+def train_long(root: Path, out: Path) -> None:
+    """24 steps in four epochs of twelve images; a checkpoint at every fifth step."""
+    with distributed.joined("cpu"):
+        data = CocoDataset(root, "train")
+        data.records = data.records * 4
+        config = replace(TILES, schedule=replace(TILES.schedule, epochs=4, ema_decay=0.9))
+        options = RunOptions(out=out, workers=0, log_every=1, checkpoint_every=CHECKPOINT_EVERY)
+        Trainer(config, data, options, None).fit()
 
 
 def curve(folder: Path, name: str) -> list[float]:
@@ -95,4 +106,5 @@ def main(root: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    what = {"all": main, "long": train_long}[sys.argv[1]]
+    what(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -40,8 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     out = tmp_path_factory.mktemp("two")
-    command = ["-m", "tests.support.shared_training", str(root), str(out)]
-    for status, text in finish(start_python(command, 2)):
+    command = ["-m", "tests.support.shared_training", "all", str(root), str(out)]
+    for status, text in finish(start_python([command] * 2)):
         assert status == 0, text
     return out
 

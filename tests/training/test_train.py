@@ -121,6 +121,18 @@ def test_a_loss_that_is_not_finite_is_one_line(root: Path, tmp_path: Path, capsy
     assert "loss is" in capsys.readouterr().err
 
 
+def test_an_image_that_a_loading_process_cannot_read_is_one_line(
+    tmp_path: Path, capsys: Any
+) -> None:
+    root = build_tiny_data(tmp_path)
+    for path in (root / "images").iterdir():
+        path.write_bytes(b"no image")
+    arguments = [*command(root, tmp_path / "run", "--val-split", ""), "--workers", "1"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().err.split("solo-train: ")[-1]
+    assert printed.startswith("train") and ".png: " in printed and "Traceback" not in printed
+
+
 def test_the_help_names_the_configurations() -> None:
     text = build_parser().format_help()
     assert "nuclei" in text and "decoupled_solo_light_r50" in text and "--max-hours" in text

@@ -17,7 +17,7 @@ from training.data.augment import Sample, random_keep_ratio, random_size, random
 from training.data.coco import CocoDataset
 from training.data.sampling import EpochBatches, Item, MicroBatch, Share, SharedBatches
 from training.targets import LevelTargets, assign_targets
-from training.termination import outlive_one_sigterm
+from training.termination import ignore_sigterm
 
 
 @dataclass(frozen=True)
@@ -158,5 +158,5 @@ def build_loader(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=outlive_one_sigterm,
+        worker_init_fn=ignore_sigterm,
     )

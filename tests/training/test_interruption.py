@@ -1,0 +1,147 @@
+"""Runs that are killed, asked to stop, or left by one of their processes."""
+
+from __future__ import annotations
+
+import csv
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.processes import finish, signal_groups, start_python, wait_until
+from tests.support.shared_training import CHECKPOINT_EVERY, train_long
+from tests.support.tiny import build_tiny_data
+from training.checkpoint import load_checkpoint
+from training.train import TERMINATED_STATUS
+
+SMALL = [
+    "model.backbone.base_width=8",
+    "model.neck_channels=16",
+    "model.head.channels=16",
+    "model.head.num_convs=1",
+    "model.head.norm_groups=4",
+    "model.head.num_grids=[8,4,2]",
+    "model.candidates=20",
+    "input.resize.scale=1",
+    "input.resize.tile_hw=[64,64]",
+    "input.resize.overlap_px=16",
+    "schedule.batch_size=2",
+    "schedule.epochs=100000",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Bit-equal sums need the same number of threads as the processes have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def long_run(root: Path, out: Path) -> list[str]:
+    return ["-m", "tests.support.shared_training", "long", str(root), str(out)]
+
+
+def endless_run(root: Path, out: Path) -> list[str]:
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    options = ["--data", str(root), "--out", str(out), "--val-split", ""]
+    return ["-m", "training.train", "nuclei", *options, "--checkpoint-every", "2", *sets]
+
+
+def last_step(out: Path) -> int:
+    """The last step in a run's log, 0 for none."""
+    path = out / "metrics.csv"
+    if not path.exists():
+        return 0
+    with path.open(newline="") as file:
+        return max((int(row[0]) for row in list(csv.reader(file))[1:] if len(row) == 3), default=0)
+
+
+def content(out: Path) -> dict[str, Any]:
+    return load_checkpoint(out / "last.pt")[1]
+
+
+def assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["step"] == b["step"] == 24
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys() and len(a[part]) > 50
+        for key, value in a[part].items():
+            assert torch.equal(value, b[part][key]), key
+    momenta = [c["optimizer"]["state"] for c in (a, b)]
+    assert momenta[0].keys() == momenta[1].keys() and len(momenta[0]) > 50
+    for key, state in momenta[0].items():
+        assert torch.equal(state["momentum_buffer"], momenta[1][key]["momentum_buffer"])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_kill_9_in_an_epoch_loses_an_interval_at_most(
+    count: int, root: Path, tmp_path: Path
+) -> None:
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    processes = start_python([long_run(root, killed)] * count)
+    wait_until(lambda: last_step(killed) >= 8, processes)
+    signal_groups(processes, signal.SIGKILL)
+    assert all(status == -signal.SIGKILL for status, _ in finish(processes))
+    reached, saved = last_step(killed), content(killed)["step"]
+    assert 0 < saved < 24 and saved % CHECKPOINT_EVERY == 0
+    assert reached - saved <= CHECKPOINT_EVERY
+    if count == 1:
+        train_long(root, killed)
+        train_long(root, unbroken)
+    else:
+        for out in (killed, unbroken):
+            for status, text in finish(start_python([long_run(root, out)] * count)):
+                assert status == 0, text
+    assert_identical(content(killed), content(unbroken))
+    logs = [(out / "metrics.csv").read_text().splitlines() for out in (killed, unbroken)]
+    kept = [[line for line in log if ",seconds," not in line] for log in logs]
+    assert kept[0] == kept[1] and len(kept[0]) > 24
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None:
+    # To the whole group, data loading processes included, as a job queue sends it.
+    processes = start_python([endless_run(root, tmp_path)] * count)
+    wait_until((tmp_path / "last.pt").exists, processes)
+    signal_groups(processes[:1], signal.SIGTERM)  # one process is enough to stop all
+    ended = finish(processes)
+    steps = set()
+    for status, text in ended:
+        assert status == TERMINATED_STATUS, text
+        found = re.search(r"stopped by SIGTERM at step (\d+); the same command goes on", text)
+        assert found and "Traceback" not in text, text
+        steps.add(int(found[1]))
+    assert steps == {content(tmp_path)["step"]}
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_with_one_line(root: Path, tmp_path: Path) -> None:
+    broken = build_tiny_data(tmp_path / "broken")
+    for path in (broken / "images").iterdir():
+        path.write_bytes(b"no image")
+    commands = [endless_run(data, tmp_path / "run") for data in (root, broken)]
+    (status, text), (failed_status, failed_text) = finish(start_python(commands))
+    assert status == failed_status == 1
+    assert "solo-train: process 1: train" in failed_text and ".png" in failed_text
+    assert "solo-train: process 0: another process has failed" in text
+    assert "Traceback" not in text + failed_text
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_divide_the_batch(root: Path, tmp_path: Path) -> None:
+    command = [*endless_run(root, tmp_path / "run"), "--set", "schedule.batch_size=3"]
+    for status, text in finish(start_python([command] * 2)):
+        assert status == 1
+        assert "batch_size 3 cannot be split evenly over 2 processes" in text
+    assert not (tmp_path / "run").exists()
