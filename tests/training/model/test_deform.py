@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.support.tiny import TINY, disc
+from training.configs.schema import BackboneConfig
 from training.model.deform import DeformConv2d, deform_conv2d, output_side, reset_offsets
+from training.model.solo import Solo
+from training.objective import Objective, Precision
+from training.targets import LevelTargets, Objects, assign_targets
 
 Geometry = tuple[int, int, int]  # stride, padding, dilation
 GEOMETRIES = [(1, 1, 1), (2, 1, 1), (1, 0, 1), (1, 2, 2), (2, 3, 1), (3, 2, 2)]
@@ -149,10 +155,9 @@ def test_memory_format_does_not_matter() -> None:
     assert torch.equal(deform_conv2d(*nhwc, 1, 1, 1), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_operator_keeps_pytorchs_rules(dtype: torch.dtype) -> None:
+def test_the_operator_keeps_pytorchs_rules() -> None:
     """Schema, shapes without data, autograd and tracing with symbolic shapes agree."""
-    leaves = tuple(t.requires_grad_() for t in inputs((2, 1, 1), dtype=dtype))
+    leaves = tuple(t.requires_grad_() for t in inputs((2, 1, 1), dtype=torch.float32))
     torch.library.opcheck(deform_conv2d, (*leaves, 2, 1, 1))
 
 
@@ -223,6 +228,40 @@ def test_offsets_are_reset_in_the_whole_network() -> None:
     reset_offsets(network)
     for name, parameter in network.named_parameters():
         assert (parameter == ("conv_offset" not in name)).all(), name
+
+
+def one_disc(y: int, x: int, radius: int) -> list[LevelTargets]:
+    box = np.array([[x - radius, y - radius, x + radius, y + radius]], np.float32)
+    objects = Objects(disc(64, 64, y, x, radius)[None], box, np.array([1]))
+    return assign_targets(objects, (64, 64), TINY.model.head, TINY.targets, 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_deformable_model_learns_its_offsets(precision: Precision) -> None:
+    """From zero offsets, the start of every training: both they and the loss move at once."""
+    torch.manual_seed(0)
+    backbone = BackboneConfig(depth=50, base_width=4, norm="gn", deformable_stages=(2, 3, 4))
+    head = replace(TINY.model.head, deformable=True)
+    model = Solo(replace(TINY.model, backbone=backbone, head=head), TINY.num_classes).train()
+    objective = Objective(model, TINY.loss, precision=precision)
+    offsets = [p for n, p in model.named_parameters() if "conv_offset" in n]
+    assert len(offsets) == 2 * (13 + 2) and not any(p.any() for p in offsets)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    targets = [one_disc(20, 24, 7), one_disc(40, 34, 12)]
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = objective(images, torch.full((2, 2), 64), targets, 10.0)["total"]
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert all(p.grad is not None and p.grad.any() for p in offsets)
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.any() and p.isfinite().all() for p in offsets)
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

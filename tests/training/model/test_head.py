@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.configs.schema import HeadConfig
+from training.model.deform import DeformConv2d
 from training.model.head import SoloHead, coordinate_channels, prior_bias, resize_levels
 
 KINDS = ["vanilla", "decoupled", "decoupled_light"]
@@ -158,3 +159,29 @@ def test_octaves_append_sines_and_cosines() -> None:
         expected += [torch.sin(torch.pi * 2**k * plain), torch.cos(torch.pi * 2**k * plain)]
     assert x.shape == (1, 5, 2, 9)
     torch.testing.assert_close(x[0, :, 0], torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "towers"),
+    [
+        ("vanilla", {"category_convs", "mask_convs"}),
+        ("decoupled", {"category_convs", "mask_convs_x", "mask_convs_y"}),
+        ("decoupled_light", {"category_convs", "mask_convs"}),
+    ],
+)
+def test_the_last_convolution_of_every_tower_is_deformable(kind: Any, towers: set[str]) -> None:
+    torch.manual_seed(0)
+    config = replace(SMALL, kind=kind, deformable=True)
+    head, plain = SoloHead(config, 6, 3), SoloHead(replace(config, deformable=False), 6, 3)
+    names = {name for name, m in head.named_modules() if isinstance(m, DeformConv2d)}
+    assert names == {f"{tower}.1.conv" for tower in towers}
+    state = head.state_dict()
+    offsets = {key for key in state if key not in plain.state_dict()}
+    assert offsets == {
+        f"{name}.conv_offset.{part}" for name in names for part in ("weight", "bias")
+    }
+    assert all(not state[key].any() for key in offsets), "new offsets are zero"
+    plain.load_state_dict({key: value for key, value in state.items() if key not in offsets})
+    for found, expected in zip(head(pyramid()), plain(pyramid()), strict=True):
+        torch.testing.assert_close(found.category_logits, expected.category_logits)
+        torch.testing.assert_close(found.mask_inputs, expected.mask_inputs)

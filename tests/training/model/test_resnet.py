@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -124,3 +126,38 @@ def test_an_unknown_depth_is_named() -> None:
 def test_an_unknown_norm_is_named() -> None:
     with pytest.raises(ValueError, match="layernorm"):
         build_norm("layernorm")
+
+
+@pytest.mark.parametrize("stages", [(2, 3, 4), (4,), (1,)])
+def test_deformable_stages_add_offsets_to_their_3x3_convolutions_alone(
+    stages: tuple[int, ...],
+) -> None:
+    with torch.device("meta"):
+        model = ResNet(BackboneConfig(depth=101, deformable_stages=stages))
+    expected = torchvision_state(101)
+    for stage in stages:
+        for block in range(BLOCKS[101][stage - 1]):
+            name = f"layer{stage}.{block}.conv2.conv_offset"
+            expected[f"{name}.weight"] = (18, 64 * 2 ** (stage - 1), 3, 3)
+            expected[f"{name}.bias"] = (18,)
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+
+
+def test_a_new_deformable_backbone_computes_what_a_plain_one_would() -> None:
+    torch.manual_seed(0)
+    config = BackboneConfig(depth=50, base_width=4, deformable_stages=(2, 3, 4))
+    model = ResNet(config).double()
+    plain = ResNet(replace(config, deformable_stages=())).double()
+    state = model.state_dict()
+    assert all(not value.any() for key, value in state.items() if "conv_offset" in key)
+    plain.load_state_dict({k: v for k, v in state.items() if "conv_offset" not in k})
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    for found, expected in zip(model(x), plain(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_blocks_without_a_deformable_form_are_refused(depth: int) -> None:
+    message = rf"deformable_stages is \(2, 3\), but the blocks of depth {depth}"
+    with pytest.raises(ValueError, match=message):
+        BackboneConfig(depth=depth, deformable_stages=(2, 3))  # type: ignore[arg-type]
