@@ -16,7 +16,14 @@ import numpy as np
 import torch
 
 from export.errors import ExportError
-from export.onnx_graph import DEFAULT_OPSET, OPSETS, build_onnx, num_candidates
+from export.onnx_graph import (
+    DEFAULT_OPSET,
+    DEFORM_OPSET,
+    OPSETS,
+    build_onnx,
+    choose_opset,
+    num_candidates,
+)
 from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
 from export.publish import (
     PARITY_FILE,
@@ -60,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--opset",
         type=int,
-        default=DEFAULT_OPSET,
         choices=OPSETS,
-        help=f"ONNX operator set (default: {DEFAULT_OPSET})",
+        help=f"ONNX operator set (default: {DEFAULT_OPSET}, or {DEFORM_OPSET} for a network with "
+        "deformable convolutions, which lower ones do not have)",
     )
     parser.add_argument("--description", help="one line (default: the configuration's)")
     parser.add_argument("--max-batch", type=int, default=8, help="most canvases a run (default: 8)")
@@ -220,9 +227,10 @@ def export(options: argparse.Namespace, command: str) -> Path:
     source = Source(options.checkpoint, config, network)
     given = read_provenance(options.provenance_json)
     model = describe_model(source, options)
+    opset = choose_opset(network, options.opset)
     data = CocoDataset(options.data, options.split) if options.data else None
-    _say(f"exporting {options.checkpoint} ({config.name}) with opset {options.opset}")
-    graph = build_onnx(network, opset=options.opset)
+    _say(f"exporting {options.checkpoint} ({config.name}) with opset {opset}")
+    graph = build_onnx(network, opset=opset)
     file = describe_file(graph)
     model = model.model_copy(update={"files": {ONNX_FILE: FileSpec.model_validate(file)}})
     _say(f"{len(graph) / 1e6:.1f} MB; comparing with PyTorch")
@@ -237,7 +245,7 @@ def export(options: argparse.Namespace, command: str) -> Path:
         "commit": find_commit(),
         "command": command,
         "checkpoint": {"file": options.checkpoint.name, **_hash(options.checkpoint)},
-        "exporter": {"torch": torch.__version__.split("+")[0], "opset": options.opset},
+        "exporter": {"torch": torch.__version__.split("+")[0], "opset": opset},
         **load_provenance(options.checkpoint),
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -8,21 +8,26 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
 import onnx
 import torch
 from onnxscript import opset18 as op
+from onnxscript import opset19
 from torch import Tensor, nn
 
 from export.errors import GraphError
+from training.model.deform import DeformConv2d
 from training.model.solo import Solo
 
 OPSETS = (18, 19, 20)
 """From opset 21 on GroupNorm stays one operator, for which ONNX Runtime's CPU code is about three
 times slower than for the InstanceNormalization that it becomes here."""
 DEFAULT_OPSET = 18
+DEFORM_OPSET = 19
+"""The first that has DeformConv."""
 EXAMPLE_HW = (128, 192)
 """Two sides that differ, so that none of the graph's sizes can stand for both."""
 
@@ -55,21 +60,44 @@ def num_candidates(network: Solo) -> int:
     return min(network.config.candidates, cells * network.num_classes)
 
 
-def build_onnx(network: Solo, *, opset: int = DEFAULT_OPSET) -> bytes:
+def choose_opset(network: Solo, opset: int | None = None) -> int:
+    """The operator set of a network's graph.
+
+    Args:
+        network: May have deformable convolutions.
+        opset: What the caller wants; None takes the lowest that has what the network needs.
+
+    Raises:
+        GraphError: The opset is not supported, or has no deformable convolution.
+    """
+    deformable = any(isinstance(module, DeformConv2d) for module in network.modules())
+    lowest = DEFORM_OPSET if deformable else DEFAULT_OPSET
+    if opset is None:
+        return lowest
+    if opset not in OPSETS:
+        raise GraphError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
+    if opset < lowest:
+        raise GraphError(
+            f"opset is {opset}, but the network has deformable convolutions and DeformConv "
+            f"exists from opset {lowest} on"
+        )
+    return opset
+
+
+def build_onnx(network: Solo, *, opset: int | None = None) -> bytes:
     """Exports a network; the same weights give the same bytes.
 
     Args:
         network: In evaluation mode, on the CPU.
-        opset: 18 to 20.
+        opset: 18 to 20; see `choose_opset`.
 
     Returns:
         The serialised graph, weights inside.
 
     Raises:
-        GraphError: The opset is not supported, or the graph breaks its contract.
+        GraphError: The opset does not fit, or the graph breaks its contract.
     """
-    if opset not in OPSETS:
-        raise GraphError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
+    opset = choose_opset(network, opset)
     if network.training:
         raise GraphError("the network is in training mode; call eval() before the export")
     model = _export(network, opset)
@@ -89,6 +117,18 @@ def _stable_sort(
     axis: Any = op.Constant(value_ints=[dim])
     count = op.Gather(op.Shape(x), axis)
     return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def _deform_conv(x: Any, offset: Any, weight: Any, stride: int, padding: int, dilation: int) -> Any:
+    """`solo::deform_conv2d`; ONNX orders the offsets in the same way."""
+    strides, pads, dilations = [stride] * 2, [padding] * 4, [dilation] * 2
+    return opset19.DeformConv(x, weight, offset, strides=strides, pads=pads, dilations=dilations)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _stable_sort,
+    torch.ops.solo.deform_conv2d.default: _deform_conv,
+}
 
 
 def _export(network: Solo, opset: int) -> onnx.ModelProto:
@@ -116,7 +156,7 @@ def _export(network: Solo, opset: int) -> onnx.ModelProto:
                     "images": {0: batch, 1: height, 2: width},
                     "valid_hw": {0: batch},
                 },
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                custom_translation_table=TRANSLATIONS,
             )
     finally:
         registration.setLevel(level)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from service.pipeline.model_config import ClassSpec, InputSpec, TileResize
 from training.checkpoint import save_checkpoint
 from training.configs import get_config
 from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, ModelConfig
+from training.model.deform import DeformConv2d
 from training.model.solo import Solo
 
 CLASSES = (ClassSpec(category_id=3, name="disc"), ClassSpec(category_id=7, name="ring"))
@@ -70,7 +72,32 @@ def tiny_network(config: Config, seed: int = 0) -> Solo:
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.2, generator=generator)
             module.running_var.uniform_(0.7, 1.3, generator=generator)
+    _scale_offsets(network)
     return network
+
+
+def _scale_offsets(network: Solo) -> None:
+    """Lets deformable convolutions look about 1.5 px away; random weights would look far outside.
+
+    Each is scaled when data first passes through it, so that the next one sees the result.
+    """
+    handles: dict[nn.Module, RemovableHandle] = {}
+
+    def scale(conv: nn.Module, _: tuple[Tensor, ...], offsets: Tensor) -> Tensor:
+        factor = 1.5 / offsets.std()
+        assert isinstance(conv.weight, Tensor)
+        conv.weight.mul_(factor)
+        handles.pop(conv).remove()
+        return offsets * factor
+
+    for module in network.modules():
+        if isinstance(module, DeformConv2d):
+            nn.init.zeros_(module.conv_offset.bias)  # type: ignore[arg-type]
+            handles[module.conv_offset] = module.conv_offset.register_forward_hook(scale)
+    if handles:
+        with torch.no_grad():
+            noise = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+            network(noise)
 
 
 def save_tiny_checkpoint(path: Path, config: Config, seed: int = 0) -> Solo:
