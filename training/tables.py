@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from training import distributed
 from training.checkpoint import config_to_dict
 from training.configs.schema import Config
 from training.configs.tables import Row, Table
@@ -51,11 +52,15 @@ def run_row(row: Row, base: Config, out: Path, seed: int, train_one: TrainOne) -
     config = row_config(row, base)
     folder = out / config.name / f"seed{seed}"
     path = folder / RESULT_FILE
-    if not path.exists():
-        numbers = train_one(config, folder, seed)
-        content = {"row": row.name, "config": config_to_dict(config), "metrics": numbers}
-        _write(path, content)
-    metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
+    metrics: dict[str, float] | None = None
+    if distributed.is_main() and path.exists():
+        metrics = json.loads(path.read_text())["metrics"]
+    metrics = distributed.from_main(metrics)
+    if metrics is None:
+        metrics = train_one(config, folder, seed)
+        content = {"row": row.name, "config": config_to_dict(config), "metrics": metrics}
+        if distributed.is_main():
+            _write(path, content)
     return metrics
 
 
@@ -128,5 +133,6 @@ def run_table(
         for row in chosen:
             results[row.name].append(run_row(row, base, out, seed, train_one))
             text = format_table(table, chosen, results)
-            (out / f"table_{table.key}.md").write_text(text + "\n")
+            if distributed.is_main():
+                (out / f"table_{table.key}.md").write_text(text + "\n")
     return text

@@ -9,7 +9,9 @@ import pytest
 
 from tests.support.tiny import CLASSES, build_tiny_data
 from training.checkpoint import load_checkpoint
-from training.train import build_parser, main
+from training.configs import get_config
+from training.configs.schema import Config
+from training.train import build_config, build_parser, main
 
 SMALL = [
     "model.backbone.base_width=8",
@@ -131,6 +133,19 @@ def test_an_image_that_a_loading_process_cannot_read_is_one_line(
     assert main(arguments) == 1
     printed = capsys.readouterr().err.split("solo-train: ")[-1]
     assert printed.startswith("train") and ".png: " in printed and "Traceback" not in printed
+
+
+def test_options_that_change_the_configuration() -> None:
+    def config_of(*arguments: str) -> Config:
+        options = build_parser().parse_args(["solo_r50", "--data", "x", *arguments])
+        return build_config("solo_r50", options)
+
+    assert config_of() == get_config("solo_r50")
+    assert config_of("--schedule", "1x").schedule.milestones == (8, 11)
+    larger = ["--set", "schedule.batch_size=64"]
+    assert config_of(*larger).schedule.lr == 0.01
+    assert config_of(*larger, "--scale-lr").schedule.lr == pytest.approx(0.04)
+    assert config_of("--schedule", "6x", "--set", "schedule.epochs=5").schedule.epochs == 5
 
 
 def test_the_help_names_the_configurations() -> None:
