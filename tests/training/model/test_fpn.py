@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from training.model.fpn import FPN
+from training.model.fpn import FPN, SingleLevel
 
 CHANNELS = (4, 8, 16, 32)
 
@@ -51,3 +51,36 @@ def test_sizes_that_do_not_divide() -> None:
 def test_an_impossible_number_of_levels_is_named(levels: int) -> None:
     with pytest.raises(ValueError, match=str(levels)):
         FPN(CHANNELS, 6, levels)
+
+
+def test_single_level_merges_c3_to_c5_at_stride_8() -> None:
+    torch.manual_seed(1)
+    neck, c = SingleLevel(CHANNELS, 6), features()
+    (out,) = neck(c)
+    assert neck.first_stride == 8 and out.shape == (2, 6, 8, 12)
+    c3, c4, c5 = (conv(x) for conv, x in zip(neck.lateral_convs, c[1:], strict=True))
+    merged = c3 + sum(
+        F.interpolate(x, scale_factor=s, mode="bilinear") for x, s in ((c4, 2), (c5, 4))
+    )
+    torch.testing.assert_close(out, neck.output_conv(merged))
+
+
+@pytest.mark.parametrize(("level", "counts"), [(0, False), (1, True), (2, True), (3, True)])
+def test_single_level_sees_c3_c4_and_c5(level: int, counts: bool) -> None:
+    neck, c = SingleLevel(CHANNELS, 6), features()
+    before = neck(c)[0]
+    c[level] = c[level] + 1
+    assert torch.equal(before, neck(c)[0]) != counts
+
+
+def test_single_level_of_sizes_that_do_not_divide() -> None:
+    (out,) = SingleLevel(CHANNELS, 6)(features(72, 104))
+    assert out.shape == (2, 6, 9, 13)
+
+
+@pytest.mark.parametrize("kind", [FPN, SingleLevel])
+def test_every_weight_of_a_neck_gets_a_gradient(kind: type[FPN] | type[SingleLevel]) -> None:
+    neck = kind(CHANNELS, 6)
+    sum(out.square().sum() for out in neck(features())).backward()
+    for name, parameter in neck.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

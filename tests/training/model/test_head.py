@@ -8,11 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.configs.schema import HeadConfig
+from training.configs.schema import HeadConfig, HeadKind
 from training.model.deform import DeformConv2d
-from training.model.head import SoloHead, coordinate_channels, prior_bias, resize_levels
+from training.model.head import (
+    REGION_SAMPLES,
+    SoloHead,
+    align_to_grid,
+    coordinate_channels,
+    prior_bias,
+    resize_levels,
+)
 
-KINDS = ["vanilla", "decoupled", "decoupled_light"]
+KINDS: list[HeadKind] = ["vanilla", "decoupled", "decoupled_light"]
 SMALL = HeadConfig(channels=8, num_convs=2, norm_groups=2, num_grids=(7, 6, 5, 4, 3))
 
 
@@ -185,3 +192,105 @@ def test_the_last_convolution_of_every_tower_is_deformable(kind: Any, towers: se
     for found, expected in zip(head(pyramid()), plain(pyramid()), strict=True):
         torch.testing.assert_close(found.category_logits, expected.category_logits)
         torch.testing.assert_close(found.mask_inputs, expected.mask_inputs)
+
+
+ODD_SIZES = pytest.mark.parametrize(
+    ("height", "width", "grid"), [(16, 24, 8), (13, 17, 5), (3, 2, 7), (1, 9, 4), (12, 12, 12)]
+)
+
+
+@ODD_SIZES
+def test_adaptive_max_pool_and_its_gradient(height: int, width: int, grid: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, height, width, requires_grad=True)
+    weights = torch.randn(2, 3, grid, grid)
+    found = align_to_grid(x, grid, "adaptive_max_pool")
+    expected = F.adaptive_max_pool2d(x, grid)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (ours,) = torch.autograd.grad((found * weights).sum(), x)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def bilinear_sample(x: Tensor, y: float, column: float) -> Tensor:
+    """[c, h, w] at a position in pixel centres; beyond the outermost centres the border's value."""
+    _, height, width = x.shape
+    y, column = min(max(y, 0.0), height - 1.0), min(max(column, 0.0), width - 1.0)
+    top, left = int(y), int(column)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    u, v = y - top, column - left
+    upper = x[:, top, left] * (1 - v) + x[:, top, right] * v
+    lower = x[:, bottom, left] * (1 - v) + x[:, bottom, right] * v
+    return upper * (1 - u) + lower * u
+
+
+@ODD_SIZES
+def test_region_grid_is_the_mean_of_samples_spread_over_each_cell(
+    height: int, width: int, grid: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    found = align_to_grid(x, grid, "region_grid")
+    parts = [(k + 0.5) / REGION_SAMPLES for k in range(REGION_SAMPLES)]
+    for image in range(2):
+        for i in range(grid):
+            for j in range(grid):
+                samples = [
+                    bilinear_sample(
+                        x[image], (i + a) * height / grid - 0.5, (j + b) * width / grid - 0.5
+                    )
+                    for a in parts
+                    for b in parts
+                ]
+                torch.testing.assert_close(
+                    found[image, :, i, j], torch.stack(samples).mean(0), rtol=0, atol=1e-6
+                )
+
+
+@ODD_SIZES
+def test_interpolation_samples_the_middle_of_each_cell(height: int, width: int, grid: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, height, width, dtype=torch.float64)
+    found = align_to_grid(x, grid, "interpolate")
+    for i in range(grid):
+        for j in range(grid):
+            sample = bilinear_sample(
+                x[0], (i + 0.5) * height / grid - 0.5, (j + 0.5) * width / grid - 0.5
+            )
+            torch.testing.assert_close(found[0, :, i, j], sample, rtol=0, atol=1e-6)
+
+
+def test_the_alignment_changes_the_category_branch_alone() -> None:
+    outputs = {
+        align: build(align=align)(pyramid())[0]
+        for align in ("interpolate", "adaptive_max_pool", "region_grid")
+    }
+    plain = outputs.pop("interpolate")
+    for other in outputs.values():
+        assert other.category_logits.shape == plain.category_logits.shape
+        assert not torch.allclose(other.category_logits, plain.category_logits, atol=1e-3)
+        torch.testing.assert_close(other.mask_inputs, plain.mask_inputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_neck_that_begins_at_stride_8(kind: HeadKind) -> None:
+    config = replace(
+        SMALL,
+        kind=kind,
+        num_grids=(5,),
+        level_strides=(8,),
+        mask_strides=(4,),
+        scale_ranges=((1, 2048),),
+    )
+    features = [pyramid()[1]]
+    assert resize_levels(features, (8,), 8)[0] is features[0]
+    (output,) = SoloHead(config, 6, 3, first_stride=8)(features)
+    assert output.category_logits.shape == (2, 3, 5, 5)
+    assert all(mask.shape[-2:] == (16, 24) for mask in output.mask_inputs)
+    (halved,) = SoloHead(config, 6, 3)(features)  # the same features taken for stride 4
+    assert all(mask.shape[-2:] == (8, 12) for mask in halved.mask_inputs)
+
+
+def test_a_stride_below_the_necks_first_is_named() -> None:
+    with pytest.raises(ValueError, match=r"level 0 of stride 8 .*stride 4"):
+        resize_levels([pyramid()[1]], (4,), 8)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.tiny import TINY, TINY_SGD
-from training.configs.schema import Config, ModelConfig
+from training.configs.schema import Config, HeadConfig, ModelConfig
+from training.model.fpn import SingleLevel
 from training.model.solo import PIXEL_MEAN, PIXEL_STD, Solo, points_nms
+
+ONE_LEVEL: dict[str, Any] = {
+    "num_grids": (7,),
+    "level_strides": (8,),
+    "mask_strides": (4,),
+    "scale_ranges": ((1, 2048),),
+}
+SINGLE = replace(
+    TINY_SGD,
+    model=replace(TINY_SGD.model, neck="single", head=replace(TINY_SGD.model.head, **ONE_LEVEL)),
+)
 
 
 def build(config: Config = TINY, **changes: Any) -> Solo:
@@ -95,7 +108,7 @@ def brute_force(model: Solo, pixels: Tensor, valid_hw: Tensor) -> list[list[tupl
     return found
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_SGD], ids=["light", "vanilla"])
+@pytest.mark.parametrize("config", [TINY, TINY_SGD, SINGLE], ids=["light", "vanilla", "single"])
 @pytest.mark.parametrize("recipe", ["paper", "published"])
 @torch.inference_mode()
 def test_candidates_against_brute_force(config: Config, recipe: str) -> None:
@@ -148,3 +161,24 @@ def test_a_model_without_weights_can_be_built_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Solo(ModelConfig(), 80)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_the_single_neck_replaces_the_pyramid() -> None:
+    model = build(SINGLE)
+    assert isinstance(model.neck, SingleLevel) and model.head.first_stride == 8
+    (output,) = model(torch.zeros(1, 3, 64, 96))
+    assert output.category_logits.shape == (1, 2, 7, 7)
+    assert output.mask_inputs[0].shape[-2:] == (16, 24)
+
+
+@pytest.mark.parametrize("strides", [(8, 8), (4,), (16,)])
+def test_a_single_neck_takes_one_level_of_stride_8(strides: tuple[int, ...]) -> None:
+    levels = len(strides)
+    head = HeadConfig(
+        num_grids=(8,) * levels,
+        level_strides=strides,
+        mask_strides=(4,) * levels,
+        scale_ranges=((1, 2048),) * levels,
+    )
+    with pytest.raises(ValueError, match=re.escape(f"level_strides is {strides}, the single")):
+        ModelConfig(neck="single", head=head)
