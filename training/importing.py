@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,13 @@ def find_source(file_or_name: str, sha256: str | None = None) -> Source:
         )
     provenance: dict[str, Any] = {"file": path.name, "sha256": found}
     if published is not None:
-        provenance |= {
-            "name": published.name,
-            "publisher": published.publisher,
-            "url": published.url if local else published.location(),
-            "schedule": published.schedule,
-            "published_mask_ap": published.mask_ap,
-        }
+        provenance |= {"name": published.name, "publisher": published.publisher}
+        if found.startswith(published.sha256):  # not another file that --sha256 admits
+            provenance |= {
+                "url": published.url,
+                "schedule": published.schedule,
+                "published_mask_ap": published.mask_ap,
+            }
     return Source(path=path, published=published, provenance=provenance)
 
 
@@ -159,11 +159,13 @@ class Imported:
         config: Of the network, with its classes.
         state: The weights.
         report: What was done and what of the file is not used, one line each.
+        provenance: What is known of the file's origin; JSON types.
     """
 
     config: Config
     state: dict[str, Tensor]
-    report: list[str] = field(default_factory=list)
+    report: list[str]
+    provenance: dict[str, Any]
 
 
 def import_source(source: Source, choices: Choices = Choices()) -> Imported:
@@ -206,7 +208,7 @@ def import_source(source: Source, choices: Choices = Choices()) -> Imported:
         *(f"  {change}" for change in changes),
         f"{count} classes ({named_by})",
     ]
-    return Imported(config=config, state=state, report=report)
+    return Imported(config=config, state=state, report=report, provenance=source.provenance)
 
 
 def set_aside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -310,7 +312,7 @@ def run(options: argparse.Namespace) -> Imported:
     )
     source = find_source(options.source, options.sha256)
     imported = import_source(source, choices)
-    provenance = {"imported_from": source.provenance}
+    provenance = {"imported_from": imported.provenance}
     content = {"model": imported.state, "ema": {}, "provenance": provenance}
     save_checkpoint(options.out, imported.config, content)
     return imported
@@ -326,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for line in imported.report:
         print(f"solo-import: {line}")
+    if "published_mask_ap" in imported.provenance:
+        print(f"solo-import: published mask AP {imported.provenance['published_mask_ap']}")
     print(f"checkpoint: {options.out}")
     return 0
 

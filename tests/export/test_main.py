@@ -18,7 +18,8 @@ from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance
 from service.registry import LoadedModel, load_version
-from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
+from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
+from training.checkpoint import save_checkpoint
 from training.configs.schema import Config
 from training.model.solo import Solo
 
@@ -30,7 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(folder: Path) -> Solo:
-    return save_tiny_checkpoint(folder / "best.pt", tiny_config())
+    network = tiny_network(tiny_config())
+    content = {"model": network.state_dict(), "ema": {}, "provenance": {"imported_from": "a file"}}
+    save_checkpoint(folder / "best.pt", tiny_config(), content)
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,7 @@ def test_provenance_names_the_run_but_no_folder_of_the_machine(
     provenance = loaded.config.provenance
     assert provenance["config"] == "tiny"
     assert provenance["training_data"] == "drawn discs"
+    assert provenance["imported_from"] == "a file"
     assert provenance["checkpoint"]["file"] == "best.pt"
     assert provenance["command"].startswith("solo-export best.pt --out repo --name discs")
     assert str(folder) not in json.dumps(provenance)

@@ -16,6 +16,7 @@ from tests.support.file_server import FileServer, serve_files
 from tests.support.parity import ParityModel, load_parity_model, parity_models
 from tests.support.published import Publisher, publish, small_config, write_published
 from tests.support.tiny_solo import tiny_network
+from training.catalogue import get_model
 from training.checkpoint import CheckpointError, load_checkpoint, load_model, load_provenance
 from training.configs.coco_classes import COCO_CLASSES
 from training.configs.schema import HeadKind
@@ -24,6 +25,12 @@ from training.importing import main, read_classes
 NAME = "decoupled_solo_light_r50_fpn_3x_coco"
 FILE = f"{NAME}_20210906_142703-e70e226f.pth"
 NAMES = tuple(c.name for c in COCO_CLASSES)
+
+SMALL = [
+    *("--set", "model.backbone.depth=18", "--set", "model.backbone.base_width=8"),
+    *("--set", "model.neck_channels=16", "--set", "model.head.channels=32"),
+    *("--set", "model.head.num_convs=2", "--set", "model.head.num_grids=[6,5,4,3,2]"),
+]
 
 
 @pytest.fixture
@@ -127,14 +134,9 @@ def test_a_published_name_is_downloaded_and_checked(
     digest = hashlib.sha256(data).hexdigest()
     files.files[FILE] = data
     out = ["--out", str(tmp_path / "a.pt")]
-    sizes = [
-        *("--set", "model.backbone.depth=18", "--set", "model.backbone.base_width=8"),
-        *("--set", "model.neck_channels=16", "--set", "model.head.channels=32"),
-        *("--set", "model.head.num_convs=2", "--set", "model.head.num_grids=[6,5,4,3,2]"),
-    ]
-    assert f"SHA-256 {digest}, expected e70e226f..." in fails([NAME, *out, *sizes], capsys)
+    assert f"SHA-256 {digest}, expected e70e226f..." in fails([NAME, *out, *SMALL], capsys)
     assert not (tmp_path / "cache" / FILE).exists() and not (tmp_path / "a.pt").exists()
-    assert main([NAME, *out, *sizes, "--sha256", digest[:10]]) == 0
+    assert main([NAME, *out, *SMALL, "--sha256", digest[:10]]) == 0
     stored, content = load_checkpoint(tmp_path / "a.pt")
     assert stored.name == "decoupled_solo_light_r50" and stored.schedule.epochs == 36
     assert content["provenance"]["imported_from"] == {
@@ -142,16 +144,26 @@ def test_a_published_name_is_downloaded_and_checked(
         "sha256": digest,
         "name": NAME,
         "publisher": "mmdetection",
-        "url": f"{files.url}/{FILE}",
-        "schedule": "3x",
-        "published_mask_ap": 32.9,
-    }
+    }  # neither the URL nor the AP: it has not the published hash
     assert len(files.requests) == 2
     # Another time it comes from the cache, and --out is not replaced unless asked.
-    again = [NAME, *out, *sizes, "--sha256", digest]
+    again = [NAME, *out, *SMALL, "--sha256", digest]
     assert f"{tmp_path / 'a.pt'} is there already; --force" in fails(again, capsys)
     assert main([*again, "--force"]) == 0
     assert len(files.requests) == 2
+
+
+def test_the_origin_of_a_published_file(tmp_path: Path, files: FileServer, capsys: Any) -> None:
+    model = get_model("SOLO_R50_1x")
+    write_published(tmp_path / "a", small_config("vanilla"), "authors")
+    files.files[model.file_name] = (tmp_path / "a").read_bytes()
+    assert main(["SOLO_R50_1x", "--out", str(tmp_path / "a.pt"), *SMALL]) == 0
+    assert "published mask AP 32.9" in capsys.readouterr().out
+    origin = load_provenance(tmp_path / "a.pt")["imported_from"]
+    assert (origin["url"], origin["published_mask_ap"]) == (model.url, 32.9)
+    config, _ = load_checkpoint(tmp_path / "a.pt")
+    assert (config.name, config.schedule.epochs) == ("solo_r50", 12)
+    assert config.description.endswith("1x")
 
 
 def test_a_published_file_at_hand_is_known_by_its_name(
