@@ -161,6 +161,18 @@ def test_the_operator_keeps_pytorchs_rules() -> None:
     torch.library.opcheck(deform_conv2d, (*leaves, 2, 1, 1))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_gpu_gives_the_same_result_and_gradients(geometry: Geometry) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in inputs(geometry)]
+        out = deform_conv2d(*leaves, *geometry)
+        found[device] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    for ours, expected in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-10)
+
+
 def test_half_precision_reads_at_exact_places() -> None:
     """In bfloat16 alone, pixel 301 would be 300."""
     x = torch.zeros(1, 1, 1, 400)
