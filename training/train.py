@@ -220,6 +220,13 @@ def _train(
         init=_initialiser(options.init) if options.init else None,
     )
     trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
+    frozen = config.model.backbone.norm == "frozen_bn"
+    if frozen and not options.init and trainer.step == 0 and distributed.is_main():
+        print(
+            "solo-train: the backbone is partly frozen and starts from random weights; the paper "
+            "starts from ImageNet's, --init imagenet",
+            file=sys.stderr,
+        )
     trainer.fit()
     return trainer
 

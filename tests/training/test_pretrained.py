@@ -147,27 +147,38 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
         pretrained.initialise(new_model(), "imagenet")
 
 
-def test_solo_train_starts_from_the_weights_and_resumes_without_them(
-    tmp_path: Path, capsys: Any
-) -> None:
-    data = build_tiny_data(tmp_path / "data")
+def train_command(folder: Path, *more: str) -> list[str]:
+    """A run of two steps whose learning rate is zero."""
+    data = build_tiny_data(folder / "data")
     settings = (
         *("model.backbone.base_width=8", "model.neck_channels=16", "model.head.channels=16"),
         *("model.head.num_convs=1", "model.head.norm_groups=4", "model.head.num_grids=[8,4,2]"),
         *("input.resize.scale=1", "input.resize.tile_hw=[64,64]", "input.resize.overlap_px=16"),
-        *("schedule.batch_size=2", "schedule.epochs=1", "schedule.lr=0"),
+        *("schedule.batch_size=2", "schedule.epochs=1", "schedule.lr=0", *more),
     )
-    command = ["nuclei", "--data", str(data), "--out", str(tmp_path / "run"), "--workers", "0"]
-    command += ["--val-split", "", *(part for s in settings for part in ("--set", s))]
-    state = resnet_state()
+    command = ["nuclei", "--data", str(data), "--out", str(folder / "run"), "--workers", "0"]
+    return [*command, "--val-split", "", *(part for s in settings for part in ("--set", s))]
+
+
+def test_solo_train_starts_from_the_weights_and_resumes_without_them(
+    tmp_path: Path, capsys: Any
+) -> None:
+    command, state = train_command(tmp_path), resnet_state()
     torch.save(state, tmp_path / "resnet.pth")
     assert train_main([*command, "--init", str(tmp_path / "resnet.pth")]) == 0
     assert "solo-train: backbone: 120 tensors of resnet.pth" in capsys.readouterr().out
     _, content = load_checkpoint(tmp_path / "run" / "last.pt")
-    for weights in (content["model"], content["ema"]):  # the rate is zero: they stay
+    for weights in (content["model"], content["ema"]):
         for key in ("conv1.weight", "layer4.1.conv2.weight"):
             assert torch.equal(weights[f"backbone.{key}"], state[key])
     missing = ["--init", str(tmp_path / "none.pth")]
     assert train_main([*command, *missing]) == 0
     assert train_main([*command, *missing, "--restart"]) == 1
     assert "no file at" in capsys.readouterr().err
+
+
+def test_solo_train_warns_of_a_frozen_random_backbone(tmp_path: Path, capsys: Any) -> None:
+    assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
+    assert "starts from random weights" in capsys.readouterr().err
+    assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
+    assert "random" not in capsys.readouterr().err  # it resumes
