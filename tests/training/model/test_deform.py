@@ -29,7 +29,7 @@ def inputs(
     geometry: Geometry,
     *,
     kernel: int = 3,
-    hw: tuple[int, int] = (5, 7),
+    hw: tuple[int, int] = (4, 6),
     spread: float = 3.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ def test_gradients(geometry: Geometry) -> None:
 
 
 def test_every_single_gradient() -> None:
-    leaves = tuple(t.requires_grad_() for t in inputs((1, 0, 1), kernel=2, hw=(3, 3)))
+    leaves = tuple(t.requires_grad_() for t in inputs((1, 0, 1), kernel=2, hw=(2, 3)))
     assert torch.autograd.gradcheck(lambda *t: deform_conv2d(*t, 1, 0, 1), leaves)
 
 
@@ -155,6 +155,7 @@ def test_memory_format_does_not_matter() -> None:
     assert torch.equal(deform_conv2d(*nhwc, 1, 1, 1), expected)
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_pytorchs_rules() -> None:
     """Schema, shapes without data, autograd and tracing with symbolic shapes agree."""
     leaves = tuple(t.requires_grad_() for t in inputs((2, 1, 1), dtype=torch.float32))
@@ -203,9 +204,9 @@ def test_autocast_comes_close_and_trains() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 18, 5, 6), r"offset is \[2, 18, 5, 6\], expected \[2, 18, 5, 7\]"),
-        ((2, 27, 5, 7), r"offset is \[2, 27, 5, 7\], expected \[2, 18, 5, 7\]"),
-        ((1, 18, 5, 7), r"offset is \[1, 18, 5, 7\], expected \[2, 18, 5, 7\]"),
+        ((2, 18, 4, 5), r"offset is \[2, 18, 4, 5\], expected \[2, 18, 4, 6\]"),
+        ((2, 27, 4, 6), r"offset is \[2, 27, 4, 6\], expected \[2, 18, 4, 6\]"),
+        ((1, 18, 4, 6), r"offset is \[1, 18, 4, 6\], expected \[2, 18, 4, 6\]"),
     ],
 )
 def test_offsets_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
@@ -248,7 +249,7 @@ def one_disc(y: int, x: int, radius: int) -> list[LevelTargets]:
     return assign_targets(objects, (64, 64), TINY.model.head, TINY.targets, 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_deformable_model_learns_its_offsets(precision: Precision) -> None:
     """From zero offsets, the start of every training: both they and the loss move at once."""
     torch.manual_seed(0)
@@ -262,7 +263,7 @@ def test_a_deformable_model_learns_its_offsets(precision: Precision) -> None:
     images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     targets = [one_disc(20, 24, 7), one_disc(40, 34, 12)]
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = objective(images, torch.full((2, 2), 64), targets, 10.0)["total"]
         loss.backward()
