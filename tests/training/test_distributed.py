@@ -179,7 +179,7 @@ def test_parts_of_a_batch_need_the_whole_batchs_count(root: Path, tmp_path: Path
 
     def loss(part: Any, normaliser: float) -> float:
         found = trainer.objective(part.images, part.valid_hw, part.targets, normaliser)
-        return float(found["category"])
+        return float(found["category"].detach())
 
     whole = sum(loss(part, sum(counts)) for part in parts)
     alone = [loss(part, count) for part, count in zip(parts, counts, strict=True)]

@@ -125,12 +125,27 @@ def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None
     assert steps == {content(tmp_path)["step"]}
 
 
-@pytest.mark.slow
-def test_a_process_that_fails_ends_the_others_with_one_line(root: Path, tmp_path: Path) -> None:
-    broken = build_tiny_data(tmp_path / "broken")
-    for path in (broken / "images").iterdir():
+@pytest.fixture
+def unreadable(tmp_path: Path) -> Path:
+    """A data set whose images are none."""
+    folder = build_tiny_data(tmp_path / "unreadable")
+    for path in (folder / "images").iterdir():
         path.write_bytes(b"no image")
-    commands = [endless_run(data, tmp_path / "run") for data in (root, broken)]
+    return folder
+
+
+def test_an_error_of_a_data_loading_process_is_one_line(unreadable: Path, tmp_path: Path) -> None:
+    ((status, text),) = finish(start_python([endless_run(unreadable, tmp_path / "run")]))
+    line = text.strip().splitlines()[-1]
+    assert status == 1 and "Traceback" not in text
+    assert re.fullmatch(r"solo-train: train\d\.png: .+", line)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_with_one_line(
+    root: Path, unreadable: Path, tmp_path: Path
+) -> None:
+    commands = [endless_run(data, tmp_path / "run") for data in (root, unreadable)]
     (status, text), (failed_status, failed_text) = finish(start_python(commands))
     assert status == failed_status == 1
     assert "solo-train: process 1: train" in failed_text and ".png" in failed_text

@@ -123,18 +123,6 @@ def test_a_loss_that_is_not_finite_is_one_line(root: Path, tmp_path: Path, capsy
     assert "loss is" in capsys.readouterr().err
 
 
-def test_an_image_that_a_loading_process_cannot_read_is_one_line(
-    tmp_path: Path, capsys: Any
-) -> None:
-    root = build_tiny_data(tmp_path)
-    for path in (root / "images").iterdir():
-        path.write_bytes(b"no image")
-    arguments = [*command(root, tmp_path / "run", "--val-split", ""), "--workers", "1"]
-    assert main(arguments) == 1
-    printed = capsys.readouterr().err.split("solo-train: ")[-1]
-    assert printed.startswith("train") and ".png: " in printed and "Traceback" not in printed
-
-
 def test_options_that_change_the_configuration() -> None:
     def config_of(*arguments: str) -> Config:
         options = build_parser().parse_args(["solo_r50", "--data", "x", *arguments])
