@@ -19,7 +19,6 @@ PAPER = {
     "decoupled_solo_light_r50": (50, "decoupled_light", 512, 4),
     "solo_rdcn101": (101, "vanilla", 800, 7),
     "decoupled_solo_light_dcn_r50": (50, "decoupled_light", 512, 4),
-    "decoupled_solo_light_dcn_r50": (50, "decoupled_light", 512, 4),
 }
 
 
@@ -111,7 +110,7 @@ def test_another_schedule_is_refused() -> None:
 @pytest.mark.parametrize("field", ["batch_size", "images_per_canvas", "epochs"])
 def test_a_schedule_of_nothing_is_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} is 0, expected at least 1"):
-        ScheduleConfig(**{field: 0})
+        ScheduleConfig(**{field: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
