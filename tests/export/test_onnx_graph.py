@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from export.onnx_graph import (
 )
 from export.parity import build_cases, compare, run_onnx, run_torch
 from tests.support.tiny_solo import tiny_config, tiny_network
-from training.configs.schema import HeadKind
+from training.configs.schema import Config, HeadKind
 from training.model.solo import Solo
 
 Recipe = Literal["paper", "published"]
@@ -124,6 +125,35 @@ def test_the_graph_ends_ranked_and_ignores_what_lies_outside_the_image() -> None
     for one, other in zip(again, clean, strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(run_torch(network, case)) == 2
+
+
+def ablation_config(name: str) -> Config:
+    """A row of the paper's ablations: another alignment, or one level at stride 8."""
+    config = tiny_config("vanilla" if name == "single" else "decoupled_light")
+    if name != "single":
+        head = replace(config.model.head, align=cast(Any, name))
+        return replace(config, model=replace(config.model, head=head))
+    head = replace(
+        config.model.head,
+        num_grids=(9,),
+        level_strides=(8,),
+        mask_strides=(4,),
+        scale_ranges=((1, 2048),),
+    )
+    return replace(config, model=replace(config.model, neck="single", head=head))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adaptive_max_pool", "region_grid", "single"])
+def test_the_papers_ablations_agree_at_every_size(name: str) -> None:
+    """32x32: the features, 4x4, are smaller than the grid; 160x128: the grid divides neither."""
+    network = tiny_network(ablation_config(name))
+    data = build_onnx(network)
+    sizes = ((32, 32), (64, 96), (160, 128))
+    report = compare(network, data, build_cases(sizes, (1, 2), seed=1))
+    assert report["passed"], report
+    assert report["total"]["candidates_torch"] > 100
+    assert report["total"]["max_mask_difference"] < 1e-4
 
 
 @pytest.mark.slow
