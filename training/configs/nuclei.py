@@ -101,23 +101,17 @@ NUCLEI_ABLATION = replace(
 
 NUCLEI_CONTOUR = as_contours(
     replace(
-        NUCLEI_ABLATION,
-        model=replace(
-            NUCLEI_ABLATION.model,
-            head=replace(
-                NUCLEI_ABLATION.model.head,
-                level_strides=(4, 8, 16),
-                mask_strides=(2, 2, 4),
-                mask_prior=0.01,
-            ),
-        ),
-        schedule=replace(NUCLEI_ABLATION.schedule, epochs=16),
+        NUCLEI,
+        model=replace(NUCLEI.model, head=replace(NUCLEI.model.head, mask_strides=(2, 2, 4))),
+        schedule=replace(NUCLEI.schedule, lr=1e-3, epochs=7),
     ),
     name="nuclei_contour",
-    description="Contours of nuclei: quarter-width ResNet-18, 96x96 px tiles shown at 2x",
+    description="Contours of nuclei: the network of `nuclei` with masks at twice the resolution",
 )
-"""Masks at stride 2, which is one pixel of the image: at 4 the ring of a median nucleus (11 px)
-would be as wide as what it encloses. One pixel in a hundred of a mask is contour: hence the prior.
+"""Fine-tunes `nuclei` (`solo-train nuclei_contour --init CHECKPOINT`), whose network it is.
+
+Masks at stride 2, which is one pixel of the image: at 4 the ring of a median nucleus (11 px) would
+be as wide as what it encloses.
 """
 
 NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION, NUCLEI_CONTOUR)
