@@ -17,18 +17,18 @@ from service.backends.base import BackendOptions
 from service.cores import count_cores
 from service.pipeline.decode import decode_image
 from service.pipeline.encode import instance_to_coco
-from service.pipeline.postprocess import postprocess
+from service.pipeline.postprocess import TileCandidates, postprocess
 from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Prepared
-from service.registry import LoadedModel, infer_tiles, load_version
+from service.pipeline.types import Prepared
+from service.registry import LoadedModel, load_version
 
 STAGES = ("decode", "prepare", "engine", "postprocess", "encode")
 
 
-def _infer(model: LoadedModel, prepared: Prepared) -> list[Candidates]:
+def _infer(model: LoadedModel, prepared: Prepared) -> list[TileCandidates]:
     batch = model.config.limits.max_batch
     starts = range(0, len(prepared.tiles), batch)
-    return [c for i in starts for c in infer_tiles(model.backend, prepared.tiles[i : i + batch])]
+    return [c for i in starts for c in model.backend.infer(prepared.tiles[i : i + batch])]
 
 
 def measure_image(model: LoadedModel, data: bytes, repeats: int) -> dict[str, float]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from service.backends.base import Backend, BackendError
 from service.errors import Draining, EngineError
-from service.pipeline.types import Candidates, Tile
-from service.registry import infer_tiles
+from service.pipeline.postprocess import TileCandidates
+from service.pipeline.types import Tile
 from service.timing import Interval
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,13 @@ class Inferred:
         calls: When the engine had its tiles: each call once.
     """
 
-    candidates: list[Candidates]
+    candidates: list[TileCandidates]
     calls: list[Interval]
 
 
 @dataclass(frozen=True)
 class _Done:
-    candidates: Candidates
+    candidates: TileCandidates
     call: Interval
 
 
@@ -75,7 +75,7 @@ class DynamicBatcher:
     """Feeds one engine from one event loop; `start` it first, `drain` it at last.
 
     Args:
-        backend: The engine; it is called by one thread of the batcher's own.
+        backend: The engine; `backend.concurrency` threads of the batcher's own call it.
         max_batch: Most canvases in a call.
         max_delay_s: How long a canvas waits for company while the engine is idle.
         on_batch: Told of every engine call.
@@ -97,7 +97,8 @@ class DynamicBatcher:
         self._on_batch = on_batch
         self._buckets: dict[Shape, deque[_Item]] = {}
         self._changed = asyncio.Event()
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._engine = ThreadPoolExecutor(backend.concurrency, thread_name_prefix="engine")
+        self._slots = asyncio.Semaphore(backend.concurrency)
         self._draining = False
         self._task: asyncio.Task[None] | None = None
 
@@ -177,19 +178,28 @@ class DynamicBatcher:
                     del self._buckets[shape]
 
     async def _run(self) -> None:
-        while True:
-            batch = await self._next_batch()
-            if batch is None:
-                return
-            try:
-                await self._execute(batch)
-            except asyncio.CancelledError:
-                self._dismiss(batch)
-                raise
-            except Exception as error:  # whatever happens, nobody waits for ever
-                logger.exception("a batch was lost")
-                for item in batch:
-                    self._fail(item, error)
+        """Gives the engine one batch after another, as many at once as it takes."""
+        async with asyncio.TaskGroup() as calls:
+            while True:
+                # A batch is closed no sooner than it can go: until then it may grow.
+                await self._slots.acquire()
+                batch = await self._next_batch()
+                if batch is None:
+                    return
+                calls.create_task(self._execute_and_free(batch))
+
+    async def _execute_and_free(self, batch: list[_Item]) -> None:
+        try:
+            await self._execute(batch)
+        except asyncio.CancelledError:
+            self._dismiss(batch)
+            raise
+        except Exception as error:  # whatever happens, nobody waits for ever
+            logger.exception("a batch was lost")
+            for item in batch:
+                self._fail(item, error)
+        finally:
+            self._slots.release()
 
     async def _next_batch(self) -> list[_Item] | None:
         """Waits for a batch that may go; None when drained."""
@@ -243,7 +253,7 @@ class DynamicBatcher:
         started_s = loop.time()
         try:
             results = await loop.run_in_executor(
-                self._engine, infer_tiles, self._backend, [item.tile for item in batch]
+                self._engine, self._backend.infer, [item.tile for item in batch]
             )
             if len(results) != len(batch):
                 raise BackendError(f"{len(batch)} canvases gave {len(results)} results")

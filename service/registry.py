@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from service.backends.ort import build_ort_backend
 from service.errors import ModelRefused, StartupError
 from service.pipeline.errors import ConfigError
 from service.pipeline.model_config import FileSpec, ModelConfig, parse_model_config
-from service.pipeline.postprocess import postprocess, postprocess_tile
+from service.pipeline.postprocess import TileCandidates, postprocess, postprocess_tile
 from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
+from service.pipeline.types import Instance, Prepared, UInt8
 from service.tiles import merge_found
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "ModelRefused",
     "Repository",
     "find_models",
-    "infer_tiles",
     "load_repository",
     "load_version",
     "read_config",
@@ -72,7 +71,7 @@ class LoadedModel:
         size = self.config.limits.max_batch
         for start in range(0, len(prepared.tiles), size):
             tiles = prepared.tiles[start : start + size]
-            for tile, candidates in zip(tiles, infer_tiles(self.backend, tiles), strict=True):
+            for tile, candidates in zip(tiles, self.backend.infer(tiles), strict=True):
                 found.append(
                     postprocess_tile(
                         tile,
@@ -84,13 +83,6 @@ class LoadedModel:
                     )
                 )
         return merge_found(found, self.config.postprocess, max_instances)
-
-
-def infer_tiles(backend: Backend, tiles: tuple[Tile, ...] | list[Tile]) -> list[Candidates]:
-    """Runs tiles of one canvas shape as one batch."""
-    images = np.stack([tile.image for tile in tiles])
-    valid_hw = np.array([tile.valid_hw for tile in tiles], np.int64)
-    return backend.infer(images, valid_hw)
 
 
 def load_version(
@@ -181,18 +173,20 @@ def _verify_files(folder: Path, files: Mapping[str, FileSpec]) -> bytes | Path:
 def _warm_up(backend: Backend, config: ModelConfig) -> None:
     """One run on a grey image: what is slow only once happens here, and so do mismatches."""
     prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
-    candidates = infer_tiles(backend, prepared.tiles)
+    candidates = backend.infer(prepared.tiles)
     _check_output(prepared, candidates, config)
     postprocess(prepared, candidates, config.postprocess)
 
 
-def _check_output(prepared: Prepared, candidates: list[Candidates], config: ModelConfig) -> None:
+def _check_output(
+    prepared: Prepared, candidates: Sequence[TileCandidates], config: ModelConfig
+) -> None:
     for tile, found in zip(prepared.tiles, candidates, strict=True):
         height, width = tile.image.shape[:2]
         wanted = (height // config.mask_stride, width // config.mask_stride)
-        if found.mask_probs.shape[1:] != wanted:
+        if found.mask_hw != wanted:
             raise BackendError(
-                f"masks are {found.mask_probs.shape[1:]} on a canvas of {(height, width)}; "
+                f"masks are {found.mask_hw} on a canvas of {(height, width)}; "
                 f"config.json's mask_stride {config.mask_stride} asks for {wanted}"
             )
         if len(found.scores) > config.candidates:

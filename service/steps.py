@@ -19,9 +19,9 @@ from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
 from service.pipeline.model_config import ModelConfig, Task
-from service.pipeline.postprocess import postprocess_tile
+from service.pipeline.postprocess import TileCandidates, postprocess_tile
 from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance, Prepared, Tile, UInt8
+from service.pipeline.types import Instance, Prepared, Tile, UInt8
 from service.schemas import Masks
 from service.tiles import merge_found
 from service.timing import Interval
@@ -98,7 +98,7 @@ def decode(data: bytes, config: ModelConfig, max_pixels: int, options: Options) 
 
 def find_in_tile(
     tile: Tile,
-    candidates: Candidates,
+    candidates: TileCandidates,
     image_hw: tuple[int, int],
     config: ModelConfig,
     options: Options,

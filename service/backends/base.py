@@ -5,12 +5,17 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
-from service.pipeline.types import Candidates, Float32, Int64, UInt8
+from service.pipeline.postprocess import TileCandidates
+from service.pipeline.types import Candidates, Float32, Int64, Tile, UInt8
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+EngineKind = Literal["auto", "ort", "trt", "aoti"]
 
 
 class BackendError(RuntimeError):
@@ -23,10 +28,14 @@ class BackendOptions:
 
     Attributes:
         device: "auto" takes CUDA where it works, "cuda" raises `DeviceError` where it does not.
+        engine: "auto" takes the fastest that works; any other raises where it does not.
+        precision: Of the engine's arithmetic.
         threads: Threads of one engine call on the CPU; None takes the real cores.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: EngineKind = "auto"
+    precision: Precision = "fp32"
     threads: int | None = None
 
 
@@ -36,17 +45,23 @@ class Backend(Protocol):
     Attributes:
         name: Kind of engine, e.g. "onnxruntime".
         device: What it really runs on: "cpu" or "cuda".
+        precision: Of its arithmetic.
+        reason: Why this engine and this device, one sentence.
+        concurrency: How many threads may be in `infer` at once, so that one batch is copied while
+            another is computed.
     """
 
     name: str
     device: str
+    precision: Precision
+    reason: str
+    concurrency: int
 
-    def infer(self, images: UInt8, valid_hw: Int64) -> list[Candidates]:
-        """Runs one batch; called by one thread at a time.
+    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
+        """Runs one batch.
 
         Args:
-            images: [B, H, W, 3] uint8 RGB canvases.
-            valid_hw: [B, 2] int64, rows and columns that show the image.
+            tiles: B canvases of one shape.
 
         Returns:
             B results without their empty slots (score 0), best first.
@@ -56,6 +71,16 @@ class Backend(Protocol):
     def close(self) -> None:
         """Frees what the engine holds."""
         ...
+
+
+def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
+    """Canvases of one shape as the graph's inputs.
+
+    Returns:
+        `images` [B, H, W, 3] and `valid_hw` [B, 2].
+    """
+    images = np.stack([tile.image for tile in tiles])
+    return images, np.array([tile.valid_hw for tile in tiles], np.int64)
 
 
 def split_batch(scores: Float32, labels: Int64, mask_probs: Float32) -> list[Candidates]:

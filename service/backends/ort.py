@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from service.backends.base import BackendError, BackendOptions, split_batch
+from service.backends.base import BackendError, BackendOptions, Precision, collate, split_batch
 from service.cores import count_cores
 from service.errors import DeviceError
-from service.pipeline.types import Candidates, Int64, UInt8
+from service.pipeline.types import Candidates, Tile
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,19 @@ class OrtBackend:
     """A graph in an ONNX Runtime session."""
 
     name = "onnxruntime"
+    precision: Precision = "fp32"
+    concurrency = 1
 
-    def __init__(self, session: ort.InferenceSession, device: str) -> None:
+    def __init__(self, session: ort.InferenceSession, device: str, reason: str) -> None:
         self.device = device
+        self.reason = reason
         self._session: ort.InferenceSession | None = session
 
-    def infer(self, images: UInt8, valid_hw: Int64) -> list[Candidates]:
+    def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
         """See `Backend.infer`."""
         if self._session is None:
             raise BackendError("the engine is closed")
+        images, valid_hw = collate(tiles)
         feeds = {"images": images, "valid_hw": valid_hw}
         outputs = self._session.run(list(OUTPUTS), feeds)
         if len(outputs[0]) != len(images):
@@ -75,18 +80,22 @@ def build_ort_backend(model: bytes | Path, options: BackendOptions) -> OrtBacken
         DeviceError: CUDA was asked for and does not work.
     """
     check_device(options.device)
-    session, device = None, "cpu"
+    session, device, reason = None, "cpu", f"device {options.device} was asked for"
+    if options.device == "auto":
+        reason = "this ONNX Runtime has no CUDA"
     if options.device != "cpu" and CUDA in ort.get_available_providers():
         try:
             session, device = _build_cuda_session(model, options), "cuda"
+            reason = "CUDA works"
         except DeviceError as error:
             if options.device == "cuda":
                 raise
             logger.warning("device auto takes the CPU: %s", error)
+            reason = str(error)
     if session is None:
         session = _build_session(model, options, [CPU])
     _check_signature(session)
-    return OrtBackend(session, device)
+    return OrtBackend(session, device, reason)
 
 
 def _build_cuda_session(model: bytes | Path, options: BackendOptions) -> ort.InferenceSession:

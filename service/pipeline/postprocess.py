@@ -6,6 +6,7 @@ The only post-processing there is: the server and the evaluation of training bot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,44 @@ from service.pipeline.merge import TileInstance, merge_tiles
 from service.pipeline.model_config import MatrixNms, PostprocessSpec
 from service.pipeline.nms import mask_nms, matrix_nms
 from service.pipeline.paste import build_instance, paste_mask
-from service.pipeline.types import Candidates, Instance, Prepared, Tile
+from service.pipeline.types import Candidates, Float32, Instance, Int64, Prepared, Tile
+
+
+class DeviceCandidates(Protocol):
+    """One tile's graph output that stayed on an accelerator, which post-processes it itself.
+
+    Scores and labels are those of `Candidates`, on the host.
+    """
+
+    @property
+    def scores(self) -> Float32:
+        """[K] float32."""
+        ...
+
+    @property
+    def labels(self) -> Int64:
+        """[K] int64."""
+        ...
+
+    @property
+    def mask_hw(self) -> tuple[int, int]:
+        """h, w."""
+        ...
+
+    def find_instances(
+        self,
+        tile: Tile,
+        image_hw: tuple[int, int],
+        spec: PostprocessSpec,
+        *,
+        score_threshold: float,
+        max_instances: int,
+    ) -> list[Instance]:
+        """What `postprocess_tile` finds in `Candidates`, in coordinates of the image."""
+        ...
+
+
+TileCandidates = Candidates | DeviceCandidates
 
 
 def select(
@@ -48,8 +86,13 @@ def select(
     return scores[kept], filled[kept]
 
 
-def _mask_stride(tile: Tile, candidates: Candidates) -> int:
-    height, width = candidates.mask_probs.shape[1:]
+def mask_stride(tile: Tile, mask_hw: tuple[int, int]) -> int:
+    """Canvas px per mask px.
+
+    Raises:
+        ValueError: The masks do not divide the canvas.
+    """
+    height, width = mask_hw
     stride, rest = divmod(tile.image.shape[0], height)
     if rest or width * stride != tile.image.shape[1]:
         raise ValueError(
@@ -85,7 +128,7 @@ def _bounds(
 
 def postprocess_tile(
     tile: Tile,
-    candidates: Candidates,
+    candidates: TileCandidates,
     image_hw: tuple[int, int],
     spec: PostprocessSpec,
     *,
@@ -106,22 +149,40 @@ def postprocess_tile(
         ValueError: A bound is out of range, or the masks do not fit the canvas.
     """
     threshold, bound = _bounds(spec, score_threshold, max_instances)
+    stride = mask_stride(tile, candidates.mask_hw)
+    if isinstance(candidates, Candidates):
+        instances = _find_instances(candidates, tile, image_hw, spec, threshold, bound)
+    else:
+        instances = candidates.find_instances(
+            tile, image_hw, spec, score_threshold=threshold, max_instances=bound
+        )
+    return [TileInstance(i, tile.window, _is_cut(i, tile, stride)) for i in instances]
+
+
+def _find_instances(
+    candidates: Candidates,
+    tile: Tile,
+    image_hw: tuple[int, int],
+    spec: PostprocessSpec,
+    score_threshold: float,
+    max_instances: int,
+) -> list[Instance]:
     scores, indices = select(candidates, spec)
-    stride = _mask_stride(tile, candidates)
-    found: list[TileInstance] = []
+    stride = mask_stride(tile, candidates.mask_hw)
+    found: list[Instance] = []
     for score, index in zip(scores, indices, strict=True):
-        if score < threshold or len(found) == bound:
+        if score < score_threshold or len(found) == max_instances:
             break
         mask = paste_mask(candidates.mask_probs[index], tile, stride, spec.mask_threshold)
         if mask is not None:
-            instance = build_instance(mask, image_hw, int(candidates.labels[index]), float(score))
-            found.append(TileInstance(instance, tile.window, _is_cut(instance, tile, stride)))
+            label = int(candidates.labels[index])
+            found.append(build_instance(mask, image_hw, label, float(score)))
     return found
 
 
 def postprocess(
     prepared: Prepared,
-    candidates: Sequence[Candidates],
+    candidates: Sequence[TileCandidates],
     spec: PostprocessSpec,
     *,
     score_threshold: float | None = None,

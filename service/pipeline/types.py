@@ -65,6 +65,12 @@ class Candidates:
     labels: Int64
     mask_probs: Float32
 
+    @property
+    def mask_hw(self) -> tuple[int, int]:
+        """h, w."""
+        height, width = self.mask_probs.shape[1:]
+        return height, width
+
 
 @dataclass(frozen=True)
 class Instance:

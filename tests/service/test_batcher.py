@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from service.backends.base import Precision, collate
 from service.batcher import BatchStats, DynamicBatcher
 from service.errors import Draining, EngineError
-from service.pipeline.types import Candidates, Int64, Tile, UInt8, Window
+from service.pipeline.types import Candidates, Tile, Window
 
 BAD = 250
 
@@ -19,8 +20,11 @@ class FakeBackend:
 
     name = "fake"
     device = "cpu"
+    precision: Precision = "fp32"
+    reason = "a test"
 
-    def __init__(self) -> None:
+    def __init__(self, concurrency: int = 1) -> None:
+        self.concurrency = concurrency
         self.batches: list[list[int]] = []
         self.shapes: list[tuple[int, ...]] = []
         self.go = threading.Event()
@@ -28,7 +32,8 @@ class FakeBackend:
         self.entered = threading.Event()
         self.closed = False
 
-    def infer(self, images: UInt8, valid_hw: Int64) -> list[Candidates]:
+    def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+        images, valid_hw = collate(tiles)
         self.entered.set()
         assert self.go.wait(10)
         values = [int(image[0, 0, 0]) for image in images]
@@ -173,8 +178,8 @@ async def test_a_bad_tile_fails_its_image_and_removes_its_other_tiles() -> None:
 
 async def test_a_wrong_number_of_results_is_an_engine_error() -> None:
     class ShortBackend(FakeBackend):
-        def infer(self, images: UInt8, valid_hw: Int64) -> list[Candidates]:
-            return super().infer(images, valid_hw)[:-1]
+        def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+            return super().infer(tiles)[:-1]
 
     batcher = start_batcher(ShortBackend())
     with pytest.raises(EngineError):
@@ -243,3 +248,33 @@ def test_bounds_that_make_no_sense_are_refused(max_batch: int, max_delay_s: floa
 
     with pytest.raises(ValueError, match=f"{max_batch}"):
         asyncio.run(build())
+
+
+async def test_an_engine_that_takes_two_batches_gets_two() -> None:
+    backend = FakeBackend(concurrency=2)
+    batcher = start_batcher(backend, max_batch=1, max_delay_s=0.0)
+    backend.go.clear()
+    tasks = [asyncio.create_task(infer_one(batcher, value)) for value in range(1, 6)]
+    async with asyncio.timeout(10):
+        while batcher.waiting > 3:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+    assert batcher.waiting == 3
+    backend.go.set()
+    assert await asyncio.gather(*tasks) == [1, 2, 3, 4, 5]
+    await batcher.drain()
+
+
+async def test_draining_waits_for_every_batch_in_the_engine() -> None:
+    backend = FakeBackend(concurrency=3)
+    batcher = start_batcher(backend, max_batch=1, max_delay_s=0.0)
+    backend.go.clear()
+    tasks = [asyncio.create_task(infer_one(batcher, value)) for value in range(1, 4)]
+    while batcher.waiting or not backend.entered.is_set():
+        await asyncio.sleep(0)
+    drained = asyncio.create_task(batcher.drain())
+    await asyncio.sleep(0.01)
+    assert not drained.done()
+    backend.go.set()
+    await drained
+    assert [task.result() for task in tasks] == [1, 2, 3]

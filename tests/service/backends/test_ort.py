@@ -11,20 +11,21 @@ from service.backends import ort as ort_backend
 from service.backends.base import BackendError, BackendOptions
 from service.backends.ort import build_ort_backend, check_device
 from service.errors import DeviceError
+from service.pipeline.types import Tile, Window
 from tests.support.blob_model import build_graph
 
 CPU = BackendOptions(device="cpu", threads=1)
 
 
-def build_batch(batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def build_batch(batch: int, height: int, width: int) -> list[Tile]:
     images = np.random.default_rng(1).integers(0, 256, (batch, height, width, 3), np.uint8)
-    return images, np.tile(np.array([[height, width]], np.int64), (batch, 1))
+    return [Tile(image, (height, width), Window(0, 0, height, width)) for image in images]
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (3, 64, 96), (2, 32, 128)])
 def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -> None:
     backend = build_ort_backend(build_graph(), CPU)
-    found = backend.infer(*build_batch(batch, height, width))
+    found = backend.infer(build_batch(batch, height, width))
     assert len(found) == batch
     for candidates in found:
         assert candidates.mask_probs.shape[1:] == (height // 4, width // 4)
@@ -33,10 +34,9 @@ def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -
 
 def test_a_batch_is_what_its_canvases_are_alone() -> None:
     backend = build_ort_backend(build_graph(), CPU)
-    images, valid_hw = build_batch(4, 64, 64)
-    together = backend.infer(images, valid_hw)
-    for index, candidates in enumerate(together):
-        (alone,) = backend.infer(images[index : index + 1], valid_hw[index : index + 1])
+    tiles = build_batch(4, 64, 64)
+    for tile, candidates in zip(tiles, backend.infer(tiles), strict=True):
+        (alone,) = backend.infer([tile])
         np.testing.assert_allclose(candidates.scores, alone.scores, rtol=1e-6)
         np.testing.assert_allclose(candidates.mask_probs, alone.mask_probs, rtol=1e-6)
 
@@ -51,7 +51,7 @@ def test_a_closed_engine_says_so() -> None:
     backend = build_ort_backend(build_graph(), CPU)
     backend.close()
     with pytest.raises(BackendError, match="closed"):
-        backend.infer(*build_batch(1, 64, 64))
+        backend.infer(build_batch(1, 64, 64))
 
 
 def test_bytes_that_are_no_graph_are_refused() -> None:
