@@ -269,7 +269,14 @@ class Segmenter:
         config = model.loaded.config
         decoded = await self._in_pool(
             self._decoders,
-            partial(decode, image.data, config, self._settings.max_image_pixels, options),
+            partial(
+                decode,
+                image.data,
+                config,
+                self._settings.max_image_pixels,
+                options,
+                scaled=self._settings.scaled_decode,
+            ),
         )
         prepared = decoded.result.prepared
         # Few tiles of an image are on their way at once: their masks are what takes memory.

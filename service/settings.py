@@ -55,6 +55,13 @@ class Settings(BaseSettings):
     max_image_pixels: Annotated[
         PositiveInt, Field(description="largest image, pixels; read from its header")
     ] = 50_000_000
+    scaled_decode: Annotated[
+        bool,
+        Field(
+            description="decode a JPEG at k/8 of its size where the model shrinks it that far: "
+            "faster, but not the published pipeline to the pixel"
+        ),
+    ] = False
     max_queue_images: Annotated[
         PositiveInt, Field(description="images in work at once; more are answered 503")
     ] = 256

@@ -13,14 +13,14 @@ import orjson
 from PIL import Image
 
 from service.errors import describe_error
-from service.pipeline.decode import decode_image, read_image_hw
+from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
 from service.pipeline.model_config import ModelConfig, Task
 from service.pipeline.postprocess import TileCandidates, postprocess_tile
-from service.pipeline.preprocess import prepare
+from service.pipeline.preprocess import needed_hw, prepare
 from service.pipeline.types import Instance, Prepared, Tile, UInt8
 from service.schemas import Masks
 from service.tiles import merge_found
@@ -86,14 +86,28 @@ class DecodedImage:
     picture: UInt8 | None
 
 
-def decode(data: bytes, config: ModelConfig, max_pixels: int, options: Options) -> DecodedImage:
+def decode(
+    data: bytes, config: ModelConfig, max_pixels: int, options: Options, *, scaled: bool = False
+) -> DecodedImage:
     """Stage `decode`: bytes to canvases.
+
+    Args:
+        data: The image's file.
+        config: The model's.
+        max_pixels: Bound on width x height.
+        options: A picture that is drawn on is always decoded as it is.
+        scaled: A JPEG may be decoded no larger than the model needs it.
 
     Raises:
         DecodeError: The image is refused.
     """
-    picture = decode_image(data, max_pixels=max_pixels)
-    return DecodedImage(prepare(picture, config.input), picture if options.overlay else None)
+    if options.overlay or not scaled:
+        picture = decode_image(data, max_pixels=max_pixels)
+        return DecodedImage(prepare(picture, config.input), picture if options.overlay else None)
+    image_hw = read_upright_hw(data, max_pixels=max_pixels)
+    least_hw = needed_hw(image_hw, config.input)
+    pixels = decode_image(data, max_pixels=max_pixels, least_hw=least_hw)
+    return DecodedImage(prepare(pixels, config.input, image_hw=image_hw), None)
 
 
 def find_in_tile(

@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
@@ -17,15 +18,8 @@ MAX_PIXELS = 64_000_000
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _CAMERA_BITS = (8, 10, 12, 14, 16)
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
 _DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(struct.error, zlib.error),
@@ -94,7 +88,51 @@ def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     return height, width
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
+def read_upright_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of what `decode_image` gives, as `read_image_hw` finds them."""
+    image = _open(data, max_pixels)
+    width, height = image.size
+    return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, least_hw: tuple[int, int]) -> UInt8 | None:
+    """The stored pixels of an ordinary JPEG, the same as Pillow's in a fraction of its time.
+
+    Args:
+        data: The file.
+        image: Its header.
+        least_hw: See `decode_image`.
+
+    Returns:
+        [h, w, 3], or None for what is left to Pillow: other formats and colours, and damage, so
+        that one library alone judges it.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    height, width = least_hw[::-1] if _orientation(image) in _SIDEWAYS else least_hw
+    reduce = 0 < 2 * height <= image.height and 0 < 2 * width <= image.width
+    limits = {"min_height": height, "min_width": width, "min_factor": 2} if reduce else {}
+    try:
+        pixels = np.asarray(simplejpeg.decode_jpeg(data, "RGB", **limits), np.uint8)
+    except ValueError:
+        return None
+    return pixels if reduce or pixels.shape[:2] == (image.height, image.width) else None
+
+
+def _turn(pixels: UInt8, orientation: int) -> UInt8:
+    """Stored pixels as EXIF says they are to be seen."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, least_hw: tuple[int, int] = (0, 0)
+) -> UInt8:
     """Decodes a JPEG, PNG, WebP or BMP; of an animation the first frame.
 
     The format is known by content, not by name. EXIF orientation is applied; ICC profiles are
@@ -103,6 +141,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     Args:
         data: The file's bytes.
         max_pixels: Bound on width x height, checked before decoding.
+        least_hw: Height and width that suffice, upright. A JPEG at least twice as large comes out
+            at the smallest of 1/8, 2/8, 3/8 or 4/8 of its size that is not below this, which
+            libjpeg computes while it decodes; 0, 0 gives every image as it is.
 
     Returns:
         [H, W, 3] uint8 RGB, C-contiguous.
@@ -112,9 +153,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """
     image = _open(data, max_pixels)
     try:
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        image = _to_rgb(image if turn is None else image.transpose(turn))
+        pixels = _decode_jpeg(data, image, least_hw)
+        if pixels is None:
+            image.load()
+            pixels = np.array(_to_rgb(image), np.uint8)
+        return _turn(pixels, _orientation(image))
     except _DAMAGE as error:
         raise CorruptImage(f"the image is damaged or truncated: {error}") from error
-    return np.array(image, np.uint8)

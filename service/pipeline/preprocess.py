@@ -69,33 +69,52 @@ def _prepare_tiles(image: UInt8, resize: TileResize) -> tuple[Tile, ...]:
     return tuple(tiles)
 
 
-def _prepare_whole(image: UInt8, resize: KeepRatioResize) -> tuple[Tile, ...]:
-    height, width = image.shape[:2]
-    size = keep_ratio_size((height, width), resize.short_side, resize.long_side)
+def _prepare_whole(
+    image: UInt8, resize: KeepRatioResize, image_hw: tuple[int, int]
+) -> tuple[Tile, ...]:
+    size = keep_ratio_size(image_hw, resize.short_side, resize.long_side)
     multiple = resize.pad_multiple
     canvas_hw = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
-    return (Tile(_canvas(image, size, canvas_hw), size, Window(0, 0, height, width)),)
+    return (Tile(_canvas(image, size, canvas_hw), size, Window(0, 0, *image_hw)),)
 
 
-def prepare(image: UInt8, spec: InputSpec) -> Prepared:
+def needed_hw(image_hw: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
+    """Size at which a model looks at an image; decoding more pixels than that is not needed.
+
+    Returns:
+        Height and width; 0, 0 where the model needs the image as it is.
+    """
+    if isinstance(spec.resize, TileResize):
+        return 0, 0
+    return keep_ratio_size(image_hw, spec.resize.short_side, spec.resize.long_side)
+
+
+def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None = None) -> Prepared:
     """Contrast and resize rule of a model applied to one image.
 
     Args:
         image: [H, W, 3] uint8 RGB, H and W at least 1.
         spec: The model's input.
+        image_hw: Height and width of the original, if `image` was decoded at a smaller scale
+            (see `needed_hw`). Instances are in its coordinates.
 
     Returns:
         Its canvases; all have one shape.
 
     Raises:
-        ValueError: The array is not [H, W, 3] uint8 or has no pixels.
+        ValueError: The array is not [H, W, 3] uint8 or has no pixels, or it is not the original
+            and the model needs that.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 [H, W, 3]")
+    shape_hw = (image.shape[0], image.shape[1])
+    image_hw = image_hw or shape_hw
     if spec.contrast is not None:
         image = stretch_contrast(image, spec.contrast)
     if isinstance(spec.resize, TileResize):
+        if image_hw != shape_hw:
+            raise ValueError(f"tiles are cut from the image of {image_hw}, not from {shape_hw}")
         tiles = _prepare_tiles(image, spec.resize)
     else:
-        tiles = _prepare_whole(image, spec.resize)
-    return Prepared((image.shape[0], image.shape[1]), tiles)
+        tiles = _prepare_whole(image, spec.resize, image_hw)
+    return Prepared(image_hw, tiles)

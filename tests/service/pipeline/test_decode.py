@@ -7,12 +7,13 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from service.pipeline.decode import decode_image, read_image_hw
+from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from service.pipeline.types import UInt8
 
@@ -183,3 +184,57 @@ def test_flipped_bytes_never_escape_as_another_error(seed: int) -> None:
         data[position] = rng.integers(0, 256)
     with contextlib.suppress(CorruptImage, UnsupportedFormat, ImageTooLarge):
         assert decode_image(bytes(data), max_pixels=100_000).shape[2] == 3
+
+
+def _photo(width: int, height: int) -> Image.Image:
+    """Smooth enough for a JPEG at a smaller scale to be compared with the picture itself."""
+    y, x = np.mgrid[:height, :width] / 40
+    waves = [np.sin(x + y), np.cos(x - y), np.sin(x) * np.cos(y)]
+    return Image.fromarray(np.uint8(127 + 120 * np.stack(waves, axis=2)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 5}])
+def test_jpegs_give_the_pixels_that_pillow_gives(mode: str, options: dict[str, Any]) -> None:
+    data = _encode(_photo(83, 61).convert(mode), "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("least_hw", "eighths"), [((100, 150), 4), ((101, 150), 8), ((60, 90), 3), ((1, 1), 1)]
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(
+    orientation: int, least_hw: tuple[int, int], eighths: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = _photo(300, 200)
+    back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        7: Image.Transpose.TRANSVERSE,
+        **back,
+    }
+    stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
+    data = _encode(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+    assert read_upright_hw(data) == (200, 300)
+    got = decode_image(data, least_hw=least_hw)
+    assert got.shape == (-(-200 * eighths // 8), -(-300 * eighths // 8), 3)
+    wanted = np.asarray(upright.resize(got.shape[1::-1], Image.Resampling.BOX))
+    assert np.abs(got.astype(int) - wanted).mean() < 4
+
+
+def test_only_jpegs_are_decoded_at_a_smaller_scale() -> None:
+    data = _encode(_photo(64, 64), "PNG")
+    assert decode_image(data, least_hw=(8, 8)).shape == (64, 64, 3)
+
+
+def test_a_truncated_jpeg_is_refused_at_a_smaller_scale_too() -> None:
+    data = _encode(_photo(300, 200), "JPEG")
+    with pytest.raises(CorruptImage):
+        decode_image(data[: len(data) // 2], least_hw=(20, 30))

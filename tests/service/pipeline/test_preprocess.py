@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from service.pipeline.model_config import ContrastSpec, InputSpec, KeepRatioResize, TileResize
-from service.pipeline.preprocess import keep_ratio_size, prepare, stretch_contrast, tile_starts
+from service.pipeline.preprocess import (
+    keep_ratio_size,
+    needed_hw,
+    prepare,
+    stretch_contrast,
+    tile_starts,
+)
 
 PARITY = Path(__file__).parents[2] / "data" / "parity"
 TILES = InputSpec(resize=TileResize(scale=2.0, tile_hw=(32, 32), overlap_px=8))
@@ -109,3 +115,21 @@ def test_contrast_does_not_blow_up_noise() -> None:
 def test_wrong_arrays_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         prepare(image, TILES)
+
+
+def test_an_image_decoded_smaller_has_the_canvas_and_window_of_the_original() -> None:
+    spec = InputSpec(resize=KeepRatioResize(short_side=32, long_side=64))
+    image = np.full((301, 403, 3), 200, np.uint8)
+    assert needed_hw((301, 403), spec) == (32, 43)
+    (exact,) = prepare(image, spec).tiles
+    smaller = prepare(image[:38, :51], spec, image_hw=(301, 403))
+    assert smaller.image_hw == (301, 403)
+    (tile,) = smaller.tiles
+    assert (tile.window, tile.valid_hw) == (exact.window, exact.valid_hw)
+    np.testing.assert_array_equal(tile.image, exact.image)
+
+
+def test_tiles_need_the_image_as_it_is() -> None:
+    assert needed_hw((1000, 2000), TILES) == (0, 0)
+    with pytest.raises(ValueError, match=r"\(64, 64\), not from \(32, 32\)"):
+        prepare(np.zeros((32, 32, 3), np.uint8), TILES, image_hw=(64, 64))

@@ -1,0 +1,46 @@
+"""Stage `decode`: what a request's image becomes before the engine."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.pipeline.model_config import ModelConfig, parse_model_config
+from service.steps import Options, decode
+from tests.support.blob_model import KEEP_RATIO_INPUT, build_graph, model_config
+
+MAX_PIXELS = 10_000_000
+
+
+def build_photo() -> bytes:
+    y, x = np.mgrid[:900, :1200] / 90
+    pixels = np.uint8(127 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=2))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    content = {**model_config(build_graph()), "input": KEEP_RATIO_INPUT}
+    return parse_model_config(json.dumps(content)).for_version(1)
+
+
+def test_scaled_decoding_gives_nearly_the_same_canvas(config: ModelConfig) -> None:
+    data = build_photo()
+    exact = decode(data, config, MAX_PIXELS, Options()).prepared
+    scaled = decode(data, config, MAX_PIXELS, Options(), scaled=True).prepared
+    assert scaled.image_hw == exact.image_hw == (900, 1200)
+    (a,), (b,) = exact.tiles, scaled.tiles
+    assert (a.window, a.valid_hw, a.image.shape) == (b.window, b.valid_hw, b.image.shape)
+    difference = np.abs(a.image.astype(int) - b.image)
+    assert difference.max() > 0 and difference.mean() < 2
+
+
+def test_a_picture_to_draw_on_is_decoded_as_it_is(config: ModelConfig) -> None:
+    decoded = decode(build_photo(), config, MAX_PIXELS, Options(overlay=True), scaled=True)
+    assert decoded.picture is not None and decoded.picture.shape == (900, 1200, 3)
