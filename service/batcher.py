@@ -1,7 +1,9 @@
 """Dynamic batching: canvases of one shape wait a moment for company and share an engine call.
 
-    infer(tiles) -> one bucket for each canvas shape -> a full bucket, or the one whose first
-    canvas has waited `max_delay_s`, goes to the engine's thread -> each canvas gets its own result
+    infer(tiles) -> one bucket for each canvas shape -> a full bucket, or one in which a canvas
+    has waited `max_delay_s`, goes to the engine's thread -> each canvas gets its own result
+
+Lower ranks go first; among equal ranks those that came first.
 
 The canvas follows from the image alone, so a result does not depend on who shared the batch.
 """
@@ -9,10 +11,10 @@ The canvas follows from the image alone, so a result does not depend on who shar
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import itertools
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,8 +69,13 @@ class _Item:
     """A canvas that waits."""
 
     tile: Tile
+    rank: float
     arrived_s: float
     done: asyncio.Future[_Done] = field(repr=False)
+
+
+def _get_rank(item: _Item) -> float:
+    return item.rank
 
 
 class DynamicBatcher:
@@ -95,7 +102,7 @@ class DynamicBatcher:
         self.max_batch = max_batch
         self._max_delay_s = max_delay_s
         self._on_batch = on_batch
-        self._buckets: dict[Shape, deque[_Item]] = {}
+        self._buckets: dict[Shape, list[_Item]] = {}
         self._changed = asyncio.Event()
         self._engine = ThreadPoolExecutor(backend.concurrency, thread_name_prefix="engine")
         self._slots = asyncio.Semaphore(backend.concurrency)
@@ -112,8 +119,8 @@ class DynamicBatcher:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="batcher")
 
-    async def infer(self, tiles: Sequence[Tile]) -> Inferred:
-        """Runs an image's tiles, in company if there is any.
+    async def infer(self, tiles: Sequence[Tile], rank: float = 0.0) -> Inferred:
+        """Runs an image's tiles, in company if there is any; those of lower rank go first.
 
         If the caller is cancelled, or one of the tiles fails, the tiles that still wait are
         removed.
@@ -126,9 +133,10 @@ class DynamicBatcher:
             raise Draining("the server is going down")
         loop = asyncio.get_running_loop()
         arrived_s = loop.time()
-        items = [_Item(tile, arrived_s, loop.create_future()) for tile in tiles]
+        items = [_Item(tile, rank, arrived_s, loop.create_future()) for tile in tiles]
         for item in items:
-            self._buckets.setdefault(item.tile.image.shape, deque()).append(item)
+            bucket = self._buckets.setdefault(item.tile.image.shape, [])
+            bisect.insort(bucket, item, key=_get_rank)
         self._changed.set()
         try:
             done = await asyncio.gather(*(item.done for item in items))
@@ -173,7 +181,7 @@ class DynamicBatcher:
         for shape in {item.tile.image.shape for item in items}:
             bucket = self._buckets.get(shape)
             if bucket is not None:
-                self._buckets[shape] = deque(i for i in bucket if not i.done.done())
+                self._buckets[shape] = [i for i in bucket if not i.done.done()]
                 if not self._buckets[shape]:
                     del self._buckets[shape]
 
@@ -209,7 +217,7 @@ class DynamicBatcher:
             now_s = loop.time()
             ripe = [shape for shape in self._buckets if self._is_ripe(shape, now_s)]
             if ripe:
-                return self._take(min(ripe, key=self._oldest_s))
+                return self._take(min(ripe, key=self._lowest_rank))
             if self._draining and not self._buckets:
                 return None
             timeout_s = None
@@ -218,8 +226,12 @@ class DynamicBatcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
 
+    def _lowest_rank(self, shape: Shape) -> tuple[float, float]:
+        first = self._buckets[shape][0]
+        return first.rank, first.arrived_s
+
     def _oldest_s(self, shape: Shape) -> float:
-        return self._buckets[shape][0].arrived_s
+        return min(item.arrived_s for item in self._buckets[shape])
 
     def _is_ripe(self, shape: Shape, now_s: float) -> bool:
         full = len(self._buckets[shape]) >= self.max_batch
@@ -227,8 +239,10 @@ class DynamicBatcher:
 
     def _take(self, shape: Shape) -> list[_Item]:
         bucket = self._buckets[shape]
-        batch = [bucket.popleft() for _ in range(min(self.max_batch, len(bucket)))]
-        if not bucket:
+        batch, rest = bucket[: self.max_batch], bucket[self.max_batch :]
+        if rest:
+            self._buckets[shape] = rest
+        else:
             del self._buckets[shape]
         return batch
 

@@ -12,6 +12,7 @@
     ├── ModelUnavailable          it is in model_repo, but was refused
     ├── Overloaded                admission is full; has `reason` and `retry_after_s`
     ├── Draining                  the server is going down
+    ├── DeadlineExceeded          the time that the client gave is over
     ├── EngineError               the engine failed on this very image
     └── StartupError              the server cannot start; never sent
         ├── DeviceError           the device asked for is not there
@@ -109,6 +110,12 @@ class Draining(ServiceError):
     code = "draining"
 
 
+class DeadlineExceeded(ServiceError):
+    """The request was not done within the time that its client gave it."""
+
+    code = "deadline_exceeded"
+
+
 class EngineError(ServiceError):
     """The engine failed on this image, also when it was alone."""
 
@@ -156,6 +163,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "overloaded": 503,
     "draining": 503,
     "model_unavailable": 503,
+    "deadline_exceeded": 504,
 }
 """Every code that a response can carry."""
 

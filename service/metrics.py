@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
+CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = ("queue_images", "queue_pixels", "draining", "body_too_large")
 
 # An edge stands at each objective (0.4 s for a 256 x 256 image on two cores).
@@ -99,8 +100,8 @@ class Metrics:
         )
         self.cancelled_images = Counter(
             "solo_cancelled_images_total",
-            "Images removed because their client left",
-            ["model"],
+            "Images removed because their client left, or because its deadline passed",
+            ["model", "reason"],
             registry=registry,
         )
 
@@ -139,8 +140,10 @@ class Metrics:
         self.model_info.labels(name, str(version), backend, device).set(1)
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
-        for family in (self.images, self.instances, self.engine_failures, self.cancelled_images):
+        for family in (self.images, self.instances, self.engine_failures):
             family.labels(name)
+        for reason in CANCELLATIONS:
+            self.cancelled_images.labels(name, reason)
         self.batch_size.labels(name)
 
     def watch_queue(self, images: Callable[[], float], pixels: Callable[[], float]) -> None:

@@ -49,8 +49,8 @@ class RequestContextMiddleware:
         request_id = Headers(scope=scope).get(REQUEST_ID, "")
         if not _SANE_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
         began_s = time.monotonic()
+        scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
         status = CLIENT_LEFT
 
         async def send_with_id(message: Message) -> None:

@@ -9,6 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.pipeline.model_config import Task
 
 Masks = Literal["rle", "polygon", "none"]
+Priority = Literal["interactive", "batch"]
+
+
+TimeoutMs = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        le=86_400_000,
+        description="after this time the request is answered 504 and what still waits is dropped; "
+        "also as header X-Timeout-Ms; default: the server's",
+    ),
+]
 
 
 class SegmentQuery(BaseModel):
@@ -30,6 +42,10 @@ class SegmentQuery(BaseModel):
         Masks,
         Field(description="COCO run-length encoding, COCO polygons, or boxes and scores alone"),
     ] = "rle"
+    priority: Annotated[
+        Priority, Field(description="interactive work goes before batch work that came with it")
+    ] = "interactive"
+    timeout_ms: TimeoutMs = None
 
 
 class ErrorDetail(BaseModel):

@@ -1,88 +1,27 @@
-"""The way of a request's images through pools and engine.
-
-    headers -> admission -> decode (pool) -> batcher -> postprocess, encode (pool)
-
-Every image is on its own: what fails fails for that image alone.
-"""
+"""The models that are served, and which requests are let in to them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
 
 from service.admission import Admission
 from service.batcher import BatchStats, DynamicBatcher
-from service.errors import (
-    ModelUnavailable,
-    StartupError,
-    UnknownModel,
-    UnknownVersion,
-    describe_error,
-)
+from service.errors import ModelUnavailable, StartupError, UnknownModel, UnknownVersion
 from service.metrics import Metrics
-from service.pipeline.errors import DecodeError
-from service.pipeline.merge import TileInstance
-from service.pipeline.types import Tile
 from service.registry import LoadedModel, Repository
 from service.settings import Settings
-from service.steps import (
-    Options,
-    Timed,
-    count_pixels,
-    decode,
-    encode_error,
-    find_in_tile,
-    finish,
-    timed,
-)
-from service.timing import Interval, Timing, attribute_time
+from service.stages import ImageFile, Job, Outcome, ServedModel, Stages
+from service.steps import Options
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image of a request, still encoded."""
-
-    file_name: str | None
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one image.
-
-    Attributes:
-        payload: Its entry of `results` as JSON, or a PNG if a picture was asked for and nothing
-            failed.
-        timing: None if it failed.
-        error: Why it failed.
-    """
-
-    payload: bytes
-    timing: Timing | None = None
-    error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model with its batcher."""
-
-    loaded: LoadedModel
-    batcher: DynamicBatcher
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.loaded.config.name
+BATCH_PATIENCE_S = 10.0
+"""Batch work stands back for interactive work that comes up to this much later, no further: under
+steady interactive load it is slow, but it is done."""
 
 
 class Segmenter:
@@ -103,10 +42,7 @@ class Segmenter:
             name: ServedModel(model, self._build_batcher(model))
             for name, model in repository.models.items()
         }
-        # One pool would let decoding of what came later delay what is nearly finished.
-        self._headers = ThreadPoolExecutor(1, thread_name_prefix="header")
-        self._decoders = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="decode")
-        self._finishers = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="finish")
+        self._stages = Stages(settings, metrics)
         self._requests = 0
         self.default_model = self._choose_default()
         self._announce()
@@ -144,6 +80,11 @@ class Segmenter:
             metrics.add_model(name, model.version, model.backend.name, model.backend.device)
         for name in self.repository.refused:
             metrics.model_refused.labels(name).set(1)
+
+    @property
+    def default_timeout_ms(self) -> int | None:
+        """Time of a request that gives none; None: as long as it takes."""
+        return self._settings.request_timeout_ms
 
     @property
     def is_ready(self) -> bool:
@@ -189,8 +130,7 @@ class Segmenter:
         finished = await self.finish_accepted()
         for model in self._models.values():
             await (model.batcher.drain() if finished else model.batcher.abort())
-        for pool in (self._headers, self._decoders, self._finishers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._stages.shutdown()
         self.repository.close()
 
     def find_model(self, name: str | None, version: int | None) -> ServedModel:
@@ -227,121 +167,14 @@ class Segmenter:
             Overloaded, TooManyImages, Draining: None of them was admitted.
         """
         began_s = asyncio.get_running_loop().time()
-        data = [image.data for image in images]
-        checked = await self._in_pool(
-            self._headers, partial(count_pixels, data, self._settings.max_image_pixels)
-        )
-        pixels = [count for count in checked.result if isinstance(count, int)]
-        try:
-            with self.admission.admit(len(pixels), sum(pixels)):
-                return await asyncio.gather(
-                    *(
-                        self._segment_one(model, image, header, options, began_s)
-                        for image, header in zip(images, checked.result, strict=True)
-                    )
+        rank = began_s + (BATCH_PATIENCE_S if options.priority == "batch" else 0.0)
+        job = Job(model, options, began_s, rank)
+        headers = await self._stages.read_headers(images, job)
+        pixels = [header for header in headers if isinstance(header, int)]
+        with self.admission.admit(len(pixels), sum(pixels)):
+            return await asyncio.gather(
+                *(
+                    self._stages.run(image, header, job)
+                    for image, header in zip(images, headers, strict=True)
                 )
-        except asyncio.CancelledError:
-            self.metrics.cancelled_images.labels(model.name).inc(len(images))
-            raise
-
-    async def _segment_one(
-        self,
-        model: ServedModel,
-        image: ImageFile,
-        header: int | DecodeError,
-        options: Options,
-        began_s: float,
-    ) -> Outcome:
-        try:
-            if isinstance(header, DecodeError):
-                raise header
-            return await self._run_stages(model, image, options, began_s)
-        except Exception as error:
-            status, detail = describe_error(error)
-            if status == 500 and detail["code"] == "internal_error":
-                logger.exception("an image failed")
-            self.metrics.image_errors.labels(model.name, detail["code"]).inc()
-            return Outcome(encode_error(image.file_name, error), error=error)
-
-    async def _run_stages(
-        self, model: ServedModel, image: ImageFile, options: Options, began_s: float
-    ) -> Outcome:
-        config = model.loaded.config
-        decoded = await self._in_pool(
-            self._decoders,
-            partial(
-                decode,
-                image.data,
-                config,
-                self._settings.max_image_pixels,
-                options,
-                scaled=self._settings.scaled_decode,
-            ),
-        )
-        prepared = decoded.result.prepared
-        # Few tiles of an image are on their way at once: their masks are what takes memory.
-        room = asyncio.Semaphore(2 * model.batcher.max_batch)
-        tiles = await gather_or_cancel(
-            self._run_tile(model, tile, prepared.image_hw, options, room) for tile in prepared.tiles
-        )
-        finished = await self._in_pool(
-            self._finishers,
-            partial(
-                finish,
-                image.file_name,
-                decoded.result,
-                [tile.result for tile, _ in tiles],
-                config,
-                options,
-            ),
-        )
-        answer = finished.result
-        timing = attribute_time(
-            (began_s, asyncio.get_running_loop().time()),
-            decode=[decoded.ran],
-            infer=[call for _, calls in tiles for call in calls],
-            postprocess=[*(tile.ran for tile, _ in tiles), answer.merged],
-            encode=[answer.encoded],
-        )
-        self._count(model.name, timing, answer.instances)
-        return Outcome(answer.payload, timing)
-
-    async def _run_tile(
-        self,
-        model: ServedModel,
-        tile: Tile,
-        image_hw: tuple[int, int],
-        options: Options,
-        room: asyncio.Semaphore,
-    ) -> tuple[Timed[list[TileInstance]], list[Interval]]:
-        """One tile's instances, with when they were found and when the engine had the tile."""
-        async with room:
-            inferred = await model.batcher.infer([tile])
-            step = partial(
-                find_in_tile,
-                tile,
-                inferred.candidates[0],
-                image_hw,
-                model.loaded.config,
-                options,
             )
-            return await self._in_pool(self._finishers, step), inferred.calls
-
-    def _count(self, name: str, timing: Timing, instances: int) -> None:
-        self.metrics.images.labels(name).inc()
-        self.metrics.instances.labels(name).inc(instances)
-        for stage, seconds in vars(timing).items():
-            self.metrics.stage_seconds.labels(name, stage).observe(seconds)
-
-    async def _in_pool(self, pool: ThreadPoolExecutor, step: Callable[[], T]) -> Timed[T]:
-        return await asyncio.get_running_loop().run_in_executor(pool, timed, step)
-
-
-async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Like `asyncio.gather`, but when one fails the others are cancelled."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -68,6 +68,10 @@ class Settings(BaseSettings):
     max_queue_pixels: Annotated[
         PositiveInt, Field(description="pixels in work at once; more are answered 503")
     ] = 100_000_000
+    request_timeout_ms: Annotated[
+        PositiveInt | None,
+        Field(description="deadline of requests that give none, ms (default: none)"),
+    ] = None
     retry_after_s: Annotated[PositiveInt, Field(description="Retry-After of a 503, s")] = 1
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="how long accepted work may take after SIGTERM, s")

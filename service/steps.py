@@ -22,7 +22,7 @@ from service.pipeline.model_config import ModelConfig, Task
 from service.pipeline.postprocess import TileCandidates, postprocess_tile
 from service.pipeline.preprocess import needed_hw, prepare
 from service.pipeline.types import Instance, Prepared, Tile, UInt8
-from service.schemas import Masks
+from service.schemas import Masks, Priority
 from service.tiles import merge_found
 from service.timing import Interval
 
@@ -38,12 +38,14 @@ class Options:
         max_instances: Most instances; None takes the model's.
         masks: How masks are written.
         overlay: The answer is a picture with the masks drawn on it.
+        priority: Interactive work goes before batch work.
     """
 
     score_threshold: float | None = None
     max_instances: int | None = None
     masks: Masks = "rle"
     overlay: bool = False
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,22 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.errors import EmptyBody, InvalidMultipart, InvalidRequest, TooManyImages
+from service.errors import (
+    DeadlineExceeded,
+    EmptyBody,
+    InvalidMultipart,
+    InvalidRequest,
+    TooManyImages,
+)
+from service.middleware import CLIENT_LEFT
 from service.routes.state import SegmenterDep
-from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse
-from service.segmenter import ImageFile, Outcome, ServedModel
+from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
+from service.segmenter import Segmenter
+from service.stages import ImageFile, Outcome, ServedModel
 from service.steps import Options
 from service.timing import NO_TIME
 
@@ -65,12 +73,16 @@ class ClientLeft(Exception):
                 422: "A parameter or the image is not valid",
                 500: "The server failed",
                 503: "Too much work, or going down; see Retry-After",
+                504: "Not done within timeout_ms",
             }.items()
         },
     },
 )
 async def segment(
-    request: Request, query: Annotated[SegmentQuery, Query()], segmenter: SegmenterDep
+    request: Request,
+    query: Annotated[SegmentQuery, Query()],
+    segmenter: SegmenterDep,
+    x_timeout_ms: Annotated[TimeoutMs, Header()] = None,
 ) -> Response:
     """Segments one image (the body) or several (multipart parts named `images`).
 
@@ -88,12 +100,51 @@ async def segment(
             max_instances=query.max_instances,
             masks=query.masks,
             overlay=overlay,
+            priority=query.priority,
         )
+        timeout_ms = query.timeout_ms or x_timeout_ms
         try:
-            outcomes = await until_client_leaves(request, segmenter.segment(model, images, options))
+            outcomes = await segment_in_time(request, segmenter, model, images, options, timeout_ms)
         except ClientLeft:
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_LEFT)
     return build_response(model, outcomes, overlay=overlay)
+
+
+async def segment_in_time(
+    request: Request,
+    segmenter: Segmenter,
+    model: ServedModel,
+    images: Sequence[ImageFile],
+    options: Options,
+    timeout_ms: int | None,
+) -> list[Outcome]:
+    """`Segmenter.segment` as long as somebody waits for it.
+
+    Args:
+        request: Its body must have been read.
+        segmenter: The application's.
+        model: Who segments.
+        images: The request's.
+        options: What it asks for.
+        timeout_ms: Counted from the request's first byte; None takes the server's default.
+
+    Raises:
+        ClientLeft: The client is gone.
+        DeadlineExceeded: The time is over.
+    """
+    timeout_ms = timeout_ms or segmenter.default_timeout_ms
+    work = segmenter.segment(model, images, options)
+    try:
+        if timeout_ms is None:
+            return await until_client_leaves(request, work)
+        async with asyncio.timeout_at(request.state.began_s + timeout_ms / 1e3):
+            return await until_client_leaves(request, work)
+    except ClientLeft:
+        segmenter.metrics.cancelled_images.labels(model.name, "client_left").inc(len(images))
+        raise
+    except TimeoutError as error:
+        segmenter.metrics.cancelled_images.labels(model.name, "deadline").inc(len(images))
+        raise DeadlineExceeded(f"the request was not done within {timeout_ms} ms") from error
 
 
 def build_response(model: ServedModel, outcomes: Sequence[Outcome], *, overlay: bool) -> Response:

@@ -278,3 +278,30 @@ async def test_draining_waits_for_every_batch_in_the_engine() -> None:
     backend.go.set()
     await drained
     assert [task.result() for task in tasks] == [1, 2, 3]
+
+
+async def test_lower_ranks_go_first_and_equal_ranks_in_order() -> None:
+    backend = FakeBackend()
+    batcher = start_batcher(backend, max_batch=2, max_delay_s=0.0)
+    held = await hold_engine(backend, batcher)
+    tiles = [(10, 2.0), (11, 2.0), (12, 1.0), (13, 3.0), (14, 1.0)]
+    tasks = [asyncio.create_task(batcher.infer([build_tile(v)], rank)) for v, rank in tiles]
+    await asyncio.sleep(0)
+    backend.go.set()
+    await asyncio.gather(held, *tasks)
+    assert backend.batches[1:] == [[12, 14], [10, 11], [13]]
+    await batcher.drain()
+
+
+async def test_a_bucket_of_lower_rank_goes_before_an_older_one() -> None:
+    backend = FakeBackend()
+    batcher = start_batcher(backend, max_batch=4, max_delay_s=0.0)
+    held = await hold_engine(backend, batcher)
+    old = asyncio.create_task(batcher.infer([build_tile(2, 8, 8)], 5.0))
+    await asyncio.sleep(0.002)
+    new = asyncio.create_task(batcher.infer([build_tile(3)], 4.0))
+    await asyncio.sleep(0)
+    backend.go.set()
+    await asyncio.gather(held, old, new)
+    assert backend.batches[1:] == [[3], [2]]
+    await batcher.drain()

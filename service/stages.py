@@ -1,0 +1,197 @@
+"""The way of one image through pools and engine.
+
+    headers -> decode (pool) -> batcher -> postprocess, encode (pool)
+
+Every image is on its own: what fails fails for that image alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from service.batcher import DynamicBatcher
+from service.errors import describe_error
+from service.metrics import Metrics
+from service.pipeline.errors import DecodeError
+from service.pipeline.merge import TileInstance
+from service.pipeline.types import Tile
+from service.pools import RankedPool
+from service.registry import LoadedModel
+from service.settings import Settings
+from service.steps import (
+    Options,
+    Timed,
+    count_pixels,
+    decode,
+    encode_error,
+    find_in_tile,
+    finish,
+    timed,
+)
+from service.timing import Interval, Timing, attribute_time
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a request, still encoded."""
+
+    file_name: str | None
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Attributes:
+        payload: Its entry of `results` as JSON, or a PNG if a picture was asked for and nothing
+            failed.
+        timing: None if it failed.
+        error: Why it failed.
+    """
+
+    payload: bytes
+    timing: Timing | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model with its batcher."""
+
+    loaded: LoadedModel
+    batcher: DynamicBatcher
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.loaded.config.name
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the images of one request have in common.
+
+    Attributes:
+        model: Who segments them.
+        options: What the request asks for.
+        began_s: When it came, on the event loop's clock.
+        rank: Its place in every queue, lowest first.
+    """
+
+    model: ServedModel
+    options: Options
+    began_s: float
+    rank: float
+
+
+class Stages:
+    """The pools, and an image's way through them; `shutdown` at last.
+
+    Args:
+        settings: Threads and bounds.
+        metrics: Where everything is counted.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        # One pool would let decoding of what came later delay what is nearly finished.
+        self._headers = RankedPool(1, "header")
+        self._decoders = RankedPool(settings.pool_threads, "decode")
+        self._finishers = RankedPool(settings.pool_threads, "finish")
+
+    def shutdown(self) -> None:
+        """Ends the threads; what waits is dropped."""
+        for pool in (self._headers, self._decoders, self._finishers):
+            pool.shutdown()
+
+    async def read_headers(self, images: Sequence[ImageFile], job: Job) -> list[int | DecodeError]:
+        """Pixels of each image, or why it is refused; nothing is decoded yet."""
+        data = [image.data for image in images]
+        step = partial(count_pixels, data, self._settings.max_image_pixels)
+        return await self._headers.run(step, job.rank)
+
+    async def run(self, image: ImageFile, header: int | DecodeError, job: Job) -> Outcome:
+        """One image from its bytes to its answer; cancelling it removes what still waits."""
+        try:
+            if isinstance(header, DecodeError):
+                raise header
+            return await self._run(image, job)
+        except Exception as error:
+            status, detail = describe_error(error)
+            if status == 500 and detail["code"] == "internal_error":
+                logger.exception("an image failed")
+            self._metrics.image_errors.labels(job.model.name, detail["code"]).inc()
+            return Outcome(encode_error(image.file_name, error), error=error)
+
+    async def _run(self, image: ImageFile, job: Job) -> Outcome:
+        model, options = job.model, job.options
+        config = model.loaded.config
+        step = partial(
+            decode,
+            image.data,
+            config,
+            self._settings.max_image_pixels,
+            options,
+            scaled=self._settings.scaled_decode,
+        )
+        decoded = await self._timed(self._decoders, step, job)
+        prepared = decoded.result.prepared
+        # Few tiles of an image are on their way at once: their masks are what takes memory.
+        room = asyncio.Semaphore(2 * model.batcher.max_batch)
+        tiles = await gather_or_cancel(
+            self._run_tile(tile, prepared.image_hw, job, room) for tile in prepared.tiles
+        )
+        found = [tile.result for tile, _ in tiles]
+        last = partial(finish, image.file_name, decoded.result, found, config, options)
+        answer = (await self._timed(self._finishers, last, job)).result
+        timing = attribute_time(
+            (job.began_s, asyncio.get_running_loop().time()),
+            decode=[decoded.ran],
+            infer=[call for _, calls in tiles for call in calls],
+            postprocess=[*(tile.ran for tile, _ in tiles), answer.merged],
+            encode=[answer.encoded],
+        )
+        self._count(model.name, timing, answer.instances)
+        return Outcome(answer.payload, timing)
+
+    async def _run_tile(
+        self, tile: Tile, image_hw: tuple[int, int], job: Job, room: asyncio.Semaphore
+    ) -> tuple[Timed[list[TileInstance]], list[Interval]]:
+        """One tile's instances, with when they were found and when the engine had the tile."""
+        model = job.model
+        async with room:
+            inferred = await model.batcher.infer([tile], job.rank)
+            (candidates,) = inferred.candidates
+            config = model.loaded.config
+            step = partial(find_in_tile, tile, candidates, image_hw, config, job.options)
+            return await self._timed(self._finishers, step, job), inferred.calls
+
+    def _count(self, name: str, timing: Timing, instances: int) -> None:
+        self._metrics.images.labels(name).inc()
+        self._metrics.instances.labels(name).inc(instances)
+        for stage, seconds in vars(timing).items():
+            self._metrics.stage_seconds.labels(name, stage).observe(seconds)
+
+    @staticmethod
+    async def _timed(pool: RankedPool, step: Callable[[], T], job: Job) -> Timed[T]:
+        return await pool.run(partial(timed, step), job.rank)
+
+
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Like `asyncio.gather`, but when one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
