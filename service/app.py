@@ -18,9 +18,12 @@ from service.errors import (
     Draining,
     InvalidParameter,
     Overloaded,
+    QuotaExceeded,
     ServiceError,
+    Unauthorized,
     describe_error,
 )
+from service.keys import KeyRing
 from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.pipeline.errors import DecodeError
@@ -47,7 +50,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         repository: Loaded models; default: loaded from `settings.model_repo` at the start.
 
     Raises:
-        StartupError: `settings.default_model` is not in the repository.
+        StartupError: `settings.default_model` is not in the repository, or the keys file cannot
+            be read.
     """
     metrics = Metrics()
     built = None if repository is None else Segmenter(settings, repository, metrics)
@@ -69,6 +73,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     app = FastAPI(
         title="solo-serve", description=DESCRIPTION, version=_version(), lifespan=lifespan
     )
+    app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
     for module in (segment, models, health):
         app.include_router(module.router)
     _add_error_handlers(app, settings, metrics)
@@ -92,6 +97,12 @@ def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> N
             reason = error.reason if isinstance(error, Overloaded) else "draining"
             metrics.rejections.labels(reason).inc()
             headers["retry-after"] = str(settings.retry_after_s)
+        elif isinstance(error, QuotaExceeded):
+            metrics.rejections.labels(error.reason).inc()
+            headers["retry-after"] = str(error.retry_after_s)
+        elif isinstance(error, Unauthorized):
+            metrics.rejections.labels("unauthorized").inc()
+            headers["www-authenticate"] = "Bearer"
         status, detail = describe_error(error)
         return _error_response(status, detail, headers)
 

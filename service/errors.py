@@ -7,6 +7,9 @@
     │   ├── InvalidParameter      a query parameter
     │   └── TooManyImages         more than the server can ever hold
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
+    ├── Unauthorized              no API key, or one that is not known
+    ├── Forbidden                 the key may not do this
+    ├── QuotaExceeded             the key's share is used up; has `reason` and `retry_after_s`
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          it is in model_repo, but was refused
@@ -70,6 +73,34 @@ class BodyTooLarge(ServiceError):
     """The body has more bytes than allowed."""
 
     code = "body_too_large"
+
+
+class Unauthorized(ServiceError):
+    """The request has no API key, or one that is not known."""
+
+    code = "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """The request's API key may not do this."""
+
+    code = "forbidden"
+
+
+class QuotaExceeded(ServiceError):
+    """The share of an API key is used up.
+
+    Attributes:
+        reason: Which bound: "key_images" or "key_rate".
+        retry_after_s: When it may be worth another try.
+    """
+
+    code = "quota_exceeded"
+
+    def __init__(self, message: str, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class UnknownModel(ServiceError):
@@ -148,6 +179,8 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "empty_body": 400,
     "invalid_multipart": 400,
     "empty_image": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "unknown_model": 404,
     "unknown_version": 404,
@@ -158,6 +191,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unsupported_format": 415,
     "corrupt_image": 422,
     "invalid_parameter": 422,
+    "quota_exceeded": 429,
     "internal_error": 500,
     "engine_error": 500,
     "overloaded": 503,

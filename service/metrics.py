@@ -22,7 +22,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 CANCELLATIONS = ("client_left", "deadline")
-REJECTIONS = ("queue_images", "queue_pixels", "draining", "body_too_large")
+REJECTIONS = (
+    *("queue_images", "queue_pixels", "draining", "body_too_large"),
+    *("unauthorized", "key_images", "key_rate"),
+)
 
 # An edge stands at each objective (0.4 s for a 256 x 256 image on two cores).
 _SECONDS = (

@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         PositiveInt | None,
         Field(description="deadline of requests that give none, ms (default: none)"),
     ] = None
+    keys_file: Annotated[
+        Path | None,
+        Field(description="API keys, see `python -m service.keys --help` (default: none needed)"),
+    ] = None
     retry_after_s: Annotated[PositiveInt, Field(description="Retry-After of a 503, s")] = 1
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="how long accepted work may take after SIGTERM, s")

@@ -19,7 +19,7 @@ from service.errors import (
     TooManyImages,
 )
 from service.middleware import CLIENT_LEFT
-from service.routes.state import SegmenterDep
+from service.routes.state import QuotaDep, SegmenterDep, admit_images
 from service.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.segmenter import Segmenter
 from service.stages import ImageFile, Outcome, ServedModel
@@ -67,10 +67,12 @@ class ClientLeft(Exception):
             status: {"model": ErrorResponse, "description": text}
             for status, text in {
                 400: "Nothing to segment, or the request is broken",
+                401: "An API key is asked for",
                 404: "No such model or version",
                 413: "Too many bytes, pixels or images",
                 415: "Not an image of an allowed format",
                 422: "A parameter or the image is not valid",
+                429: "The API key's share is used up; see Retry-After",
                 500: "The server failed",
                 503: "Too much work, or going down; see Retry-After",
                 504: "Not done within timeout_ms",
@@ -82,6 +84,7 @@ async def segment(
     request: Request,
     query: Annotated[SegmentQuery, Query()],
     segmenter: SegmenterDep,
+    quota: QuotaDep,
     x_timeout_ms: Annotated[TimeoutMs, Header()] = None,
 ) -> Response:
     """Segments one image (the body) or several (multipart parts named `images`).
@@ -104,7 +107,10 @@ async def segment(
         )
         timeout_ms = query.timeout_ms or x_timeout_ms
         try:
-            outcomes = await segment_in_time(request, segmenter, model, images, options, timeout_ms)
+            with admit_images(quota, len(images)):
+                outcomes = await segment_in_time(
+                    request, segmenter, model, images, options, timeout_ms
+                )
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
     return build_response(model, outcomes, overlay=overlay)
