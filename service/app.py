@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from service.backends.base import BackendOptions
 from service.errors import (
     Draining,
+    EngineRestarting,
     InvalidParameter,
     Overloaded,
     QuotaExceeded,
@@ -93,8 +94,8 @@ def _version() -> str:
 def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         headers = {}
-        if isinstance(error, (Overloaded, Draining)):
-            reason = error.reason if isinstance(error, Overloaded) else "draining"
+        if isinstance(error, (Overloaded, Draining, EngineRestarting)):
+            reason = error.reason if isinstance(error, Overloaded) else error.code
             metrics.rejections.labels(reason).inc()
             headers["retry-after"] = str(settings.retry_after_s)
         elif isinstance(error, QuotaExceeded):

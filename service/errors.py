@@ -15,6 +15,7 @@
     ├── ModelUnavailable          it is in model_repo, but was refused
     ├── Overloaded                admission is full; has `reason` and `retry_after_s`
     ├── Draining                  the server is going down
+    ├── EngineRestarting          the engine has died and another is being built
     ├── DeadlineExceeded          the time that the client gave is over
     ├── EngineError               the engine failed on this very image
     └── StartupError              the server cannot start; never sent
@@ -141,6 +142,12 @@ class Draining(ServiceError):
     code = "draining"
 
 
+class EngineRestarting(ServiceError):
+    """The model's engine has died and another is being built."""
+
+    code = "engine_restarting"
+
+
 class DeadlineExceeded(ServiceError):
     """The request was not done within the time that its client gave it."""
 
@@ -197,6 +204,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "overloaded": 503,
     "draining": 503,
     "model_unavailable": 503,
+    "engine_restarting": 503,
     "deadline_exceeded": 504,
 }
 """Every code that a response can carry."""

@@ -23,7 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
-    *("queue_images", "queue_pixels", "draining", "body_too_large"),
+    *("queue_images", "queue_pixels", "draining", "engine_restarting", "body_too_large"),
     *("unauthorized", "key_images", "key_rate"),
 )
 
@@ -101,6 +101,12 @@ class Metrics:
         self.engine_failures = Counter(
             "solo_engine_failures_total", "Engine calls that raised", ["model"], registry=registry
         )
+        self.engine_restarts = Counter(
+            "solo_engine_restarts_total",
+            "Engines that died and were replaced",
+            ["model"],
+            registry=registry,
+        )
         self.cancelled_images = Counter(
             "solo_cancelled_images_total",
             "Images removed because their client left, or because its deadline passed",
@@ -125,6 +131,9 @@ class Metrics:
             "solo_in_flight_requests", "Requests to /segment being handled", registry=registry
         )
         self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
+        self.engine_up = Gauge(
+            "solo_engine_up", "1 while the model's engine answers", ["model"], registry=registry
+        )
         self.model_info = Gauge(
             "solo_model_info",
             "1 for each model that is served",
@@ -143,8 +152,9 @@ class Metrics:
         self.model_info.labels(name, str(version), backend, device).set(1)
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
-        for family in (self.images, self.instances, self.engine_failures):
+        for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):
             family.labels(name)
+        self.engine_up.labels(name).set(1)
         for reason in CANCELLATIONS:
             self.cancelled_images.labels(name, reason)
         self.batch_size.labels(name)

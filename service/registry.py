@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,10 @@ class LoadedModel:
     config: ModelConfig
     version: int
     backend: Backend
+
+    def probe(self, backend: Backend) -> None:
+        """Runs an engine of this model on a harmless image; raises if that fails."""
+        warm_up(backend, self.config)
 
     def segment(
         self,
@@ -107,7 +111,7 @@ def load_version(
     except BackendError as error:
         raise ModelRefused(file, str(error)) from error
     try:
-        _warm_up(backend, config)
+        warm_up(backend, config)
     except Exception as error:  # an engine's exceptions have no common base
         backend.close()
         raise ModelRefused(file, f"the first run failed: {error}") from error
@@ -170,7 +174,7 @@ def _verify_files(folder: Path, files: Mapping[str, FileSpec]) -> bytes | Path:
     return graph if len(files) == 1 else folder / ONNX_FILE
 
 
-def _warm_up(backend: Backend, config: ModelConfig) -> None:
+def warm_up(backend: Backend, config: ModelConfig) -> None:
     """One run on a grey image: what is slow only once happens here, and so do mismatches."""
     prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
     candidates = backend.infer(prepared.tiles)
@@ -206,11 +210,22 @@ class Repository:
         root: The repository's folder.
         models: The models that can be served, by name.
         refused: Why the others are not, by folder name.
+        options: How their engines were built, and will be again.
     """
 
     root: Path
     models: Mapping[str, LoadedModel]
     refused: Mapping[str, ModelRefused]
+    options: BackendOptions = field(default_factory=BackendOptions)
+
+    def rebuild(self, model: LoadedModel) -> Backend:
+        """Another engine for a model whose engine has died.
+
+        Raises:
+            ModelRefused: Its files have changed or are gone.
+        """
+        name, version = model.config.name, model.version
+        return load_version(self.root / name, version, self.options).backend
 
     def close(self) -> None:
         """Frees all engines."""
@@ -261,4 +276,4 @@ def load_repository(root: Path, options: BackendOptions | None = None) -> Reposi
     if not models:
         reasons = "; ".join(str(error) for error in refused.values())
         raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
-    return Repository(root, models, refused)
+    return Repository(root, models, refused, options or BackendOptions())

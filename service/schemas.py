@@ -118,7 +118,7 @@ class SegmentResponse(BaseModel):
 class HealthResponse(BaseModel):
     """Answer of GET /healthz."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "engine_restarting"]
 
 
 class LiveResponse(BaseModel):

@@ -9,8 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from service.admission import Admission
+from service.backends.restarting import RestartingBackend
 from service.batcher import BatchStats, DynamicBatcher
-from service.errors import ModelUnavailable, StartupError, UnknownModel, UnknownVersion
+from service.errors import (
+    EngineRestarting,
+    ModelUnavailable,
+    StartupError,
+    UnknownModel,
+    UnknownVersion,
+)
 from service.metrics import Metrics
 from service.registry import LoadedModel, Repository
 from service.settings import Settings
@@ -39,8 +46,7 @@ class Segmenter:
         self.admission = Admission(settings.max_queue_images, settings.max_queue_pixels)
         self._settings = settings
         self._models: Mapping[str, ServedModel] = {
-            name: ServedModel(model, self._build_batcher(model))
-            for name, model in repository.models.items()
+            name: self._serve(model) for name, model in repository.models.items()
         }
         self._stages = Stages(settings, metrics)
         self._requests = 0
@@ -55,7 +61,27 @@ class Segmenter:
             raise StartupError(f"there is no default model {name!r}, only {sorted(self._models)}")
         return name
 
-    def _build_batcher(self, model: LoadedModel) -> DynamicBatcher:
+    def _serve(self, model: LoadedModel) -> ServedModel:
+        engine = self._watch(model)
+        return ServedModel(model, engine, self._build_batcher(model, engine))
+
+    def _watch(self, model: LoadedModel) -> RestartingBackend:
+        name = model.config.name
+
+        def count(alive: bool) -> None:
+            self.metrics.engine_up.labels(name).set(alive)
+            if alive:
+                self.metrics.engine_restarts.labels(name).inc()
+
+        return RestartingBackend(
+            model.backend,
+            lambda: self.repository.rebuild(model),
+            model.probe,
+            timeout_s=self._settings.engine_timeout_s,
+            on_restart=count,
+        )
+
+    def _build_batcher(self, model: LoadedModel, engine: RestartingBackend) -> DynamicBatcher:
         name = model.config.name
 
         def count(stats: BatchStats) -> None:
@@ -64,7 +90,7 @@ class Segmenter:
                 self.metrics.engine_failures.labels(name).inc()
 
         return DynamicBatcher(
-            model.backend,
+            engine,
             max_batch=min(self._settings.max_batch, model.config.limits.max_batch),
             max_delay_s=self._settings.max_delay_ms / 1000,
             on_batch=count,
@@ -89,18 +115,17 @@ class Segmenter:
     @property
     def is_ready(self) -> bool:
         """Whether new work is taken."""
-        return self.admission.is_open
+        return self.admission.is_open and all(m.engine.is_alive for m in self._models.values())
 
     def start(self) -> None:
         """Starts the batchers; needs a running event loop."""
         for model in self._models.values():
             model.batcher.start()
-        self.metrics.ready.set(1)
+        self.metrics.ready.set_function(lambda: self.is_ready)
 
     def close_admission(self) -> None:
         """Refuses new work from now on; what was accepted goes on."""
         self.admission.close()
-        self.metrics.ready.set(0)
 
     @contextmanager
     def track_request(self) -> Iterator[None]:
@@ -129,12 +154,15 @@ class Segmenter:
         """Finishes accepted work, then frees the engines."""
         finished = await self.finish_accepted()
         for model in self._models.values():
+            if not finished or not model.engine.is_alive:
+                model.engine.close()  # nobody waits for it, or for another, any more
             await (model.batcher.drain() if finished else model.batcher.abort())
+            model.engine.close()
         self._stages.shutdown()
         self.repository.close()
 
     def find_model(self, name: str | None, version: int | None) -> ServedModel:
-        """The model that a request means.
+        """The model that a request means, if its engine can take work.
 
         Args:
             name: None takes the default model.
@@ -144,6 +172,7 @@ class Segmenter:
             UnknownModel: There is none of that name.
             ModelUnavailable: It was refused.
             UnknownVersion: It is not the version that is served.
+            EngineRestarting: Its engine has died and another is being built.
         """
         if name is None:
             name = self.default_model
@@ -156,6 +185,8 @@ class Segmenter:
             raise UnknownVersion(
                 f"model {name!r} is served in version {model.loaded.version}, not {version}"
             )
+        if not model.engine.is_alive:
+            raise EngineRestarting(f"the engine of model {name!r} has died; another is being built")
         return model
 
     async def segment(

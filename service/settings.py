@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     max_batch: Annotated[
         PositiveInt, Field(description="canvases in one engine call; a model's limit also holds")
     ] = 8
+    engine_timeout_s: Annotated[
+        float,
+        Field(gt=0, description="an engine call that takes longer is taken for dead, s"),
+    ] = 120.0
     max_delay_ms: Annotated[
         float, Field(ge=0, le=10_000, description="how long a canvas waits for company, ms")
     ] = 5.0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from service.backends.restarting import RestartingBackend
 from service.batcher import DynamicBatcher
 from service.errors import describe_error
 from service.metrics import Metrics
@@ -65,9 +66,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model with its batcher."""
+    """A model with its engine, which is watched, and its batcher."""
 
     loaded: LoadedModel
+    engine: RestartingBackend
     batcher: DynamicBatcher
 
     @property

@@ -40,22 +40,32 @@ class BackendOptions:
 
 
 class Backend(Protocol):
-    """An engine that is built and ready.
+    """An engine that is built and ready."""
 
-    Attributes:
-        name: Kind of engine, e.g. "onnxruntime".
-        device: What it really runs on: "cpu" or "cuda".
-        precision: Of its arithmetic.
-        reason: Why this engine and this device, one sentence.
-        concurrency: How many threads may be in `infer` at once, so that one batch is copied while
-            another is computed.
-    """
+    @property
+    def name(self) -> str:
+        """Kind of engine, e.g. "onnxruntime"."""
+        ...
 
-    name: str
-    device: str
-    precision: Precision
-    reason: str
-    concurrency: int
+    @property
+    def device(self) -> str:
+        """What it really runs on: "cpu" or "cuda"."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """Of its arithmetic."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this engine and this device, one sentence."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may be in `infer` at once: one batch is copied, another computed."""
+        ...
 
     def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         """Runs one batch.

@@ -13,7 +13,9 @@ router = APIRouter(tags=["health"])
 @router.get("/healthz")
 async def healthz(segmenter: SegmenterDep) -> HealthResponse:
     """200 as long as the process answers; the text says whether new work is taken."""
-    return HealthResponse(status="ok" if segmenter.is_ready else "draining")
+    if not segmenter.admission.is_open:
+        return HealthResponse(status="draining")
+    return HealthResponse(status="ok" if segmenter.is_ready else "engine_restarting")
 
 
 @router.get("/v2/health/live")

@@ -14,6 +14,8 @@ NAMES = {
     "solo_instances_total",
     "solo_rejections_total",
     "solo_engine_failures_total",
+    "solo_engine_restarts_total",
+    "solo_engine_up",
     "solo_cancelled_images_total",
     "solo_queue_images",
     "solo_queue_pixels",

@@ -1,0 +1,238 @@
+"""An engine that is watched: one that hangs or has died is built anew.
+
+An exception may be the fault of one image or of the engine: a probe tells them apart. A call that
+does not come back within its time is always taken as the engine's fault; its thread is abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from service.backends.base import Backend, BackendError, Precision
+from service.pipeline.postprocess import TileCandidates
+from service.pipeline.types import Tile
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+
+Results = Sequence[TileCandidates]
+
+
+class EngineHung(BackendError):
+    """A call did not come back in time."""
+
+
+class RestartingBackend:
+    """A `Backend` around another, which it replaces when that has died.
+
+    While a new engine is built, `infer` waits: nothing that was accepted is lost. Only what
+    kills the engine when it is alone in a call is given up.
+
+    Args:
+        backend: The first engine.
+        build: Builds another; called in a thread of its own, again and again until it succeeds.
+        probe: Runs an engine on something harmless; raises if it is dead.
+        timeout_s: Longest time of a call.
+        on_restart: Told when an engine has died and when another is there.
+        first_pause_s: Between the first failed attempt to build and the next; it doubles.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        build: Callable[[], Backend],
+        probe: Callable[[Backend], None],
+        *,
+        timeout_s: float,
+        on_restart: Callable[[bool], None] = lambda alive: None,
+        first_pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
+        self._build = build
+        self._probe = probe
+        self._timeout_s = timeout_s
+        self._on_restart = on_restart
+        self._first_pause_s = first_pause_s
+        self._lock = threading.Lock()
+        self._usable = threading.Event()
+        self._closed = threading.Event()
+        self._take(backend)
+
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        return self._backend.name
+
+    @property
+    def device(self) -> str:
+        """See `Backend`."""
+        return self._backend.device
+
+    @property
+    def precision(self) -> Precision:
+        """See `Backend`."""
+        return self._backend.precision
+
+    @property
+    def reason(self) -> str:
+        """See `Backend`."""
+        return self._backend.reason
+
+    @property
+    def concurrency(self) -> int:
+        """See `Backend`."""
+        return self._backend.concurrency
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether calls are answered now."""
+        return self._usable.is_set()
+
+    def infer(self, tiles: Sequence[Tile]) -> Results:
+        """See `Backend.infer`.
+
+        Raises:
+            EngineHung: The call took too long; another engine is being built.
+            Exception: What the engine raised; it is alive, or it died and so did the next one
+                on the same tiles.
+        """
+        backend, workers = self._wait_until_usable()
+        try:
+            return self._call(backend, workers, tiles)
+        except EngineHung:
+            raise
+        except Exception as error:
+            if self._closed.is_set() or self._answers(backend, workers):
+                raise
+            self._replace(backend, f"it raised {error!r} and fails on a harmless image too")
+        backend, workers = self._wait_until_usable()
+        return self._call(backend, workers, tiles)
+
+    def close(self) -> None:
+        """See `Backend.close`; whoever waits for a new engine gets an error."""
+        with self._lock:
+            self._closed.set()
+            self._usable.set()
+            self._workers.stop()
+            self._workers.abandon(BackendError("the engine is closed"))
+            self._backend.close()
+
+    def _take(self, backend: Backend) -> None:
+        self._backend = backend
+        self._workers = _Workers(backend.concurrency)
+        self._usable.set()
+
+    def _wait_until_usable(self) -> tuple[Backend, _Workers]:
+        self._usable.wait()
+        with self._lock:
+            if self._closed.is_set():
+                raise BackendError("the engine is closed")
+            return self._backend, self._workers
+
+    def _call(self, backend: Backend, workers: _Workers, tiles: Sequence[Tile]) -> Results:
+        call: Future[Results] = workers.run(backend.infer, tiles)
+        try:
+            return call.result(self._timeout_s)
+        except TimeoutError as error:
+            self._replace(backend, f"a call has not come back after {self._timeout_s:g} s")
+            raise EngineHung(f"the engine took more than {self._timeout_s:g} s") from error
+
+    def _answers(self, backend: Backend, workers: _Workers) -> bool:
+        try:
+            workers.run(self._probe, backend).result(self._timeout_s)
+        except Exception as error:  # an engine's exceptions have no common base
+            logger.warning("the engine failed on a harmless image: %r", error)
+            return False
+        return True
+
+    def _replace(self, dead: Backend, reason: str) -> None:
+        """Builds another engine in the background; does nothing if that is under way."""
+        with self._lock:
+            if dead is not self._backend or not self._usable.is_set() or self._closed.is_set():
+                return
+            self._usable.clear()
+            self._workers.stop()
+        logger.error("the engine is dead, another is built: %s", reason)
+        self._on_restart(False)
+        rebuild = threading.Thread(target=self._rebuild, name="engine-rebuild", daemon=True)
+        rebuild.start()
+
+    def _rebuild(self) -> None:
+        if self._workers.join(timeout_s=1.0):  # one that hangs still uses what would be freed
+            with contextlib.suppress(Exception):
+                self._backend.close()
+        pause_s = self._first_pause_s
+        while not self._closed.is_set():
+            try:
+                backend = self._build()
+                break
+            except Exception as error:  # whatever stands in the way may pass
+                logger.error("no new engine yet, next try in %g s: %s", pause_s, error)
+            self._closed.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        else:
+            return
+        with self._lock:
+            if self._closed.is_set():
+                backend.close()
+                return
+            self._take(backend)
+        logger.info("a new engine is ready on %s (%s)", backend.device, backend.name)
+        self._on_restart(True)
+
+
+class _Workers:
+    """Threads that the end of the process does not wait for, since one may hang for ever."""
+
+    def __init__(self, count: int) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._work = queue.SimpleQueue()
+        self._pending: set[Future[Any]] = set()
+        names = (f"engine-{index}" for index in range(count))
+        self._threads = [threading.Thread(target=self._run, name=n, daemon=True) for n in names]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Runs a call in one of the threads."""
+        done: Future[Any] = Future()
+        self._pending.add(done)
+        done.add_done_callback(self._pending.discard)
+        self._work.put((done, lambda: function(*arguments)))
+        return done
+
+    def stop(self) -> None:
+        """Ends the threads when they have done what they are at."""
+        for _ in self._threads:
+            self._work.put(None)
+
+    def abandon(self, error: BackendError) -> None:
+        """Whoever waits for a call waits no longer, also if the call hangs."""
+        for done in tuple(self._pending):
+            with contextlib.suppress(InvalidStateError):  # it came back in this moment
+                done.set_exception(error)
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the threads that were stopped; whether all have ended."""
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            done, step = item
+            with contextlib.suppress(InvalidStateError):  # it was abandoned
+                try:
+                    done.set_result(step())
+                except Exception as error:
+                    done.set_exception(error)
+            del item, done, step  # the next batch may be long in coming

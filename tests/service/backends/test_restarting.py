@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from service.backends.base import Backend, BackendError, Precision
+from service.backends.restarting import EngineHung, RestartingBackend
+from service.pipeline.types import Candidates, Tile, Window
+
+GOOD, BAD, DEADLY, HANGING = 1, 2, 3, 4
+
+
+class FakeEngine:
+    """Fails on `BAD`, dies of `DEADLY`, does not come back from `HANGING` until released."""
+
+    name = "fake"
+    device = "cpu"
+    precision: Precision = "fp32"
+    reason = "a test"
+
+    def __init__(self, number: int = 0, concurrency: int = 1) -> None:
+        self.number = number
+        self.concurrency = concurrency
+        self.dead = self.closed = False
+        self.calls: list[int] = []
+        self.release = threading.Event()
+
+    def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+        values = [int(tile.image[0, 0, 0]) for tile in tiles]
+        self.calls += values
+        if DEADLY in values:
+            self.dead = True
+        if self.dead:
+            raise MemoryError("bad allocation")
+        if HANGING in values:
+            self.release.wait(20)
+        if BAD in values:
+            raise ValueError("2 is not liked")
+        empty = np.zeros(0, np.float32)
+        labels = np.zeros(0, np.int64)
+        return [Candidates(empty, labels, np.full((0, self.number, 1), 0, np.float32))] * len(tiles)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def build_tile(value: int) -> Tile:
+    return Tile(np.full((2, 2, 3), value, np.uint8), (2, 2), Window(0, 0, 2, 2))
+
+
+def probe(backend: Backend) -> None:
+    backend.infer([build_tile(GOOD)])
+
+
+class House:
+    """A watched engine with the engines that were built for it."""
+
+    def __init__(self, *, failures: int = 0, concurrency: int = 1, timeout_s: float = 10.0) -> None:
+        self.engines = [FakeEngine(concurrency=concurrency)]
+        self.failures = failures
+        self.told: list[bool] = []
+        self.may_build = threading.Event()
+        self.may_build.set()
+        self.backend = RestartingBackend(
+            self.engines[0],
+            self.build,
+            probe,
+            timeout_s=timeout_s,
+            on_restart=self.told.append,
+            first_pause_s=0.001,
+        )
+
+    def build(self) -> Backend:
+        assert self.may_build.wait(20)
+        if self.failures:
+            self.failures -= 1
+            raise OSError("no memory yet")
+        self.engines.append(FakeEngine(len(self.engines)))
+        return self.engines[-1]
+
+    def infer(self, *values: int) -> int:
+        """Number of the engine that answered."""
+        results = self.backend.infer([build_tile(value) for value in values])
+        assert len(results) == len(values)
+        return results[0].mask_hw[0]
+
+
+@contextmanager
+def open_house(**options: int | float) -> Iterator[House]:
+    house = House(**options)  # type: ignore[arg-type]
+    try:
+        yield house
+    finally:
+        house.may_build.set()
+        for engine in house.engines:
+            engine.release.set()
+        house.backend.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
+def test_a_healthy_engine_is_passed_through() -> None:
+    with open_house() as house:
+        assert house.infer(GOOD, GOOD) == 0
+        described = house.backend.name, house.backend.device, house.backend.concurrency
+        assert described == ("fake", "cpu", 1)
+        assert house.backend.is_alive and house.told == []
+
+
+def test_an_image_that_the_engine_does_not_like_is_not_the_engines_death() -> None:
+    with open_house() as house:
+        with pytest.raises(ValueError, match="2 is not liked"):
+            house.infer(BAD)
+        assert house.infer(GOOD) == 0
+        assert house.told == [] and len(house.engines) == 1
+
+
+def test_a_dead_engine_is_replaced_and_the_call_is_made_again() -> None:
+    with open_house() as house:
+        house.engines[0].dead = True
+        assert house.infer(GOOD) == 1
+        assert house.told == [False, True]
+        assert house.engines[0].closed
+
+
+def test_what_kills_two_engines_is_given_up_and_the_next_is_built() -> None:
+    with open_house() as house:
+        with pytest.raises(MemoryError):
+            house.infer(DEADLY)
+        assert house.engines[1].calls == [DEADLY]
+        assert house.infer(GOOD) == 2
+
+
+def test_building_is_tried_until_it_succeeds_and_calls_wait() -> None:
+    with open_house(failures=4) as house:
+        house.engines[0].dead = True
+        assert house.infer(GOOD) == 1
+        assert house.failures == 0
+
+
+def test_a_call_that_hangs_is_given_up_and_another_engine_built() -> None:
+    with open_house(timeout_s=0.05) as house:
+        with pytest.raises(EngineHung, match=r"more than 0\.05 s"):
+            house.infer(HANGING)
+        assert house.infer(GOOD) == 1
+        assert not house.engines[0].closed  # its thread may still be in there
+        assert house.told == [False, True]
+
+
+def test_calls_wait_while_an_engine_is_built() -> None:
+    with open_house() as house, ThreadPoolExecutor(4) as pool:
+        house.may_build.clear()
+        house.engines[0].dead = True
+        calls = [pool.submit(house.infer, GOOD) for _ in range(4)]
+        wait_for(lambda: not house.backend.is_alive)
+        time.sleep(0.02)
+        assert not any(call.done() for call in calls)
+        house.may_build.set()
+        assert [call.result(10) for call in calls] == [1] * 4
+        assert len(house.engines) == 2
+
+
+def test_closing_ends_the_waiting() -> None:
+    with open_house() as house, ThreadPoolExecutor(1) as pool:
+        house.may_build.clear()
+        house.engines[0].dead = True
+        call = pool.submit(house.infer, GOOD)
+        wait_for(lambda: not house.backend.is_alive)
+        house.backend.close()
+        with pytest.raises(BackendError, match="closed"):
+            call.result(10)
+        house.may_build.set()
+        wait_for(lambda: len(house.engines) == 2 and house.engines[1].closed)
+        with pytest.raises(BackendError, match="closed"):
+            house.infer(GOOD)
+
+
+def test_closing_ends_a_call_that_hangs() -> None:
+    with open_house() as house, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(house.infer, HANGING)
+        wait_for(lambda: HANGING in house.engines[0].calls)
+        house.backend.close()
+        with pytest.raises(BackendError, match="closed"):
+            call.result(10)
+
+
+def test_two_calls_at_once_that_find_the_engine_dead_build_one() -> None:
+    with open_house(concurrency=2) as house, ThreadPoolExecutor(2) as pool:
+        house.engines[0].dead = True
+        assert list(pool.map(house.infer, [GOOD, GOOD])) == [1, 1]
+        assert len(house.engines) == 2
