@@ -19,6 +19,7 @@ from service.app import create_app
 from service.backends.base import BackendOptions
 from service.backends.ort import check_device
 from service.errors import StartupError
+from service.logs import configure_logging
 from service.registry import load_repository
 from service.settings import Settings
 
@@ -143,11 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the server; exits 0 after a drain, 1 with the reason if it cannot start."""
     try:
         settings = read_settings(arguments)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
-        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad bodies are answered
+        configure_logging(settings.log_level, settings.log_format)
         for warning in find_unknown_variables(os.environ):
             logger.warning(warning)
         serve(settings)

@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+}
+"""Of every response that does not set its own."""
 CLIENT_LEFT = 499
 """Status in log and metrics of a request whose client left before the answer."""
 
@@ -57,13 +63,16 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             if status == CLIENT_LEFT:
                 await send_error(send_with_id, error)
         finally:
@@ -84,6 +93,13 @@ class RequestContextMiddleware:
             status,
             seconds * 1e3,
             request_id,
+            extra={
+                "request_id": request_id,
+                "method": method,
+                "path": scope["path"],
+                "status": status,
+                "duration_ms": round(seconds * 1e3, 1),
+            },
         )
 
 

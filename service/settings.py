@@ -89,7 +89,15 @@ class Settings(BaseSettings):
         Field(description="least level that is logged"),
     ] = "info"
 
-    @field_validator("log_level", "device", mode="before")
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="json: one object a line, for log collectors")
+    ] = "text"
+    cors_origins: Annotated[
+        str,
+        Field(description="origins whose pages may ask, comma-separated, or * (default: none)"),
+    ] = ""
+
+    @field_validator("log_level", "log_format", "device", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value

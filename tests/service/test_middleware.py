@@ -4,11 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from service.app import create_app
 from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware
+from service.registry import load_repository
+from service.settings import Settings
+from tests.service.conftest import OPTIONS, OpenClient
 
 LIMIT = 100
 
@@ -109,3 +114,32 @@ async def test_other_protocols_pass_untouched() -> None:
         {"type": "lifespan"}, exchange.receive, exchange.send
     )
     assert seen == [{"type": "lifespan"}]
+
+
+async def test_every_answer_has_the_security_headers(client: httpx.AsyncClient) -> None:
+    for path in ("/v2/models", "/nowhere", "/metrics"):
+        headers = (await client.get(path)).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+
+
+async def test_other_origins_may_ask_only_if_they_are_named(
+    settings: Settings, open_client: OpenClient
+) -> None:
+    for origins, allowed in (("", None), ("https://a.test, https://b.test", "https://b.test")):
+        changed = settings.model_copy(update={"cors_origins": origins})
+        app = create_app(changed, load_repository(changed.model_repo, OPTIONS))
+        async with open_client(app) as client:
+            for origin, expected in (("https://b.test", allowed), ("https://c.test", None)):
+                response = await client.get("/v2/models", headers={"Origin": origin})
+                assert response.headers.get("access-control-allow-origin") == expected
+
+
+async def test_a_request_is_one_log_line_with_its_id(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.middleware")
+    await client.post("/segment", content=b"x", headers={"X-Request-Id": "abc-1"})
+    (record,) = [r for r in caplog.records if r.name == "service.middleware"]
+    fields = {name: vars(record)[name] for name in ("request_id", "method", "path", "status")}
+    assert fields == {"request_id": "abc-1", "method": "POST", "path": "/segment", "status": 415}
