@@ -170,6 +170,31 @@ class ModelConfig(Spec):
         return self
 
 
+class LatestVersions(Spec):
+    """The highest versions, as many as asked for."""
+
+    policy: Literal["latest"] = "latest"
+    count: PositiveInt = 1
+
+
+class AllVersions(Spec):
+    """Every version."""
+
+    policy: Literal["all"] = "all"
+
+
+class SpecificVersions(Spec):
+    """The versions that are named."""
+
+    policy: Literal["specific"] = "specific"
+    versions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+VersionPolicy = Annotated[
+    LatestVersions | AllVersions | SpecificVersions, Field(discriminator="policy")
+]
+
+
 class RepositoryConfig(Spec):
     """config.json: shared sections and the versions."""
 
@@ -183,12 +208,34 @@ class RepositoryConfig(Spec):
     mask_stride: int | None = None
     postprocess: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
+    serve: VersionPolicy = LatestVersions()
     versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]*$")], dict[str, Any]]
 
     @property
     def version_numbers(self) -> list[int]:
         """Ascending."""
         return sorted(int(v) for v in self.versions)
+
+    @property
+    def served_versions(self) -> list[int]:
+        """Those that are to be served at once, ascending.
+
+        Raises:
+            ConfigError: There is no version, or one that is named is not there.
+        """
+        present = self.version_numbers
+        if not present:
+            raise ConfigError(f"model {self.name!r} names no version")
+        if isinstance(self.serve, AllVersions):
+            return present
+        if isinstance(self.serve, LatestVersions):
+            return present[-self.serve.count :]
+        missing = sorted(set(self.serve.versions) - set(present))
+        if missing:
+            raise ConfigError(
+                f"model {self.name!r} is to be served in {missing}, but has only {present}"
+            )
+        return sorted(set(self.serve.versions))
 
     def for_version(self, version: int) -> ModelConfig:
         """The shared sections with what the version replaces.
@@ -200,7 +247,7 @@ class RepositoryConfig(Spec):
             raise ConfigError(
                 f"model {self.name!r} has no version {version}, only {self.version_numbers}"
             )
-        shared = self.model_dump(exclude={"schema_version", "versions"}, exclude_none=True)
+        shared = self.model_dump(exclude={"schema_version", "serve", "versions"}, exclude_none=True)
         content = {**shared, **self.versions[str(version)], "version": version}
         try:
             return ModelConfig.model_validate(content)

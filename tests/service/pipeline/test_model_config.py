@@ -82,3 +82,44 @@ def test_missing_version_is_named() -> None:
 def test_what_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         parse_model_config(text)
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        (None, [4]),
+        ({"policy": "latest"}, [4]),
+        ({"policy": "latest", "count": 2}, [2, 4]),
+        ({"policy": "latest", "count": 9}, [1, 2, 4]),
+        ({"policy": "all"}, [1, 2, 4]),
+        ({"policy": "specific", "versions": [2, 1, 2]}, [1, 2]),
+    ],
+)
+def test_the_policy_says_which_versions_are_served(
+    serve: dict[str, Any] | None, expected: list[int]
+) -> None:
+    content = _content(versions={"2": {}, "1": {}, "4": {}})
+    if serve is not None:
+        content["serve"] = serve
+    repository = parse_model_config(json.dumps(content))
+    assert repository.served_versions == expected
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        *({"policy": "newest"}, {"policy": "latest", "count": 0}),
+        *({"policy": "specific", "versions": []}, {"policy": "all", "count": 1}),
+    ],
+)
+def test_a_wrong_policy_is_refused(serve: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="serve"):
+        parse_model_config(json.dumps(_content(serve=serve)))
+
+
+def test_a_version_that_is_to_be_served_and_is_not_there_is_named() -> None:
+    content = _content(versions={"1": {}}, serve={"policy": "specific", "versions": [1, 7]})
+    with pytest.raises(ConfigError, match=r"served in \[7\], but has only \[1\]"):
+        _ = parse_model_config(json.dumps(content)).served_versions
+    with pytest.raises(ConfigError, match="names no version"):
+        _ = parse_model_config(json.dumps(_content(versions={}))).served_versions
