@@ -99,7 +99,7 @@ def _is_allowed(item: Import) -> bool:
     if room == "solo_client":
         return item.root == "solo_client"
     if room == "service":
-        remote = item.file == "service/predict/predictors.py" and item.root == "solo_client"
+        remote = item.file.startswith("service/predict/") and item.root == "solo_client"
         return item.root == "service" or remote
     measured = ("service.pipeline", "service.registry", "service.backends")
     served = any(is_in(item.name, allowed) for allowed in measured)
@@ -142,6 +142,13 @@ def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:
         and (item.file != "service/backends/aoti.py" or item.top_level)
     ]
     assert offences == []
+
+
+def test_the_client_needs_little() -> None:
+    """It imports less than the distribution's own dependencies."""
+    allowed = {*sys.stdlib_module_names, "solo_client", "httpx", "numpy", "PIL", "pycocotools"}
+    foreign = [str(item) for item in imports_of("solo_client") if item.root not in allowed]
+    assert [item for item in foreign if not item.endswith("imports supervision")] == []
 
 
 def test_configs_import_no_torch() -> None:
