@@ -29,7 +29,7 @@ from service.errors import (
 from service.oip.schemas import OUTPUTS, InferInput, InferParameters, InferRequest, OutputName
 from service.pipeline.types import UInt8
 
-MAX_JSON_VALUES = 4_000_000
+MAX_JSON_VALUES = 2_000_000
 """Numbers, lists and objects in the JSON. As objects they need up to 30 times their text; a file
 in base64 is one of them, whatever its size."""
 _LENGTH = struct.Struct("<I")

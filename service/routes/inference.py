@@ -80,13 +80,23 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 
 @router.get("/v2")
 async def show_server(request: Request) -> ServerMetadata:
-    """The server's name, version and what it knows of the protocol."""
+    """The server's name, version and what it knows of the protocol.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2
+    ```
+    """
     return ServerMetadata(name="solo-serve", version=request.app.version, extensions=EXTENSIONS)
 
 
 @router.get("/v2/models/{name}/ready", responses={404: _FAILURES[404], 503: {"model": ModelReady}})
 async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> ModelReady:
-    """200 if the model takes work, else 503."""
+    """200 if the model takes work, else 503.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models/nuclei/ready
+    ```
+    """
     return _check_ready(segmenter.find_model(name, None), segmenter, response)
 
 

@@ -20,7 +20,12 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 
 @router.get("/v2/models")
 async def list_models(segmenter: SegmenterDep) -> ModelList:
-    """Every model of the repository; of a refused one, why."""
+    """Every model of the repository; of a refused one, why.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models
+    ```
+    """
     repository = segmenter.repository
     served = [
         ModelSummary(name=name, state="READY", version=model.version)
