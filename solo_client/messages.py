@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
         score_threshold: Least score, 0..1.
         max_instances: Most instances.
         masks: False leaves the masks out.
-        query: Query parameters that this client does not know, e.g. {"timeout_ms": 500}.
+        query: Other parameters of POST /segment, e.g. {"timeout_ms": 500, "priority": "batch"}.
     """
 
     model: str | None

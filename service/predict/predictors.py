@@ -13,7 +13,7 @@ from service.pipeline.model_config import Task
 from service.predict.errors import ImageFailed, RunFailed
 from service.registry import LoadedModel
 
-RETRY = solo_client.Retry(attempts=9)
+RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
 TIMEOUT_S = 120.0
 _OF_THE_IMAGE = (408, 413)
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+import tritonclient.http as triton
 from PIL import Image
 
+from service.keys import add_key
 from service.predict import main as predict_main
 from solo_client import (
     AsyncClient,
@@ -29,6 +31,7 @@ from solo_client import (
     RequestRefused,
     Result,
     Retry,
+    ServerFailed,
 )
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.processes import free_port
@@ -133,6 +136,38 @@ async def test_async_requests_at_once_and_cancelled(server: ServerProcess) -> No
             async with asyncio.timeout(0.01):
                 await client.segment(FILE)
         check(await client.segment(FILE))
+
+
+def test_a_deadline_of_the_request(server: ServerProcess) -> None:
+    with Client(server.url) as client:
+        with pytest.raises(ServerFailed) as caught:
+            client.segment(FILE, query={"timeout_ms": 1})
+        assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
+        check(client.segment(FILE, query={"timeout_ms": 60_000, "priority": "batch"}))
+
+
+def test_a_key_lets_in_all_three_clients(repo: Path, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.json", "shop")
+    (tmp_path / "key").write_text(f"{key}\n")
+    (tmp_path / "a.png").write_bytes(FILE)
+    flags = ("--model-repo", str(repo), *FLAGS, "--keys-file", str(tmp_path / "keys.json"))
+    predict = [str(tmp_path / "a.png"), "--quiet", "--out", str(tmp_path / "out.json"), "--url"]
+    with run_server(tmp_path / "log", *flags) as closed:
+        with Client(closed.url) as client, pytest.raises(RequestRefused, match="unauthorized"):
+            client.segment(FILE)
+        with Client(closed.url, api_key=key) as client:
+            check(client.segment(FILE))
+        with pytest.raises(SystemExit, match="unauthorized"):
+            predict_main([*predict, closed.url])
+        predict_main([*predict, closed.url, "--api-key-file", str(tmp_path / "key")])
+        assert len(json.loads((tmp_path / "out.json").read_bytes())) == 2
+        image = triton.InferInput("image", list(PIXELS.shape), "UINT8")
+        image.set_data_from_numpy(PIXELS)
+        with triton.InferenceServerClient(closed.url.removeprefix("http://")) as other:
+            with pytest.raises(triton.InferenceServerException, match="API key"):
+                other.infer("blobs", [image])
+            result = other.infer("blobs", [image], headers={"X-API-Key": key})
+            assert len(result.as_numpy("scores")) == 2
 
 
 def test_no_server_is_said() -> None:

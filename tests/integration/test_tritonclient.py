@@ -102,6 +102,15 @@ def test_nothing_found_has_shapes(client: Any) -> None:
     assert result.as_numpy("rle").shape == (0,)
 
 
+def test_priority_and_timeout(client: Any) -> None:
+    tensor = files_input([FILE], binary=True)
+    result = client.infer("blobs", [tensor], priority=2, timeout=60_000_000)
+    assert len(result.as_numpy("scores")) == 2
+    with pytest.raises(triton.InferenceServerException, match="within 1 ms") as caught:
+        client.infer("blobs", [tensor], timeout=1)
+    assert caught.value.status() == "504"
+
+
 @pytest.mark.parametrize(
     ("model", "tensors", "status", "text"),
     [

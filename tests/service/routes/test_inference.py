@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +11,15 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
+from service.app import create_app
+from service.keys import add_key
+from service.oip.read import read_request
 from service.oip.schemas import InferResponse, ProtocolError
+from service.registry import load_repository
+from service.routes.inference import build_options
 from service.schemas import ModelDetail
+from service.settings import Settings
+from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture
 
 RED_AND_BLUE = draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)})
@@ -173,10 +181,64 @@ async def test_errors_are_those_of_the_protocol(client: httpx.AsyncClient) -> No
         )
 
 
-async def test_too_many_pixels_are_refused_before_admission(client: httpx.AsyncClient) -> None:
+async def test_too_many_images_or_pixels_are_refused(
+    settings: Settings, open_client: OpenClient
+) -> None:
+    small = settings.model_copy(update={"max_image_pixels": 3000})
+    app = create_app(small, load_repository(small.model_repo, OPTIONS))
     image = {"name": "image", "datatype": "BYTES", "shape": [300], "data": ["AAAA"] * 300}
-    refused = await client.post(INFER, json={"inputs": [image]})
-    assert error_of(refused)[:2] == (413, "too_many_images")
+    pixels = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": [48, 64, 3],
+        "data": RED_AND_BLUE.reshape(-1).tolist(),
+    }
+    async with open_client(app) as client:
+        response = await client.post(INFER, json={"inputs": [image]})
+        assert error_of(response)[:2] == (413, "too_many_images")
+        response = await client.post(INFER, json={"inputs": [pixels]})
+        assert error_of(response)[:2] == (413, "image_too_large")
+        assert "64x48 px" in error_of(response)[2]
+
+
+@pytest.mark.parametrize("header", [False, True])
+async def test_a_deadline_that_passes_is_504(
+    settings: Settings, open_client: OpenClient, header: bool
+) -> None:
+    patient = settings.model_copy(update={"max_delay_ms": 10_000.0})
+    app = create_app(patient, load_repository(patient.model_repo, OPTIONS))
+    parameters = {} if header else {"timeout": 59_001}
+    headers = {"X-Timeout-Ms": "60"} if header else {}
+    async with open_client(app) as client:
+        request = files(PICTURE, parameters=parameters)
+        response = await client.post(INFER, json=request, headers=headers)
+        assert error_of(response)[:2] == (504, "deadline_exceeded")
+        assert "60 ms" in error_of(response)[2]
+        assert app.state.segmenter.admission.images == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "priority"),
+    [({}, "interactive"), ({"priority": 1}, "interactive"), ({"priority": 2}, "batch")],
+)
+def test_a_low_priority_is_batch_work(parameters: dict[str, int], priority: str) -> None:
+    body = json.dumps(files(PICTURE, parameters=parameters)).encode()
+    assert build_options(read_request(body, None, 1)).priority == priority
+
+
+async def test_a_key_is_asked_for_and_its_share_holds(
+    settings: Settings, open_client: OpenClient, tmp_path: Path
+) -> None:
+    key = add_key(tmp_path / "keys.json", "shop", images_per_minute=2)
+    closed = settings.model_copy(update={"keys_file": tmp_path / "keys.json"})
+    app = create_app(closed, load_repository(closed.model_repo, OPTIONS))
+    async with open_client(app) as client:
+        assert error_of(await client.post(INFER, json=files(PICTURE)))[0] == 401
+        headers = {"X-API-Key": key}
+        assert (await client.post(INFER, json=files(PICTURE, PICTURE), headers=headers)).is_success
+        refused = await client.post(INFER, json=files(PICTURE), headers=headers)
+        assert error_of(refused)[:2] == (429, "quota_exceeded")
+        assert int(refused.headers["retry-after"]) > 0
 
 
 async def test_a_draining_server_takes_nothing(app: FastAPI, client: httpx.AsyncClient) -> None:
