@@ -1,7 +1,6 @@
 """A body of the protocol becomes images and options.
 
-JSON                          all of the body, or its first Inference-Header-Content-Length bytes
-binary data of the inputs     binary_data_size bytes each; BYTES: 4 bytes of length, then those
+The body is JSON; or Inference-Header-Content-Length bytes of JSON, then the input's binary data.
 """
 
 from __future__ import annotations

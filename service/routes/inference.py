@@ -76,6 +76,14 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
         504: "Not done in time",
     }.items()
 }
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    404: _FAILURES[404],
+    422: _FAILURES[422],
+    503: {
+        "model": ModelReady | ProtocolError,
+        "description": "Going down, or the model is refused",
+    },
+}
 
 
 @router.get("/v2")
@@ -89,7 +97,7 @@ async def show_server(request: Request) -> ServerMetadata:
     return ServerMetadata(name="solo-serve", version=request.app.version, extensions=EXTENSIONS)
 
 
-@router.get("/v2/models/{name}/ready", responses={404: _FAILURES[404], 503: {"model": ModelReady}})
+@router.get("/v2/models/{name}/ready", responses=_NOT_READY)
 async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> ModelReady:
     """200 if the model takes work, else 503.
 
@@ -100,10 +108,7 @@ async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> 
     return _check_ready(segmenter.find_model(name, None), segmenter, response)
 
 
-@router.get(
-    "/v2/models/{name}/versions/{version}/ready",
-    responses={404: _FAILURES[404], 503: {"model": ModelReady}},
-)
+@router.get("/v2/models/{name}/versions/{version}/ready", responses=_NOT_READY)
 async def show_version_ready(
     name: str, version: int, segmenter: SegmenterDep, response: Response
 ) -> ModelReady:

@@ -14,6 +14,7 @@ from service.stages import ServedModel
 router = APIRouter(tags=["models"])
 _FAILURES: dict[int | str, dict[str, Any]] = {
     404: {"model": ProtocolError, "description": "No such model or version"},
+    422: {"model": ProtocolError, "description": "The version is no number"},
     503: {"model": ProtocolError, "description": "The model was refused"},
 }
 
