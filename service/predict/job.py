@@ -14,6 +14,7 @@ from PIL import Image
 
 from service.pipeline.decode import decode_image
 from service.pipeline.draw import draw_instances
+from service.pipeline.errors import DecodeError
 from service.pipeline.types import Instance
 from service.predict.errors import ImageFailed
 from service.predict.inputs import as_text
@@ -108,16 +109,20 @@ class Job:
             return ImageFailed(str(error))
         try:
             answer = self.predictor.predict(data)
+            if self.overlays is not None and item.overlay is not None:
+                write_overlay(data, answer, self.overlays / item.overlay)
         except ImageFailed as error:
             return error
-        if self.overlays is not None and item.overlay is not None:
-            write_overlay(data, answer, self.overlays / item.overlay)
         self.journal.append(item.file, stamp, answer.served, answer.results, item.overlay)
         return None
 
 
 def write_overlay(data: bytes, answer: Answer, file: Path) -> None:
-    """Draws COCO results on their image."""
+    """Draws COCO results on their image.
+
+    Raises:
+        ImageFailed: It cannot be decoded here, e.g. because the server takes larger ones.
+    """
     instances = [
         Instance(
             label=0,
@@ -128,7 +133,11 @@ def write_overlay(data: bytes, answer: Answer, file: Path) -> None:
         )
         for result in answer.results
     ]
-    Image.fromarray(draw_instances(decode_image(data), instances, answer.task)).save(file)
+    try:
+        picture = decode_image(data)
+    except DecodeError as error:
+        raise ImageFailed(f"no overlay: {error}") from error
+    Image.fromarray(draw_instances(picture, instances, answer.task)).save(file)
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
