@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -23,6 +22,7 @@ from service.errors import (
     QuotaExceeded,
     ServiceError,
     Unauthorized,
+    build_error_body,
     describe_error,
 )
 from service.keys import KeyRing
@@ -30,7 +30,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.pipeline.errors import DecodeError
 from service.registry import Repository, load_repository
-from service.routes import health, models, segment
+from service.routes import health, inference, models, segment
 from service.segmenter import Segmenter
 from service.settings import Settings
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
 _FIXED_PATHS = (
-    *("/segment", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
+    *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
     *("/metrics", "/docs", "/redoc", "/openapi.json"),
 )
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -76,7 +76,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         title="solo-serve", description=DESCRIPTION, version=_version(), lifespan=lifespan
     )
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
-    for module in (segment, models, health):
+    for module in (segment, inference, models, health):
         app.include_router(module.router)
     _add_error_handlers(app, settings, metrics)
     # The last one added is the outermost.
@@ -115,20 +115,19 @@ def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> N
             metrics.rejections.labels("unauthorized").inc()
             headers["www-authenticate"] = "Bearer"
         status, detail = describe_error(error)
-        return _error_response(status, detail, headers)
+        return _error_response(request, status, detail, headers)
 
     async def answer_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         status, detail = describe_error(InvalidParameter(_explain(error)))
-        return _error_response(status, detail, {})
+        return _error_response(request, status, detail, {})
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return _error_response(
-            error.status_code, {"code": code, "message": message}, dict(error.headers or {})
-        )
+        detail = {"code": code, "message": message}
+        return _error_response(request, error.status_code, detail, dict(error.headers or {}))
 
     app.add_exception_handler(ServiceError, answer)
     app.add_exception_handler(DecodeError, answer)
@@ -148,6 +147,8 @@ def _explain(error: RequestValidationError) -> str:
     return "; ".join(parts)
 
 
-def _error_response(status: int, detail: dict[str, str], headers: dict[str, str]) -> Response:
-    body = orjson.dumps({"error": detail})
+def _error_response(
+    request: Request, status: int, detail: dict[str, str], headers: dict[str, str]
+) -> Response:
+    body = build_error_body(detail, request.url.path)
     return Response(body, status, headers, media_type="application/json")

@@ -31,6 +31,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import orjson
+
 from service.pipeline.errors import DecodeError
 
 
@@ -218,3 +220,16 @@ def describe_error(error: Exception) -> tuple[int, dict[str, str]]:
     if isinstance(error, (ServiceError, DecodeError)) and not isinstance(error, StartupError):
         return STATUS_BY_CODE[error.code], {"code": error.code, "message": str(error)}
     return 500, {"code": "internal_error", "message": "the server failed; see its log"}
+
+
+def build_error_body(detail: Mapping[str, str], path: str) -> bytes:
+    """An error as JSON.
+
+    Args:
+        detail: Its `code` and `message`.
+        path: Whose answer it is. Under /v2 the Open Inference Protocol wants `error` to be a text;
+            `code` stands beside it.
+    """
+    if path == "/v2" or path.startswith("/v2/"):
+        return orjson.dumps({"error": detail["message"], "code": detail["code"]})
+    return orjson.dumps({"error": detail})

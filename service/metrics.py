@@ -128,7 +128,7 @@ class Metrics:
             "solo_queue_limit_pixels", "Pixels that may be in work", registry=registry
         )
         self.in_flight_requests = Gauge(
-            "solo_in_flight_requests", "Requests to /segment being handled", registry=registry
+            "solo_in_flight_requests", "Requests for segmentation in work", registry=registry
         )
         self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
         self.engine_up = Gauge(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.oip.schemas import TensorMetadata
 from service.pipeline.model_config import Task
 
 Masks = Literal["rle", "polygon", "none"]
@@ -56,7 +57,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every answer that is not 2xx."""
+    """Body of every answer that is not 2xx, but those under /v2."""
 
     error: ErrorDetail
 
@@ -151,11 +152,14 @@ class ModelList(BaseModel):
 
 
 class ModelDetail(BaseModel):
-    """Answer of GET /v2/models/{name}."""
+    """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
 
     name: str
     version: int
-    versions: list[int]
+    versions: list[str]
+    platform: Annotated[str, Field(description="the engine")]
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
     state: Literal["READY"]
     task: Task
     description: str

@@ -20,7 +20,7 @@ from service.errors import describe_error
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
-from service.pipeline.types import Tile
+from service.pipeline.types import Tile, UInt8
 from service.pools import RankedPool
 from service.registry import LoadedModel
 from service.settings import Settings
@@ -42,10 +42,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a request, still encoded."""
+    """An image of a request.
+
+    Attributes:
+        file_name: As the client calls it.
+        data: The file's bytes, still encoded; or pixels, [H, W, 3] uint8 RGB.
+    """
 
     file_name: str | None
-    data: bytes
+    data: bytes | UInt8
 
 
 @dataclass(frozen=True)

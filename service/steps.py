@@ -13,7 +13,7 @@ import orjson
 from PIL import Image
 
 from service.errors import describe_error
-from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
+from service.pipeline.decode import check_size, decode_image, read_image_hw, read_upright_hw
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import instance_to_coco
 from service.pipeline.errors import DecodeError
@@ -63,12 +63,16 @@ def timed(step: Callable[[], T]) -> Timed[T]:
     return Timed(result, (started_s, time.monotonic()))
 
 
-def count_pixels(images: Sequence[bytes], max_pixels: int) -> list[int | DecodeError]:
+def count_pixels(images: Sequence[bytes | UInt8], max_pixels: int) -> list[int | DecodeError]:
     """Reads headers alone: each image's pixels, or why it is refused."""
     counts: list[int | DecodeError] = []
     for data in images:
         try:
-            height, width = read_image_hw(data, max_pixels=max_pixels)
+            if isinstance(data, bytes):
+                height, width = read_image_hw(data, max_pixels=max_pixels)
+            else:
+                height, width = data.shape[:2]
+                check_size(height, width, max_pixels)
             counts.append(height * width)
         except DecodeError as error:
             counts.append(error)
@@ -89,12 +93,17 @@ class DecodedImage:
 
 
 def decode(
-    data: bytes, config: ModelConfig, max_pixels: int, options: Options, *, scaled: bool = False
+    data: bytes | UInt8,
+    config: ModelConfig,
+    max_pixels: int,
+    options: Options,
+    *,
+    scaled: bool = False,
 ) -> DecodedImage:
-    """Stage `decode`: bytes to canvases.
+    """Stage `decode`: an image to canvases.
 
     Args:
-        data: The image's file.
+        data: The image's file, or its pixels, [H, W, 3] uint8 RGB.
         config: The model's.
         max_pixels: Bound on width x height.
         options: A picture that is drawn on is always decoded as it is.
@@ -103,8 +112,8 @@ def decode(
     Raises:
         DecodeError: The image is refused.
     """
-    if options.overlay or not scaled:
-        picture = decode_image(data, max_pixels=max_pixels)
+    if options.overlay or not scaled or not isinstance(data, bytes):
+        picture = decode_image(data, max_pixels=max_pixels) if isinstance(data, bytes) else data
         return DecodedImage(prepare(picture, config.input), picture if options.overlay else None)
     image_hw = read_upright_hw(data, max_pixels=max_pixels)
     least_hw = needed_hw(image_hw, config.input)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("service", "training", "export")
+ROOMS = ("service", "solo_client", "training", "export")
 
 # Distribution name of an import, where the two differ.
 DISTRIBUTIONS = {
@@ -28,7 +28,11 @@ DISTRIBUTIONS = {
     "onnx_ir": "onnxscript",  # likewise of onnxscript's
 }
 # Backends that are imported only where their library is installed.
-OPTIONAL_IMPORTS = {"service/backends/aoti.py", "service/backends/trt.py"}
+OPTIONAL_IMPORTS = {
+    "service/backends/aoti.py",
+    "service/backends/trt.py",
+    "solo_client/result.py",  # supervision
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,11 @@ def _is_allowed(item: Import) -> bool:
     room = item.file.split("/")[0]
     if item.file.startswith("service/pipeline/"):
         return is_in(item.name, "service.pipeline")
+    if room == "solo_client":
+        return item.root == "solo_client"
     if room == "service":
-        return item.root == "service"
+        remote = item.file.startswith("service/predict/") and item.root == "solo_client"
+        return item.root == "service" or remote
     measured = ("service.pipeline", "service.registry", "service.backends")
     served = any(is_in(item.name, allowed) for allowed in measured)
     if room == "training":
@@ -137,6 +144,13 @@ def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:
     assert offences == []
 
 
+def test_the_client_needs_little() -> None:
+    """It imports less than the distribution's own dependencies."""
+    allowed = {*sys.stdlib_module_names, "solo_client", "httpx", "numpy", "PIL", "pycocotools"}
+    foreign = [str(item) for item in imports_of("solo_client") if item.root not in allowed]
+    assert [item for item in foreign if not item.endswith("imports supervision")] == []
+
+
 def test_configs_import_no_torch() -> None:
     configs = [item for item in imports_of("training") if item.file.startswith("training/configs/")]
     assert [str(item) for item in configs if item.root in ("torch", "torchvision")] == []
@@ -147,6 +161,7 @@ def test_configs_import_no_torch() -> None:
     [
         ("service/pipeline", None),
         ("service", "service"),
+        ("solo_client", "client"),
         ("training", "training"),
         ("export", "export"),
     ],
@@ -186,6 +201,9 @@ def test_no_file_is_called_utils() -> None:
     ("file", "source"),
     [
         ("service/app.py", "import training"),
+        ("service/app.py", "from solo_client import Client"),
+        ("solo_client/client.py", "from service.schemas import SegmentResponse"),
+        ("training/evaluate.py", "import solo_client"),
         ("service/app.py", "def f():\n    from export.onnx import build"),
         ("service/pipeline/nms.py", "from service.registry import load_version"),
         ("service/pipeline/nms.py", "from .. import registry"),
@@ -207,6 +225,8 @@ def test_the_rules_see_an_offence(file: str, source: str) -> None:
             "from service.pipeline import nms\nfrom . import registry",
         ),
         ("service/pipeline/nms.py", "from .types import Instance"),
+        ("service/predict/predictors.py", "from solo_client import Client"),
+        ("solo_client/client.py", "from .errors import SoloError"),
         ("training/evaluate.py", "from service.registry import load_version"),
         ("training/evaluate.py", "from service.pipeline.nms import matrix_nms"),
         ("export/parity.py", "from training.model import solo\nfrom service.pipeline import types"),

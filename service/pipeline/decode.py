@@ -43,12 +43,20 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         ) from error
     except _DAMAGE as error:
         raise CorruptImage(f"the image's header is damaged: {error}") from error
-    width, height = image.size
+    check_size(image.height, image.width, max_pixels)
+    return image
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Bounds width x height.
+
+    Raises:
+        ImageTooLarge: Says both and the bound.
+    """
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"the image is {width}x{height} px, more than the {max_pixels} px allowed"
         )
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -26,7 +26,12 @@ async def live() -> LiveResponse:
 
 @router.get("/v2/health/ready", responses={503: {"model": ReadyResponse}})
 async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
-    """200 if new work is taken, else 503; says what runs where."""
+    """200 if new work is taken, else 503; says what runs where.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/health/ready
+    ```
+    """
     if not segmenter.is_ready:
         response.status_code = 503
     models = segmenter.repository.models
@@ -39,5 +44,10 @@ async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(segmenter: SegmenterDep) -> Response:
-    """Metrics in Prometheus' text format."""
+    """Metrics in Prometheus' text format.
+
+    ```sh
+    curl --fail-with-body localhost:8000/metrics
+    ```
+    """
     return Response(segmenter.metrics.render(), media_type=segmenter.metrics.content_type)

@@ -1,18 +1,32 @@
-"""GET /v2/models and /v2/models/{name}."""
+"""GET /v2/models, /v2/models/{name} and /v2/models/{name}/versions/{version}."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 
+from service.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.routes.state import SegmenterDep
-from service.schemas import ErrorResponse, ModelDetail, ModelList, ModelSummary
+from service.schemas import ModelDetail, ModelList, ModelSummary
+from service.stages import ServedModel
 
 router = APIRouter(tags=["models"])
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    404: {"model": ProtocolError, "description": "No such model or version"},
+    422: {"model": ProtocolError, "description": "The version is no number"},
+    503: {"model": ProtocolError, "description": "The model was refused"},
+}
 
 
 @router.get("/v2/models")
 async def list_models(segmenter: SegmenterDep) -> ModelList:
-    """Every model of the repository; of a refused one, why."""
+    """Every model of the repository; of a refused one, why.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models
+    ```
+    """
     repository = segmenter.repository
     served = [
         ModelSummary(name=name, state="READY", version=model.version)
@@ -29,13 +43,25 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
     return ModelList(models=sorted(served + refused, key=lambda model: model.name))
 
 
-@router.get(
-    "/v2/models/{name}",
-    responses={404: {"model": ErrorResponse}, 503: {"model": ErrorResponse}},
-)
+@router.get("/v2/models/{name}", responses=_FAILURES)
 async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
-    """What config.json says of a model, and what it runs on."""
-    served = segmenter.find_model(name, None)
+    """What config.json says of a model, what it runs on, and its tensors.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models/nuclei
+    ```
+    """
+    return describe_model(segmenter.find_model(name, None))
+
+
+@router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
+async def show_version(name: str, version: int, segmenter: SegmenterDep) -> ModelDetail:
+    """As `/v2/models/{name}`, of a certain version."""
+    return describe_model(segmenter.find_model(name, version))
+
+
+def describe_model(served: ServedModel) -> ModelDetail:
+    """The Open Inference Protocol's metadata and ours."""
     loaded = served.loaded
     config = loaded.config.model_dump(
         mode="json",
@@ -53,7 +79,10 @@ async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
         },
     )
     return ModelDetail(
-        versions=[loaded.version],
+        versions=[str(loaded.version)],
+        platform=loaded.backend.name,
+        inputs=[INPUT],
+        outputs=list(OUTPUTS.values()),
         state="READY",
         backend=loaded.backend.name,
         device=loaded.backend.device,

@@ -90,6 +90,13 @@ async def segment(
     """Segments one image (the body) or several (multipart parts named `images`).
 
     Of several images a bad one has an `error` in its result; a single bad one is the answer.
+
+    ```sh
+    image=tests/data/nuclei/images/16c3d5935ba94b72.jpg
+    curl --fail-with-body -F images=@$image -F images=@$image localhost:8000/segment
+    curl --fail-with-body --data-binary @$image 'localhost:8000/segment?masks=polygon'
+    curl --fail-with-body -H 'Accept: image/png' -F images=@$image localhost:8000/segment -o out.png
+    ```
     """
     with segmenter.track_request():
         model = segmenter.find_model(query.model, query.version)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import threading
@@ -26,6 +27,12 @@ from tests.support.blob_model import draw_picture, encode_picture, poisoned_pict
 from tests.support.pictures import build_gif, build_png_header, build_truncated_jpeg
 
 PICTURE = encode_picture(draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)}))
+_TENSOR = {"name": "image", "datatype": "BYTES", "shape": [1]}
+_FILES = [base64.b64encode(PICTURE).decode()]
+INFERENCE = (
+    "/v2/models/blobs/infer",
+    json.dumps({"inputs": [{**_TENSOR, "data": _FILES}]}).encode(),
+)
 STAGES = ("decode", "queue", "infer", "postprocess", "encode")
 
 
@@ -334,14 +341,15 @@ async def test_more_than_can_ever_fit_is_413(settings: Settings, open_client: Op
             assert (response.status_code, error_of(response)["code"]) == (413, "too_many_images")
 
 
+@pytest.mark.parametrize(("path", "body"), [("/segment", PICTURE), INFERENCE])
 async def test_a_client_that_leaves_has_its_work_removed(
-    settings: Settings, open_client: OpenClient
+    settings: Settings, open_client: OpenClient, path: str, body: bytes
 ) -> None:
     patient = settings.model_copy(update={"max_delay_ms": 10_000.0})
     app = create_app(patient, load_repository(patient.model_repo, OPTIONS))
     async with open_client(app) as client:
         segmenter = app.state.segmenter
-        statuses = await post_and_leave(app, segmenter.admission)
+        statuses = await post_and_leave(app, segmenter.admission, path, body)
         assert statuses in ([], [499])
         assert segmenter.admission.images == 0
         assert segmenter.find_model("blobs", None).batcher.waiting == 0
@@ -351,9 +359,9 @@ async def test_a_client_that_leaves_has_its_work_removed(
         )
 
 
-async def post_and_leave(app: FastAPI, admission: Any) -> list[int]:
+async def post_and_leave(app: FastAPI, admission: Any, path: str, body: bytes) -> list[int]:
     """Posts an image over bare ASGI and disconnects once it is in work."""
-    messages = [{"type": "http.request", "body": PICTURE, "more_body": False}]
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
     statuses: list[int] = []
 
     async def receive() -> dict[str, Any]:
@@ -373,8 +381,8 @@ async def post_and_leave(app: FastAPI, admission: Any) -> list[int]:
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": "POST",
-        "path": "/segment",
-        "raw_path": b"/segment",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "headers": [(b"content-type", b"image/png")],
         "scheme": "http",

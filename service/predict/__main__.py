@@ -1,0 +1,5 @@
+"""`python -m service.predict`."""
+
+from service.predict.command import main
+
+main()

@@ -1,0 +1,91 @@
+"""Which images, and which ids they have."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from service.errors import StartupError
+from service.predict.errors import ImageFailed
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """Files, the images in folders (and their folders), and what globs match; each once.
+
+    Raises:
+        StartupError: An input gives no file.
+    """
+    files: dict[Path, None] = {}
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(p) for p in glob.glob(given, recursive=True) if Path(p).is_file())
+        if not found:
+            raise StartupError(f"{given!r} is no image, no folder with images and matches none")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def read_image_ids(annotations: Path) -> dict[str, int]:
+    """Image ids by file name, from a COCO file.
+
+    Raises:
+        StartupError: It cannot be read or has no images.
+    """
+    try:
+        content = json.loads(annotations.read_bytes())
+        return {str(image["file_name"]): int(image["id"]) for image in content["images"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartupError(f"{annotations}: no COCO file with images: {error!r}") from error
+
+
+def find_image_id(file: Path, ids: Mapping[str, int]) -> int:
+    """The id of a file: the longest end of its path that is a file name in `ids`.
+
+    Raises:
+        ImageFailed: There is none.
+    """
+    parts = file.as_posix().split("/")
+    for start in range(len(parts)):
+        name = "/".join(parts[start:])
+        if name in ids:
+            return ids[name]
+    raise ImageFailed("it is not in the annotations")
+
+
+def assign_ids(
+    files: Sequence[Path], annotations: Path | None
+) -> tuple[dict[Path, int], dict[Path, ImageFailed]]:
+    """Each file's image id, and the files that have none.
+
+    Args:
+        files: The images.
+        annotations: COCO file with the ids; None: they are 1, 2, 3 ...
+
+    Raises:
+        StartupError: The annotations cannot be read.
+    """
+    if annotations is None:
+        return {file: number for number, file in enumerate(files, 1)}, {}
+    named = read_image_ids(annotations)
+    ids, missing = {}, {}
+    for file in files:
+        try:
+            ids[file] = find_image_id(file, named)
+        except ImageFailed as error:
+            missing[file] = error
+    return ids, missing
+
+
+def as_text(path: Path) -> str:
+    """A path for JSON and for people; bytes of its name that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

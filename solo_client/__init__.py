@@ -1,0 +1,37 @@
+"""A Python client of solo-serve: `Client("http://localhost:8000").segment("image.jpg")`."""
+
+from solo_client.client import AsyncClient, Client
+from solo_client.errors import (
+    Busy,
+    ConnectionFailed,
+    ImageFailed,
+    RequestRefused,
+    ServerError,
+    ServerFailed,
+    SoloError,
+    TimedOut,
+    UnexpectedAnswer,
+)
+from solo_client.images import ImageInput
+from solo_client.messages import Options
+from solo_client.result import Instance, Result
+from solo_client.retry import Retry
+
+__all__ = [
+    "AsyncClient",
+    "Busy",
+    "Client",
+    "ConnectionFailed",
+    "ImageFailed",
+    "ImageInput",
+    "Instance",
+    "Options",
+    "RequestRefused",
+    "Result",
+    "Retry",
+    "ServerError",
+    "ServerFailed",
+    "SoloError",
+    "TimedOut",
+    "UnexpectedAnswer",
+]

@@ -1,0 +1,133 @@
+"""What was found, for people and their libraries.
+
+Symbols: n instances, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One object.
+
+    Attributes:
+        category_id: As in COCO's annotations.
+        category: Its name.
+        score: In 0..1.
+        bbox_xywh: Box of the mask, px.
+        area: Mask pixels.
+        rle: COCO compressed run-length encoding, {"size": [H, W], "counts": text}; None if masks
+            were not asked for.
+    """
+
+    category_id: int
+    category: str
+    score: float
+    bbox_xywh: tuple[float, float, float, float]
+    area: int
+    rle: Mapping[str, Any] | None
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """[H, W], of the whole image; decoded when it is first asked for.
+
+        Raises:
+            ValueError: Masks were not asked for.
+        """
+        if self.rle is None:
+            raise ValueError("there is no mask: the request said masks=False")
+        decoded: NDArray[np.uint8] = coco_mask.decode(dict(self.rle))
+        return np.ascontiguousarray(decoded, bool)
+
+    def to_coco(self, image_id: int) -> dict[str, Any]:
+        """A COCO result; `pycocotools` loads a list of them."""
+        result = {
+            "image_id": image_id,
+            "category_id": self.category_id,
+            "category": self.category,
+            "score": self.score,
+            "bbox": list(self.bbox_xywh),
+            "area": self.area,
+        }
+        return result if self.rle is None else {**result, "segmentation": dict(self.rle)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found in an image, best first.
+
+    Attributes:
+        file_name: As it was sent; None if it has none.
+        height, width: The image's, px, upright.
+        instances: The objects.
+        model, version: Who found them.
+        task: "segmentation", or "contour": then the masks are outlines.
+        timing_ms: Where the server's time went, by stage; of several images, of the last one.
+    """
+
+    file_name: str | None
+    height: int
+    width: int
+    instances: tuple[Instance, ...]
+    model: str
+    version: int
+    task: str
+    timing_ms: Mapping[str, float]
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """[n], in 0..1."""
+        return np.array([i.score for i in self.instances], np.float32)
+
+    @property
+    def category_ids(self) -> NDArray[np.int64]:
+        """[n]."""
+        return np.array([i.category_id for i in self.instances], np.int64)
+
+    @property
+    def boxes_xyxy(self) -> NDArray[np.float32]:
+        """[n, 4]: left, top, right, bottom, px."""
+        boxes = np.array([i.bbox_xywh for i in self.instances], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """[n, H, W]: all of them at once; for large images `instance.mask` needs less memory."""
+        if not self.instances:
+            return np.zeros((0, self.height, self.width), bool)
+        return np.stack([instance.mask for instance in self.instances])
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results."""
+        return [instance.to_coco(image_id) for instance in self.instances]
+
+    def to_supervision(self) -> Any:
+        """`supervision.Detections`, with the classes' names as `class_name`.
+
+        Raises:
+            ImportError: The package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError(
+                "to_supervision() needs the package 'supervision': pip install supervision"
+            ) from error
+        has_masks = all(instance.rle is not None for instance in self.instances)
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy,
+            mask=self.masks if has_masks else None,
+            confidence=self.scores,
+            class_id=self.category_ids.astype(int),
+            data={"class_name": np.array([i.category for i in self.instances], str)},
+        )

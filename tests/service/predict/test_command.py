@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from service.predict import command, main
+from service.predict.errors import ImageFailed, RunFailed
+from service.predict.predictors import Answer
+from tests.support.blob_model import draw_picture, encode_picture, publish
+
+RED = {"red": (4, 8, 12, 16)}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.png").write_bytes(encode_picture(draw_picture(48, 64, RED)))
+    (folder / "deeper" / "b.JPG").write_bytes(encode_picture(draw_picture(30, 40), "JPEG"))
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def predict(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    if not (tmp_path / "repo").exists():
+        publish(tmp_path / "repo")
+    out = tmp_path / "out" / "results.json"
+    repo = str(tmp_path / "repo")
+    main([*arguments, "--model-repo", repo, "--out", str(out), "--device", "cpu", "--quiet"])
+    results: list[dict[str, Any]] = json.loads(out.read_bytes())
+    return results
+
+
+def test_a_folder_becomes_coco_results(tmp_path: Path, images: Path) -> None:
+    results = predict(tmp_path, str(images))
+    assert [(r["image_id"], r["file_name"]) for r in results] == [(1, "a.png"), (2, "b.JPG")]
+    assert results[0]["bbox"] == [4, 8, 12, 16]
+    assert coco_mask.decode(results[0]["segmentation"]).sum() == 192
+
+
+def test_overlays_show_the_masks(tmp_path: Path, images: Path) -> None:
+    drawn = tmp_path / "drawn"
+    predict(tmp_path, str(images), "--overlays", str(drawn))
+    assert sorted(p.name for p in drawn.iterdir()) == ["00001_a.png", "00002_b.png"]
+    picture = np.asarray(Image.open(drawn / "00001_a.png"))
+    changed = (picture != draw_picture(48, 64, RED)).any(axis=2)
+    assert changed[8:24, 4:16].any()
+    assert not changed[30:, 30:].any()
+
+
+def test_image_ids_come_from_annotations(tmp_path: Path, images: Path) -> None:
+    truth = tmp_path / "truth.json"
+    content = [{"id": 71, "file_name": "a.png"}, {"id": 72, "file_name": "deeper/b.JPG"}]
+    truth.write_text(json.dumps({"images": content}))
+    results = predict(tmp_path, str(images), "--annotations", str(truth))
+    assert [r["image_id"] for r in results] == [71, 72]
+
+
+def test_bounds_are_obeyed(tmp_path: Path, images: Path) -> None:
+    assert predict(tmp_path, str(images), "--score-threshold", "1") == []
+
+
+def test_a_bad_image_is_named_and_the_others_are_written(tmp_path: Path, images: Path) -> None:
+    (images / "bad.png").write_bytes(b"no png")
+    with pytest.raises(SystemExit, match=r"1 images failed:\n.*bad.png: unsupported_format"):
+        predict(tmp_path, str(images))
+    results = json.loads((tmp_path / "out" / "results.json").read_bytes())
+    assert [r["file_name"] for r in results] == ["a.png", "b.JPG"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["missing.png"], "'missing.png' is no image"),
+        (["*.nothing"], "matches none"),
+        (["IMAGES", "--model", "cats"], "no model 'cats'"),
+        (["IMAGES", "--version", "3"], "no version 3"),
+        (["IMAGES", "--annotations", "missing.json"], "missing.json"),
+        (["IMAGES", "--overlays", "IMAGES/a.png"], "a.png"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, images: Path, arguments: list[str], reason: str
+) -> None:
+    arguments = [a.replace("IMAGES", str(images)) for a in arguments]
+    with pytest.raises(SystemExit, match=reason):
+        predict(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["x", "--score-threshold", "2"],
+        ["x", "--max-instances", "0"],
+        ["x", "--jobs", "0"],
+        ["x", "--url", "http://localhost", "--model-repo", "model_repo"],
+        [],
+    ],
+)
+def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_a_servers_address_must_be_one(images: Path) -> None:
+    with pytest.raises(SystemExit, match="localhost:8000"):
+        main([str(images), "--url", "localhost:8000"])
+
+
+class FakePredictor:
+    """Finds one instance in every image, until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self.failure: dict[bytes, Exception] = {}
+        self.served = "blobs:1"
+
+    def predict(self, data: bytes) -> Answer:
+        self.seen.append(data)
+        if data in self.failure:
+            raise self.failure[data]
+        result = {"category_id": 1, "score": 0.5, "of": data.decode()}
+        return Answer([result], "segmentation", self.served)
+
+
+@pytest.fixture
+def predictor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePredictor:
+    fake = FakePredictor()
+    monkeypatch.setattr(command, "build_predictor", lambda arguments: fake)
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def test_a_run_that_was_cut_goes_on(predictor: FakePredictor) -> None:
+    predictor.failure[b"c"] = RunFailed("the server is gone")
+    with pytest.raises(SystemExit, match="is gone; the same command goes on from here"):
+        main(["*.png", "--quiet"])
+    assert not Path("results.json").exists()
+    predictor.failure.clear()
+    predictor.seen.clear()
+    main(["*.png", "--quiet"])
+    assert predictor.seen == [b"c", b"d"]
+    results = json.loads(Path("results.json").read_bytes())
+    assert [(r["image_id"], r["file_name"], r["of"]) for r in results] == [
+        (1, "a.png", "a"),
+        (2, "b.png", "b"),
+        (3, "c.png", "c"),
+        (4, "d.png", "d"),
+    ]
+    assert sorted(p.name for p in Path().iterdir() if "results" in p.name) == ["results.json"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError("disk full")])
+def test_any_stop_keeps_what_is_done(predictor: FakePredictor, stop: Exception) -> None:
+    predictor.failure[b"d"] = stop
+    with pytest.raises(SystemExit) as caught:
+        main(["*.png", "--quiet"])
+    assert caught.value.code in (130, "solo-predict: error: disk full")
+    predictor.failure.clear()
+    predictor.seen.clear()
+    main(["*.png", "--quiet"])
+    assert predictor.seen == [b"d"]
+
+
+def test_only_images_that_failed_are_tried_again(predictor: FakePredictor) -> None:
+    predictor.failure[b"b"] = ImageFailed("corrupt_image: it is cut")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"1 images failed:\nb\.png: corrupt_image"):
+            main(["*.png", "--quiet"])
+        found = [r["of"] for r in json.loads(Path("results.json").read_bytes())]
+        assert found == ["a", "c", "d"]
+    assert predictor.seen == [b"a", b"b", b"c", b"d", b"b"]
+    predictor.failure.clear()
+    main(["*.png", "--quiet"])
+    assert len(json.loads(Path("results.json").read_bytes())) == 4
+    assert not Path("results.json.partial").exists()
+
+
+def test_other_options_do_not_go_on(predictor: FakePredictor) -> None:
+    predictor.failure[b"d"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet", "--score-threshold", "0.5"])
+    with pytest.raises(SystemExit, match=r"score_threshold 0\.5, now 0\.6.*--restart"):
+        main(["*.png", "--quiet", "--score-threshold", "0.6"])
+    with pytest.raises(SystemExit, match="model None, now 'cats'"):
+        main(["*.png", "--quiet", "--score-threshold", "0.5", "--model", "cats"])
+    predictor.failure.clear()
+    predictor.seen.clear()
+    main(["*.png", "--quiet", "--score-threshold", "0.6", "--restart"])
+    assert len(predictor.seen) == 4
+
+
+def test_new_and_changed_files_are_done_and_ids_follow_the_files(
+    predictor: FakePredictor,
+) -> None:
+    predictor.failure[b"d"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    predictor.failure.clear()
+    predictor.seen.clear()
+    Path("aa.png").write_bytes(b"aa")
+    Path("b.png").write_bytes(b"changed")
+    Path("c.png").unlink()
+    main(["*.png", "--quiet"])
+    assert predictor.seen == [b"aa", b"changed", b"d"]
+    results = json.loads(Path("results.json").read_bytes())
+    assert [(r["image_id"], r["of"]) for r in results] == [
+        (1, "a"),
+        (2, "aa"),
+        (3, "changed"),
+        (4, "d"),
+    ]
+
+
+def test_another_version_does_not_go_on(predictor: FakePredictor) -> None:
+    predictor.failure[b"c"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    predictor.failure.clear()
+    predictor.served = "blobs:2"
+    with pytest.raises(SystemExit, match="found by blobs:2, but the run began with blobs:1"):
+        main(["*.png", "--quiet"])
+
+
+def test_images_without_an_id_fail_before_they_are_done(predictor: FakePredictor) -> None:
+    content = {"images": [{"id": 71, "file_name": "a.png"}]}
+    Path("truth.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"3 images failed:\nb.png: it is not in the annotations"):
+        main(["*.png", "--quiet", "--annotations", "truth.json"])
+    assert predictor.seen == [b"a"]
+
+
+def test_a_name_that_is_no_utf8_is_escaped(predictor: FakePredictor, tmp_path: Path) -> None:
+    try:
+        Path("z\udcff.png").write_bytes(b"z")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    main(["z*.png", "--quiet"])
+    (result,) = json.loads(Path("results.json").read_bytes())
+    assert result["file_name"] == "z\\xff.png"
+
+
+def test_overlays_that_are_gone_are_drawn_again(tmp_path: Path, images: Path) -> None:
+    (images / "bad.png").write_bytes(b"no image")
+    drawn = tmp_path / "drawn"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1 images failed"):
+            predict(tmp_path, str(images), "--overlays", str(drawn))
+        assert (drawn / "00001_a.png").exists()
+        (drawn / "00001_a.png").unlink()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+import solo_client
+from service.backends.base import BackendOptions
+from service.predict.errors import ImageFailed, RunFailed
+from service.predict.predictors import Bounds, LocalPredictor, RemotePredictor
+from service.registry import load_version
+from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
+
+EMPTY = {"model": "blobs", "version": 1, "task": "contour", "results": [], "timing_ms": {}}
+FOUND = {"width": 4, "height": 3, "instances": [], "file_name": None}
+Step = httpx.Response | Exception
+
+
+def build_remote(
+    *steps: Step, bounds: Bounds | None = None
+) -> tuple[RemotePredictor, list[httpx.Request]]:
+    """A predictor whose server answers with these."""
+    waiting = list(steps)
+    requests: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        step = waiting.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    client = solo_client.Client(
+        "http://test",
+        transport=httpx.MockTransport(answer),
+        retry=solo_client.Retry(attempts=3, backoff_s=0),
+    )
+    return RemotePredictor(client, bounds or Bounds(), "blobs"), requests
+
+
+def error(status: int, code: str, retry_after: str | None = None) -> httpx.Response:
+    body = {"error": {"code": code, "message": "why"}}
+    headers = {} if retry_after is None else {"retry-after": retry_after}
+    return httpx.Response(status, json=body, headers=headers)
+
+
+def test_a_busy_server_is_asked_again() -> None:
+    busy = [error(503, "overloaded", retry_after="0") for _ in range(2)]
+    good = httpx.Response(200, json={**EMPTY, "results": [FOUND]})
+    predictor, requests = build_remote(*busy, good, bounds=Bounds(score_threshold=0.5))
+    answer = predictor.predict(b"data")
+    assert (answer.results, answer.task, answer.served) == ([], "contour", "blobs:1")
+    assert [str(request.url) for request in requests] == [
+        "http://test/segment?model=blobs&score_threshold=0.5"
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        error(415, "unsupported_format"),
+        error(413, "body_too_large"),
+        error(413, "too_many_images"),
+        error(500, "engine_error"),
+        error(500, "internal_error"),
+        httpx.ReadTimeout("slow"),
+        httpx.Response(200, json=EMPTY),
+    ],
+)
+def test_what_is_an_images_fault_is_its_alone(step: Step) -> None:
+    predictor, _ = build_remote(step)
+    with pytest.raises(ImageFailed):
+        predictor.predict(b"data")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [error(404, "unknown_model")],
+        [error(401, "unauthorized")],
+        [error(422, "invalid_parameter")],
+        [error(503, "model_unavailable")],
+        [error(503, "overloaded", retry_after="0") for _ in range(3)],
+        [httpx.ConnectError("refused") for _ in range(3)],
+    ],
+)
+def test_what_would_fail_every_image_ends_the_run(steps: list[Step]) -> None:
+    predictor, requests = build_remote(*steps)
+    with pytest.raises(RunFailed):
+        predictor.predict(b"data")
+    assert len(requests) == len(steps)
+
+
+def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> None:
+    folder = publish(tmp_path, "wide", poisonable=True)
+    options = BackendOptions(device="cpu", threads=1)
+    predictor = LocalPredictor(load_version(folder, None, options), Bounds())
+    answer = predictor.predict(encode_picture(draw_picture()))
+    assert [r["category"] for r in answer.results] == ["red"]
+    assert (answer.task, answer.served) == ("segmentation", "wide:1")
+    with pytest.raises(ImageFailed, match="unsupported_format"):
+        predictor.predict(b"no image")
+    with pytest.raises(ImageFailed, match="engine_error"):
+        predictor.predict(encode_picture(poisoned_picture()))
