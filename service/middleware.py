@@ -12,11 +12,10 @@ import time
 import uuid
 from collections.abc import Collection
 
-import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, describe_error
+from service.errors import BodyTooLarge, build_error_body, describe_error
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class RequestContextMiddleware:
         except Exception as error:
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             if status == CLIENT_LEFT:
-                await send_error(send_with_id, error)
+                await send_error(send_with_id, error, scope["path"])
         finally:
             self._count(scope, request_id, status, time.monotonic() - began_s)
 
@@ -103,17 +102,18 @@ class RequestContextMiddleware:
         )
 
 
-async def send_error(send: Send, error: Exception, *, close: bool = False) -> None:
+async def send_error(send: Send, error: Exception, path: str, *, close: bool = False) -> None:
     """Sends an error's response, for where there is no framework around.
 
     Args:
         send: ASGI's.
         error: Whose response.
+        path: The request's.
         close: The body is complete for the client, but the exchange stays open for the caller
             to end; the connection is closed then.
     """
     status, detail = describe_error(error)
-    body = orjson.dumps({"error": detail})
+    body = build_error_body(detail, path)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if close:
         headers.append((b"connection", b"close"))
@@ -148,7 +148,7 @@ class BodyLimitMiddleware:
             return
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
-            await self._refuse(f"the body has {announced} bytes", receive, send)
+            await self._refuse(f"the body has {announced} bytes", scope, receive, send)
             return
         received = 0
         started = False
@@ -170,12 +170,13 @@ class BodyLimitMiddleware:
             await self.app(scope, counted_receive, watched_send)
         except _LimitPassed:
             if not started:
-                await self._refuse(f"the body has at least {received} bytes", receive, send)
+                found = f"the body has at least {received} bytes"
+                await self._refuse(found, scope, receive, send)
 
-    async def _refuse(self, found: str, receive: Receive, send: Send) -> None:
+    async def _refuse(self, found: str, scope: Scope, receive: Receive, send: Send) -> None:
         self.metrics.rejections.labels("body_too_large").inc()
         error = BodyTooLarge(f"{found}, the limit is {self.max_bytes}")
-        await send_error(send, error, close=True)
+        await send_error(send, error, scope["path"], close=True)
         try:
             async with asyncio.timeout(self.linger_s):
                 message = await receive()

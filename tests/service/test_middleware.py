@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -143,3 +144,12 @@ async def test_a_request_is_one_log_line_with_its_id(
     (record,) = [r for r in caplog.records if r.name == "service.middleware"]
     fields = {name: vars(record)[name] for name in ("request_id", "method", "path", "status")}
     assert fields == {"request_id": "abc-1", "method": "POST", "path": "/segment", "status": 415}
+
+
+async def test_a_refusal_speaks_the_protocol_of_its_path() -> None:
+    for path, expected in (("/segment", {"code", "message"}), ("/v2/models/a/infer", None)):
+        exchange = Exchange([], {b"content-length": b"101"})
+        exchange.scope["path"] = path
+        await run(exchange)
+        error = json.loads(exchange.sent[1]["body"])["error"]
+        assert isinstance(error, str) if expected is None else set(error) == expected
