@@ -1,0 +1,138 @@
+// Instances on their image: paths from run lengths, colours, drawing, and what lies under a point.
+
+import { measureRing, traceRings } from "./rle.js";
+
+const GOLDEN_RATIO = 0.618033988749895;
+
+/** A bright colour; neighbouring indices get distant hues. */
+export function colourOf(index) {
+  const hue = Math.round(((index * GOLDEN_RATIO + 0.45) % 1) * 360);
+  return { line: `hsl(${hue} 90% 66%)`, fill: `hsl(${hue} 85% 58%)` };
+}
+
+/** The server's instances with their rank, colour and outline. */
+export function prepareInstances(instances) {
+  return instances.map((instance, index) => {
+    const path = new Path2D();
+    const enclosed = new Path2D(); // holes are left out: a contour is hit inside, too
+    for (const ring of traceRings(instance.segmentation)) {
+      addRing(path, ring);
+      if (measureRing(ring) > 0) addRing(enclosed, ring);
+    }
+    return { ...instance, index, colour: colourOf(index), path, enclosed };
+  });
+}
+
+function addRing(path, ring) {
+  path.moveTo(ring[0], ring[1]);
+  for (let i = 2; i < ring.length; i += 2) path.lineTo(ring[i], ring[i + 1]);
+  path.closePath();
+}
+
+/**
+ * Draws instances over what the context shows, the best last.
+ *
+ * @param context Of a canvas that shows the whole image.
+ * @param scale Canvas pixels per image pixel.
+ * @param unit Canvas pixels of one thin line's width.
+ * @param contour Masks are outlines: lines in full colour instead of areas.
+ * @param lit The instance that stands out, or null.
+ */
+export function drawInstances(context, instances, { scale, unit, contour, lit = null }) {
+  context.save();
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  context.lineJoin = "round";
+  const one = unit / scale;
+  for (const instance of instances.toReversed()) {
+    if (instance !== lit) drawOne(context, instance, one, contour, lit ? 0.4 : 1);
+  }
+  if (lit) drawLit(context, lit, one, contour);
+  context.restore();
+}
+
+function drawOne(context, { path, colour }, one, contour, strength) {
+  context.globalAlpha = strength * (contour ? 1 : 0.3);
+  context.fillStyle = contour ? colour.line : colour.fill;
+  context.fill(path, "evenodd");
+  if (contour) {
+    context.strokeStyle = colour.line;
+    stroke(context, path, 0.75 * one, strength);
+  } else {
+    context.strokeStyle = "#000";
+    stroke(context, path, 3 * one, 0.35 * strength);
+    context.strokeStyle = colour.line;
+    stroke(context, path, 1.5 * one, strength);
+  }
+}
+
+function drawLit(context, { path, enclosed, colour }, one, contour) {
+  context.globalAlpha = contour ? 0.25 : 0.5;
+  context.fillStyle = colour.fill;
+  context.fill(contour ? enclosed : path, contour ? "nonzero" : "evenodd");
+  context.strokeStyle = "#000";
+  stroke(context, path, 5 * one, 0.6);
+  context.strokeStyle = "#fff";
+  stroke(context, path, 2.5 * one, 1);
+  if (contour) {
+    context.fillStyle = colour.line;
+    context.fill(path, "evenodd");
+  }
+}
+
+function stroke(context, path, width, alpha) {
+  context.globalAlpha = alpha;
+  context.lineWidth = width;
+  context.stroke(path);
+}
+
+/** The instance at a point of the image, or null; where several lie there, the smallest. */
+export function findAt(context, instances, x, y, contour) {
+  let found = null;
+  for (const instance of instances) {
+    const [left, top, width, height] = instance.bbox;
+    if (x < left || y < top || x > left + width || y > top + height) continue;
+    const path = contour ? instance.enclosed : instance.path;
+    if (!context.isPointInPath(path, x, y, contour ? "nonzero" : "evenodd")) continue;
+    const size = contour ? width * height : instance.area;
+    if (!found || size < found.size) found = { instance, size };
+  }
+  return found?.instance ?? null;
+}
+
+/** The picture drawn to a canvas of a size; `brighten` stretches dark pictures for the eye. */
+export function renderPicture(bitmap, width, height, brighten) {
+  const canvas = document.createElement("canvas");
+  canvas.width = width;
+  canvas.height = height;
+  const context = canvas.getContext("2d", { willReadFrequently: brighten });
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#000"; // the server draws transparency on black
+  context.fillRect(0, 0, width, height);
+  if (bitmap) context.drawImage(bitmap, 0, 0, width, height);
+  if (bitmap && brighten) stretch(context, width, height);
+  return canvas;
+}
+
+const DARKEST = 0.005;
+const BRIGHTEST = 0.998;
+
+/** Maps the range between two percentiles of the grey levels to 0..255. */
+function stretch(context, width, height) {
+  const image = context.getImageData(0, 0, width, height);
+  const pixels = image.data;
+  const histogram = new Uint32Array(256);
+  for (let i = 0; i < pixels.length; i += 4) {
+    histogram[Math.round((pixels[i] + pixels[i + 1] + pixels[i + 2]) / 3)]++;
+  }
+  const low = percentile(histogram, DARKEST);
+  const high = Math.max(percentile(histogram, BRIGHTEST), low + 16);
+  const levels = Uint8ClampedArray.from({ length: 256 }, (_, v) => ((v - low) * 255) / (high - low));
+  for (let i = 0; i < pixels.length; i++) if (i % 4 < 3) pixels[i] = levels[pixels[i]];
+  context.putImageData(image, 0, 0);
+}
+
+function percentile(histogram, share) {
+  const wanted = share * histogram.reduce((a, b) => a + b);
+  let count = 0;
+  return histogram.findIndex((n) => (count += n) >= wanted);
+}

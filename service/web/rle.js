@@ -1,0 +1,145 @@
+// COCO run-length encoding: counts -> runs -> the pixels' outline, without ever building the mask.
+//
+// Coordinates are pixel corners: pixel (x, y) is the square from (x, y) to (x + 1, y + 1).
+
+/** Run lengths of compressed counts: zeros, ones, zeros, ... in column-major order. */
+export function decodeCounts(counts) {
+  const runs = [];
+  let at = 0;
+  while (at < counts.length) {
+    let value = 0;
+    let unit = 1; // a power of 32: shifts would overflow at 32 bits
+    let group;
+    do {
+      if (at >= counts.length) throw new Error("the RLE ends inside a number");
+      group = counts.charCodeAt(at++) - 48;
+      if (group < 0 || group > 63) throw new Error(`the RLE has the character ${counts[at - 1]}`);
+      value += (group & 31) * unit;
+      unit *= 32;
+    } while (group & 32);
+    if (group & 16) value -= unit;
+    // From the third run on, the difference to the run before the last is written.
+    if (runs.length > 2) value += runs[runs.length - 2];
+    runs.push(value);
+  }
+  return runs;
+}
+
+/** The mask's pieces of columns, [{x, top, bottom}], by x, then by top; bottom is exclusive. */
+export function listColumns({ size: [height, width], counts }) {
+  const columns = [];
+  let start = 0;
+  decodeCounts(counts).forEach((length, index) => {
+    const end = start + length;
+    if (length < 0 || end > height * width) throw new Error("the RLE does not fit its size");
+    if (index % 2) pushColumns(columns, start, end, height);
+    start = end;
+  });
+  return columns;
+}
+
+function pushColumns(columns, start, end, height) {
+  for (let from = start; from < end; ) {
+    const x = Math.floor(from / height);
+    const to = Math.min(end, (x + 1) * height);
+    const last = columns.at(-1);
+    if (last?.x === x && last.bottom === from - x * height) {
+      last.bottom = to - x * height; // a run of no zeros lies between
+    } else {
+      columns.push({ x, top: from - x * height, bottom: to - x * height });
+    }
+    from = to;
+  }
+}
+
+const RIGHT = 0;
+const DOWN = 1;
+const LEFT = 2;
+const UP = 3;
+
+/**
+ * The mask's outline as closed rings of corners, [x0, y0, x1, y1, ...].
+ *
+ * Rings around pixels run clockwise on the screen, rings around holes the other way. Pixels that
+ * touch at a corner belong together, so that a thin slanting curve is one ring.
+ */
+export function traceRings(rle) {
+  const stride = rle.size[1] + 1;
+  const edges = collectEdges(listColumns(rle), stride);
+  const rings = [];
+  for (const first of edges.keys()) rings.push(followRing(edges, first, stride));
+  return rings;
+}
+
+/** Directed edges with the mask on their right: corner * 4 + direction -> the corner at the end. */
+function collectEdges(columns, stride) {
+  const edges = new Map();
+  const add = (x0, y0, direction, x1, y1) =>
+    edges.set((y0 * stride + x0) * 4 + direction, y1 * stride + x1);
+  const addSides = (x, left, right) => {
+    for (const [top, bottom] of subtract(right, left)) add(x, bottom, UP, x, top);
+    for (const [top, bottom] of subtract(left, right)) add(x, top, DOWN, x, bottom);
+  };
+  let before = [];
+  for (let i = 0; i < columns.length; ) {
+    const x = columns[i].x;
+    const here = [];
+    for (; columns[i]?.x === x; i++) {
+      const { top, bottom } = columns[i];
+      here.push([top, bottom]);
+      add(x, top, RIGHT, x + 1, top);
+      add(x + 1, bottom, LEFT, x, bottom);
+    }
+    addSides(x, before, here);
+    before = here;
+    if (columns[i]?.x !== x + 1) {
+      addSides(x + 1, here, []);
+      before = [];
+    }
+  }
+  return edges;
+}
+
+/** What of the intervals `from` no interval of `minus` covers; both ascending and disjoint. */
+function subtract(from, minus) {
+  const rest = [];
+  let next = 0;
+  for (const [start, end] of from) {
+    let at = start;
+    while (next < minus.length && minus[next][1] <= at) next++;
+    for (let i = next; i < minus.length && minus[i][0] < end; i++) {
+      if (minus[i][0] > at) rest.push([at, minus[i][0]]);
+      at = Math.max(at, minus[i][1]);
+    }
+    if (at < end) rest.push([at, end]);
+  }
+  return rest;
+}
+
+function followRing(edges, first, stride) {
+  const ring = [];
+  let edge = first;
+  let before = -1;
+  do {
+    const direction = edge % 4;
+    const corner = (edge - direction) / 4;
+    if (direction !== before) ring.push(corner % stride, Math.floor(corner / stride));
+    const end = edges.get(edge);
+    edges.delete(edge);
+    before = direction;
+    // Turning left first keeps pixels together that touch at a corner.
+    const turns = [(direction + 3) % 4, direction, (direction + 1) % 4];
+    edge = turns.map((turn) => end * 4 + turn).find((key) => key === first || edges.has(key));
+  } while (edge !== first);
+  return ring;
+}
+
+/** Twice the area inside a ring, less than zero for a hole. */
+export function measureRing(ring) {
+  let sum = 0;
+  for (let i = 0; i < ring.length; i += 2) {
+    const j = (i + 2) % ring.length;
+    sum += ring[i] * ring[j + 1] - ring[j] * ring[i + 1];
+  }
+  return sum;
+}
