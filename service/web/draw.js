@@ -7,7 +7,7 @@ const GOLDEN_RATIO = 0.618033988749895;
 /** A bright colour; neighbouring indices get distant hues. */
 export function colourOf(index) {
   const hue = Math.round(((index * GOLDEN_RATIO + 0.45) % 1) * 360);
-  return { line: `hsl(${hue} 90% 66%)`, fill: `hsl(${hue} 85% 58%)` };
+  return { line: `hsl(${hue} 90% 68%)`, fill: `hsl(${hue} 85% 58%)` };
 }
 
 /** The server's instances with their rank, colour and outline. */
@@ -59,7 +59,7 @@ function drawOne(context, { path, colour }, one, contour, strength) {
     stroke(context, path, 0.75 * one, strength);
   } else {
     context.strokeStyle = "#000";
-    stroke(context, path, 3 * one, 0.35 * strength);
+    stroke(context, path, 3.5 * one, 0.5 * strength);
     context.strokeStyle = colour.line;
     stroke(context, path, 1.5 * one, strength);
   }
