@@ -71,6 +71,7 @@ async function run(work, retry) {
     await work(job.signal);
   } catch (error) {
     if (job.signal.aborted) return;
+    if (document.body.dataset.state === "busy") leaveImage();
     showProblem(error, retry);
   } finally {
     if (state.job === job) setBusy(false);
@@ -135,10 +136,14 @@ function setBusy(busy, text = "") {
   announce(`${text}.`);
 }
 
-function showProblem(error, retry) {
-  const known = error instanceof Refused;
+/** Back to the page as it was opened. */
+function leaveImage() {
   clearResult();
   document.body.dataset.state = "empty";
+}
+
+function showProblem(error, retry) {
+  const known = error instanceof Refused;
   byId("problem").hidden = false;
   byId("problem-text").textContent = known ? error.message : "This page failed.";
   const id = error.requestId ? ` (request ${error.requestId})` : "";
@@ -148,10 +153,9 @@ function showProblem(error, retry) {
 }
 
 function cancel() {
-  state.job?.abort();
-  clearResult();
+  state.job.abort();
+  leaveImage();
   setBusy(false);
-  document.body.dataset.state = "empty";
   announce("Cancelled.");
   byId("file").focus();
 }
@@ -200,8 +204,8 @@ function light() {
 
 /** Takes the first file of a drop, a paste or the picker. */
 function take(files, wanted) {
-  if (files.length) return void open(files[0]);
-  run(() => Promise.reject(new Refused(wanted)));
+  if (files.length) open(files[0]);
+  else showProblem(new Refused(wanted));
 }
 
 function wireSources() {
