@@ -33,54 +33,60 @@ function addRing(path, ring) {
  * Draws instances over what the context shows, the best last.
  *
  * @param context Of a canvas that shows the whole image.
- * @param scale Canvas pixels per image pixel.
- * @param unit Canvas pixels of one thin line's width.
- * @param contour Masks are outlines: lines in full colour instead of areas.
- * @param lit The instance that stands out, or null.
+ * @param view {scale, unit, contour}: canvas pixels per image pixel; canvas pixels of one thin
+ *   line's width; whether masks are outlines, drawn as lines in full colour.
+ * @param strength Less than 1 where another instance is to stand out.
  */
-export function drawInstances(context, instances, { scale, unit, contour, lit = null }) {
+export function drawInstances(context, instances, view, strength = 1) {
+  inImage(context, view, (one) => {
+    for (const instance of instances.toReversed()) {
+      if (view.contour) drawLine(context, instance, one, strength);
+      else drawArea(context, instance, one, strength);
+    }
+  });
+}
+
+/** Draws the instance that stands out. */
+export function drawLit(context, { path, enclosed, colour }, view) {
+  inImage(context, view, (one) => {
+    context.globalAlpha = view.contour ? 0.25 : 0.5;
+    context.fillStyle = colour.fill;
+    if (view.contour) context.fill(enclosed);
+    else context.fill(path, "evenodd");
+    stroke(context, path, "#000", 5 * one, 0.6);
+    stroke(context, path, "#fff", 2.5 * one, 1);
+    if (!view.contour) return;
+    context.fillStyle = colour.line;
+    context.fill(path, "evenodd");
+  });
+}
+
+function inImage(context, { scale, unit }, draw) {
   context.save();
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.lineJoin = "round";
-  const one = unit / scale;
-  for (const instance of instances.toReversed()) {
-    if (instance !== lit) drawOne(context, instance, one, contour, lit ? 0.4 : 1);
-  }
-  if (lit) drawLit(context, lit, one, contour);
+  draw(unit / scale);
   context.restore();
 }
 
-function drawOne(context, { path, colour }, one, contour, strength) {
-  context.globalAlpha = strength * (contour ? 1 : 0.3);
-  context.fillStyle = contour ? colour.line : colour.fill;
-  context.fill(path, "evenodd");
-  if (contour) {
-    context.strokeStyle = colour.line;
-    stroke(context, path, 0.75 * one, strength);
-  } else {
-    context.strokeStyle = "#000";
-    stroke(context, path, 3.5 * one, 0.5 * strength);
-    context.strokeStyle = colour.line;
-    stroke(context, path, 1.5 * one, strength);
-  }
-}
-
-function drawLit(context, { path, enclosed, colour }, one, contour) {
-  context.globalAlpha = contour ? 0.25 : 0.5;
+function drawArea(context, { path, colour }, one, strength) {
+  context.globalAlpha = 0.3 * strength;
   context.fillStyle = colour.fill;
-  context.fill(contour ? enclosed : path, contour ? "nonzero" : "evenodd");
-  context.strokeStyle = "#000";
-  stroke(context, path, 5 * one, 0.6);
-  context.strokeStyle = "#fff";
-  stroke(context, path, 2.5 * one, 1);
-  if (contour) {
-    context.fillStyle = colour.line;
-    context.fill(path, "evenodd");
-  }
+  context.fill(path, "evenodd");
+  stroke(context, path, "#000", 3.5 * one, 0.5 * strength);
+  stroke(context, path, colour.line, 1.5 * one, strength);
 }
 
-function stroke(context, path, width, alpha) {
+function drawLine(context, { path, colour }, one, strength) {
+  context.globalAlpha = strength;
+  context.fillStyle = colour.line;
+  context.fill(path, "evenodd");
+  stroke(context, path, colour.line, 0.75 * one, strength); // seen, too, where the image is small
+}
+
+function stroke(context, path, colour, width, alpha) {
   context.globalAlpha = alpha;
+  context.strokeStyle = colour;
   context.lineWidth = width;
   context.stroke(path);
 }

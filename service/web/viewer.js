@@ -1,11 +1,12 @@
 // The image on the screen, scaled to fit, with its instances; and the picture that is saved.
 
-import { drawInstances, findAt, renderPicture } from "./draw.js";
+import { drawInstances, drawLit, findAt, renderPicture } from "./draw.js";
 import { byId, describeInstance } from "./text.js";
 
 const MOST_UPSCALED = 8;
 const SIDE_BY_SIDE = matchMedia("(min-width: 60rem)");
 const SHARE_OF_SCREEN = 0.65; // of a phone's height
+const STEPPED_BACK = 0.4; // of the others, while one is lit
 const MAX_SAVED_PIXELS = 100_000_000; // canvases of browsers end somewhere above
 
 export class Viewer {
@@ -31,16 +32,23 @@ export class Viewer {
     this.instances = [];
     this.lit = null;
     this.contour = false;
-    this.picture = null;
+    this.forget();
     this.tip.hidden = true;
     this.canvas.setAttribute("aria-label", "No image yet");
     this.redraw();
+  }
+
+  /** Drops what was drawn for another picture or another size. */
+  forget() {
+    this.pictures = new Map();
+    this.layers = new Map();
   }
 
   /** The picture alone, until its result is there; null if the browser cannot read it. */
   showPicture(bitmap) {
     this.bitmap = bitmap;
     this.size = bitmap && { width: bitmap.width, height: bitmap.height };
+    this.forget();
     this.redraw();
   }
 
@@ -58,11 +66,13 @@ export class Viewer {
     }
     this.size = { width, height };
     this.contour = contour;
+    this.forget();
     return note;
   }
 
   showInstances(instances, label) {
     this.instances = instances;
+    this.layers.clear();
     this.canvas.setAttribute("aria-label", label);
     this.redraw();
   }
@@ -90,7 +100,8 @@ export class Viewer {
     const canvas = renderPicture(this.bitmap, w, h, this.brighten);
     if (this.masks) {
       const unit = Math.max(0.5, Math.min(w, h) / 900);
-      this.draw(canvas.getContext("2d"), scale, unit, null);
+      const view = { scale, unit, contour: this.contour };
+      drawInstances(canvas.getContext("2d"), this.instances, view);
     }
     return canvas;
   }
@@ -110,25 +121,32 @@ export class Viewer {
     if (fit <= 0) return;
     const density = devicePixelRatio;
     const [w, h] = [width, height].map((side) => Math.max(1, Math.floor(side * fit * density)));
-    const key = `${w} ${h} ${this.brighten}`;
-    if (this.picture?.key !== key || this.picture.bitmap !== this.bitmap) {
-      const canvas = renderPicture(this.bitmap, w, h, this.brighten);
-      this.picture = { key, bitmap: this.bitmap, canvas };
-    }
+    if (this.canvas.width !== w || this.canvas.height !== h) this.forget();
     this.canvas.width = w;
     this.canvas.height = h;
     this.canvas.style.width = `${w / density}px`;
     this.canvas.style.height = `${h / density}px`;
     this.fit = w / density / width;
     const context = this.canvas.getContext("2d");
-    context.drawImage(this.picture.canvas, 0, 0);
-    if (this.masks || this.lit) this.draw(context, w / width, density, this.lit);
+    const view = { scale: w / width, unit: density, contour: this.contour };
+    context.drawImage(this.layer(w, h, view), 0, 0);
+    if (this.lit) drawLit(context, this.lit, view);
     this.placeTip();
   }
 
-  draw(context, scale, unit, lit) {
-    const instances = this.masks ? this.instances : [lit];
-    drawInstances(context, instances, { scale, unit, contour: this.contour, lit });
+  /** All that does not change while one instance after the other lights up. */
+  layer(width, height, view) {
+    const look = `${width} ${height} ${this.brighten}`;
+    const picture = keep(this.pictures, look, () =>
+      renderPicture(this.bitmap, width, height, this.brighten),
+    );
+    if (!this.masks) return picture;
+    const strength = this.lit ? STEPPED_BACK : 1;
+    return keep(this.layers, `${look} ${strength}`, () => {
+      const canvas = renderPicture(picture, width, height, false);
+      drawInstances(canvas.getContext("2d"), this.instances, view, strength);
+      return canvas;
+    });
   }
 
   instanceAt(event) {
@@ -151,4 +169,9 @@ export class Viewer {
     const below = Math.min(y + height + 8, this.canvas.clientHeight - this.tip.offsetHeight);
     this.tip.style.translate = `${left}px ${above >= 0 ? above : below}px`;
   }
+}
+
+function keep(map, key, build) {
+  if (!map.has(key)) map.set(key, build());
+  return map.get(key);
 }
