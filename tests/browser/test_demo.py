@@ -433,5 +433,5 @@ def test_text_can_be_read_in_both_schemes(open_demo: OpenDemo, scheme: str) -> N
 
 def test_the_description_of_the_api_is_shown(open_demo: OpenDemo) -> None:
     demo = open_demo("docs")
-    demo.page.locator(".opblock-path", has_text="/segment").first.wait_for()
+    demo.page.locator(".opblock-post", has_text="segment").first.wait_for()
     assert any(url.endswith("/openapi.json") for url in demo.requests)
