@@ -9,34 +9,40 @@ const PLAIN_WORDS = {
   body_too_large: "This file is larger than the server takes.",
   overloaded: "The server has too much to do right now. Try again in a moment.",
   draining: "The server is shutting down. Try again in a moment.",
+  engine_restarting: "The model is being started again. Try again in a moment.",
   model_unavailable: "This model cannot be used right now.",
   unknown_model: "The server does not have this model any more. Reload the page.",
   engine_error: "The model failed on this image.",
   internal_error: "Something failed inside the server.",
 };
 const BY_STATUS = {
-  401: "The server wants an API key, which this page does not have.",
+  401: "This server asks for an API key.",
   403: "The server does not allow this.",
   413: PLAIN_WORDS.body_too_large,
-  429: "Too many requests. Try again in a moment.",
+  429: "That was too much for one user. Try again in a moment.",
   503: "The server is not available right now. Try again in a moment.",
   504: "The server took too long. Try again in a moment.",
 };
 
 /** A request that was not answered as hoped; `message` is for people, `detail` the server's. */
 export class Refused extends Error {
-  constructor(message, { detail = "", requestId = "", canRetry = false } = {}) {
+  constructor(message, { detail = "", requestId = "", canRetry = false, needsKey = false } = {}) {
     super(message);
-    this.detail = detail;
-    this.requestId = requestId;
-    this.canRetry = canRetry;
+    Object.assign(this, { detail, requestId, canRetry, needsKey });
   }
+}
+
+let apiKey = ""; // in memory alone
+
+/** Sends an API key from now on. */
+export function useKey(key) {
+  apiKey = key;
 }
 
 async function ask(path, options) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, { ...options, headers: apiKey ? { "x-api-key": apiKey } : {} });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused("The server cannot be reached.", { detail: error.message, canRetry: true });
@@ -49,6 +55,7 @@ async function ask(path, options) {
     detail: message ?? `status ${status}`,
     requestId: response.headers.get("x-request-id") ?? "",
     canRetry: status === 429 || status >= 500,
+    needsKey: status === 401,
   });
 }
 

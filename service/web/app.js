@@ -1,6 +1,14 @@
 // The demo page: takes an image, asks the server, shows what it found.
 
-import { describeModel, fetchSample, leastScore, listModels, Refused, segment } from "./api.js";
+import {
+  describeModel,
+  fetchSample,
+  leastScore,
+  listModels,
+  Refused,
+  segment,
+  useKey,
+} from "./api.js";
 import { prepareInstances } from "./draw.js";
 import { InstanceList } from "./list.js";
 import { savePicture, saveResult } from "./save.js";
@@ -150,6 +158,12 @@ function showProblem(error, retry) {
   byId("problem-detail").textContent = `${known ? error.detail : error.message}${id}`;
   byId("retry").hidden = !error.canRetry;
   byId("retry").onclick = retry;
+  byId("key-form").hidden = !error.needsKey;
+  byId("key-form").onsubmit = (event) => {
+    event.preventDefault();
+    useKey(byId("key").value.trim());
+    retry();
+  };
 }
 
 function cancel() {
@@ -217,6 +231,7 @@ function wireSources() {
     button.addEventListener("click", () => openSample(button.dataset.sample));
   }
   document.addEventListener("paste", (event) => {
+    if (event.target.closest("input")) return;
     event.preventDefault();
     take(event.clipboardData.files, "The clipboard holds no image.");
   });
@@ -243,11 +258,12 @@ function wireResult() {
   byId("save-json").addEventListener("click", () => saveResult(state));
   byId("save-png").addEventListener("click", () => savePicture(viewer, state.file.name));
   byId("model").addEventListener("change", ({ target }) => {
-    const { file } = state;
-    run(async (signal) => {
+    const again = document.body.dataset.state !== "empty";
+    const change = async (signal) => {
       await chooseModel(target.value);
-      if (file && document.body.dataset.state !== "empty") await show(file, signal);
-    });
+      if (again) await show(state.file, signal);
+    };
+    run(change, () => run(change));
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;

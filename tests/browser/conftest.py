@@ -52,12 +52,12 @@ def open_demo(browser: Browser, server: ServerProcess) -> Iterator[OpenDemo]:
     """Opens the demo page; at the end no script has failed and no other host was asked."""
     opened: list[Demo] = []
 
-    def open_page(path: str = "", **options: Any) -> Demo:
+    def open_page(path: str = "", url: str = server.url, **options: Any) -> Demo:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         context.set_default_timeout(20_000)
-        demo = Demo(context.new_page(), server.url)
+        demo = Demo(context.new_page(), url)
         opened.append(demo)
-        demo.page.goto(f"{server.url}/{path}")
+        demo.page.goto(f"{url}/{path}")
         return demo
 
     yield open_page
@@ -65,7 +65,7 @@ def open_demo(browser: Browser, server: ServerProcess) -> Iterator[OpenDemo]:
         demo.page.context.close()
     for demo in opened:
         assert demo.failures == []
-        assert [url for url in demo.requests if not url.startswith(f"{server.url}/")] == []
+        assert [url for url in demo.requests if not url.startswith(f"{demo.url}/")] == []
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.errors import STATUS_BY_CODE
 from service.routes.web import DOCS_FILES, WEB_FILES
 
 WEB = Path(__file__).resolve().parents[3] / "service/web"
@@ -136,6 +137,17 @@ def test_whatever_a_script_imports_is_served() -> None:
     for path in WEB.glob("*.js"):
         imported |= set(re.findall(r"from \"\./([^\"]+)\"", path.read_text(encoding="utf-8")))
     assert imported == {n for n in WEB_FILES if n.endswith(".js")} - {"app.js", "docs.js"}
+
+
+def test_every_refusal_has_plain_words() -> None:
+    text = (WEB / "api.js").read_text(encoding="utf-8")
+    known = set(re.findall(r"^  (\w+): ", text, re.MULTILINE))
+    own_mistakes = {
+        *("invalid_request", "invalid_multipart", "invalid_parameter", "too_many_images"),
+        *("not_found", "unknown_version", "method_not_allowed"),
+    }
+    for code, status in STATUS_BY_CODE.items():
+        assert known & {code, str(status)} or code in own_mistakes, code
 
 
 def test_the_samples_are_small() -> None:

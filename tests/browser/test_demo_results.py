@@ -1,14 +1,9 @@
-"""The demo page in a real browser, against the real server."""
+"""What the demo page does with a result, and what it looks like."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,60 +12,19 @@ from pycocotools.coco import COCO
 
 from tests.browser.conftest import OpenDemo
 from tests.browser.demo import Demo
+from tests.browser.scene import (
+    BLACK,
+    IN_GREEN,
+    IN_HOLE,
+    IN_RED,
+    OUTSIDE,
+    SCENE,
+    ask,
+    describe,
+)
 from tests.support.blob_model import draw_picture, encode_picture
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Route
-
 pytestmark = pytest.mark.browser
-
-BLACK = (0, 0, 0)
-IN_RED, IN_GREEN, IN_HOLE, OUTSIDE = (0.2, 0.5), (0.65, 0.5), (0.775, 0.5), (0.5, 0.1)
-"""Points of the picture as shares of its size; the hole is in the green box."""
-
-
-def draw_scene() -> bytes:
-    """80x40 px: a red box, and a darker green one with a hole."""
-    picture = draw_picture(40, 80, {"red": (8, 8, 20, 24), "green": (48, 4, 28, 32)})
-    picture[..., 1][picture[..., 1] > 0] = 180
-    picture[12:28, 56:68] = 0
-    return encode_picture(picture)
-
-
-SCENE = draw_scene()
-
-
-def ask(demo: Demo, data: bytes = SCENE, model: str = "wide") -> list[dict[str, Any]]:
-    """The instances that the server answers to anyone."""
-    response = httpx.post(f"{demo.url}/segment", params={"model": model}, content=data, timeout=60)
-    instances: list[dict[str, Any]] = response.json()["results"][0]["instances"]
-    return instances
-
-
-def describe(instance: dict[str, Any], what: str = "area") -> str:
-    """How the page says an instance."""
-    score, area = instance["score"], instance["area"]
-    return f"{instance['category']}, score {score:.2f}, {what} {area:,} px"
-
-
-def count_segmentations(demo: Demo) -> int:
-    return sum("/segment?" in url for url in demo.requests)
-
-
-def test_an_upload_is_segmented_and_drawn(demo: Demo) -> None:
-    demo.segment(SCENE, "scene.png")
-    assert demo.by_id("count").inner_text() == "2 instances"
-    assert "scene.png, 80 × 40 px. wide version 1." in demo.by_id("about").inner_text()
-    assert demo.shown_rows() == [describe(instance) for instance in ask(demo)]
-    red, green, hole, outside = demo.read_pixels(IN_RED, IN_GREEN, IN_HOLE, OUTSIDE)
-    assert hole == outside == BLACK
-    assert red != (255, 0, 0)
-    assert green != (0, 180, 0)
-    demo.by_id("show-masks").uncheck()
-    red, green, hole = demo.read_pixels(IN_RED, IN_GREEN, IN_HOLE)
-    assert (red, green, hole) == ((255, 0, 0), (0, 180, 0), BLACK)
-    assert "2 instances" in (demo.by_id("canvas").get_attribute("aria-label") or "")
-    assert demo.by_id("announcer").inner_text() == "2 instances in scene.png."
 
 
 def test_the_time_of_each_stage_is_shown(demo: Demo) -> None:
@@ -81,33 +35,6 @@ def test_the_time_of_each_stage_is_shown(demo: Demo) -> None:
     assert len(widths) == 5
     assert all(width > 0 for width in widths)
     assert "ms in the server" in demo.by_id("time-total").inner_text()
-
-
-@pytest.mark.parametrize("kind", ["paste", "drop"])
-def test_an_image_can_be_pasted_and_dropped(demo: Demo, kind: str) -> None:
-    data = base64.b64encode(SCENE).decode("ascii")
-    demo.hand_over(kind, {"name": "handed.png", "base64": data})
-    demo.await_result()
-    assert demo.by_id("about").inner_text().startswith("handed.png")
-    assert len(demo.shown_rows()) == 2
-    demo.hand_over(kind, None)
-    problem = "The clipboard holds no image." if kind == "paste" else "That was no file."
-    assert problem in demo.page.get_by_role("alert").inner_text()
-    assert len(demo.shown_rows()) == 2, "what was there stays"
-    assert count_segmentations(demo) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [("Crowded nuclei", "crowded"), ("Sparse nuclei", "sparse"), ("Stained tissue", "tissue")],
-)
-def test_a_sample_is_segmented(demo: Demo, name: str, file: str) -> None:
-    demo.page.get_by_role("button", name=name).click()
-    demo.await_result()
-    data = httpx.get(f"{demo.url}/web/samples/{file}.jpg").content
-    assert demo.shown_rows() == [describe(instance) for instance in ask(demo, data)]
-    assert demo.by_id("nothing").is_visible() == (not demo.shown_rows())
-    assert count_segmentations(demo) == 1
 
 
 def test_the_slider_filters_without_a_request(demo: Demo) -> None:
@@ -182,75 +109,6 @@ def test_the_keyboard_alone_is_enough(demo: Demo) -> None:
     assert box.get_attribute("aria-activedescendant") is None
 
 
-def test_a_text_file_named_jpg_is_explained(demo: Demo) -> None:
-    demo.choose(b"these are words, not an image", "words.jpg")
-    alert = demo.page.get_by_role("alert")
-    alert.wait_for()
-    assert "The server cannot read this file as an image." in alert.inner_text()
-    assert "its 29 bytes start with" in alert.inner_text()
-    assert demo.by_id("busy").is_hidden()
-    assert demo.by_id("retry").is_hidden()
-    demo.segment(SCENE)
-    assert alert.is_hidden()
-    assert len(demo.shown_rows()) == 2
-
-
-def test_a_full_server_can_be_asked_again(demo: Demo) -> None:
-    def refuse(route: Route) -> None:
-        error = {"code": "overloaded", "message": "256 images are in work"}
-        route.fulfill(status=503, body=json.dumps({"error": error}), content_type="text/json")
-
-    demo.page.route("**/segment?*", refuse, times=1)
-    demo.choose(SCENE)
-    alert = demo.page.get_by_role("alert")
-    alert.wait_for()
-    assert "too much to do right now" in alert.inner_text()
-    demo.page.get_by_role("button", name="Try again").click()
-    demo.await_result()
-    assert len(demo.shown_rows()) == 2
-
-
-def test_a_server_that_is_gone_is_said(demo: Demo) -> None:
-    demo.page.route("**/segment?*", lambda route: route.abort())
-    demo.choose(SCENE)
-    alert = demo.page.get_by_role("alert")
-    alert.wait_for()
-    assert "The server cannot be reached." in alert.inner_text()
-
-
-def test_waiting_is_shown_and_can_be_cancelled(demo: Demo) -> None:
-    demo.page.route("**/segment?*", lambda route: None)
-    demo.choose(SCENE, "slow.png")
-    demo.by_id("busy").wait_for()
-    assert demo.by_id("busy-text").inner_text() == "Segmenting slow.png"
-    assert demo.by_id("panel").get_attribute("aria-busy") == "true"
-    assert demo.read_pixels(IN_RED) == [(255, 0, 0)], "the image is there already"
-    demo.page.get_by_role("button", name="Cancel").click()
-    assert demo.by_id("busy").is_hidden()
-    assert demo.by_id("panel").get_attribute("aria-busy") == "false"
-    assert demo.page.get_by_role("alert").count() == 0
-    demo.page.unroute("**/segment?*")
-    demo.segment(SCENE)
-    assert len(demo.shown_rows()) == 2
-
-
-def test_a_model_can_be_chosen(open_demo: OpenDemo) -> None:
-    demo = open_demo()
-    select = demo.page.get_by_role("combobox", name="Model")
-    options = select.locator("option")
-    options.first.wait_for(state="attached")
-    assert options.all_inner_texts() == ["blobs", "broken (not usable)", "contours", "wide"]
-    assert options.nth(1).is_disabled()
-    demo.segment(SCENE)
-    assert "blobs version 1" in demo.by_id("about").inner_text()
-    assert "in tiles" in (demo.by_id("notes").text_content() or "")
-    select.select_option("wide")
-    demo.page.locator("#about", has_text="wide version 1").wait_for()
-    assert demo.by_id("notes").is_hidden()
-    asked = [url for url in demo.requests if "/segment?" in url]
-    assert ["model=blobs" in asked[0], "model=wide" in asked[1], len(asked)] == [True, True, 2]
-
-
 def test_contours_are_lines_and_hit_inside(open_demo: OpenDemo) -> None:
     picture = draw_picture(80, 80, {"red": (16, 16, 48, 48)})
     picture[24:56, 24:56] = 0
@@ -266,74 +124,6 @@ def test_contours_are_lines_and_hit_inside(open_demo: OpenDemo) -> None:
     (curve,) = ask(demo, data, "contours")
     assert demo.by_id("tip").inner_text() == describe(curve, "outline")
     assert "finds outlines" in (demo.by_id("notes").text_content() or "")
-
-
-def turn_scene(orientation: int) -> bytes:
-    """The scene as a camera stores it that was held in one of EXIF's eight ways."""
-    stored = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    scene: Image.Image = Image.open(io.BytesIO(SCENE))
-    if orientation in stored:
-        scene = scene.transpose(stored[orientation])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = io.BytesIO()
-    scene.save(file, "JPEG", quality=95, subsampling=0, exif=exif)
-    return file.getvalue()
-
-
-def test_turned_photos_line_up(demo: Demo) -> None:
-    for orientation in range(1, 9):
-        name = f"photo-{orientation}.jpg"
-        demo.choose(turn_scene(orientation), name)
-        demo.page.locator("#about", has_text=f"{name}, 80 × 40 px").wait_for()
-        demo.by_id("show-masks").check()
-        assert demo.by_id("notes").is_hidden(), "browser and server agree on the size"
-        lit = demo.read_pixels(IN_RED, IN_GREEN)
-        demo.by_id("show-masks").uncheck()
-        plain = demo.read_pixels(IN_RED, IN_GREEN)
-        np.testing.assert_allclose(plain, [(255, 0, 0), (0, 180, 0)], atol=12, err_msg=name)
-        assert (lit[0] != plain[0], lit[1] != plain[1]) == (True, True), name
-
-
-@pytest.mark.parametrize(
-    ("instead", "note"),
-    [
-        ("() => Promise.reject(new Error('no such format'))", "cannot show the image"),
-        ("() => real(new ImageData(40, 80))", "shows the image as 40 × 80 px"),
-    ],
-    ids=["not shown", "shown otherwise"],
-)
-def test_masks_are_never_drawn_on_a_picture_they_do_not_fit(
-    demo: Demo, instead: str, note: str
-) -> None:
-    script = f"const real = createImageBitmap; window.createImageBitmap = {instead};"
-    demo.page.evaluate(f"() => {{ {script} }}")
-    demo.segment(SCENE)
-    assert note in demo.by_id("notes").inner_text()
-    width, height = demo.by_id("canvas").evaluate("e => [e.width, e.height]")
-    assert width == 2 * height
-    red, hole = demo.read_pixels(IN_RED, IN_HOLE)
-    assert red != BLACK
-    assert hole == BLACK
-
-
-def test_a_large_image_is_scaled_to_the_screen(demo: Demo) -> None:
-    picture = draw_picture(2400, 3600, {"red": (360, 480, 900, 1440)})
-    demo.segment(encode_picture(picture))
-    assert "3600 × 2400 px" in demo.by_id("about").inner_text()
-    width, height = demo.by_id("canvas").evaluate("e => [e.width, e.height]")
-    assert max(width, height) < 1280
-    assert width / height == pytest.approx(1.5, abs=0.01)
-    assert demo.read_pixels((0.2, 0.5)) != [(255, 0, 0)]
-    assert demo.read_pixels((0.6, 0.5)) == [BLACK]
 
 
 def test_the_result_is_saved_as_coco(demo: Demo, downloads: Path) -> None:
