@@ -39,4 +39,5 @@ def describe(instance: dict[str, Any], what: str = "area") -> str:
 
 
 def count_segmentations(demo: Demo) -> int:
+    """How often the page has asked for a segmentation."""
     return sum("/segment?" in url for url in demo.requests)

@@ -130,9 +130,7 @@ def test_a_key_can_be_given_where_the_server_asks_for_one(
         for given in ("wrong", key):
             field.fill(given)
             field.press("Enter")
-            demo.page.wait_for_selector(
-                "body:not([data-state=busy]) #busy[hidden]", state="attached"
-            )
+            demo.by_id("busy").wait_for(state="hidden")
             assert field.is_visible() == (given == "wrong")
         assert len(demo.shown_rows()) == 2
         assert not [url for url in demo.requests if key in url]
