@@ -115,10 +115,10 @@ async function show(file, signal) {
   signal.throwIfAborted();
   state.answer = answer;
   state.instances = prepareInstances(answer.result.instances);
-  const lines = viewer.showResult(answer.result, model.task === "contour");
+  const pictureNote = viewer.showResult(answer.result, model.task === "contour");
   list.fill(state.instances, model.task);
   threshold.value = model.postprocess.score_threshold;
-  showNotes(answer, model, lines);
+  showNotes(answer, model, pictureNote);
   showFacts(file, answer, model);
   showTime(answer);
   document.body.dataset.state = "done";

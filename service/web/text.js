@@ -33,7 +33,7 @@ export function describeCount({ shown }) {
 /** Below the slider: what it hides. */
 export function describeWeaker({ shown, instances }) {
   const hidden = instances.length - shown.length;
-  if (!hidden) return "Everything that the model found is shown.";
+  if (!hidden) return "All that the server answered is shown.";
   return `${hidden} weaker ${hidden === 1 ? "one is" : "ones are"} hidden.`;
 }
 
