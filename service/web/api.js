@@ -49,7 +49,9 @@ async function ask(path, options) {
   }
   if (response.ok) return response;
   const { status } = response;
-  const { code, message } = (await response.json().catch(() => ({}))).error ?? {};
+  const body = await response.json().catch(() => ({}));
+  // Below /v2 the Open Inference Protocol wants {error: text}; elsewhere it is {error: {...}}.
+  const { code, message } = body.error?.message ? body.error : { ...body, message: body.error };
   const words = PLAIN_WORDS[code] ?? BY_STATUS[status] ?? "The server refused this request.";
   throw new Refused(words, {
     detail: message ?? `status ${status}`,

@@ -115,6 +115,18 @@ def test_a_server_that_is_gone_is_said(demo: Demo) -> None:
     assert "The server cannot be reached." in alert.inner_text()
 
 
+def test_a_model_that_is_gone_is_explained(demo: Demo) -> None:
+    demo.segment(SCENE)
+    unknown = httpx.get(f"{demo.url}/v2/models/gone")
+    demo.page.route("**/v2/models/blobs", lambda r: r.fulfill(status=404, json=unknown.json()))
+    demo.page.get_by_role("combobox", name="Model").select_option("blobs")
+    alert = demo.page.get_by_role("alert")
+    alert.wait_for()
+    assert "does not have this model any more" in alert.inner_text()
+    assert "there is no model 'gone'" in alert.inner_text()
+    assert len(demo.shown_rows()) == 2, "what was there stays"
+
+
 def test_a_key_can_be_given_where_the_server_asks_for_one(
     open_demo: OpenDemo, tmp_path: Path
 ) -> None:
