@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from service.admission import Admission
 from service.backends.restarting import RestartingBackend
 from service.batcher import BatchStats, DynamicBatcher
+from service.engines import describe_engine
 from service.errors import (
     EngineRestarting,
     ModelUnavailable,
@@ -103,7 +104,7 @@ class Segmenter:
         metrics.queue_limit_images.set(admission.max_images)
         metrics.queue_limit_pixels.set(admission.max_pixels)
         for name, model in self.repository.models.items():
-            metrics.add_model(name, model.version, model.backend.name, model.backend.device)
+            metrics.add_model(name, model.version, partial(describe_engine, model.backend))
         for name in self.repository.refused:
             metrics.model_refused.labels(name).set(1)
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from service.engines import describe_engine
+from service.registry import LoadedModel
 from service.routes.state import SegmenterDep
-from service.schemas import HealthResponse, LiveResponse, ReadyResponse
+from service.schemas import (
+    EngineBuildModel,
+    EngineModel,
+    HealthResponse,
+    LiveResponse,
+    ReadyResponse,
+)
 
 router = APIRouter(tags=["health"])
 
@@ -38,7 +46,24 @@ async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
     return ReadyResponse(
         ready=segmenter.is_ready,
         models=[f"{name}:{m.version} on {m.backend.device}" for name, m in models.items()],
+        engines=[_describe(name, model) for name, model in models.items()],
         refused=sorted(segmenter.repository.refused),
+    )
+
+
+def _describe(name: str, model: LoadedModel) -> EngineModel:
+    state = describe_engine(model.backend)
+    build = None
+    if state.build is not None:
+        build = EngineBuildModel(status=state.build.status, progress=state.build.progress)
+    return EngineModel(
+        model=name,
+        version=model.version,
+        engine=state.name,
+        device=state.device,
+        precision=state.precision,
+        reason=state.reason,
+        build=build,
     )
 
 
