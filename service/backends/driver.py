@@ -35,19 +35,15 @@ def find_gpu() -> Gpu | str:
         return f"there is no NVIDIA driver here ({error})"
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
-    for step, call in (
-        ("cuInit", lambda: driver.cuInit(0)),
-        ("cuDeviceGet", lambda: driver.cuDeviceGet(ctypes.byref(device), 0)),
-        ("cuDeviceGetName", lambda: driver.cuDeviceGetName(name, len(name), device)),
-        (
-            "cuDeviceGetAttribute",
-            lambda: (
-                driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-                or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-            ),
-        ),
-    ):
-        status = call()
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("cuInit", (0,)),
+        ("cuDeviceGet", (ctypes.byref(device), 0)),
+        ("cuDeviceGetName", (name, len(name), device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(major), _MAJOR, device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(minor), _MINOR, device)),
+    )
+    for function, arguments in calls:
+        status = getattr(driver, function)(*arguments)
         if status:
-            return f"the NVIDIA driver offers no GPU ({step}: CUDA error {status})"
+            return f"the NVIDIA driver offers no GPU ({function}: CUDA error {status})"
     return Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}")
