@@ -59,7 +59,7 @@ class Artefacts:
         if not data_files:
             return self._read(name)
         for file in (name, *data_files):
-            self.verify(file)
+            self._verify(file)
         return self.folder / name
 
     def _read(self, name: str) -> bytes:
@@ -70,12 +70,8 @@ class Artefacts:
         self._compare(name, len(data), hashlib.sha256(data).hexdigest())
         return data
 
-    def verify(self, name: str) -> Path:
-        """Path of a file that is what config.json says, read in pieces.
-
-        Raises:
-            ModelRefused: It is missing or differs.
-        """
+    def _verify(self, name: str) -> None:
+        """Compares a file in pieces: it may be large, and nobody needs its bytes here."""
         path, digest, size = self.folder / name, hashlib.sha256(), 0
         try:
             with path.open("rb") as file:
@@ -85,7 +81,6 @@ class Artefacts:
         except OSError as error:
             raise ModelRefused(path, error.strerror or str(error)) from error
         self._compare(name, size, digest.hexdigest())
-        return path
 
     def _compare(self, name: str, size: int, digest: str) -> None:
         path, spec = self.folder / name, self.files[name]

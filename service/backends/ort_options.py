@@ -18,8 +18,7 @@ CPU = "CPUExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
 
-# Each size is at most a third more than the one before: padding wastes little, and few shapes
-# have to be captured or searched for.
+# Few shapes to capture or to search for, and padding adds less than half to a batch.
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 

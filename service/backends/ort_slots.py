@@ -6,7 +6,7 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 from __future__ import annotations
 
 import contextlib
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -175,9 +175,9 @@ class BoundSlot:
         self._sizes = tuple(sizes)
         self._fixed_canvas_hw = fixed_canvas_hw
         self._cuda_graph = cuda_graph
-        self._free: list[_OutputBuffer] = []
+        # A result's end gives a buffer back in the middle of anything: no lock, deques are atomic.
+        self._free: deque[_OutputBuffer] = deque()
         self._numbers = iter(range(KEPT_OUTPUTS))
-        self._lock = threading.Lock()
         self._inputs: Staged | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slot")
         self._session: ort.InferenceSession | None = None
@@ -306,20 +306,19 @@ class BoundSlot:
         needed = self._layout.offsets(size, canvas_hw)[3]
         if self._fixed_canvas_hw is not None:
             needed = self._layout.offsets(self._sizes[-1], self._fixed_canvas_hw)[3]
-        with self._lock:
-            if self._free:
-                buffer = self._free.pop(0)
-                if buffer.region.n_bytes >= needed:
-                    return buffer
-                number = buffer.number
-            else:
-                number = next(self._numbers, None)
+        try:
+            buffer = self._free.popleft()
+        except IndexError:
+            number = next(self._numbers, None)
+        else:
+            if buffer.region.n_bytes >= needed:
+                return buffer
+            number = buffer.number
         return _OutputBuffer(number, self._memory.allocate(needed))
 
     def _give_back(self, buffer: _OutputBuffer) -> None:
-        with self._lock:
-            if buffer.number is not None:
-                self._free.append(buffer)
+        if buffer.number is not None:
+            self._free.append(buffer)
 
 
 def _align(n_bytes: int) -> int:
