@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from service.artefacts import Artefacts
-from service.backends import build
 from service.backends.base import Backend, BackendError, BackendOptions
 from service.backends.build import build_backend, check_device
 from service.errors import DeviceError, ModelRefused
@@ -102,14 +102,14 @@ def install_engines(
 
 def hide_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the modules were not part of the installation."""
-    load = build.importlib.import_module
+    load = importlib.import_module
 
     def import_module(name: str) -> Any:
         if name.rpartition(".")[2] in ("trt", "trt_cache", "aoti"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return load(name)
 
-    monkeypatch.setattr(build.importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib, "import_module", import_module)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -281,6 +281,6 @@ def test_a_module_that_cannot_import_something_else_is_an_error(
     def import_module(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'numpy.gone'", name="numpy.gone")
 
-    monkeypatch.setattr(build.importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib, "import_module", import_module)
     with pytest.raises(ModuleNotFoundError, match=r"numpy\.gone"):
         Version(tmp_path).build(replace(AUTO, device="cpu"))

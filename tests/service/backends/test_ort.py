@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -
     found = backend.infer(build_batch(batch, height, width))
     assert len(found) == batch
     for candidates in found:
-        assert candidates.mask_probs.shape[1:] == (height // 4, width // 4)
+        assert candidates.mask_hw == (height // 4, width // 4)
         assert (np.diff(candidates.scores) <= 0).all()
 
 
@@ -57,6 +58,7 @@ def test_a_batch_is_what_its_canvases_are_alone() -> None:
     for tile, candidates in zip(tiles, backend.infer(tiles), strict=True):
         (alone,) = backend.infer([tile])
         np.testing.assert_allclose(candidates.scores, alone.scores, rtol=1e-6)
+        assert isinstance(candidates, Candidates) and isinstance(alone, Candidates)
         np.testing.assert_allclose(candidates.mask_probs, alone.mask_probs, rtol=1e-6)
 
 
@@ -230,7 +232,7 @@ def test_the_tensorrt_provider_keeps_engines_apart(
     session = fake_gpu.install(monkeypatch)
     monkeypatch.setattr(ort, "get_available_providers", lambda: PROVIDERS)
     monkeypatch.setattr(
-        ort_backend.ctypes, "CDLL", lambda name: SimpleNamespace(getInferLibVersion=lambda: 101600)
+        ctypes, "CDLL", lambda name: SimpleNamespace(getInferLibVersion=lambda: 101600)
     )
     options = replace(CUDA, slots=1)
     for max_batch in (8, 4, 8):

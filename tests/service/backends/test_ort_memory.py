@@ -53,7 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         LegacyPinnedMemoryResource=lambda: pinned,
         Buffer=Part,
     )
-    monkeypatch.setitem(sys.modules, "cuda.core", cuda)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.core", cuda)
     return log
 
 
