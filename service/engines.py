@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.backends.base import Backend, Precision
+from service.backends.restarting import RestartingBackend
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class EngineState:
 
 def describe_engine(backend: Backend) -> EngineState:
     """The state of an engine; one that switches has `status` and `progress` of its build."""
+    if isinstance(backend, RestartingBackend):
+        backend = backend.current
     build = None
     if hasattr(backend, "progress"):
         switching: Any = backend

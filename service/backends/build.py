@@ -84,7 +84,7 @@ def build_backend(
     for route in _list_routes(options, refusals):
         taken = replace(options, device=route.device)
         try:
-            backend = _build(route, taken, artefacts, config, warm)
+            backend: Any = _build(route, taken, artefacts, config, warm)
         except _Refused as error:
             refusals.append(f"{route}: {error}")
         except (BackendError, DeviceError) as error:
@@ -93,7 +93,8 @@ def build_backend(
             errors.append(error)
         else:
             backend.reason = _explain(backend.reason, options, refusals)
-            return backend
+            built: Backend = backend
+            return built
     raise _give_up(options, artefacts, refusals, errors)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ import onnxruntime as ort
 
 from service.backends.base import BackendError, collate, split_batch
 from service.backends.ort_memory import Memory, Region, Staged
+from service.backends.restarting import Workers
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Candidates, Tile, Window
 
@@ -179,12 +179,12 @@ class BoundSlot:
         self._free: deque[_OutputBuffer] = deque()
         self._numbers = iter(range(KEPT_OUTPUTS))
         self._inputs: Staged | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slot")
+        self._thread = Workers(1)
         self._session: ort.InferenceSession | None = None
         try:
-            self._thread.submit(self._build, build_memory, build_session, read_layout).result()
+            self._thread.run(self._build, build_memory, build_session, read_layout).result()
         except BaseException:
-            self._thread.shutdown(wait=False)
+            self._thread.stop()
             raise
 
     def _build(
@@ -202,12 +202,10 @@ class BoundSlot:
         found: list[TileCandidates] = []
         for start in range(0, len(tiles), self._sizes[-1]):
             part = tiles[start : start + self._sizes[-1]]
-            try:
-                found += self._thread.submit(self._infer, part).result()
-            except RuntimeError as error:
-                if self._session is None:
-                    raise BackendError("the engine is closed") from error
-                raise
+            call = self._thread.run(self._infer, part)
+            if self._session is None:  # nobody runs it any more
+                raise BackendError("the engine is closed")
+            found += call.result()
         return found
 
     def warm_up(self) -> None:
@@ -223,7 +221,8 @@ class BoundSlot:
     def close(self) -> None:
         """See `Slot.close`."""
         self._session = None
-        self._thread.shutdown(wait=False)
+        self._thread.stop()
+        self._thread.abandon(BackendError("the engine is closed"))
 
     def _infer(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
         session = self._session
