@@ -144,16 +144,21 @@ def claiming_session() -> type[ClaimingSession]:
     return type("Session", (ClaimingSession,), {"asked": [], "refuse_graphs": False})
 
 
-def install(monkeypatch: Any) -> type[ClaimingSession]:
+def install(monkeypatch: Any, *, fake_kernels: bool = True) -> type[ClaimingSession]:
     """Makes ONNX Runtime, the driver, memory and kernels look as with a GPU.
+
+    Args:
+        monkeypatch: Undoes it.
+        fake_kernels: Whether kernels are `CudaPostprocessor` of this module.
 
     Returns:
         The class of the sessions.
     """
     session = claiming_session()
-    kernels: Any = ModuleType("service.backends.kernels")
-    kernels.CudaPostprocessor, kernels.DeviceBatch = CudaPostprocessor, DeviceBatch
-    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    if fake_kernels:
+        kernels: Any = ModuleType("service.backends.kernels")
+        kernels.CudaPostprocessor, kernels.DeviceBatch = CudaPostprocessor, DeviceBatch
+        monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
