@@ -111,11 +111,6 @@ def load_version(
         backend = build_backend(artefacts, options or BackendOptions(), config, warm)
     except BackendError as error:
         raise ModelRefused(file, str(error)) from error
-    try:
-        warm(backend)
-    except Exception as error:  # an engine's exceptions have no common base
-        backend.close()
-        raise ModelRefused(file, f"the first run failed: {error}") from error
     return LoadedModel(config, config.version, backend)
 
 

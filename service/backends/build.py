@@ -71,7 +71,7 @@ def build_backend(
         artefacts: The version's files; only what is loaded is read and verified.
         options: Engine, device and precision that are asked for, or `auto`.
         config: The version's configuration.
-        warm: Tries a backend that replaces another one while requests are served.
+        warm: Tries the backend, and one that replaces it while requests are served.
 
     Raises:
         ModelRefused: A file is missing, damaged, or not in the precision asked for.
@@ -85,6 +85,7 @@ def build_backend(
         taken = replace(options, device=route.device)
         try:
             backend: Any = _build(route, taken, artefacts, config, warm)
+            _try_out(backend, warm)
         except _Refused as error:
             refusals.append(f"{route}: {error}")
         except (BackendError, DeviceError) as error:
@@ -96,6 +97,19 @@ def build_backend(
             built: Backend = backend
             return built
     raise _give_up(options, artefacts, refusals, errors)
+
+
+def _try_out(backend: Backend, warm: Warm) -> None:
+    """What fails at the first run, e.g. a library that is loaded late, is no engine to serve with.
+
+    Raises:
+        BackendError: It does.
+    """
+    try:
+        warm(backend)
+    except Exception as error:  # an engine's exceptions have no common base
+        backend.close()
+        raise BackendError(f"the first run failed: {error}") from error
 
 
 def graph_file(precision: str) -> str:

@@ -13,7 +13,8 @@ import pytest
 
 from service.artefacts import Artefacts
 from service.backends.base import Backend, BackendError, BackendOptions
-from service.backends.build import build_backend, check_device
+from service.backends.build import Warm, build_backend, check_device
+from service.backends.ort import OrtBackend
 from service.errors import DeviceError, ModelRefused
 from service.pipeline.model_config import ModelConfig, parse_model_config
 from tests.support import fake_gpu
@@ -36,9 +37,9 @@ class Version:
         self.config: ModelConfig = parse_model_config(json.dumps(content)).for_version(1)
         self.warmed: list[Any] = []
 
-    def build(self, options: BackendOptions = AUTO) -> Backend:
+    def build(self, options: BackendOptions = AUTO, warm: Warm | None = None) -> Backend:
         artefacts = Artefacts(self.folder, self.config.files)
-        return build_backend(artefacts, options, self.config, self.warmed.append)
+        return build_backend(artefacts, options, self.config, warm or self.warmed.append)
 
 
 @pytest.fixture
@@ -221,14 +222,37 @@ class TestWithGpu:
         assert "AOTInductor on CUDA is not taken: torch cannot load the package" in caplog.text
         assert "not AOTInductor on CUDA: torch cannot load the package" in backend.reason
 
+    def test_an_engine_whose_first_run_fails_is_closed_and_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install_engines(monkeypatch)
+        version, closed = Version(tmp_path), list[str]()
+        close = OrtBackend.close
+
+        def warm(backend: Backend) -> None:
+            if backend.device == "cuda":
+                raise RuntimeError("libcudnn_ops.so.9 is missing")
+
+        def close_and_tell(self: OrtBackend) -> None:
+            closed.append(self.device)
+            close(self)
+
+        monkeypatch.setattr(OrtBackend, "close", close_and_tell)
+        backend = version.build(warm=warm)
+        assert (backend.device, closed) == ("cpu", ["cuda"])
+        assert "CUDA: the first run failed: libcudnn_ops.so.9 is missing" in backend.reason
+        with pytest.raises(BackendError, match=r"the first run failed: libcudnn_ops"):
+            version.build(replace(AUTO, device="cuda"), warm=warm)
+
     def test_onnx_runtime_serves_while_tensorrt_is_built(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         log = install_engines(monkeypatch, trt=None)
         version = Version(tmp_path)
-        assert version.build().name == "switching"
+        backend = version.build()
+        assert backend.name == "switching"
         assert log == [("background", "onnxruntime", "cuda", version.folder / "engines")]
-        assert version.warmed == ["the second"]
+        assert version.warmed == ["the second", backend]
 
     def test_a_built_engine_is_loaded_from_the_cache_that_is_set(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
