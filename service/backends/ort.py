@@ -175,7 +175,10 @@ def build_ort_tensorrt_backend(
     gpu = find_gpu()
     versions = {"onnxruntime": ort.__version__, "gpu": repr(gpu), "tensorrt": _tensorrt_version()}
     folder = cache / tensorrt_cache_key(model, versions, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(f"the engine cache {folder} cannot be made: {error}") from error
     return _build_on_gpu(model, options, config, folder)
 
 
@@ -248,13 +251,15 @@ def _build_bound_slots(
             )
             if canvas_hw is not None:
                 slots[-1].warm_up()
-    except Exception as error:  # the runtime's exceptions have no common base
+    except Exception as error:  # the runtime's and CUDA's exceptions have no common base
         for slot in slots:
             slot.close()
-        if not graphs or isinstance(error, DeviceError):
+        if graphs:
+            logger.warning("no CUDA graphs: %s", error)
+            return _build_bound_slots(build, select, options, config, graphs=False)
+        if isinstance(error, (BackendError, DeviceError)):
             raise
-        logger.warning("no CUDA graphs: %s", error)
-        return _build_bound_slots(build, select, options, config, graphs=False)
+        raise DeviceError(f"device cuda: {error}") from error
     return slots, graphs
 
 

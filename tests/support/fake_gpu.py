@@ -122,7 +122,7 @@ class ClaimingSession:
     def __init__(self, source: Any, options: Any, providers: list[Any]) -> None:
         type(self).asked.append(providers)
         if self.refuse_graphs and "enable_cuda_graph" in providers[0][1]:
-            raise RuntimeError("not all nodes are on the device: no graph capture")
+            raise RuntimeError("graph capture: not all nodes are on the CUDAExecutionProvider")
         self._providers = [name for name, _ in providers]
         self._session = _REAL_SESSION(source, options, providers=[CPU])
 

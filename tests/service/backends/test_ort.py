@@ -188,6 +188,22 @@ def test_a_graph_that_cannot_be_captured_runs_without(
     assert len(backend.infer(build_batch(2, 128, 128))) == 2
 
 
+def test_memory_that_the_gpu_does_not_have_is_a_device_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full(fake_gpu.HostMemory):
+        def allocate(self, n_bytes: int) -> Any:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr("service.backends.ort.CudaMemory", Full)
+    with pytest.raises(DeviceError, match="device cuda: CUDA_ERROR_OUT_OF_MEMORY"):
+        build_ort_backend(build_graph(), CUDA, read_config())
+    assert build_ort_backend(build_graph(), replace(CUDA, device="auto"), read_config()).device == (
+        "cpu"
+    )
+
+
 def test_many_canvases_on_cuda_are_neither_searched_nor_padded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,6 +256,9 @@ def test_the_tensorrt_provider_keeps_engines_apart(
         backend = build_ort_tensorrt_backend(build_graph(), options, config, tmp_path)
         assert backend.reason == "TensorRT provider, post-processing on the GPU"
     assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match=r"engine cache .*file/.* cannot be made"):
+        build_ort_tensorrt_backend(build_graph(), options, config, tmp_path / "file")
     name, chosen = session.asked[0][0]
     assert name == "TensorrtExecutionProvider"
     assert Path(chosen["trt_engine_cache_path"]).parent == tmp_path
