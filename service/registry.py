@@ -29,6 +29,7 @@ from service.pipeline.types import Instance, Prepared, UInt8
 from service.tiles import merge_found
 
 __all__ = [
+    "ONNX_FILE",
     "LoadedModel",
     "ModelRefused",
     "Repository",
