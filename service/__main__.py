@@ -16,8 +16,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from service.app import create_app
-from service.backends.base import BackendOptions
-from service.backends.ort import check_device
+from service.backends.build import check_device
 from service.errors import StartupError
 from service.logs import configure_logging
 from service.registry import load_repository
@@ -121,8 +120,8 @@ def serve(settings: Settings) -> None:
     Raises:
         StartupError: The device is not there, or no model can be served.
     """
-    check_device(settings.device)
-    options = BackendOptions(device=settings.device, threads=settings.threads)
+    options = settings.backend_options()
+    check_device(options)
     app = create_app(settings, load_repository(settings.model_repo, options))
     config = uvicorn.Config(
         app,

@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from service.backends.base import BackendOptions
 from service.errors import (
     Draining,
     EngineRestarting,
@@ -62,7 +61,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         segmenter = built
         if segmenter is None:
-            options = BackendOptions(device=settings.device, threads=settings.threads)
+            options = settings.backend_options()
             loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
             segmenter = Segmenter(settings, loaded, metrics)
         app.state.segmenter = segmenter

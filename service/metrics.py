@@ -20,6 +20,8 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.engines import EngineState
+
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
@@ -44,6 +46,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each
         registry = CollectorRegistry()
         self._registry = registry
+        self._engines: dict[str, tuple[int, Callable[[], EngineState]]] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -137,7 +140,13 @@ class Metrics:
         self.model_info = Gauge(
             "solo_model_info",
             "1 for each model that is served",
-            ["model", "version", "backend", "device"],
+            ["model", "version", "backend", "device", "precision"],
+            registry=registry,
+        )
+        self.engine_build_progress = Gauge(
+            "solo_engine_build_progress",
+            "How much of a model's engine is built, 0..1; 1 if none is to be built",
+            ["model"],
             registry=registry,
         )
         self.model_refused = Gauge(
@@ -147,9 +156,15 @@ class Metrics:
             registry=registry,
         )
 
-    def add_model(self, name: str, version: int, backend: str, device: str) -> None:
-        """Announces a served model; its series exist from now on, at 0."""
-        self.model_info.labels(name, str(version), backend, device).set(1)
+    def add_model(self, name: str, version: int, engine: Callable[[], EngineState]) -> None:
+        """Announces a served model; its series exist from now on, at 0.
+
+        Args:
+            name: The model's.
+            version: Of the model.
+            engine: What serves it; asked again whenever the metrics are.
+        """
+        self._engines[name] = version, engine
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
         for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):
@@ -164,6 +179,16 @@ class Metrics:
         self.queue_images.set_function(images)
         self.queue_pixels.set_function(pixels)
 
+    def _update_engines(self) -> None:
+        self.model_info.clear()
+        for name, (version, engine) in self._engines.items():
+            state = engine()
+            labels = (name, str(version), state.name, state.device, state.precision)
+            self.model_info.labels(*labels).set(1)
+            progress = 1.0 if state.build is None else state.build.progress
+            self.engine_build_progress.labels(name).set(progress)
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        self._update_engines()
         return generate_latest(self._registry)

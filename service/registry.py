@@ -1,33 +1,35 @@
 """model_repo: which models there are, which may be served, and their engines.
 
     <model_repo>/<model>/config.json
-    <model_repo>/<model>/<version>/model.onnx
+    <model_repo>/<model>/<version>/model.onnx and other precisions' and engines' files
 
-A file is hashed before anything is built from it; what differs from config.json is refused with
-the file's name and the reason.
+A file is hashed before anything is built from it, and one that is not used is left alone; what
+differs from config.json is refused with the file's name and the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from service.artefacts import ONNX_FILE, Artefacts
 from service.backends.base import Backend, BackendError, BackendOptions
-from service.backends.ort import build_ort_backend
+from service.backends.build import build_backend
 from service.errors import ModelRefused, StartupError
 from service.pipeline.errors import ConfigError
-from service.pipeline.model_config import FileSpec, ModelConfig, parse_model_config
+from service.pipeline.model_config import ModelConfig, parse_model_config
 from service.pipeline.postprocess import TileCandidates, postprocess, postprocess_tile
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Instance, Prepared, UInt8
 from service.tiles import merge_found
 
 __all__ = [
+    "ONNX_FILE",
     "LoadedModel",
     "ModelRefused",
     "Repository",
@@ -40,7 +42,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-ONNX_FILE = "model.onnx"
 WARM_IMAGE_HW = (64, 64)
 
 
@@ -97,24 +98,20 @@ def load_version(
     Args:
         folder: A model's folder of model_repo.
         version: Default: the highest that config.json names.
-        options: Device and threads.
+        options: Engine, device, precision and threads.
 
     Raises:
         ModelRefused: Names the file and says why.
         DeviceError: `cuda` was asked for and does not work.
     """
     config = read_config(folder, version)
-    graph = _verify_files(folder / str(config.version), config.files)
     file = folder / str(config.version) / ONNX_FILE
+    artefacts = Artefacts(file.parent, config.files)
+    warm = partial(warm_up, config=config)
     try:
-        backend = build_ort_backend(graph, options or BackendOptions())
+        backend = build_backend(artefacts, options or BackendOptions(), config, warm)
     except BackendError as error:
         raise ModelRefused(file, str(error)) from error
-    try:
-        warm_up(backend, config)
-    except Exception as error:  # an engine's exceptions have no common base
-        backend.close()
-        raise ModelRefused(file, f"the first run failed: {error}") from error
     return LoadedModel(config, config.version, backend)
 
 
@@ -141,37 +138,6 @@ def read_config(folder: Path, version: int | None = None) -> ModelConfig:
             file, f"it names the model {config.name!r}, but the folder is {folder.resolve().name!r}"
         )
     return config
-
-
-def _verify_files(folder: Path, files: Mapping[str, FileSpec]) -> bytes | Path:
-    """Hashes every file of a version.
-
-    Returns:
-        The graph's bytes, the very ones that were hashed; or its path if it has data files beside
-        it, which the engine must read by itself.
-    """
-    if ONNX_FILE not in files:
-        raise ModelRefused(folder, f"config.json lists {sorted(files)}, but no {ONNX_FILE}")
-    graph = b""
-    for name, spec in files.items():
-        path = folder / name
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ModelRefused(path, "a file's name in config.json must not be a path")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ModelRefused(path, error.strerror or str(error)) from error
-        if len(data) != spec.bytes:
-            raise ModelRefused(
-                path,
-                f"it has {len(data)} bytes, config.json says {spec.bytes}: cut short or changed",
-            )
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != spec.sha256:
-            raise ModelRefused(path, f"its SHA-256 is {digest}, config.json says {spec.sha256}")
-        if name == ONNX_FILE:
-            graph = data
-    return graph if len(files) == 1 else folder / ONNX_FILE
 
 
 def warm_up(backend: Backend, config: ModelConfig) -> None:
@@ -267,11 +233,13 @@ def load_repository(root: Path, options: BackendOptions | None = None) -> Reposi
         else:
             models[folder.name] = model
             logger.info(
-                "model %s version %d is ready on %s (%s)",
+                "model %s version %d is ready on %s (%s, %s): %s",
                 folder.name,
                 model.version,
                 model.backend.device,
                 model.backend.name,
+                model.backend.precision,
+                model.backend.reason,
             )
     if not models:
         reasons = "; ".join(str(error) for error in refused.values())

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.backends.base import Precision
 from service.oip.schemas import TensorMetadata
 from service.pipeline.model_config import Task
 
@@ -128,11 +129,33 @@ class LiveResponse(BaseModel):
     live: bool
 
 
+class EngineBuildModel(BaseModel):
+    """A faster engine that is built, or was, while another one serves."""
+
+    status: Annotated[str, Field(description="what is done just now, or how it ended")]
+    progress: Annotated[float, Field(ge=0, le=1)]
+
+
+class EngineModel(BaseModel):
+    """What a model is served by."""
+
+    model: str
+    version: int
+    engine: Annotated[str, Field(examples=["onnxruntime"])]
+    device: Annotated[str, Field(examples=["cpu"])]
+    precision: Precision
+    reason: Annotated[str, Field(description="why this engine, and why no faster one")]
+    build: Annotated[
+        EngineBuildModel | None, Field(description="null if no other engine is to be built")
+    ] = None
+
+
 class ReadyResponse(BaseModel):
     """Answer of GET /v2/health/ready."""
 
     ready: bool
     models: Annotated[list[str], Field(description="name:version on device")]
+    engines: Annotated[list[EngineModel], Field(description="one for each of the models")]
     refused: Annotated[list[str], Field(description="models of the repository that are refused")]
 
 

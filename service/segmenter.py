@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from service.admission import Admission
 from service.backends.restarting import RestartingBackend
 from service.batcher import BatchStats, DynamicBatcher
+from service.engines import describe_engine
 from service.errors import (
     EngineRestarting,
     ModelUnavailable,
@@ -38,6 +40,9 @@ class Segmenter:
         settings: Bounds, threads and delays.
         repository: Loaded models; the segmenter closes them at the end.
         metrics: Where everything is counted.
+
+    Attributes:
+        models: What is served, by name.
     """
 
     def __init__(self, settings: Settings, repository: Repository, metrics: Metrics) -> None:
@@ -45,7 +50,7 @@ class Segmenter:
         self.metrics = metrics
         self.admission = Admission(settings.max_queue_images, settings.max_queue_pixels)
         self._settings = settings
-        self._models: Mapping[str, ServedModel] = {
+        self.models: Mapping[str, ServedModel] = {
             name: self._serve(model) for name, model in repository.models.items()
         }
         self._stages = Stages(settings, metrics)
@@ -56,9 +61,9 @@ class Segmenter:
     def _choose_default(self) -> str:
         name = self._settings.default_model
         if name is None:
-            return min(self._models)
-        if name not in self._models and name not in self.repository.refused:
-            raise StartupError(f"there is no default model {name!r}, only {sorted(self._models)}")
+            return min(self.models)
+        if name not in self.models and name not in self.repository.refused:
+            raise StartupError(f"there is no default model {name!r}, only {sorted(self.models)}")
         return name
 
     def _serve(self, model: LoadedModel) -> ServedModel:
@@ -102,8 +107,8 @@ class Segmenter:
         metrics.in_flight_requests.set_function(lambda: self._requests)
         metrics.queue_limit_images.set(admission.max_images)
         metrics.queue_limit_pixels.set(admission.max_pixels)
-        for name, model in self.repository.models.items():
-            metrics.add_model(name, model.version, model.backend.name, model.backend.device)
+        for name, model in self.models.items():
+            metrics.add_model(name, model.loaded.version, partial(describe_engine, model.engine))
         for name in self.repository.refused:
             metrics.model_refused.labels(name).set(1)
 
@@ -115,11 +120,11 @@ class Segmenter:
     @property
     def is_ready(self) -> bool:
         """Whether new work is taken."""
-        return self.admission.is_open and all(m.engine.is_alive for m in self._models.values())
+        return self.admission.is_open and all(m.engine.is_alive for m in self.models.values())
 
     def start(self) -> None:
         """Starts the batchers; needs a running event loop."""
-        for model in self._models.values():
+        for model in self.models.values():
             model.batcher.start()
         self.metrics.ready.set_function(lambda: self.is_ready)
 
@@ -153,7 +158,7 @@ class Segmenter:
     async def drain(self) -> None:
         """Finishes accepted work, then frees the engines."""
         finished = await self.finish_accepted()
-        for model in self._models.values():
+        for model in self.models.values():
             if not finished or not model.engine.is_alive:
                 model.engine.close()  # nobody waits for it, or for another, any more
             await (model.batcher.drain() if finished else model.batcher.abort())
@@ -178,9 +183,9 @@ class Segmenter:
             name = self.default_model
         if name in self.repository.refused:
             raise ModelUnavailable(f"model {name!r} was refused; see GET /v2/models")
-        if name not in self._models:
-            raise UnknownModel(f"there is no model {name!r}, only {sorted(self._models)}")
-        model = self._models[name]
+        if name not in self.models:
+            raise UnknownModel(f"there is no model {name!r}, only {sorted(self.models)}")
+        model = self.models[name]
         if version not in (None, model.loaded.version):
             raise UnknownVersion(
                 f"model {name!r} is served in version {model.loaded.version}, not {version}"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.backends.base import BackendOptions, EngineKind, Precision
 from service.cores import count_cores
 
 MIB = 1024 * 1024
@@ -36,6 +37,25 @@ class Settings(BaseSettings):
     device: Annotated[
         Device, Field(description="auto takes CUDA where it works; cuda refuses to start without")
     ] = "auto"
+    engine: Annotated[
+        EngineKind,
+        Field(description="auto takes the fastest that works; ort, trt, aoti that one or none"),
+    ] = "auto"
+    precision: Annotated[
+        Precision, Field(description="fp32, fp16, bf16 or int8: which of a model's files is used")
+    ] = "fp32"
+    engine_slots: Annotated[
+        PositiveInt | None,
+        Field(description="batches in an ONNX Runtime engine at once (default: 1, on a GPU 2)"),
+    ] = None
+    engine_cache: Annotated[
+        Path | None,
+        Field(description="folder for TensorRT engines built here (default: in the model's)"),
+    ] = None
+    gpu_mem_limit_bytes: Annotated[
+        PositiveInt | None,
+        Field(description="most GPU memory of ONNX Runtime for each slot, bytes (default: all)"),
+    ] = None
     threads: Annotated[
         PositiveInt, Field(description="threads of an engine on the CPU (default: real cores)")
     ] = Field(default_factory=count_cores)
@@ -97,10 +117,22 @@ class Settings(BaseSettings):
         Field(description="origins whose pages may ask, comma-separated, or * (default: none)"),
     ] = ""
 
-    @field_validator("log_level", "log_format", "device", mode="before")
+    @field_validator("log_level", "log_format", "device", "engine", "precision", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    def backend_options(self) -> BackendOptions:
+        """What the settings say of the engines."""
+        return BackendOptions(
+            device=self.device,
+            engine=self.engine,
+            precision=self.precision,
+            threads=self.threads,
+            slots=self.engine_slots,
+            cache=self.engine_cache,
+            gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
+        )
 
     @model_validator(mode="after")
     def _queue_holds_an_image(self) -> Settings:

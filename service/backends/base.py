@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -31,12 +32,18 @@ class BackendOptions:
         engine: "auto" takes the fastest that works; any other raises where it does not.
         precision: Of the engine's arithmetic.
         threads: Threads of one engine call on the CPU; None takes the real cores.
+        slots: Batches in the engine at once; None takes 1 on the CPU and 2 on a GPU.
+        cache: Folder for engines that are built here; None takes one in the version's folder.
+        gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: EngineKind = "auto"
     precision: Precision = "fp32"
     threads: int | None = None
+    slots: int | None = None
+    cache: Path | None = None
+    gpu_mem_limit_bytes: int | None = None
 
 
 class Backend(Protocol):
@@ -93,15 +100,19 @@ def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
     return images, np.array([tile.valid_hw for tile in tiles], np.int64)
 
 
-def split_batch(scores: Float32, labels: Int64, mask_probs: Float32) -> list[Candidates]:
+def split_batch(
+    scores: Float32, labels: Int64, mask_probs: Float32, *, copy: bool = True
+) -> list[Candidates]:
     """Checks a graph's output and cuts it into one result for each canvas, empty slots dropped.
 
-    Each result owns its memory, so that the batch's can go.
+    Each result owns its memory, so that the batch's can go or be used again.
 
     Args:
         scores: [B, K] float32, 0 for an empty slot.
         labels: [B, K] int64.
-        mask_probs: [B, K, h, w] float32.
+        mask_probs: [B, K, h, w] float32, or float16, which is cast.
+        copy: False if nobody else writes into the arrays: results are then views of them, as long
+            as at least half of the slots are used. With fewer, copies need less memory.
 
     Raises:
         BackendError: Shapes that do not fit each other, or scores that are not finite.
@@ -113,8 +124,15 @@ def split_batch(scores: Float32, labels: Int64, mask_probs: Float32) -> list[Can
         )
     if not np.isfinite(scores).all():
         raise BackendError("scores are not finite")
+    used = scores > 0
+    as_views = not copy and 2 * np.count_nonzero(used) >= used.size
     results = []
-    for item_scores, item_labels, item_masks in zip(scores, labels, mask_probs, strict=True):
-        kept = np.flatnonzero(item_scores > 0)
-        results.append(Candidates(item_scores[kept], item_labels[kept], item_masks[kept]))
+    for item_used, *outputs in zip(used, scores, labels, mask_probs, strict=True):
+        indices = np.flatnonzero(item_used)
+        is_prefix = bool(item_used[: len(indices)].all())
+        kept = slice(len(indices)) if as_views and is_prefix else indices
+        item_scores, item_labels, item_masks = (output[kept] for output in outputs)
+        results.append(
+            Candidates(item_scores, item_labels, item_masks.astype(np.float32, copy=False))
+        )
     return results

@@ -92,6 +92,11 @@ class RestartingBackend:
         return self._backend.concurrency
 
     @property
+    def current(self) -> Backend:
+        """The engine of the moment."""
+        return self._backend
+
+    @property
     def is_alive(self) -> bool:
         """Whether calls are answered now."""
         return self._usable.is_set()
@@ -127,17 +132,17 @@ class RestartingBackend:
 
     def _take(self, backend: Backend) -> None:
         self._backend = backend
-        self._workers = _Workers(backend.concurrency)
+        self._workers = Workers(backend.concurrency)
         self._usable.set()
 
-    def _wait_until_usable(self) -> tuple[Backend, _Workers]:
+    def _wait_until_usable(self) -> tuple[Backend, Workers]:
         self._usable.wait()
         with self._lock:
             if self._closed.is_set():
                 raise BackendError("the engine is closed")
             return self._backend, self._workers
 
-    def _call(self, backend: Backend, workers: _Workers, tiles: Sequence[Tile]) -> Results:
+    def _call(self, backend: Backend, workers: Workers, tiles: Sequence[Tile]) -> Results:
         call: Future[Results] = workers.run(backend.infer, tiles)
         try:
             return call.result(self._timeout_s)
@@ -145,7 +150,7 @@ class RestartingBackend:
             self._replace(backend, f"a call has not come back after {self._timeout_s:g} s")
             raise EngineHung(f"the engine took more than {self._timeout_s:g} s") from error
 
-    def _answers(self, backend: Backend, workers: _Workers) -> bool:
+    def _answers(self, backend: Backend, workers: Workers) -> bool:
         try:
             workers.run(self._probe, backend).result(self._timeout_s)
         except Exception as error:  # an engine's exceptions have no common base
@@ -189,7 +194,7 @@ class RestartingBackend:
         self._on_restart(True)
 
 
-class _Workers:
+class Workers:
     """Threads that the end of the process does not wait for, since one may hang for ever."""
 
     def __init__(self, count: int) -> None:

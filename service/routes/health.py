@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from service.engines import describe_engine
 from service.routes.state import SegmenterDep
-from service.schemas import HealthResponse, LiveResponse, ReadyResponse
+from service.schemas import (
+    EngineBuildModel,
+    EngineModel,
+    HealthResponse,
+    LiveResponse,
+    ReadyResponse,
+)
+from service.stages import ServedModel
 
 router = APIRouter(tags=["health"])
 
@@ -34,11 +42,28 @@ async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
     """
     if not segmenter.is_ready:
         response.status_code = 503
-    models = segmenter.repository.models
+    models = segmenter.models.values()
     return ReadyResponse(
         ready=segmenter.is_ready,
-        models=[f"{name}:{m.version} on {m.backend.device}" for name, m in models.items()],
+        models=[f"{m.name}:{m.loaded.version} on {m.engine.device}" for m in models],
+        engines=[_describe(model) for model in models],
         refused=sorted(segmenter.repository.refused),
+    )
+
+
+def _describe(model: ServedModel) -> EngineModel:
+    state = describe_engine(model.engine)
+    build = None
+    if state.build is not None:
+        build = EngineBuildModel(status=state.build.status, progress=state.build.progress)
+    return EngineModel(
+        model=model.name,
+        version=model.loaded.version,
+        engine=state.name,
+        device=state.device,
+        precision=state.precision,
+        reason=state.reason,
+        build=build,
     )
 
 

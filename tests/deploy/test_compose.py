@@ -57,6 +57,30 @@ def test_the_gpu_is_asked_for_by_the_gpu_server_alone(compose: dict[str, Any]) -
     assert device["capabilities"] == ["gpu"]
 
 
+def test_engines_that_were_built_outlive_the_container(compose: dict[str, Any]) -> None:
+    from tests.deploy.test_dockerfiles import last_stage
+
+    assert "engine-cache:/cache" in compose["services"]["server-gpu"]["volumes"]
+    assert ("VOLUME", "/cache") in last_stage("docker/Dockerfile.gpu")
+
+
+def test_building_an_engine_is_no_ill_health(compose: dict[str, Any]) -> None:
+    from tests.deploy.test_dockerfiles import last_stage
+
+    period = compose["services"]["server-gpu"]["healthcheck"]["start_period"]
+    assert int(period.removesuffix("s")) >= 600
+    (check,) = [rest for word, rest in last_stage("docker/Dockerfile.gpu") if word == "HEALTHCHECK"]
+    assert f"--start-period={period}" in check
+
+
+def test_variables_of_the_servers_are_settings(compose: dict[str, Any]) -> None:
+    from service.settings import Settings
+
+    for name in SERVERS:
+        for variable in compose["services"][name].get("environment", {}):
+            assert variable.removeprefix("SOLO_").lower() in Settings.model_fields
+
+
 def test_images_are_pinned(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         assert re.search(r":v?\d+\.\d+\.\d+(-gpu)?$", service["image"]), (name, service["image"])

@@ -58,8 +58,8 @@ class TestDockerfile:
     def test_every_install_is_constrained(self, name: str) -> None:
         for word, rest in instructions(name):
             for command in rest.split("&&") if word == "RUN" else []:
-                if re.search(r"pip .*\binstall\b", command) and "apt-get" not in command:
-                    assert "--constraint constraints.txt" in command, command
+                if re.search(r"pip .*\binstall\b", command):
+                    assert re.search(r"--constraint (engines-)?constraints\.txt", command), command
 
     def test_package_lists_do_not_stay_in_a_layer(self, name: str) -> None:
         for word, rest in instructions(name):
@@ -102,10 +102,30 @@ class TestDockerfile:
 def test_variables_of_the_image_are_settings() -> None:
     from service.settings import Settings
 
-    for name in DOCKERFILES:
+    everywhere = {"host", "port", "model_repo"}
+    for name, more in zip(DOCKERFILES, (set(), {"engine_cache"}), strict=True):
         variables = re.findall(r"SOLO_(\w+)=", " ".join(rest for _, rest in instructions(name)))
-        assert {v.lower() for v in variables} == {"host", "port", "model_repo"}
+        assert {v.lower() for v in variables} == everywhere | more
         assert {v.lower() for v in variables} <= set(Settings.model_fields)
+
+
+def test_the_gpu_images_user_may_write_its_cache() -> None:
+    stage = last_stage("docker/Dockerfile.gpu")
+    assert ("VOLUME", "/cache") in stage
+    (made,) = [rest for word, rest in stage if word == "RUN"]
+    assert "install --directory --owner=10001 --group=10001 /cache" in made
+    (variables,) = [rest.split() for word, rest in stage if word == "ENV"]
+    assert {"SOLO_ENGINE_CACHE=/cache/engines", "XDG_CACHE_HOME=/cache"} <= set(variables)
+
+
+def test_the_gpu_image_lets_the_driver_in() -> None:
+    (variables,) = [rest for word, rest in last_stage("docker/Dockerfile.gpu") if word == "ENV"]
+    assert "NVIDIA_VISIBLE_DEVICES=all" in variables.split()
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in variables.split()
+
+
+def test_no_engine_is_added_unless_it_is_asked_for() -> None:
+    assert ("ARG", 'ENGINES=""') in instructions("docker/Dockerfile.gpu")
 
 
 def test_the_gpu_image_says_that_nobody_ran_it() -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.engines import EngineState
 from service.metrics import Metrics
 from tests.deploy.queries import (
     dashboard_queries,
@@ -20,6 +21,7 @@ from tests.deploy.queries import (
     metric_names,
 )
 
+ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 ROOT = Path(__file__).resolve().parents[2]
 # Prometheus' own series, and the labels that it adds.
 SCRAPE_METRICS = {"up"}
@@ -35,7 +37,7 @@ needs_promtool = pytest.mark.skipif(
 def exported() -> dict[str, set[str]]:
     """Every sample name that a server exports, with its labels."""
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, "onnxruntime", "cpu")
+    metrics.add_model("nuclei", 1, lambda: ENGINE)
     metrics.model_refused.labels("broken").set(1)
     metrics.image_errors.labels("nuclei", "corrupt_image").inc()
     metrics.requests.labels("/segment", "POST", "200").inc()
@@ -84,7 +86,7 @@ def test_selected_label_values_exist(exported: dict[str, set[str]]) -> None:
     assert "total" in STAGES
     assert any(reason.startswith("queue_") for reason in REJECTIONS)
     samples = Metrics()
-    samples.add_model("nuclei", 1, "onnxruntime", "cpu")
+    samples.add_model("nuclei", 1, lambda: ENGINE)
     assert 'le="0.5",model="nuclei",stage="total"' in samples.render().decode()
 
 
@@ -170,7 +172,7 @@ def test_promtool_accepts(command: list[str]) -> None:
 @needs_promtool
 def test_promtool_accepts_the_metrics_page() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, "onnxruntime", "cpu")
+    metrics.add_model("nuclei", 1, lambda: ENGINE)
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=metrics.render(), capture_output=True, check=False
     )

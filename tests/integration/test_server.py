@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pycocotools import mask as coco_mask
 
+from service.backends.driver import Gpu, find_gpu
 from service.predict import main as predict_main
 from tests.support.blob_model import (
     KEEP_RATIO_INPUT,
@@ -213,12 +214,17 @@ def test_a_server_that_cannot_start_says_why(repo: Path, tmp_path: Path) -> None
         assert "Traceback" not in server.read_log(), name
 
 
+@pytest.mark.skipif(isinstance(find_gpu(), Gpu), reason="this machine has a GPU")
 def test_cuda_where_there_is_none_exits_with_the_reason(repo: Path, tmp_path: Path) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA")
     environment = {"SOLO_DEVICE": "cuda", "SOLO_MODEL_REPO": str(repo)}
     server = ServerProcess(tmp_path / "log", environment=environment)
     assert server.wait(30) == 1
-    assert "device cuda: this ONNX Runtime" in server.read_log()
+    assert f"solo-serve: error: device cuda: {find_gpu()}" in server.read_log()
+
+
+def test_a_precision_that_no_model_has_exits_with_the_command(repo: Path, tmp_path: Path) -> None:
+    environment = {"SOLO_PRECISION": "int8", "SOLO_DEVICE": "cpu", "SOLO_MODEL_REPO": str(repo)}
+    server = ServerProcess(tmp_path / "log", environment=environment)
+    assert server.wait(30) == 1
+    assert "blobs/1/model.int8.onnx: precision int8 was asked for" in server.read_log()
+    assert f"solo-export CHECKPOINT --out {repo} --precision int8" in server.read_log()

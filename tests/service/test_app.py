@@ -67,7 +67,11 @@ async def test_metrics_count_exactly(client: httpx.AsyncClient) -> None:
     assert found['solo_requests_total{method="POST",route="/segment",status="415"}'] == 1
     assert found['solo_requests_total{method="any",route="unmatched",status="404"}'] == 1
     assert (
-        found['solo_model_info{backend="onnxruntime",device="cpu",model="blobs",version="1"}'] == 1
+        found[
+            'solo_model_info{backend="onnxruntime",device="cpu",model="blobs",precision="fp32",'
+            'version="1"}'
+        ]
+        == 1
     )
     assert found['solo_model_refused{model="broken"}'] == 1
     assert found['solo_batch_size_sum{model="blobs"}'] == 15

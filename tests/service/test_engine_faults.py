@@ -13,7 +13,8 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.backends.ort import OrtBackend
-from service.pipeline.types import Candidates, Tile
+from service.pipeline.postprocess import TileCandidates
+from service.pipeline.types import Tile
 from service.registry import Repository, load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
@@ -37,7 +38,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
     fault = Fault()
     infer, rebuild = OrtBackend.infer, Repository.rebuild
 
-    def infer_or_fail(self: OrtBackend, tiles: Sequence[Tile]) -> list[Candidates]:
+    def infer_or_fail(self: OrtBackend, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         if self is fault.broken:
             if fault.hangs:
                 fault.may_return.wait(20)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from service.engines import EngineBuild, EngineState
 from service.metrics import STAGES, Metrics
 
+ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 NAMES = {
     "solo_stage_duration_seconds",
     "solo_request_duration_seconds",
@@ -24,6 +27,7 @@ NAMES = {
     "solo_in_flight_requests",
     "solo_ready",
     "solo_model_info",
+    "solo_engine_build_progress",
     "solo_model_refused",
 }
 
@@ -35,19 +39,34 @@ def test_the_names_are_those_that_dashboards_rely_on() -> None:
 
 def test_a_models_series_exist_before_its_first_image() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 3, "onnxruntime", "cpu")
+    metrics.add_model("nuclei", 3, lambda: ENGINE)
     text = metrics.render().decode()
     assert 'solo_images_total{model="nuclei"} 0.0' in text
     for stage in STAGES:
         assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
     assert (
-        'solo_model_info{backend="onnxruntime",device="cpu",model="nuclei",version="3"} 1.0' in text
-    )
+        'solo_model_info{backend="onnxruntime",device="cpu",model="nuclei",precision="fp32",'
+        'version="3"} 1.0'
+    ) in text
+
+
+def test_an_engine_that_changes_while_it_serves_is_shown_as_it_is_now() -> None:
+    metrics = Metrics()
+    states = [
+        replace(ENGINE, build=EngineBuild("building the engine", 0.5)),
+        replace(ENGINE, name="tensorrt", device="cuda", build=EngineBuild("switched", 1.0)),
+    ]
+    metrics.add_model("nuclei", 1, lambda: states.pop(0))
+    for backend, progress in (("onnxruntime", 0.5), ("tensorrt", 1.0)):
+        text = metrics.render().decode()
+        (line,) = re.findall(r"^solo_model_info{.*", text, re.M)
+        assert f'backend="{backend}"' in line
+        assert f'solo_engine_build_progress{{model="nuclei"}} {progress}' in text
 
 
 def test_an_edge_stands_at_the_objective() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, "onnxruntime", "cpu")
+    metrics.add_model("nuclei", 1, lambda: ENGINE)
     assert 'le="0.4",model="nuclei",stage="total"' in metrics.render().decode()
 
 

@@ -202,6 +202,22 @@ def test_a_repository_that_is_no_folder_or_empty_is_refused(tmp_path: Path) -> N
         load_repository(tmp_path / "missing", OPTIONS)
 
 
+def test_the_precision_asked_for_is_served_from_its_own_file(tmp_path: Path) -> None:
+    folder, graph = publish(tmp_path), build_graph()
+    (folder / "1" / "model.int8.onnx").write_bytes(graph)
+    entry = model_config(graph)["versions"]["1"]["files"]["model.onnx"]
+    edit_config(folder, lambda c: c["versions"]["1"]["files"].update({"model.int8.onnx": entry}))
+    truncate(folder)  # the float32 graph, which is not used
+    model = load_version(folder, None, BackendOptions(device="cpu", threads=1, precision="int8"))
+    assert model.backend.precision == "int8"
+
+
+def test_a_precision_that_was_not_exported_is_refused_with_the_command(tmp_path: Path) -> None:
+    options = BackendOptions(device="cpu", threads=1, precision="fp16")
+    with pytest.raises(ModelRefused, match=r"make it with: solo-export .* --precision fp16"):
+        load_version(publish(tmp_path), None, options)
+
+
 def test_cuda_is_never_replaced_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     providers = ["CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)

@@ -6,6 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.__main__ import build_parser, find_unknown_variables, read_settings
+from service.backends.base import BackendOptions
+from service.cores import count_cores
 from service.errors import StartupError
 from service.settings import Settings
 
@@ -39,6 +41,10 @@ def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> No
         ("SOLO_MAX_DELAY_MS", "nan"),
         ("SOLO_MAX_BODY_BYTES", "64MB"),
         ("SOLO_LOG_LEVEL", "loud"),
+        ("SOLO_ENGINE", "openvino"),
+        ("SOLO_PRECISION", "fp8"),
+        ("SOLO_ENGINE_SLOTS", "0"),
+        ("SOLO_GPU_MEM_LIMIT_BYTES", "4GB"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(
@@ -52,6 +58,29 @@ def test_a_wrong_variable_is_named_with_its_value(
 def test_a_wrong_flag_is_named_as_a_flag() -> None:
     with pytest.raises(StartupError, match=r"--max-batch: .*not 'many'"):
         read_settings(["--max-batch", "many"])
+
+
+def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings([]).backend_options() == BackendOptions(threads=count_cores())
+    for name, value in {
+        "ENGINE": "TRT",
+        "PRECISION": "BF16",
+        "ENGINE_SLOTS": "3",
+        "ENGINE_CACHE": "/var/engines",
+        "GPU_MEM_LIMIT_BYTES": "4000000000",
+    }.items():
+        monkeypatch.setenv(f"SOLO_{name}", value)
+    assert read_settings(["--device", "cuda", "--threads", "2"]).backend_options() == (
+        BackendOptions(
+            device="cuda",
+            engine="trt",
+            precision="bf16",
+            threads=2,
+            slots=3,
+            cache=Path("/var/engines"),
+            gpu_mem_limit_bytes=4_000_000_000,
+        )
+    )
 
 
 def test_an_unknown_flag_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,19 @@ def build_graph(*, poisonable: bool = False) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def build_typed_graph(mask_type: int) -> bytes:
+    """The blob graph with masks in another type."""
+    model = onnx.load_from_string(build_graph())
+    graph = model.graph
+    (node,) = [n for n in graph.node if "mask_probs" in n.output]
+    node.output[0] = "mask_probs_float"
+    graph.node.append(
+        onnx.helper.make_node("Cast", ["mask_probs_float"], ["mask_probs"], to=mask_type)
+    )
+    graph.output[2].type.tensor_type.elem_type = mask_type
+    return bytes(model.SerializeToString())
+
+
 def model_config(graph: bytes, name: str = "blobs", version: int = 1) -> dict[str, Any]:
     """config.json of the model as a dictionary."""
     resize = {"rule": "tile", "scale": SCALE, "tile_hw": [TILE_PX, TILE_PX], "overlap_px": 16}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 from fastapi import FastAPI
 
@@ -12,8 +14,33 @@ async def test_a_ready_server(client: httpx.AsyncClient) -> None:
     assert ready.json() == {
         "ready": True,
         "models": ["blobs:1 on cpu", "wide:1 on cpu"],
+        "engines": [
+            {
+                "model": name,
+                "version": 1,
+                "engine": "onnxruntime",
+                "device": "cpu",
+                "precision": "fp32",
+                "reason": "CPU provider; device cpu was asked for",
+                "build": None,
+            }
+            for name in ("blobs", "wide")
+        ],
         "refused": ["broken"],
     }
+
+
+async def test_an_engine_that_is_built_is_shown_with_its_progress(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    backend: Any = app.state.segmenter.repository.models["blobs"].backend
+    backend.status, backend.progress = "building the engine", 0.25
+    engines = (await client.get("/v2/health/ready")).json()["engines"]
+    building = {"status": "building the engine", "progress": 0.25}
+    assert [engine["build"] for engine in engines] == [building, None]
+    metrics = (await client.get("/metrics")).text
+    assert 'solo_engine_build_progress{model="blobs"} 0.25' in metrics
+    assert 'solo_engine_build_progress{model="wide"} 1.0' in metrics
 
 
 async def test_a_draining_server_is_alive_but_not_ready(
