@@ -30,6 +30,7 @@ from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.pipeline.errors import DecodeError
 from service.registry import Repository, load_repository
 from service.routes import health, inference, models, segment, web
+from service.routes import repository as repository_routes
 from service.segmenter import Segmenter
 from service.settings import Settings
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
 _FIXED_PATHS = (
     *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/metrics", "/docs", "/openapi.json"),
+    *("/v2/repository/index", "/metrics", "/docs", "/openapi.json"),
 )
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -80,7 +81,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         redoc_url=None,
     )
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
-    for module in (segment, inference, models, health, web):
+    app.state.settings = settings
+    for module in (segment, inference, models, repository_routes, health, web):
         app.include_router(module.router)
     _add_error_handlers(app, settings, metrics)
     # The last one added is the outermost.

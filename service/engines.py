@@ -35,6 +35,7 @@ class EngineState:
         precision: Of its arithmetic.
         reason: Why this one.
         build: None if no other engine was to be built.
+        is_alive: Whether it answers.
     """
 
     name: str
@@ -42,14 +43,19 @@ class EngineState:
     precision: Precision
     reason: str
     build: EngineBuild | None
+    is_alive: bool = True
 
 
 def describe_engine(backend: Backend) -> EngineState:
     """The state of an engine; one that switches has `status` and `progress` of its build."""
+    is_alive = True
     if isinstance(backend, RestartingBackend):
+        is_alive = backend.is_alive
         backend = backend.current
     build = None
     if hasattr(backend, "progress"):
         switching: Any = backend
         build = EngineBuild(switching.status, switching.progress)
-    return EngineState(backend.name, backend.device, backend.precision, backend.reason, build)
+    return EngineState(
+        backend.name, backend.device, backend.precision, backend.reason, build, is_alive
+    )

@@ -46,7 +46,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each
         registry = CollectorRegistry()
         self._registry = registry
-        self._engines: dict[str, tuple[int, Callable[[], EngineState]]] = {}
+        self._engines: dict[tuple[str, int], Callable[[], EngineState]] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -164,15 +164,18 @@ class Metrics:
             version: Of the model.
             engine: What serves it; asked again whenever the metrics are.
         """
-        self._engines[name] = version, engine
+        self._engines[name, version] = engine
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
         for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):
             family.labels(name)
-        self.engine_up.labels(name).set(1)
         for reason in CANCELLATIONS:
             self.cancelled_images.labels(name, reason)
         self.batch_size.labels(name)
+
+    def remove_model(self, name: str, version: int) -> None:
+        """Forgets a version that is no longer served; what was counted stays."""
+        self._engines.pop((name, version), None)
 
     def watch_queue(self, images: Callable[[], float], pixels: Callable[[], float]) -> None:
         """Reads the queue's gauges from its owner whenever they are asked for."""
@@ -180,13 +183,18 @@ class Metrics:
         self.queue_pixels.set_function(pixels)
 
     def _update_engines(self) -> None:
-        self.model_info.clear()
-        for name, (version, engine) in self._engines.items():
+        for gauge in (self.model_info, self.engine_up, self.engine_build_progress):
+            gauge.clear()
+        alive: dict[str, bool] = {}
+        for (name, version), engine in self._engines.items():
             state = engine()
             labels = (name, str(version), state.name, state.device, state.precision)
             self.model_info.labels(*labels).set(1)
             progress = 1.0 if state.build is None else state.build.progress
             self.engine_build_progress.labels(name).set(progress)
+            alive[name] = alive.get(name, True) and state.is_alive
+        for name, all_alive in alive.items():
+            self.engine_up.labels(name).set(all_alive)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""

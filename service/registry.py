@@ -115,6 +115,21 @@ def load_version(
     return LoadedModel(config, config.version, backend)
 
 
+def read_served_versions(folder: Path) -> list[int]:
+    """Which versions config.json of a model's folder wants served, ascending.
+
+    Raises:
+        ModelRefused: It is missing or wrong, or has not what it wants served.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        return parse_model_config(file.read_bytes()).served_versions
+    except OSError as error:
+        raise ModelRefused(file, error.strerror or str(error)) from error
+    except ConfigError as error:
+        raise ModelRefused(file, str(error)) from error
+
+
 def read_config(folder: Path, version: int | None = None) -> ModelConfig:
     """Reads config.json of a model's folder; nothing else is read.
 
@@ -174,13 +189,13 @@ class Repository:
 
     Attributes:
         root: The repository's folder.
-        models: The models that can be served, by name.
+        models: The models that can be served, by name and version.
         refused: Why the others are not, by folder name.
         options: How their engines were built, and will be again.
     """
 
     root: Path
-    models: Mapping[str, LoadedModel]
+    models: Mapping[str, Mapping[int, LoadedModel]]
     refused: Mapping[str, ModelRefused]
     options: BackendOptions = field(default_factory=BackendOptions)
 
@@ -195,8 +210,55 @@ class Repository:
 
     def close(self) -> None:
         """Frees all engines."""
-        for model in self.models.values():
+        for versions in self.models.values():
+            for model in versions.values():
+                model.backend.close()
+
+
+def load_model(
+    folder: Path, options: BackendOptions, kept: Mapping[int, LoadedModel] | None = None
+) -> dict[int, LoadedModel]:
+    """Loads the versions of a model that its config.json wants served: all of them or none.
+
+    Args:
+        folder: A model's folder of model_repo.
+        options: How engines are built.
+        kept: Versions that are loaded already; those that have not changed are taken over.
+
+    Raises:
+        ModelRefused: Names the file and says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    loaded: dict[int, LoadedModel] = {}
+    built: list[LoadedModel] = []
+    try:
+        for version in read_served_versions(folder):
+            same = (kept or {}).get(version)
+            if same is not None and same.config == read_config(folder, version):
+                loaded[version] = same
+                continue
+            model = load_version(folder, version, options)
+            built.append(model)
+            loaded[version] = model
+            _log_loaded(model)
+    except BaseException:
+        for model in built:
             model.backend.close()
+        raise
+    return loaded
+
+
+def _log_loaded(model: LoadedModel) -> None:
+    backend = model.backend
+    logger.info(
+        "model %s version %d is ready on %s (%s, %s): %s",
+        model.config.name,
+        model.version,
+        backend.device,
+        backend.name,
+        backend.precision,
+        backend.reason,
+    )
 
 
 def find_models(root: Path) -> list[Path]:
@@ -216,32 +278,24 @@ def find_models(root: Path) -> list[Path]:
 
 
 def load_repository(root: Path, options: BackendOptions | None = None) -> Repository:
-    """Loads the latest version of every model; a broken one does not stop the others.
+    """Loads the versions of every model that its config.json wants served.
+
+    A broken model does not stop the others.
 
     Raises:
         StartupError: There is no model at all that can be served; says why.
         DeviceError: `cuda` was asked for and does not work.
     """
-    models: dict[str, LoadedModel] = {}
+    options = options or BackendOptions()
+    models: dict[str, dict[int, LoadedModel]] = {}
     refused: dict[str, ModelRefused] = {}
     for folder in find_models(root):
         try:
-            model = load_version(folder, None, options)
+            models[folder.name] = load_model(folder, options)
         except ModelRefused as error:
             logger.error("model %s is refused: %s", folder.name, error)
             refused[folder.name] = error
-        else:
-            models[folder.name] = model
-            logger.info(
-                "model %s version %d is ready on %s (%s, %s): %s",
-                folder.name,
-                model.version,
-                model.backend.device,
-                model.backend.name,
-                model.backend.precision,
-                model.backend.reason,
-            )
     if not models:
         reasons = "; ".join(str(error) for error in refused.values())
         raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
-    return Repository(root, models, refused, options or BackendOptions())
+    return Repository(root, models, refused, options)

@@ -165,7 +165,22 @@ class ModelSummary(BaseModel):
     name: str
     state: Literal["READY", "UNAVAILABLE"]
     version: int | None = None
-    reason: Annotated[str | None, Field(description="why it is refused")] = None
+    reason: Annotated[str | None, Field(description="why it is not served")] = None
+
+
+class RepositoryEntry(BaseModel):
+    """A version of a model in the repository index, as Triton's clients expect it."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: Annotated[str, Field(description="why it is not served; empty if it is")] = ""
+
+
+class IndexQuery(BaseModel):
+    """Body of POST /v2/repository/index."""
+
+    ready: Annotated[bool, Field(description="only what is served")] = False
 
 
 class ModelList(BaseModel):

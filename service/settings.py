@@ -30,6 +30,14 @@ class Settings(BaseSettings):
     model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
         "model_repo"
     )
+    model_control: Annotated[
+        bool,
+        Field(description="POST /v2/repository/models/{name}/load and unload may change models"),
+    ] = False
+    model_poll_s: Annotated[
+        float,
+        Field(ge=0, description="how often the model repository is looked at, s; 0: never again"),
+    ] = 0.0
     default_model: Annotated[
         str | None,
         Field(description="model of requests that name none (default: the first by name)"),

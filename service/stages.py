@@ -69,13 +69,18 @@ class Outcome:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ServedModel:
-    """A model with its engine, which is watched, and its batcher."""
+    """A model with its engine, which is watched, and its batcher.
+
+    Attributes:
+        users: Requests that have it in use.
+    """
 
     loaded: LoadedModel
     engine: RestartingBackend
     batcher: DynamicBatcher
+    users: int = 0
 
     @property
     def name(self) -> str:

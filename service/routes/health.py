@@ -42,12 +42,12 @@ async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
     """
     if not segmenter.is_ready:
         response.status_code = 503
-    models = segmenter.models.values()
+    models = segmenter.store.all_models
     return ReadyResponse(
         ready=segmenter.is_ready,
         models=[f"{m.name}:{m.loaded.version} on {m.engine.device}" for m in models],
         engines=[_describe(model) for model in models],
-        refused=sorted(segmenter.repository.refused),
+        refused=sorted(set(segmenter.store.unavailable) - set(segmenter.store.served)),
     )
 
 

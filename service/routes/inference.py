@@ -36,7 +36,7 @@ from service.steps import Options
 router = APIRouter(tags=["open inference protocol"])
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-EXTENSIONS = ["binary_tensor_data", "parameters"]
+EXTENSIONS = ["binary_tensor_data", "model_repository", "parameters"]
 HeaderLength = Annotated[
     int | None,
     Header(alias=HEADER_LENGTH, ge=1, description="bytes of JSON before the binary data"),
@@ -105,7 +105,7 @@ async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> 
     curl --fail-with-body localhost:8000/v2/models/nuclei/ready
     ```
     """
-    return _check_ready(segmenter.find_model(name, None), segmenter, response)
+    return _check_ready(segmenter.store.find(name, None), segmenter, response)
 
 
 @router.get("/v2/models/{name}/versions/{version}/ready", responses=_NOT_READY)
@@ -113,7 +113,7 @@ async def show_version_ready(
     name: str, version: int, segmenter: SegmenterDep, response: Response
 ) -> ModelReady:
     """200 if this version of the model takes work, else 503."""
-    return _check_ready(segmenter.find_model(name, version), segmenter, response)
+    return _check_ready(segmenter.store.find(name, version), segmenter, response)
 
 
 def _check_ready(model: ServedModel, segmenter: Segmenter, response: Response) -> ModelReady:
@@ -182,9 +182,7 @@ async def infer_version(name: str, version: int, sent: SentDep) -> Response:
 
 async def _infer(name: str, version: int | None, sent: Sent) -> Response:
     segmenter, request = sent.segmenter, sent.request
-    with segmenter.track_request():
-        model = segmenter.find_model(name, version)
-        segmenter.admission.check_open()
+    with segmenter.use_model(name, version) as model:
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise InvalidRequest(f"Content-Encoding {encoding!r} is not taken; send it as it is")

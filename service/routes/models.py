@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from service.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.routes.state import SegmenterDep
 from service.schemas import ModelDetail, ModelList, ModelSummary
+from service.segmenter import Segmenter
 from service.stages import ServedModel
 
 router = APIRouter(tags=["models"])
@@ -27,20 +28,17 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
     curl --fail-with-body localhost:8000/v2/models
     ```
     """
-    repository = segmenter.repository
+    store = segmenter.store
     served = [
-        ModelSummary(name=name, state="READY", version=model.version)
-        for name, model in repository.models.items()
+        ModelSummary(name=name, state="READY", version=max(versions))
+        for name, versions in store.served.items()
     ]
-    refused = [
-        ModelSummary(
-            name=name,
-            state="UNAVAILABLE",
-            reason=f"{error.file.relative_to(repository.root)}: {error.reason}",
-        )
-        for name, error in repository.refused.items()
+    others = [
+        ModelSummary(name=name, state="UNAVAILABLE", reason=reason)
+        for name, reason in store.unavailable.items()
+        if name not in store.served
     ]
-    return ModelList(models=sorted(served + refused, key=lambda model: model.name))
+    return ModelList(models=sorted(served + others, key=lambda model: model.name))
 
 
 @router.get("/v2/models/{name}", responses=_FAILURES)
@@ -51,18 +49,19 @@ async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
     curl --fail-with-body localhost:8000/v2/models/nuclei
     ```
     """
-    return describe_model(segmenter.find_model(name, None))
+    return describe_model(segmenter.store.find(name, None), segmenter)
 
 
 @router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
 async def show_version(name: str, version: int, segmenter: SegmenterDep) -> ModelDetail:
     """As `/v2/models/{name}`, of a certain version."""
-    return describe_model(segmenter.find_model(name, version))
+    return describe_model(segmenter.store.find(name, version), segmenter)
 
 
-def describe_model(served: ServedModel) -> ModelDetail:
+def describe_model(served: ServedModel, segmenter: Segmenter) -> ModelDetail:
     """The Open Inference Protocol's metadata and ours."""
-    loaded = served.loaded
+    loaded, engine = served.loaded, served.engine
+    versions = segmenter.store.served.get(served.name, {})
     config = loaded.config.model_dump(
         mode="json",
         include={
@@ -79,13 +78,13 @@ def describe_model(served: ServedModel) -> ModelDetail:
         },
     )
     return ModelDetail(
-        versions=[str(loaded.version)],
-        platform=loaded.backend.name,
+        versions=[str(version) for version in sorted(versions)],
+        platform=engine.name,
         inputs=[INPUT],
         outputs=list(OUTPUTS.values()),
         state="READY",
-        backend=loaded.backend.name,
-        device=loaded.backend.device,
+        backend=engine.name,
+        device=engine.device,
         max_batch=served.batcher.max_batch,
         **config,
     )

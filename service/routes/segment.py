@@ -98,9 +98,7 @@ async def segment(
     curl --fail-with-body -H 'Accept: image/png' -F images=@$image localhost:8000/segment -o out.png
     ```
     """
-    with segmenter.track_request():
-        model = segmenter.find_model(query.model, query.version)
-        segmenter.admission.check_open()
+    with segmenter.use_model(query.model, query.version) as model:
         overlay = wants_png(request.headers.get("accept", ""))
         images = await read_images(request, segmenter.admission.max_images)
         if overlay and len(images) > 1:

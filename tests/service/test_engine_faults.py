@@ -58,7 +58,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
 async def watched(settings: Settings, fault: Fault) -> FastAPI:
     quick = settings.model_copy(update={"engine_timeout_s": 0.3})
     repository = load_repository(quick.model_repo, OPTIONS)
-    backend = repository.models["blobs"].backend
+    backend = repository.models["blobs"][1].backend
     assert isinstance(backend, OrtBackend)
     fault.broken = backend
     return create_app(quick, repository)

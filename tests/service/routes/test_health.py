@@ -33,7 +33,7 @@ async def test_a_ready_server(client: httpx.AsyncClient) -> None:
 async def test_an_engine_that_is_built_is_shown_with_its_progress(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    backend: Any = app.state.segmenter.repository.models["blobs"].backend
+    backend: Any = app.state.segmenter._repository.models["blobs"][1].backend
     backend.status, backend.progress = "building the engine", 0.25
     engines = (await client.get("/v2/health/ready")).json()["engines"]
     building = {"status": "building the engine", "progress": 0.25}

@@ -352,7 +352,7 @@ async def test_a_client_that_leaves_has_its_work_removed(
         statuses = await post_and_leave(app, segmenter.admission, path, body)
         assert statuses in ([], [499])
         assert segmenter.admission.images == 0
-        assert segmenter.find_model("blobs", None).batcher.waiting == 0
+        assert segmenter.store.find("blobs", None).batcher.waiting == 0
         assert (
             'solo_cancelled_images_total{model="blobs",reason="client_left"} 1.0'
             in (await client.get("/metrics")).text
@@ -411,7 +411,7 @@ async def test_a_deadline_that_passes_is_504_and_removes_the_work(
         assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
         assert "within 60 ms" in response.text
         assert app.state.segmenter.admission.images == 0
-        assert app.state.segmenter.find_model("blobs", None).batcher.waiting == 0
+        assert app.state.segmenter.store.find("blobs", None).batcher.waiting == 0
         cancelled = 'solo_cancelled_images_total{model="blobs",reason="deadline"} 3.0'
         assert cancelled in (await client.get("/metrics")).text
 
@@ -447,7 +447,7 @@ async def test_interactive_work_goes_before_batch_work(
     alone = settings.model_copy(update={"max_batch": 1, "pool_threads": 1})
     repository = load_repository(alone.model_repo, OPTIONS)
     app = create_app(alone, repository)
-    backend, go, done = repository.models["blobs"].backend, threading.Event(), list[str]()
+    backend, go, done = repository.models["blobs"][1].backend, threading.Event(), list[str]()
     infer = backend.infer
 
     def infer_when_told(tiles: Any) -> Any:
