@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from service.backends.base import BackendError
 from service.backends.trt_device import Gpu, address, capture, copy, host_array
-from service.backends.trt_tensors import HOST_DTYPES, Shape, Tensor, count_bytes, set_shapes
+from service.backends.trt_tensors import (
+    HOST_DTYPES,
+    Shape,
+    Tensor,
+    count_bytes,
+    read_shape,
+    set_shapes,
+)
 from service.pipeline.canvases import Bucket, Canvas, find_bucket
 from service.pipeline.types import Tile
 
@@ -221,7 +228,7 @@ class Slot:
     def _prepare(self, canvas: Canvas, batch: int) -> _Prepared:
         """A context for one shape, run once, and its graph."""
         context = self._create_context(canvas, batch)
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._outputs()}
+        shapes = {name: read_shape(context.get_tensor_shape(name)) for name in self._outputs()}
         self._enqueue(context, batch, canvas)  # what TensorRT does only once happens here
         self.stream.sync()
         graph = None
@@ -252,7 +259,7 @@ class Slot:
             if not context.set_tensor_address(name, address(buffer.handle)):
                 raise BackendError(f"{name}: TensorRT refuses its address, {buffer.size} bytes")
         for name in self._outputs():
-            shape = tuple(context.get_tensor_shape(name))
+            shape = read_shape(context.get_tensor_shape(name))
             needed = count_bytes(shape, self._tensors[name].dtype)
             if min(shape) < 0 or needed > self._tensors[name].max_bytes:
                 raise BackendError(

@@ -43,6 +43,11 @@ class Tensor:
     max_bytes: int
 
 
+def read_shape(dims: trt.Dims) -> Shape:
+    """A shape of TensorRT's as a tuple; -1 for what is not known."""
+    return tuple(dims[axis] for axis in range(len(dims)))
+
+
 def count_bytes(shape: Shape, dtype: str) -> int:
     """Bytes of a dense tensor."""
     return int(np.prod(shape)) * np.dtype(HOST_DTYPES[dtype]).itemsize
@@ -85,7 +90,7 @@ def read_tensors(
         context.set_optimization_profile_async(profile, address(stream.handle))
         set_shapes(context, max_batch, bucket.max_hw, f"profile {profile}")
         for name in names:
-            shape = tuple(context.get_tensor_shape(name))
+            shape = read_shape(context.get_tensor_shape(name))
             if min(shape) < 0:
                 raise BackendError(f"{name}: its shape {shape} depends on the data")
             most[name] = max(most[name], count_bytes(shape, dtypes[name]))
