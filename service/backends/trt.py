@@ -171,18 +171,24 @@ def fetch_candidates(
 ) -> Sequence[TileCandidates]:
     """Copies a run's outputs to the host, where the pipeline post-processes them."""
     arrays = slot.fetch(outputs, batch)
-    give()
-    return split_batch(
+    candidates = split_batch(
         arrays["scores"].astype(np.float32, copy=False),
         arrays["labels"].astype(np.int64, copy=False),
         arrays["mask_probs"].astype(np.float32, copy=False),
     )
+    give()  # not before: the arrays are the slot's
+    return candidates
+
+
+def load_kernels() -> Any:
+    """The CUDA kernels' module, which needs packages that may not be there."""
+    return importlib.import_module("service.backends.kernels")
 
 
 def _choose_finish(config: ModelConfig) -> tuple[Finish, str]:
     """Post-processing on the device where the CUDA kernels load, else on the host; and which."""
     try:
-        kernels: Any = importlib.import_module("service.backends.kernels")
+        kernels = load_kernels()
         processor = kernels.CudaPostprocessor(config.postprocess, config.mask_stride)
     except Exception as error:  # compilers, drivers and loaders fail in many ways
         logger.warning("candidates are copied to the host: %s", error)

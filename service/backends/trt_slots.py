@@ -170,9 +170,10 @@ class Slot:
         self._gpu.enter()
         height, width = tiles[0].image.shape[:2]
         batch = pad_batch(len(tiles), self._max_batch)
+        profile = self._find_profile((height, width))
         self._fill(tiles, batch, (height, width))
         key = ((height, width), batch)
-        ready = self._prepared.get(key, lambda: self._prepare((height, width), batch))
+        ready = self._prepared.get(key, lambda: self._prepare(profile, (height, width), batch))
         if ready.graph is not None:
             ready.graph.launch(self.stream)
         else:
@@ -187,7 +188,7 @@ class Slot:
         """Copies the first `batch` results to the host, and waits for them.
 
         Returns:
-            Arrays of their own memory; a bfloat16 output comes as float32.
+            Arrays that are valid until the slot's next batch; bfloat16 comes as float32.
         """
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, shape in outputs.shapes.items():
@@ -199,7 +200,7 @@ class Slot:
             copy(self._device[name], self._host[name], size_bytes, self.stream)
             arrays[name] = host_array(self._host[name], dtype, wanted)
         self.stream.sync()
-        return {name: _own(array, outputs.dtypes[name]) for name, array in arrays.items()}
+        return {name: _widen(array, outputs.dtypes[name]) for name, array in arrays.items()}
 
     def recover(self) -> None:
         """Waits for what a failed run left on the stream, so that the slot can go on."""
@@ -225,9 +226,15 @@ class Slot:
         images[len(tiles) :] = 0
         valid_hw[len(tiles) :] = canvas
 
-    def _prepare(self, canvas: Canvas, batch: int) -> _Prepared:
+    def _find_profile(self, canvas: Canvas) -> int:
+        try:
+            return find_bucket(self._buckets, canvas)
+        except ValueError as error:
+            raise BackendError(f"images: {error}") from error
+
+    def _prepare(self, profile: int, canvas: Canvas, batch: int) -> _Prepared:
         """A context for one shape, run once, and its graph."""
-        context = self._create_context(canvas, batch)
+        context = self._create_context(profile, canvas, batch)
         shapes = {name: read_shape(context.get_tensor_shape(name)) for name in self._outputs()}
         self._enqueue(context, batch, canvas)  # what TensorRT does only once happens here
         self.stream.sync()
@@ -240,7 +247,7 @@ class Slot:
                 logger.warning("no CUDA graphs, for images %dx%dx%d: %s", batch, *canvas, error)
         return _Prepared(context, shapes, graph)
 
-    def _create_context(self, canvas: Canvas, batch: int) -> trt.IExecutionContext:
+    def _create_context(self, profile: int, canvas: Canvas, batch: int) -> trt.IExecutionContext:
         import tensorrt as trt
 
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -248,10 +255,6 @@ class Slot:
         if context is None:
             raise BackendError("TensorRT gives no execution context")
         context.set_device_memory(address(self._scratch.handle), self._scratch.size)
-        try:
-            profile = find_bucket(self._buckets, canvas)
-        except ValueError as error:
-            raise BackendError(f"images: {error}") from error
         if not context.set_optimization_profile_async(profile, address(self.stream.handle)):
             raise BackendError(f"images: TensorRT refuses profile {profile} for {canvas}")
         set_shapes(context, batch, canvas, f"profile {profile}")
@@ -280,11 +283,11 @@ class Slot:
             raise BackendError(f"TensorRT cannot run images {(batch, height, width, 3)}")
 
 
-def _own(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
-    """A copy that outlives the slot; bfloat16 are the upper halves of float32."""
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.copy()
+def _widen(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
+    """Makes float32 of bfloat16, which are their upper halves; leaves all else."""
+    if dtype != "BF16":
+        return array
+    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _discard(prepared: _Prepared) -> None:
