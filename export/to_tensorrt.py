@@ -16,9 +16,8 @@ from export.errors import ExportError
 from service.backends.base import BackendError, Precision
 from service.backends.trt_build import choose_options, find_obstacle, obtain_engine
 from service.backends.trt_cache import EngineCache, HardwareCompatibility, choose_cache
-from service.errors import ModelRefused
 from service.pipeline.model_config import ModelConfig
-from service.registry import read_config
+from service.registry import ModelRefused, read_config
 
 GRAPHS: dict[Precision, str] = {
     "fp32": "model.onnx",
