@@ -183,7 +183,10 @@ class SwitchingBackend:
                 self._changed.wait_for(lambda: old.busy == 0)
                 unused = old.backend
                 logger.info("the engine is %s now: %s", second.name, second.reason)
-        unused.close()
+        try:
+            unused.close()
+        except Exception:  # the other one serves; a leak is all that this costs
+            logger.exception("the engine %s could not be closed", unused.name)
 
     def _build(self) -> None:
         """Runs the builder to its end.

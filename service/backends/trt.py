@@ -48,6 +48,7 @@ class TrtBackend:
         finish: What becomes of a run's outputs.
         precision: Of the engine.
         reason: Why TensorRT, which engine.
+        owners: What must live as long as the slots: TensorRT's runtime and logger.
     """
 
     name = "tensorrt"
@@ -55,12 +56,18 @@ class TrtBackend:
     concurrency = CONCURRENCY
 
     def __init__(
-        self, slots: Sequence[Slot], finish: Finish, precision: Precision, reason: str
+        self,
+        slots: Sequence[Slot],
+        finish: Finish,
+        precision: Precision,
+        reason: str,
+        owners: tuple[object, ...],
     ) -> None:
         self.precision: Precision = precision
         self.reason = reason
         self._pool = SlotPool(slots)
         self._finish = finish
+        self._owners = owners
 
     def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         """See `Backend.infer`."""
@@ -138,6 +145,27 @@ def build_trt_backend(
     return _load(obtain_engine(graph, build, engines), build, config)
 
 
+def load_trt_backend(
+    model: bytes | Path, options: BackendOptions, config: ModelConfig, cache: Path
+) -> TrtBackend:
+    """Like `build_trt_backend`, but never builds.
+
+    Raises:
+        BackendError: The cache has no such engine, or TensorRT cannot use it; it is forgotten then.
+    """
+    build, engines = choose_options(config, precision=options.precision), EngineCache(cache)
+    key = build_key(_read(model), build, read_environment())
+    plan = engines.load(key)
+    if plan is None:
+        raise BackendError(f"engine {key.digest} is not in {cache}")
+    try:
+        origin = f"engine {key.digest} from the cache"
+        return _load(Engine(plan, key, origin, stored=True), build, config)
+    except EngineRefused:
+        engines.forget(key)
+        raise
+
+
 class EngineRefused(BackendError):
     """TensorRT does not deserialise an engine."""
 
@@ -147,6 +175,12 @@ def _read(model: bytes | Path) -> bytes:
 
 
 def _load(engine: Engine, build: BuildOptions, config: ModelConfig) -> TrtBackend:
+    """Deserialises an engine and makes its slots.
+
+    Raises:
+        EngineRefused: TensorRT does not take the plan.
+        BackendError: The engine breaks the graph contract, or memory does not suffice.
+    """
     import tensorrt as trt
 
     messages = Messages()
@@ -155,15 +189,20 @@ def _load(engine: Engine, build: BuildOptions, config: ModelConfig) -> TrtBacken
     loaded = runtime.deserialize_cuda_engine(engine.plan)
     if loaded is None:
         raise EngineRefused(f"TensorRT refuses the engine: {messages.explain()}")
-    gpu = Gpu()
     finish, where = _choose_finish(config)
-    tensors = read_tensors(loaded, build.buckets, build.max_batch, gpu.create_stream())
     # Where candidates stay on the device a third batch is post-processed meanwhile.
     count = CONCURRENCY if finish is fetch_candidates else CONCURRENCY + 1
-    slots = [Slot(gpu, loaded, tensors, build.buckets, build.max_batch) for _ in range(count)]
+    try:
+        gpu = Gpu()
+        tensors = read_tensors(loaded, build.buckets, build.max_batch, gpu.create_stream())
+        slots = [Slot(gpu, loaded, tensors, build.buckets, build.max_batch) for _ in range(count)]
+    except BackendError:
+        raise
+    except Exception as error:  # CUDA's errors have no common base
+        raise BackendError(f"{engine.origin} cannot be set up: {error}") from error
     environment = engine.key.environment
     reason = f"TensorRT {environment.tensorrt} works ({environment.gpu}), {engine.origin}; {where}"
-    return TrtBackend(slots, finish, build.precision, reason)
+    return TrtBackend(slots, finish, build.precision, reason, (runtime, log))
 
 
 def fetch_candidates(
@@ -236,7 +275,7 @@ def build_in_background(
     return SwitchingBackend(
         first,
         job,
-        lambda: build_trt_backend(graph, options, config, cache),
+        lambda: load_trt_backend(graph, options, config, cache),
         warm,
         concurrency=CONCURRENCY,
     )

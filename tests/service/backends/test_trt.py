@@ -16,10 +16,12 @@ from service.backends.trt import (
     build_trt_backend,
     find_obstacle,
     has_engine,
+    load_trt_backend,
 )
 from service.backends.trt_slots import LruCache, SlotPool, pad_batch, padded_batches
 from service.pipeline.types import Candidates, Tile, Window
 from tests.service.backends.test_trt_build import build_config
+from tests.support import fake_cuda
 from tests.support.blob_model import KEEP_RATIO_INPUT
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import Context, FakeTensorrt, K
@@ -204,6 +206,30 @@ def test_an_engine_that_tensorrt_refuses_is_built_again(
     fake_tensorrt.refuses_plans = 2
     with pytest.raises(BackendError, match="refuses the engine: magicTag does not match"):
         build_trt_backend(GRAPH, OPTIONS, config, tmp_path)
+
+
+def test_loading_never_builds(fake_tensorrt: FakeTensorrt, tmp_path: Path) -> None:
+    config = build_config()
+    with pytest.raises(BackendError, match=f"is not in {tmp_path}"):
+        load_trt_backend(GRAPH, OPTIONS, config, tmp_path)
+    build_trt_backend(GRAPH, OPTIONS, config, tmp_path).close()
+    load_trt_backend(GRAPH, OPTIONS, config, tmp_path).close()
+    fake_tensorrt.refuses_plans = 1
+    with pytest.raises(BackendError, match="magicTag"):
+        load_trt_backend(GRAPH, OPTIONS, config, tmp_path)
+    assert not has_engine(GRAPH, OPTIONS, config, tmp_path)
+    assert fake_tensorrt.builds == 1
+
+
+def test_a_gpu_without_enough_memory_is_told_of(
+    fake_tensorrt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(size: int) -> None:
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(fake_cuda, "allocate", allocate)
+    with pytest.raises(BackendError, match="cannot be set up: CUDA_ERROR_OUT_OF_MEMORY"):
+        build_trt_backend(GRAPH, OPTIONS, build_config(), tmp_path)
 
 
 def test_an_engine_of_other_types_is_refused(fake_tensorrt: FakeTensorrt, tmp_path: Path) -> None:
