@@ -241,9 +241,10 @@ class SwitchingBackend:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a builder and all that it started; nothing it has written half counts."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Ends a builder that runs and all that it started; nothing it has written half counts."""
+    if process.poll() is None:  # else its number may be another's by now
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _describe_exit(returncode: int) -> str:

@@ -315,6 +315,16 @@ time.sleep(600)
         ask(backend, 1)
 
 
+def test_close_signals_no_builder_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another process's by then."""
+    backend = switch(run_python(DONE), FakeBackend("slow", 1), FakeBackend("fast", 2))
+    wait_for(lambda: backend.status == "switched")
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: signalled.append(group))
+    backend.close()
+    assert signalled == []
+
+
 def test_close_while_the_second_loads_closes_both() -> None:
     first, second = FakeBackend("slow", 1), FakeBackend("fast", 2)
     loading, go = threading.Event(), threading.Event()
