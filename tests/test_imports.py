@@ -31,6 +31,11 @@ DISTRIBUTIONS = {
 OPTIONAL_IMPORTS = {
     "service/backends/aoti.py",
     "service/backends/trt.py",
+    "service/backends/trt_build.py",
+    "service/backends/trt_device.py",
+    "service/backends/trt_log.py",
+    "service/backends/trt_slots.py",
+    "service/backends/trt_tensors.py",
     "solo_client/result.py",  # supervision
 }
 

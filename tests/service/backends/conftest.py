@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_tensorrt import FakeTensorrt
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    cuda = FakeCuda()
+    install(monkeypatch, "cuda", ModuleType("cuda"))
+    install(monkeypatch, "cuda.core", cuda.module)
+    return cuda
+
+
+@pytest.fixture
+def install_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, fake_cuda: FakeCuda
+) -> Callable[[str], FakeTensorrt]:
+    """Makes `import tensorrt` give a fake of some version."""
+
+    def install_version(version: str) -> FakeTensorrt:
+        fake = FakeTensorrt(fake_cuda, version)
+        install(monkeypatch, "tensorrt", fake.module)
+        return fake
+
+    return install_version
+
+
+@pytest.fixture
+def fake_tensorrt(install_tensorrt: Callable[[str], FakeTensorrt]) -> FakeTensorrt:
+    return install_tensorrt("10.16.1.11")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
