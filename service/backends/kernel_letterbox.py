@@ -42,10 +42,10 @@ def letterbox(
     # OpenCV inverts the ratio of the sizes, and so rounds twice.
     scale_y = 1 / (valid_hw[0] / window.height)
     scale_x = 1 / (valid_hw[1] / window.width)
+    sizes = (window.height, window.width, *valid_hw, canvas_hw[1])
     launcher.launch(
         "letterbox",
         (canvas_hw[1], canvas_hw[0], 1),
-        (source, canvas, row_bytes, window.height, window.width, *valid_hw, canvas_hw[1])
-        + (scale_y, scale_x),
+        (source, canvas, row_bytes, *sizes, scale_y, scale_x),
         stream,
     )

@@ -35,8 +35,9 @@ class DeviceBatch:
         mask_type: How probabilities are stored.
         batch, candidates: B, K.
         mask_hw: h, w.
-        release: Called once, by any thread, also by the garbage collector's: the buffers are no
-            longer needed. It must not block.
+        release: Called once when the buffers are no longer needed, by any thread and also by the
+            garbage collector, so in the middle of anything: it must not wait for a lock that the
+            interrupted code may hold.
     """
 
     scores: int
@@ -171,11 +172,12 @@ def _launch_compare(
     areas = workspace.device("areas", 4 * images * count)
     iou = workspace.device("iou", 4 * images * count * count)
     lows, highs = results + layout.lows, results + layout.highs
+    measured = (bits, areas, lows, highs)
+    sizes = (count, height * width, words)
     launcher.launch(
         f"pack_bits_{batch.mask_type}",
         (4 * words, count, images),
-        (batch.mask_probs, batch.scores, bits, areas, lows, highs)
-        + (count, height * width, words, spec.mask_threshold),
+        (batch.mask_probs, batch.scores, *measured, *sizes, spec.mask_threshold),
         stream,
     )
     launcher.launch(
@@ -234,11 +236,11 @@ def _launch_nms(
             (batch.scores, areas, overlaps, dropped, decayed, count, images),
             stream,
         )
+    found = (results + layout.order, results + layout.kept, results + layout.counts)
     launcher.launch(
         "rank_survivors",
         per_mask,
-        (decayed, results + layout.order, results + layout.kept, results + layout.counts)
-        + (count, spec.update_threshold),
+        (decayed, *found, count, spec.update_threshold),
         stream,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -26,13 +25,7 @@ from service.pipeline.model_config import PostprocessSpec
 from service.pipeline.postprocess import mask_stride, postprocess_tile
 from service.pipeline.types import Candidates, Float32, Instance, Int64, Tile
 
-__all__ = [
-    "CudaPostprocessor",
-    "DeviceBatch",
-    "KernelCandidates",
-    "build_postprocessor",
-    "find_obstacle",
-]
+__all__ = ["CudaPostprocessor", "DeviceBatch", "KernelCandidates", "find_obstacle"]
 
 
 class _Lease:
@@ -108,6 +101,7 @@ class KernelCandidates:
 
         Raises:
             BackendError: The device fails.
+            ValueError: The masks are not at the model's stride of the canvas.
         """
         if self._selection is None or not self._owner.covers(spec):
             answers = postprocess_tile(
@@ -119,13 +113,18 @@ class KernelCandidates:
                 max_instances=max_instances,
             )
             return [answer.instance for answer in answers]
+        if mask_stride(tile, self.mask_hw) != self._owner.stride:
+            raise ValueError(
+                f"masks of {self.mask_hw} on a canvas of {tile.image.shape[:2]}: the stride is not "
+                f"{self._owner.stride}"
+            )
         selection = self._selection
         wanted = int(np.count_nonzero(selection.scores >= score_threshold))
         plane = MaskPlane(
             self._pointer,
             self._batch.mask_type,
             self.mask_hw,
-            mask_stride(tile, self.mask_hw),
+            self._owner.stride,
             spec.mask_threshold,
         )
         found: list[Instance] = []
@@ -183,13 +182,27 @@ class CudaPostprocessor:
 
     Args:
         spec: The model's post-processing.
-        launcher: The device.
+        stride: Canvas px per mask px.
+        launcher: The device; default the GPU `device_id`, for which the kernels are compiled first
+            where no cubin is at hand.
+        device_id: Ordinal of the GPU.
+
+    Raises:
+        BackendError: The kernels cannot be used; the message says why.
     """
 
-    def __init__(self, spec: PostprocessSpec, launcher: Launcher) -> None:
+    def __init__(
+        self,
+        spec: PostprocessSpec,
+        stride: int,
+        *,
+        launcher: Launcher | None = None,
+        device_id: int = 0,
+    ) -> None:
         self._spec = spec
-        self.launcher = launcher
-        self.workspaces = WorkspacePool(launcher)
+        self.stride = stride
+        self.launcher = _load_launcher(device_id) if launcher is None else launcher
+        self.workspaces = WorkspacePool(self.launcher)
 
     def covers(self, spec: PostprocessSpec) -> bool:
         """Whether what `select` found holds for `spec` too; defaults of responses do not matter."""
@@ -205,7 +218,7 @@ class CudaPostprocessor:
 
         Args:
             batch: What the engine queued on `stream`. It is released when the last of the results
-                is gone, and at once if this raises.
+                is gone; if this raises, it stays the caller's, and the stream is done with it.
             stream: The engine's.
 
         Returns:
@@ -214,15 +227,11 @@ class CudaPostprocessor:
         Raises:
             BackendError: The device fails, or scores are not finite.
         """
-        try:
-            with self.workspaces.borrow(stream) as workspace:
-                selections: list[Selection] | list[None] = [None] * batch.batch
-                if self._spec.compare == "masks":
-                    selections = select_batch(self.launcher, workspace, batch, self._spec, stream)
-                scores, labels = read_ranking(self.launcher, workspace, batch, stream)
-        except BaseException:
-            batch.release()
-            raise
+        with self.workspaces.borrow(stream) as workspace:
+            selections: list[Selection] | list[None] = [None] * batch.batch
+            if self._spec.compare == "masks":
+                selections = select_batch(self.launcher, workspace, batch, self._spec, stream)
+            scores, labels = read_ranking(self.launcher, workspace, batch, stream)
         lease = _Lease(batch.batch, batch.release)
         results = []
         for image in range(batch.batch):
@@ -250,19 +259,7 @@ def find_obstacle() -> str | None:
     return None if devices else "there is no CUDA device"
 
 
-def build_postprocessor(
-    spec: PostprocessSpec, *, device_id: int = 0, cache: Path | None = None
-) -> CudaPostprocessor:
-    """Loads the kernels on a GPU, compiling them first where no cubin is at hand.
-
-    Args:
-        spec: The model's post-processing.
-        device_id: Ordinal of the GPU.
-        cache: Folder of compiled kernels; default `default_cache()`.
-
-    Raises:
-        BackendError: They cannot be used; the message says why.
-    """
+def _load_launcher(device_id: int) -> CudaLauncher:
     obstacle = find_obstacle()
     if obstacle is not None:
         raise BackendError(f"no CUDA kernels: {obstacle}")
@@ -272,5 +269,5 @@ def build_postprocessor(
         major, minor = Device(device_id).compute_capability
     except Exception as error:  # cuda-core's exceptions have no common base
         raise BackendError(f"device {device_id} cannot be used: {error}") from error
-    cubins = load_cubins((int(major), int(minor)), cache=cache or default_cache())
-    return CudaPostprocessor(spec, CudaLauncher(device_id, cubins))
+    cubins = load_cubins((int(major), int(minor)), cache=default_cache())
+    return CudaLauncher(device_id, cubins)

@@ -246,7 +246,7 @@ class CudaLauncher:
             buffer = self._pinned.allocate(size_bytes)
             pointer = int(buffer.handle)
             raw = (ctypes.c_uint8 * size_bytes).from_address(pointer)
-            return HostMemory(pointer, size_bytes, buffer, np.frombuffer(raw, np.uint8))
+            return HostMemory(pointer, size_bytes, buffer, np.ctypeslib.as_array(raw))
 
     def free(self, memory: Memory) -> None:
         """See `Launcher.free`."""

@@ -7,6 +7,7 @@ what it has not written fails.
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import threading
@@ -16,16 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from service.backends.kernels import find_obstacle
 from service.backends.launcher import (
     BLOCK,
     SIGNATURES,
+    CudaLauncher,
     HostMemory,
     Launcher,
     Memory,
     grid_of,
     typed_arguments,
 )
-from service.backends.nvrtc import KERNELS, SOURCES
+from service.backends.nvrtc import KERNELS, SOURCES, load_cubins
 from service.pipeline.types import UInt8
 
 SUPPORT = Path(__file__).parent
@@ -117,6 +120,34 @@ class HostLauncher:
         run = getattr(self._library, f"run_{kernel}")
         assert run(grid, ctypes.c_uint(BLOCK), pointers, ctypes.c_uint(len(typed))) == 0, kernel
         self.launched.append(kernel)
+
+
+class PoisonedGpu(CudaLauncher):
+    """A GPU whose memory is filled with 0xFF when it is allocated."""
+
+    def allocate(self, size_bytes: int) -> Memory:
+        memory = super().allocate(size_bytes)
+        poison = self.allocate_host(size_bytes)
+        poison.array.fill(0xFF)
+        stream = self.open_stream()
+        self.copy(memory.pointer, poison.pointer, size_bytes, stream)
+        self.synchronize(stream)
+        self.close_stream(stream)
+        self.free(poison)
+        return memory
+
+
+@functools.cache
+def load_gpu() -> PoisonedGpu | str:
+    """The first GPU with the kernels on it, or why there is none."""
+    obstacle = find_obstacle()
+    if obstacle is not None:
+        return obstacle
+    from cuda.core import Device
+
+    capability = Device(0).compute_capability
+    cubins = load_cubins((capability.major, capability.minor), cache=None, prebuilt=())
+    return PoisonedGpu(0, cubins)
 
 
 class Uploads:
