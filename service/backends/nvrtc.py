@@ -188,6 +188,11 @@ def prebuilt_path(folder: Path, name: str, architecture: str) -> Path:
     return folder / f"{name}.{architecture}.cubin"
 
 
+def cache_path(folder: Path, recipe: Recipe) -> Path:
+    """Where a cubin that was compiled here lies."""
+    return folder / f"{recipe.name}.{recipe.architecture}.{recipe.key}.cubin"
+
+
 def _read_prebuilt(name: str, capability: tuple[int, int], folder: Path) -> bytes | None:
     """The best prebuilt cubin: one of the same major and no later minor runs too."""
     major, minor = capability
@@ -225,7 +230,7 @@ def load_cubin(
             return code
     architecture = f"sm_{capability[0]}{capability[1]}"
     recipe = describe(name, architecture, compiler_version())
-    path = None if cache is None else cache / f"{name}.{architecture}.{recipe.key}.cubin"
+    path = None if cache is None else cache_path(cache, recipe)
     if path is not None:
         code = read_cubin(path, recipe)
         if code is not None:

@@ -28,7 +28,7 @@ from service.backends.launcher import (
     grid_of,
     typed_arguments,
 )
-from service.backends.nvrtc import KERNELS, SOURCES, load_cubins
+from service.backends.nvrtc import KERNELS, SOURCES, default_cache, load_cubins
 from service.pipeline.types import UInt8
 
 SUPPORT = Path(__file__).parent
@@ -146,7 +146,7 @@ def load_gpu() -> PoisonedGpu | str:
     from cuda.core import Device
 
     capability = Device(0).compute_capability
-    cubins = load_cubins((capability.major, capability.minor), cache=None, prebuilt=())
+    cubins = load_cubins((capability.major, capability.minor), cache=default_cache(), prebuilt=())
     return PoisonedGpu(0, cubins)
 
 

@@ -77,7 +77,7 @@ def differences(
     count = 0
     for ours, theirs, probs in zip(found, expected, masks, strict=True):
         if ours is None or theirs is None:
-            assert ours is theirs is None
+            assert ours is None and theirs is None
             continue
         if (ours.rle, ours.bbox_xywh, ours.area) == (theirs.rle, theirs.bbox_xywh, theirs.area):
             continue

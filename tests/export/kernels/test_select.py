@@ -53,7 +53,7 @@ def assert_equal(selection: Selection, outputs: Outputs, image: int, spec: Postp
     theirs = dict(zip(indices.tolist(), scores.tolist(), strict=True))
     assert len(ours) == len(found)
     for index in ours.keys() ^ theirs.keys():
-        score = ours.get(index, theirs.get(index, 0.0))
+        score = ours[index] if index in ours else theirs[index]
         assert abs(score - spec.update_threshold) < TIE
     for index in ours.keys() & theirs.keys():
         assert abs(ours[index] - theirs[index]) < TIE
