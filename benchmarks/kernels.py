@@ -116,9 +116,12 @@ def build_batch(
         stored = (masks.view(np.uint32) >> 16).astype(np.uint16)
     scores = np.linspace(0.9, 0.1, case.candidates, dtype=np.float32)
     labels = np.random.default_rng(1).integers(0, 80, case.candidates)
-    parts = [np.tile(scores, case.batch), np.tile(labels, case.batch)]
-    parts.append(np.tile(stored, (case.batch, 1, 1)))
-    memory = [put(launcher, part, stream) for part in parts]
+    tiled = np.tile(stored, (case.batch, 1, 1))
+    memory = [
+        put(launcher, np.tile(scores, case.batch), stream),
+        put(launcher, np.tile(labels, case.batch), stream),
+        put(launcher, tiled, stream),
+    ]
     batch = DeviceBatch(
         scores=memory[0].pointer,
         labels=memory[1].pointer,

@@ -17,6 +17,14 @@ struct BFloat16 {
   u16 bits;
 };
 
+// What paste.cu and runs.cu find of a mask; the host reads it.
+struct Head {
+  u32 edge_base, edges;
+  u32 byte_base, bytes;
+  u32 area;
+  int top, bottom, left, right;  // the last ones inclusive
+};
+
 static __device__ __forceinline__ float widen(float value) { return value; }
 
 static __device__ __forceinline__ float widen(BFloat16 value) {

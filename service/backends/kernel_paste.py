@@ -1,4 +1,6 @@
-"""Masks on the device become run lengths of the original image: `paste_mask` by kernels/paste.cu.
+"""Masks on the device become run lengths of the original image: `paste_mask`, `encode_box_mask`.
+
+The kernels are in paste.cu and runs.cu.
 
 Symbols: N masks, H W window in the original, h w mask.
 """
@@ -20,7 +22,7 @@ COLUMNS_PER_CHUNK = 32
 SLICES = 64
 TAP_BYTES = 24
 SPAN_BYTES = 16
-"""These four as in paste.cu."""
+"""These four as in paste.cu and runs.cu."""
 HEAD = np.dtype(
     [(name, np.uint32) for name in ("edge_base", "edges", "byte_base", "bytes", "area")]
     + [(name, np.int32) for name in ("top", "bottom", "left", "right")]

@@ -45,9 +45,9 @@ SIGNATURES: Mapping[str, tuple[str, str]] = {
         ("emit_edges_float32", "emit_edges_float16", "emit_edges_bfloat16"),
         ("paste", "pppppppppfu"),
     ),
-    "measure_runs": ("paste", "pppiiu"),
-    "place_bytes": ("paste", "pppi"),
-    "write_runs": ("paste", "ppppiiu"),
+    "measure_runs": ("runs", "pppiiu"),
+    "place_bytes": ("runs", "pppi"),
+    "write_runs": ("runs", "ppppiiu"),
     "letterbox": ("letterbox", "ppliiiiidd"),
 }
 """Of each kernel its source and its arguments' types, letters of `ARGUMENTS`."""

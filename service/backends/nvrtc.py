@@ -26,7 +26,7 @@ from service.backends.base import BackendError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("select", "paste", "letterbox")
+SOURCES = ("select", "paste", "runs", "letterbox")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What is prebuilt unless told otherwise."""
 OPTIONS: Mapping[str, str | bool] = {

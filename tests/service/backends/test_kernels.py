@@ -330,7 +330,7 @@ def test_the_bundled_model_on_real_images(launcher: Launcher, uploads: Uploads) 
     config = parse_model_config((folder / "config.json").read_bytes()).for_version(2)
     engine = build_ort_backend(folder / "2" / "model.onnx", BackendOptions(device="cpu", threads=1))
     processor = CudaPostprocessor(config.postprocess, config.mask_stride, launcher=launcher)
-    paths = sorted((ROOT / "tests" / "data" / "nuclei" / "images").iterdir())[:2]
+    paths = sorted((ROOT / "tests" / "data" / "nuclei" / "images").iterdir())[:1]
     for path in paths:
         prepared = prepare(decode_image(path.read_bytes()), config.input)
         candidates = [engine.infer([tile])[0] for tile in prepared.tiles]

@@ -119,7 +119,7 @@ def test_without_a_gpu_the_launcher_and_the_benchmark_say_so(
 ) -> None:
     if find_obstacle() is None:
         pytest.skip("there is a GPU")
-    with pytest.raises(BackendError, match="CUDA cannot load the kernels on device 0"):
+    with pytest.raises(BackendError, match="CUDA cannot use device 0"):
         CudaLauncher(0, {})
     assert benchmark([]) != 0
     assert "nothing to measure" in capsys.readouterr().err
