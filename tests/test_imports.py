@@ -30,6 +30,9 @@ DISTRIBUTIONS = {
 # Backends that are imported only where their library is installed.
 OPTIONAL_IMPORTS = {
     "service/backends/aoti.py",
+    "service/backends/kernels.py",
+    "service/backends/launcher.py",
+    "service/backends/nvrtc.py",
     "service/backends/trt.py",
     "service/backends/trt_build.py",
     "service/backends/trt_device.py",
