@@ -205,7 +205,9 @@ def compiler_options(info: PackageInfo, *, tune: bool) -> dict[str, Any]:
     """Inductor's options for a package."""
     options: dict[str, Any] = {
         "aot_inductor.metadata": info.to_metadata(),
-        "freezing": True,  # weights are laid out for their kernels now, not in every call
+        # Lays weights out for their kernels now, not in every call. With symbolic sizes torch 2.13
+        # fails there on those that follow from a scale factor.
+        "freezing": info.fixed_canvas,
         "cpp.dynamic_threads": True,  # as many as the server says, not as there are here
     }
     if info.machine == "x86_64":  # else the code would need this very CPU
@@ -236,6 +238,17 @@ def build_aoti(
         raise GraphError("the network is in training mode; call eval() before the export")
     info = describe_package(config, options, onnx_sha256)
     program = export_program(TypedGraph(network, options.precision).to(options.device), info)
+    return compile_program(program, info, tune=options.tune)
+
+
+def compile_program(
+    program: torch.export.ExportedProgram, info: PackageInfo, *, tune: bool = False
+) -> bytes:
+    """Compiles a traced graph for the device of its weights.
+
+    Raises:
+        GraphError: The compiler refuses the graph, or there is none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name_package(info.target, info.precision)
         try:
@@ -243,7 +256,7 @@ def build_aoti(
                 torch._inductor.aoti_compile_and_package(
                     program,
                     package_path=str(file),
-                    inductor_configs=compiler_options(info, tune=options.tune),
+                    inductor_configs=compiler_options(info, tune=tune),
                 )
         except Exception as error:  # the compiler's exceptions have no common base
             raise GraphError(f"AOTInductor cannot compile the graph: {error}") from error

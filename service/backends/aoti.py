@@ -28,7 +28,6 @@ from service.backends.aoti_slots import (
     SLOTS,
     GraphSlot,
     Inputs,
-    Release,
     Select,
     Slot,
     SlotPool,
@@ -131,18 +130,15 @@ class AotiBackend:
     def infer(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
         """See `Backend.infer`."""
         self._check(tiles)
-        lease = self._pool.take()
+        slot = self._pool.take()
         try:
-            found, keeps = lease.slot.run(tiles, lease.release)
+            return slot.run(tiles)
         except BackendError:
-            lease.release()
             raise
         except Exception as error:  # torch's exceptions have no common base
-            lease.release()
             raise BackendError(f"torch cannot run {len(tiles)} canvases: {error}") from error
-        if not keeps:
-            lease.release()
-        return found
+        finally:
+            self._pool.give(slot)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -178,7 +174,7 @@ class HostSlot:
         self._threads = threads
         self._prepared = threading.local()
 
-    def run(self, tiles: Sequence[Tile], release: Release) -> tuple[list[TileCandidates], bool]:
+    def run(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
         """See `Slot.run`."""
         import torch
 
@@ -190,7 +186,7 @@ class HostSlot:
         scores, labels, masks = (_to_numpy(output) for output in outputs)
         if len(scores) != len(tiles):
             raise BackendError(f"{len(tiles)} canvases gave {len(scores)} results")
-        return list(split_batch(scores, labels, masks)), False
+        return list(split_batch(scores, labels, masks))
 
     def close(self) -> None:
         """See `Slot.close`."""
@@ -255,6 +251,11 @@ class CudaDevice:
 
         return replay, outputs
 
+    def clone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `GraphDevice.clone`."""
+        with self._torch.cuda.stream(self._stream):
+            return [tensor.clone() for tensor in tensors]
+
     def to_host(self, tensors: Sequence[Tensor]) -> list[Any]:
         """See `GraphDevice.to_host`."""
         with self._torch.cuda.stream(self._stream):
@@ -272,27 +273,29 @@ def _to_numpy(tensor: Tensor) -> Any:
 
 def _load_select(config: ModelConfig) -> tuple[Select | None, str]:
     """Post-processing on the device where its kernels can be loaded, and which way it is."""
+    import torch
+
     try:
         kernels = importlib.import_module("service.backends.kernels")
-        postprocessor = kernels.CudaPostprocessor(config.postprocess, config.mask_stride)
+        postprocessor = kernels.CudaPostprocessor(
+            config.postprocess, config.mask_stride, device_id=torch.cuda.current_device()
+        )
     except (ImportError, OSError, BackendError) as error:
         return None, f"post-processed on the host: {error}"
 
-    def select(
-        outputs: Sequence[Any], batch: int, stream: int, release: Release
-    ) -> list[TileCandidates]:
+    def select(outputs: list[Tensor], stream: int) -> list[TileCandidates]:
         scores, labels, masks = outputs
-        device_batch = kernels.DeviceBatch(
+        batch = kernels.DeviceBatch(
             scores=scores.data_ptr(),
             labels=labels.data_ptr(),
             mask_probs=masks.data_ptr(),
-            mask_dtype=str(masks.dtype).removeprefix("torch."),
-            batch=batch,
+            mask_type=str(masks.dtype).removeprefix("torch."),
+            batch=scores.shape[0],
             candidates=scores.shape[1],
             mask_hw=tuple(masks.shape[2:]),
-            release=release,
+            release=outputs.clear,
         )
-        found: list[TileCandidates] = postprocessor.select(device_batch, stream)
+        found: list[TileCandidates] = postprocessor.select(batch, stream)
         return found
 
     return select, "post-processed on the device"
@@ -340,6 +343,6 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
     sizes = batch_sizes(config.limits.max_batch)
     slots = [
         GraphSlot(CudaDevice(), load_runner(data, "cuda"), sizes, select, capturing)
-        for _ in range(SLOTS + 1)  # one is post-processed while the others copy and compute
+        for _ in range(SLOTS)
     ]
     return AotiBackend(info, slots, device="cuda", concurrency=SLOTS, reason=f"{made}; {how}")

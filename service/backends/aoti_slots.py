@@ -7,10 +7,12 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,10 +28,9 @@ MAX_GRAPHS = 16
 WAIT_S = 60.0
 """How long a batch waits for a slot before something must be wrong."""
 
-Release = Callable[[], None]
-Select = Callable[[Sequence[Any], int, int, Release], list[TileCandidates]]
-"""Makes candidates of outputs on the device: outputs, B, the stream's handle, what to call when no
-candidate needs the outputs any more."""
+Select = Callable[[list[Any], int], list[TileCandidates]]
+"""Makes candidates of outputs on the device, in the order of a stream (its handle); the outputs are
+theirs."""
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
@@ -41,16 +42,8 @@ def batch_sizes(max_batch: int) -> tuple[int, ...]:
 class Slot(Protocol):
     """Runs one batch at a time."""
 
-    def run(self, tiles: Sequence[Tile], release: Release) -> tuple[list[TileCandidates], bool]:
-        """Runs a batch.
-
-        Args:
-            tiles: B canvases of one shape.
-            release: Gives the slot back; any thread may call it, more than once too.
-
-        Returns:
-            The candidates, and whether they keep the slot until one of them calls `release`.
-        """
+    def run(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
+        """Runs B canvases of one shape; the results do not need the slot any more."""
         ...
 
     def close(self) -> None:
@@ -96,6 +89,10 @@ class GraphDevice(Protocol):
 
     def capture(self, run: Callable[[], Sequence[Any]]) -> tuple[Callable[[], None], Sequence[Any]]:
         """Records a run: what replays it, and the outputs, which stay where they are."""
+        ...
+
+    def clone(self, tensors: Sequence[Any]) -> list[Any]:
+        """Copies of tensors on the device, in the stream's order."""
         ...
 
     def to_host(self, tensors: Sequence[Any]) -> list[Any]:
@@ -144,7 +141,7 @@ class GraphSlot:
         self._max_graphs = max_graphs
         self._recorded: OrderedDict[tuple[int, tuple[int, int]], _Recorded] = OrderedDict()
 
-    def run(self, tiles: Sequence[Tile], release: Release) -> tuple[list[TileCandidates], bool]:
+    def run(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
         """See `Slot.run`."""
         canvas_hw = (tiles[0].image.shape[0], tiles[0].image.shape[1])
         size = next(size for size in self._sizes if size >= len(tiles))
@@ -157,10 +154,12 @@ class GraphSlot:
         recorded.inputs.valid_hw[len(tiles) :] = canvas_hw
         self._device.upload(recorded.inputs)
         recorded.replay()
-        if self._select is not None:
-            found = self._select(recorded.outputs, len(tiles), self._device.stream, release)
-            return found, True
-        return self._fetch(recorded.outputs, len(tiles)), False
+        outputs = [output[: len(tiles)] for output in recorded.outputs]
+        if self._select is None:
+            return self._fetch(outputs)
+        # An image's tiles may need many batches before the first is post-processed: a slot that
+        # waited for its outputs to be used could wait for ever. The copy is at the device's speed.
+        return self._select(self._device.clone(outputs), self._device.stream)
 
     def _find(self, size: int, canvas_hw: tuple[int, int]) -> _Recorded:
         key = (size, canvas_hw)
@@ -178,34 +177,17 @@ class GraphSlot:
         self._recorded[key] = _Recorded(inputs, replay, outputs)
         return self._recorded[key]
 
-    def _fetch(self, outputs: Sequence[Any], batch: int) -> list[TileCandidates]:
+    def _fetch(self, outputs: Sequence[Any]) -> list[TileCandidates]:
         """Copies to the host only the masks up to the last used slot: empty ones come last."""
-        scores, labels = self._device.to_host([output[:batch] for output in outputs[:2]])
+        scores, labels = self._device.to_host(outputs[:2])
         used = int((scores > 0).sum(axis=1).max(initial=0))
-        (masks,) = self._device.to_host([outputs[2][:batch, :used]])
+        (masks,) = self._device.to_host([outputs[2][:, :used]])
         return list(split_batch(scores[:, :used], labels[:, :used], np.asarray(masks)))
 
     def close(self) -> None:
         """See `Slot.close`."""
         self._recorded.clear()
         self._device.close()
-
-
-class Lease:
-    """A batch's hold on a slot; only the first call gives it back."""
-
-    def __init__(self, slot: Slot, give_back: Callable[[Slot], None]) -> None:
-        self.slot = slot
-        self._give_back = give_back
-        self._lock = threading.Lock()
-        self._open = True
-
-    def release(self) -> None:
-        """Gives the slot back."""
-        with self._lock:
-            is_open, self._open = self._open, False
-        if is_open:
-            self._give_back(self.slot)
 
 
 class SlotPool:
@@ -217,39 +199,44 @@ class SlotPool:
     """
 
     def __init__(self, slots: Sequence[Slot], wait_s: float = WAIT_S) -> None:
-        self._free = list(slots)
+        self._free: SimpleQueue[Slot | None] = SimpleQueue()  # None: closed
         self._wait_s = wait_s
-        self._changed = threading.Condition()
         self._closed = False
+        for slot in slots:
+            self._free.put(slot)
 
-    def take(self) -> Lease:
+    def take(self) -> Slot:
         """A free slot, waited for.
 
         Raises:
             BackendError: The pool is closed, or no slot came back in time.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._closed, self._wait_s)
-            if self._closed:
-                raise BackendError("the engine is closed")
-            if not self._free:
-                raise BackendError(f"no slot was given back within {self._wait_s:g} s")
-            # The one that was used last: its graphs are the likeliest to be there.
-            return Lease(self._free.pop(), self._give)
+        try:
+            slot = self._free.get(timeout=self._wait_s)
+        except Empty:
+            raise BackendError(f"no slot was given back within {self._wait_s:g} s") from None
+        if slot is None or self._closed:
+            self._free.put(None)  # whoever else waits wakes up too
+            if slot is not None:
+                slot.close()
+            raise BackendError("the engine is closed")
+        return slot
 
-    def _give(self, slot: Slot) -> None:
-        with self._changed:
-            if not self._closed:
-                self._free.append(slot)
-                self._changed.notify()
-                return
-        slot.close()
+    def give(self, slot: Slot) -> None:
+        """Takes a slot back."""
+        self._free.put(slot)
+        if self._closed:
+            self._close_free()
 
     def close(self) -> None:
         """Closes the free slots now, the others when they come back; can be called again."""
-        with self._changed:
-            self._closed = True
-            idle, self._free = self._free, []
-            self._changed.notify_all()
-        for slot in idle:
-            slot.close()
+        self._closed = True
+        self._close_free()
+
+    def _close_free(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                slot = self._free.get_nowait()
+                if slot is not None:
+                    slot.close()
+        self._free.put(None)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.backends.aoti_slots import GraphSlot, Inputs, Lease, Release, SlotPool, batch_sizes
+from service.backends.aoti_slots import GraphSlot, Inputs, SlotPool, batch_sizes
 from service.backends.base import BackendError
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Candidates, Tile, Window
@@ -50,6 +50,9 @@ class HostDevice:
 
         return replay, outputs
 
+    def clone(self, tensors: Sequence[Any]) -> list[Any]:
+        return [tensor.copy() for tensor in tensors]
+
     def to_host(self, tensors: Sequence[Any]) -> list[Any]:
         return [tensor.copy() for tensor in tensors]
 
@@ -84,8 +87,7 @@ def build_slot(device: HostDevice, select: Any = None, max_graphs: int = 16) -> 
 
 
 def infer(slot: GraphSlot, tiles: Sequence[Tile]) -> list[Candidates]:
-    found, keeps = slot.run(tiles, lambda: None)
-    assert not keeps
+    found = slot.run(tiles)
     assert all(isinstance(candidates, Candidates) for candidates in found)
     return found  # type: ignore[return-value]
 
@@ -137,25 +139,22 @@ def test_pinned_memory_is_not_written_before_its_copy_is_done() -> None:
     assert device.log == ["upload", "capture", "wait", "upload", "replay"]
 
 
-def test_candidates_on_the_device_keep_the_slot() -> None:
-    calls: list[tuple[Sequence[Any], int, int, Release]] = []
+def test_candidates_on_the_device_own_their_outputs() -> None:
+    calls: list[tuple[list[Any], int]] = []
 
-    def select(
-        outputs: Sequence[Any], batch: int, stream: int, release: Release
-    ) -> list[TileCandidates]:
-        calls.append((outputs, batch, stream, release))
-        return [Candidates(*(output[0] for output in outputs))] * batch
+    def select(outputs: list[Any], stream: int) -> list[TileCandidates]:
+        calls.append((outputs, stream))
+        return [Candidates(*arrays) for arrays in zip(*outputs, strict=True)]
 
-    released: list[int] = []
-    found, keeps = build_slot(HostDevice(), select).run(
-        build_tiles([1, 2, 3]), lambda: released.append(1)
-    )
-    ((outputs, batch, stream, release),) = calls
-    assert keeps and len(found) == batch == 3 and stream == 77
-    assert outputs[0].shape == (4, CANDIDATES)
-    assert released == []
-    release()
-    assert released == [1]
+    slot = build_slot(HostDevice(), select)
+    found = slot.run(build_tiles([1, 2, 3]))
+    ((outputs, stream),) = calls
+    assert len(found) == 3 and stream == 77
+    assert [len(output) for output in outputs] == [3, 3, 3]
+    before = outputs[0].copy()
+    slot.run(build_tiles([4, 4, 4]))
+    np.testing.assert_array_equal(outputs[0], before)
+    outputs.clear()  # what a release does
 
 
 class Plain:
@@ -163,46 +162,47 @@ class Plain:
 
     closed = False
 
-    def run(self, tiles: Sequence[Tile], release: Release) -> tuple[list[TileCandidates], bool]:
-        return [], False
+    def run(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
+        return []
 
     def close(self) -> None:
         self.closed = True
 
 
-def test_a_lease_gives_its_slot_back_once() -> None:
-    given: list[Any] = []
-    lease = Lease(Plain(), given.append)
-    lease.release()
-    lease.release()
-    assert given == [lease.slot]
-
-
 def test_a_slot_is_waited_for() -> None:
     pool = SlotPool([Plain()])
     held = pool.take()
-    timer = threading.Timer(0.05, held.release)
+    timer = threading.Timer(0.05, pool.give, [held])
     timer.start()
-    assert pool.take().slot is held.slot
+    assert pool.take() is held
     timer.join()
 
 
 def test_a_slot_that_never_comes_back_is_an_error() -> None:
     pool = SlotPool([Plain()], wait_s=0.01)
-    lease = pool.take()
+    pool.take()
     with pytest.raises(BackendError, match="given back within"):
         pool.take()
-    lease.release()
 
 
 def test_a_closed_pool_closes_each_slot_when_it_is_free() -> None:
     slots = [Plain(), Plain()]
     pool = SlotPool(slots)
-    lease = pool.take()
+    held = pool.take()
     pool.close()
     assert sum(slot.closed for slot in slots) == 1
     with pytest.raises(BackendError, match="closed"):
         pool.take()
-    lease.release()
+    pool.give(held)
     assert all(slot.closed for slot in slots)
     pool.close()
+
+
+def test_who_waits_for_a_slot_hears_that_the_pool_is_closed() -> None:
+    pool = SlotPool([Plain()])
+    pool.take()
+    timer = threading.Timer(0.05, pool.close)
+    timer.start()
+    with pytest.raises(BackendError, match="closed"):
+        pool.take()
+    timer.join()
