@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def measure(package: bytes, batch: int, rounds: int) -> dict[str, object]:
     session = ort.InferenceSession(str(MODEL), options, providers=["CPUExecutionProvider"])
     runner = load_runner(package, "cpu")
     inputs = [torch.from_numpy(images), torch.from_numpy(valid_hw)]
-    steps = {
+    steps: dict[str, Callable[[], object]] = {
         "onnxruntime": lambda: session.run(None, {"images": images, "valid_hw": valid_hw}),
         "aotinductor": lambda: runner(inputs),
     }

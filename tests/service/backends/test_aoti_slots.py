@@ -26,8 +26,10 @@ class HostDevice:
 
     def build_inputs(self, batch: int, canvas_hw: tuple[int, int]) -> Inputs:
         self.shapes.append((batch, canvas_hw))
-        host = [np.empty((batch, *canvas_hw, 3), np.uint8), np.empty((batch, 2), np.int64)]
-        return Inputs(host[0], host[1], host, [np.empty_like(array) for array in host])
+        images = np.empty((batch, *canvas_hw, 3), np.uint8)
+        valid_hw = np.empty((batch, 2), np.int64)
+        device = [images.copy(), valid_hw.copy()]
+        return Inputs(images, valid_hw, [images, valid_hw], device)
 
     def upload(self, inputs: Inputs) -> None:
         self.log.append("upload")
