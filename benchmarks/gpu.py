@@ -134,6 +134,19 @@ def measure_engine(subject: Subject, engine: Engine, options: argparse.Namespace
     return row
 
 
+def build_and_measure(subject: Subject, kind: str, options: argparse.Namespace) -> Report:
+    """One engine, whose memory is free again when this returns.
+
+    Raises:
+        BackendError, ExportError, ServiceError: It cannot run here; says why.
+    """
+    engine = build_engine(kind, subject, options.device, options.precision, options.engine_threads)
+    try:
+        return measure_engine(subject, engine, options)
+    finally:
+        engine.backend.close()
+
+
 def measure(options: argparse.Namespace) -> Report:
     """Every model with every engine, while there is time."""
     end_s = time.monotonic() + 60 * options.minutes
@@ -156,14 +169,10 @@ def measure(options: argparse.Namespace) -> Report:
                 report["skipped"].append({**head, "engine": kind, "reason": reason})
                 continue
             try:
-                engine = build_engine(
-                    kind, subject, options.device, options.precision, options.engine_threads
-                )
+                row = {**head, **host, **build_and_measure(subject, kind, options)}
             except (BackendError, ExportError, ServiceError) as error:
                 report["skipped"].append({**head, "engine": kind, "reason": str(error)})
                 continue
-            row = {**head, **host, **measure_engine(subject, engine, options)}
-            engine.backend.close()
             report["rows"].append(row)
             print_row(row)
     for entry in report["skipped"]:

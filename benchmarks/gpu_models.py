@@ -33,7 +33,7 @@ IMAGE_HW = (800, 1333)
 """SOLO sees it at scale 1, on a canvas of 800x1344; SOLO-512 on one of 512x864."""
 OBJECTS = 100
 PAPER_FPS = {"solo_r50": 12.1, "solo_r101": 10.4, "solo_512_r50": 22.5, "solo_512_r101": 19.2}
-"""On a V100, one image at a time (paper, table 7 of the COCO val2017 results)."""
+"""On a V100, of the models that the paper gives a speed for."""
 
 
 def _decoupled_512(name: str, base: str) -> Config:
