@@ -340,7 +340,7 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
         return AotiBackend(info, slots, device="cpu", concurrency=1, reason=made)
     select, how = _load_select(config)
     capturing = threading.Lock()
-    sizes = batch_sizes(config.limits.max_batch)
+    sizes = batch_sizes(info.max_batch)
     slots = [
         GraphSlot(CudaDevice(), load_runner(data, "cuda"), sizes, select, capturing)
         for _ in range(SLOTS)
