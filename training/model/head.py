@@ -50,15 +50,17 @@ def coordinate_channels(features: Tensor, octaves: int = 0) -> tuple[Tensor, Ten
         x and y, [B, 1 + 2 * octaves, h, w] each. A side of one pixel has coordinate -1.
     """
     batch, _, height, width = features.shape
+    # bf16 has no integer above 256 but the even ones, and no fine steps next to a coordinate of 0.
+    exact = torch.promote_types(features.dtype, torch.float32)
     ramps = []
     for side in (width, height):
         # arange, not linspace: the exported graph must keep its height and width symbolic.
-        steps = torch.arange(side, dtype=features.dtype, device=features.device)
+        steps = torch.arange(side, dtype=exact, device=features.device)
         ramp = steps * 2 / max(side - 1, 1) - 1
         waves = [ramp]
         for k in range(octaves):
             waves += [torch.sin(math.pi * 2**k * ramp), torch.cos(math.pi * 2**k * ramp)]
-        ramps.append(torch.stack(waves))
+        ramps.append(torch.stack(waves).to(features.dtype))
     x = ramps[0][None, :, None, :].expand(batch, -1, height, -1)
     y = ramps[1][None, :, :, None].expand(batch, -1, -1, width)
     return x, y

@@ -161,9 +161,11 @@ class Solo(nn.Module):
     def _maskness(self, probs: Tensor, cells: Tensor) -> Tensor:
         """Mean probability over each mask, 0 where its area is not above the level's stride."""
         strides = torch.tensor(self.config.head.level_strides, device=cells.device)
+        exact = torch.promote_types(probs.dtype, torch.float32)
         inside = (probs > self.config.mask_threshold).to(probs.dtype)
-        area = inside.sum(dim=(2, 3))
-        mean = (probs * inside).sum(dim=(2, 3)) / area.clamp(min=1)
+        # Areas of half precision: fp16 overflows at 65,504 px, bf16 rounds above 256.
+        area = inside.sum(dim=(2, 3), dtype=exact)
+        mean = (probs * inside).sum(dim=(2, 3), dtype=exact) / area.clamp(min=1)
         return mean * (area > strides[self.candidate_level[cells]])
 
 

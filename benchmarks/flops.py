@@ -1,0 +1,102 @@
+"""python -m benchmarks.flops: what a network computes and moves, counted on meta tensors.
+
+Floating-point operations (a multiply-add is two) of one image, part by part, from the graph that is
+exported; bytes of the candidates' masks. The roofline below them is an ESTIMATE for a GPU of the
+given rates: the time that the operations and the mask bytes would take at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu_models import find_config
+from export.onnx_graph import num_candidates
+from training.model.solo import Solo
+
+CANVASES = {"solo_r50": (800, 1344), "solo_512_r50": (512, 864)}
+PARTS = ("backbone", "neck", "head")
+
+
+def count_flops(name: str, canvas_hw: tuple[int, int]) -> dict[str, float]:
+    """GFLOP of each part for one image; `masks` is the product for the chosen candidates."""
+    config = find_config(name)
+    with torch.device("meta"):
+        network = Solo(config.model, config.num_classes).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network.candidates(
+            torch.empty(1, *canvas_hw, 3, dtype=torch.uint8, device="meta"),
+            torch.empty(1, 2, dtype=torch.int64, device="meta"),
+        )
+    counts = {part: sum(ops.values()) / 1e9 for part, ops in counter.get_flop_counts().items()}
+    found = {part: counts[f"Solo.{part}"] for part in PARTS}
+    category = sum(v for k, v in counts.items() if k.startswith("Solo.head.category") and _leaf(k))
+    total = counts["Global"]
+    return {
+        "backbone": found["backbone"],
+        "neck": found["neck"],
+        "head_category": category,
+        "head_mask": found["head"] - category,
+        "masks": total - sum(found.values()),
+        "total": total,
+    }
+
+
+def _leaf(name: str) -> bool:
+    return name.endswith((".conv", "category_out"))
+
+
+def count_mask_bytes(name: str, canvas_hw: tuple[int, int], item_bytes: int) -> dict[str, float]:
+    """MB of one image's masks.
+
+    `output` is what leaves the graph, [K, h, w]; `logits` is what the vanilla head computes first,
+    K masks at the stride of every level, of which `output` keeps the one of each candidate's level.
+    """
+    config = find_config(name)
+    strides = config.model.head.mask_strides
+    with torch.device("meta"):
+        candidates = num_candidates(Solo(config.model, config.num_classes))
+    sizes = [canvas_hw[0] // stride * (canvas_hw[1] // stride) for stride in strides]
+    mask_bytes = candidates * item_bytes / 1e6
+    logits = sum(sizes) if config.model.head.kind == "vanilla" else 0
+    return {"output": max(sizes) * mask_bytes, "logits": logits * mask_bytes}
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flops", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(CANVASES))
+    parser.add_argument("--tflop-s", type=float, default=790, help="matrix rate (default: H200)")
+    parser.add_argument("--gb-s", type=float, default=4000, help="memory rate (default: H200)")
+    options = parser.parse_args()
+    for name in options.models:
+        canvas_hw = CANVASES.get(name, CANVASES["solo_512_r50" if "512" in name else "solo_r50"])
+        flops = count_flops(name, canvas_hw)
+        fp32, half = (count_mask_bytes(name, canvas_hw, size) for size in (4, 2))
+        # Fused as far as it goes: logits written and read, masks written, read for their scores,
+        # read and written when they are sorted.
+        traffic_mb = 2 * half["logits"] + 4 * half["output"]
+        compute_ms = flops["total"] / options.tflop_s
+        report = {
+            "model": name,
+            "canvas_hw": canvas_hw,
+            "gflop": {part: round(value, 1) for part, value in flops.items()},
+            "mask_mb_fp32": {key: round(value, 1) for key, value in fp32.items()},
+            "mask_mb_half": {key: round(value, 1) for key, value in half.items()},
+            "estimate": {
+                "compute_ms": round(compute_ms, 3),
+                "images_per_s_at_most": round(1e3 / compute_ms),
+                "mask_traffic_half_mb": round(traffic_mb),
+                "mask_traffic_ms": round(traffic_mb / options.gb_s, 3),
+            },
+        }
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
