@@ -333,7 +333,8 @@ def test_the_bundled_model_on_real_images(launcher: Launcher, uploads: Uploads) 
     paths = sorted((ROOT / "tests" / "data" / "nuclei" / "images").iterdir())[:1]
     for path in paths:
         prepared = prepare(decode_image(path.read_bytes()), config.input)
-        candidates = [engine.infer([tile])[0] for tile in prepared.tiles]
+        candidates = [found for tile in prepared.tiles for found in engine.infer([tile])]
+        assert all(isinstance(found, Candidates) for found in candidates)
         found = [_on_device(processor, uploads, item) for item in candidates]
         expected = postprocess(prepared, candidates, config.postprocess)
         assert len(expected) > 5
