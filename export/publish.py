@@ -32,7 +32,7 @@ from service.pipeline.model_config import (
 from service.registry import CONFIG_FILE, ONNX_FILE
 
 PARITY_FILE = "parity.json"
-ARTEFACT_NAME = re.compile(r"model\.(?P<variant>[a-z0-9_]+(\.[a-z0-9_]+)*)\.[a-z0-9]+")
+ARTEFACT_NAME = re.compile(r"model(\.[a-z0-9_]+){2,}")
 SECTIONS = (
     "task",
     "description",
@@ -54,19 +54,23 @@ class Artefact:
         name: model.<variant>.<ext>, e.g. model.int8.onnx.
         data: Its content.
         parity: The report, which must have passed.
+
+    Raises:
+        PublishError: The name is not of that form.
     """
 
     name: str
     data: bytes
     parity: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if ARTEFACT_NAME.fullmatch(self.name) is None:
+            raise PublishError(f"{self.name!r} is not named model.<variant>.<ext>")
+
     @property
     def parity_name(self) -> str:
         """parity.<variant>.json, e.g. parity.int8.json."""
-        found = ARTEFACT_NAME.fullmatch(self.name)
-        if found is None:
-            raise PublishError(f"{self.name!r} is not named model.<variant>.<ext>")
-        return f"parity.{found['variant']}.json"
+        return f"parity.{self.name.removeprefix('model.').rpartition('.')[0]}.json"
 
 
 @dataclass(frozen=True)

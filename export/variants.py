@@ -166,6 +166,7 @@ def _compare(
         "least_score": least_score,
         **numbers,
     }
+    report["AP"] = None
     if measured is not None and material.evaluation is not None:
         split = material.evaluation
         head = {"split": split.annotation_file.stem, "images": len(split)}
@@ -188,6 +189,6 @@ def _describe(report: dict[str, Any]) -> str:
         f"{numbers['candidates']} candidates matched, scores within "
         f"{numbers['mean_score_difference']:.1e} on average"
     )
-    if "AP" in report:
+    if report["AP"] is not None:
         words += f", AP {report['AP']['variant']:.4f} (fp32 {report['AP']['fp32']:.4f})"
     return words
