@@ -201,6 +201,19 @@ def make_variants(material: Material, options: argparse.Namespace, command: str)
     )
 
 
+def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str, float] | None:
+    """The AP of a published version from its provenance, if it is of such a split.
+
+    The entry also names the graph by its hash, so it is that graph's; the split is known by name
+    and size.
+    """
+    found = model.provenance.get("measured")
+    wanted = {"split": split, "images": len(data), "max_dets": model.postprocess.max_instances}
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in wanted.items()):
+        return None
+    return {name: float(v) for name, v in found.items() if name not in wanted}
+
+
 def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     """Adds graphs of other precisions to a version that is published.
 
@@ -222,7 +235,8 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     if describe_file(graph) != model.files[ONNX_FILE].model_dump():
         raise PublishError(f"{target / ONNX_FILE} is not the file that {CONFIG_FILE} describes")
     data = CocoDataset(options.data, options.split) if options.data else None
-    material = build_material(model, graph, options, data)
+    measured = find_measured(model, data, options.split) if data else None
+    material = build_material(model, graph, options, data, measured)
     variants = make_variants(material, options, command)
     add_artefacts(folder, model.version, variants, force=options.force)
     return [target / v.name for v in variants]

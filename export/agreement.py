@@ -125,7 +125,8 @@ def _mask_ious(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.flo
     """[K, h, w] and [L, h, w] probabilities -> [K, L] IoU of the masks above 0.5."""
     if a.shape[1:] != b.shape[1:]:
         raise ParityError(f"masks are {a.shape[1:]} in float32 and {b.shape[1:]} in the variant")
-    one, other = ((m > 0.5).reshape(len(m), -1).astype(np.float32) for m in (a, b))
+    pixels = a.shape[1] * a.shape[2]
+    one, other = ((m > 0.5).reshape(len(m), pixels).astype(np.float32) for m in (a, b))
     both = one @ other.T
     either = one.sum(1)[:, None] + other.sum(1)[None] - both
     return np.where(either > 0, both / np.maximum(either, 1), 1).astype(np.float32)

@@ -55,6 +55,8 @@ def test_masks_that_overlap_less_than_half_are_no_pair() -> None:
 def test_nothing_found_is_nothing_compared() -> None:
     with pytest.raises(ParityError, match="no candidate was found on the test images"):
         compared(squares(0), squares(0)).summarise()
+    assert compared(squares(2), squares(0)).unmatched == 2
+    assert compared(squares(0), squares(2)).unmatched == 2
 
 
 def test_another_label_is_no_partner() -> None:
