@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from ml_dtypes import bfloat16
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -16,7 +15,7 @@ from export.errors import GraphError
 from export.precision import LOW_TYPES, LowPrecision, find_values, lower_precision
 from tests.support.typed_graph import build_graph, feeds_of
 
-NUMPY_TYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(bfloat16)}
+NUMPY_TYPES = {p: helper.tensor_dtype_to_np_dtype(t.elem_type) for p, t in LOW_TYPES.items()}
 PRECISIONS: tuple[LowPrecision, ...] = ("fp16", "bf16")
 
 

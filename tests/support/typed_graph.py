@@ -89,7 +89,7 @@ def _weights(channels: int, full_mask: bool) -> dict[str, Any]:
         return rng.normal(0, 1.5 / np.prod(shape[1:]) ** 0.5, shape).astype(np.float32)
 
     # Mask i is what lies right of a wavy line at edges[i] of the width.
-    edges, slope = np.linspace(0.2, 0.7, MASKS, dtype=np.float32), np.float32(20)
+    edges, slope = np.linspace(0.2, 0.7, MASKS, dtype=np.float32), np.float32(10)
     mask_weight = 0.2 * draw(MASKS, channels + 1, 1, 1)
     mask_weight[:, -1] = slope
 
