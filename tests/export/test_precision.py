@@ -91,7 +91,8 @@ def test_the_emulation_is_what_onnxs_reference_computes(precision: LowPrecision)
     """Two independent evaluations of the typed graph; a sum may round to the neighbour."""
     graph = lower_precision(build_graph(), precision)
     feeds = feeds_of((16, 32))
-    scores, labels, masks = ReferenceEvaluator(onnx.load_from_string(graph)).run(None, feeds)
+    reference = ReferenceEvaluator(onnx.load_from_string(graph))
+    scores, labels, masks = (np.asarray(output) for output in reference.run(None, feeds))
     found = run(emulate(graph, precision), feeds)
     assert scores.dtype == np.float32 and masks.dtype == NUMPY_TYPES[precision]
     tolerance = {"fp16": 2e-3, "bf16": 1.6e-2}[precision]  # four steps of the type at 1

@@ -3,13 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
 from export import variants
 from export.errors import ExportError, ParityError
+from export.measure import measure_ap
 from export.precision import LowPrecision, lower_precision
 from export.publish import describe_file
 from export.quantize import quantize
@@ -72,11 +72,10 @@ def test_int8_is_calibrated_run_and_measured_against_one_ap_of_float32(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[bytes] = []
-    original = variants.measure_ap
 
     def counting(model: Any, graph: bytes, data: Any) -> dict[str, float]:
         measured.append(graph)
-        return original(model, graph, data)
+        return measure_ap(model, graph, data)
 
     monkeypatch.setattr(variants, "measure_ap", counting)
     built = build_variants(["int8", "fp16", "int8"], material(root))
@@ -105,7 +104,7 @@ def test_an_int8_graph_with_a_wrong_scale_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(graph: bytes, cases: Any) -> bytes:
-        return with_scaled(quantize(graph, cases), "features_scale", np.float32(0.2))
+        return with_scaled(quantize(graph, cases), "features_scale", 0.2)
 
     monkeypatch.setattr(variants, "quantize", broken)
     with pytest.raises(ParityError, match=r"int8 is too far from fp32: .*must be"):
