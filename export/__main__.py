@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"solo-export: {error}", file=sys.stderr)
         return 1
     names = ", ".join(file.name for file in files)
-    _say(f"published {names} with their parity reports in {files[0].parent}")
+    _say(f"published {names}, each with its parity report, in {files[0].parent}")
     return 0
 
 

@@ -227,7 +227,7 @@ def test_variants_join_a_published_version_and_it_is_served_as_before(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--variants-of", str(version), "--precision", "fp16"]) == 0
-    assert "published model.fp16.onnx with their parity reports" in capsys.readouterr().out
+    assert "published model.fp16.onnx, each with its parity report" in capsys.readouterr().out
     report = json.loads((version / "parity.fp16.json").read_text())
     assert report["passed"] is True and report["AP"] is None
     assert report["command"] == "solo-export --variants-of 1 --precision fp16"
