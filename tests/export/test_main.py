@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.__main__ import main
+from export.__main__ import find_measured, main
 from export.parity import draw_blobs
 from export.publish import Release, publish
 from service.backends.base import BackendOptions
@@ -20,10 +20,12 @@ from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance
 from service.registry import LoadedModel, load_version
+from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
 from tests.support.typed_graph import build_config, build_graph
 from training.checkpoint import save_checkpoint
 from training.configs.schema import Config
+from training.data.coco import CocoDataset
 from training.model.solo import Solo
 
 
@@ -274,3 +276,19 @@ def test_a_refused_variant_changes_nothing(
     assert main(["--variants-of", str(version), "--precision", "bf16"]) == 1
     assert "--accept-unrun publishes it all the same" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
+
+
+def test_the_ap_of_a_published_version_counts_only_on_such_a_split(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "val")
+    model = build_config(build_graph())
+    entry = {"split": "val", "images": 3, "max_dets": model.postprocess.max_instances, "AP": 0.5}
+    for changes, expected in (
+        ({}, {"AP": 0.5}),
+        ({"split": "test"}, None),
+        ({"images": 4}, None),
+        ({"max_dets": 1}, None),
+    ):
+        measured = {"measured": {**entry, **changes}}
+        known = model.model_copy(update={"provenance": measured})
+        assert find_measured(known, data, "val") == expected
+    assert find_measured(model, data, "val") is None
