@@ -4,92 +4,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from export.errors import ExportError
-from export.onnx_graph import (
-    DEFAULT_OPSET,
-    DEFORM_OPSET,
-    OPSETS,
-    build_onnx,
-    choose_opset,
-    num_candidates,
-)
-from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
+from export.errors import ExportError, PublishError
+from export.measure import check_served, data_cases, measure_ap
+from export.onnx_graph import build_onnx, choose_opset, num_candidates
+from export.options import describe_command, parse_arguments
+from export.parity import build_cases, canvas_sizes, compare, require_parity
 from export.publish import (
-    PARITY_FILE,
+    Artefact,
     Release,
+    add_artefacts,
     describe_file,
     next_version,
     publish,
+    read_version,
     require_free,
 )
-from service.backends.base import BackendOptions
+from export.variants import Material, build_variants
 from service.pipeline.errors import PipelineError
 from service.pipeline.model_config import FileSpec, ModelConfig
-from service.pipeline.preprocess import prepare
-from service.registry import CONFIG_FILE, ONNX_FILE, ModelRefused, load_version
+from service.registry import CONFIG_FILE, ONNX_FILE
 from training.checkpoint import CheckpointError, load_model, load_provenance
-from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
-from training.evaluate import RepositoryPredictor, predict
 from training.model.solo import Solo
 
 PENDING = {"sha256": "0" * 64, "bytes": 1}
 DATA_IMAGES = 4
 """Images of the data set that join the comparison with PyTorch."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of solo-export."""
-    parser = argparse.ArgumentParser(
-        prog="solo-export",
-        description="Exports a checkpoint to ONNX, compares the graph with PyTorch and publishes "
-        "it as a version of a model_repo: <out>/<name>/<version>/model.onnx with its parity.json, "
-        "and config.json with the file's SHA-256. A graph that disagrees is not published.",
-        epilog="Example: solo-export runs/nuclei/best.pt --out model_repo --data datasets/nuclei",
-    )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint of solo-train or solo-import")
-    parser.add_argument("--out", type=Path, required=True, help="the model_repo to publish into")
-    parser.add_argument("--name", help="name of the model (default: its configuration's)")
-    parser.add_argument("--version", type=int, help="number of the version (default: the next)")
-    parser.add_argument("--force", action="store_true", help="replace the version if it is there")
-    parser.add_argument(
-        "--opset",
-        type=int,
-        choices=OPSETS,
-        help=f"ONNX operator set (default: {DEFAULT_OPSET}, or {DEFORM_OPSET} for a network with "
-        "deformable convolutions, which lower ones do not have)",
-    )
-    parser.add_argument("--description", help="one line (default: the configuration's)")
-    parser.add_argument("--max-batch", type=int, default=8, help="most canvases a run (default: 8)")
-    parser.add_argument("--score-threshold", type=float, help="least score of a response's objects")
-    parser.add_argument("--max-instances", type=int, help="most objects of a response")
-    parser.add_argument(
-        "--provenance-json",
-        type=Path,
-        metavar="FILE",
-        help="JSON object to add to the provenance, e.g. training data and its licence",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="COCO-format folder: some of its images join the comparison, and the AP that the "
-        "published graph reaches on it goes into the provenance",
-    )
-    parser.add_argument("--split", default="val", help="annotation file of --data (default: val)")
-    return parser
 
 
 @dataclass(frozen=True)
@@ -176,52 +125,11 @@ def find_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def describe_command(arguments: list[str]) -> str:
-    """The command without the folders of one machine."""
-    parts = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
-    return shlex.join(["solo-export", *parts])
-
-
-def data_cases(data: CocoDataset, config: Config) -> list[Case]:
-    """The first canvases of a data set's first images, as the server would prepare them."""
-    cases = []
-    for index in range(min(DATA_IMAGES, len(data))):
-        tiles = prepare(data.image(index), config.input).tiles[:2]
-        images = np.stack([tile.image for tile in tiles])
-        cases.append(Case("data", images, np.array([tile.valid_hw for tile in tiles], np.int64)))
-    return cases
-
-
-def measure_ap(
-    root: Path, model: ModelConfig, data: CocoDataset, split: str
-) -> dict[str, int | str | float]:
-    """Mask AP of a staged version, through the loader, engine and pipeline that serve it."""
-    max_dets = model.postprocess.max_instances
-    predictor = RepositoryPredictor(root / model.name, model.version, max_dets=max_dets)
-    results = predict(data, predictor, progress=True)
-    numbers = mask_ap(data.annotation_file, results, max_dets=max_dets)
-    rounded = {name: round(value, 4) for name, value in numbers.items()}
-    return {"split": split, "images": len(data), "max_dets": max_dets, **rounded}
-
-
-def check_served(root: Path, model: ModelConfig) -> None:
-    """Loads a staged version as the server will.
-
-    Raises:
-        ExportError: The server would refuse it.
-    """
-    try:
-        loaded = load_version(root / model.name, model.version, BackendOptions(device="cpu"))
-    except ModelRefused as error:
-        raise ExportError(f"the server would refuse the export: {error}") from error
-    loaded.backend.close()
-
-
-def export(options: argparse.Namespace, command: str) -> Path:
-    """Runs the whole export.
+def export(options: argparse.Namespace, command: str) -> list[Path]:
+    """Exports, compares and publishes a checkpoint.
 
     Returns:
-        The published version's folder.
+        The published files.
     """
     config, network = load_model(options.checkpoint)
     source = Source(options.checkpoint, config, network)
@@ -236,7 +144,7 @@ def export(options: argparse.Namespace, command: str) -> Path:
     _say(f"{len(graph) / 1e6:.1f} MB; comparing with PyTorch")
     cases = [*build_cases(canvas_sizes(config.input))]
     if data is not None:
-        cases += data_cases(data, config)
+        cases += data_cases(data, config.input, DATA_IMAGES)
     parity = {"graph": file, **compare(network, graph, cases)}
     require_parity(parity)
     _say_parity(parity)
@@ -248,14 +156,90 @@ def export(options: argparse.Namespace, command: str) -> Path:
         "exporter": {"torch": torch.__version__.split("+")[0], "opset": opset},
         **load_provenance(options.checkpoint),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
-        publish(staged, Release(model, graph, parity))
-        check_served(staged, model)
-        if data is not None:
-            provenance["measured"] = measure_ap(staged, model, data, options.split)
+    check_served(model, graph)
+    measured = None
+    if data is not None:
+        measured = measure_ap(model, graph, data)
+        head = {"split": options.split, "images": len(data)}
+        max_dets = model.postprocess.max_instances
+        provenance["measured"] = {**head, "max_dets": max_dets, **measured}
+    material = build_material(model, graph, options, data, measured)
+    variants = make_variants(material, options, command)
     model = model.model_copy(update={"provenance": {**provenance, **given}})
-    return publish(options.out, Release(model, graph, parity), force=options.force)
+    release = Release(model, graph, parity, tuple(variants))
+    target = publish(options.out, release, force=options.force)
+    return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
+
+
+def build_material(
+    model: ModelConfig,
+    graph: bytes,
+    options: argparse.Namespace,
+    data: CocoDataset | None,
+    measured: dict[str, float] | None = None,
+) -> Material:
+    """What the variants of a version are made of and measured on."""
+    calibrated = "int8" in options.precision and options.data is not None
+    return Material(
+        model=model,
+        graph=graph,
+        evaluation=data,
+        calibration=CocoDataset(options.data, options.calibration_split) if calibrated else None,
+        calibration_images=options.calibration_images,
+        measured=measured,
+    )
+
+
+def make_variants(material: Material, options: argparse.Namespace, command: str) -> list[Artefact]:
+    """The graphs of other precisions that were asked for, compared and judged."""
+    return build_variants(
+        options.precision,
+        material,
+        provenance={"command": command, "commit": find_commit()},
+        accept_unrun=options.accept_unrun,
+        say=_say,
+    )
+
+
+def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str, float] | None:
+    """The AP of a published version from its provenance, if it is of such a split.
+
+    The entry also names the graph by its hash, so it is that graph's; the split is known by name
+    and size.
+    """
+    found = model.provenance.get("measured")
+    wanted = {"split": split, "images": len(data), "max_dets": model.postprocess.max_instances}
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in wanted.items()):
+        return None
+    return {name: float(v) for name, v in found.items() if name not in wanted}
+
+
+def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
+    """Adds graphs of other precisions to a version that is published.
+
+    Returns:
+        The added files.
+
+    Raises:
+        PublishError: The folder is no published version, or its graph has another hash.
+    """
+    target = options.variants_of
+    folder = target.parent
+    if not target.name.isdecimal():
+        raise PublishError(f"{target} is no version: expected <model_repo>/<name>/<number>")
+    model = read_version(folder, int(target.name))
+    listed = sorted({f"model.{p}.onnx" for p in options.precision} & set(model.files))
+    if listed and not options.force:
+        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
+    graph = (target / ONNX_FILE).read_bytes()
+    if describe_file(graph) != model.files[ONNX_FILE].model_dump():
+        raise PublishError(f"{target / ONNX_FILE} is not the file that {CONFIG_FILE} describes")
+    data = CocoDataset(options.data, options.split) if options.data else None
+    measured = find_measured(model, data, options.split) if data else None
+    material = build_material(model, graph, options, data, measured)
+    variants = make_variants(material, options, command)
+    add_artefacts(folder, model.version, variants, force=options.force)
+    return [target / v.name for v in variants]
 
 
 def _hash(file: Path) -> dict[str, Any]:
@@ -278,13 +262,15 @@ def _say_parity(report: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
+    options = parse_arguments(arguments)
+    run = export if options.variants_of is None else add_variants
     try:
-        target = export(options, describe_command(arguments))
+        files = run(options, describe_command(arguments))
     except (ExportError, CheckpointError, DatasetError, PipelineError, OSError) as error:
         print(f"solo-export: {error}", file=sys.stderr)
         return 1
-    _say(f"published {target / ONNX_FILE}, {PARITY_FILE} and {target.parent / CONFIG_FILE}")
+    names = ", ".join(file.name for file in files)
+    _say(f"published {names}, each with its parity report, in {files[0].parent}")
     return 0
 
 

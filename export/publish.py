@@ -2,9 +2,10 @@
 
     <model_repo>/<name>/config.json
     <model_repo>/<name>/<version>/model.onnx, parity.json
+    <model_repo>/<name>/<version>/model.<variant>.<ext>, parity.<variant>.json
 
 Files are written beside their place and renamed. The version's folder comes first and
-config.json last: until it names the version, no server sees it.
+config.json last: until it names the version, or the further file, no server sees it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from export.errors import PublishError
 from service.pipeline.errors import ConfigError
 from service.pipeline.model_config import (
     SCHEMA_VERSION,
+    FileSpec,
     ModelConfig,
     RepositoryConfig,
     parse_model_config,
@@ -28,6 +32,7 @@ from service.pipeline.model_config import (
 from service.registry import CONFIG_FILE, ONNX_FILE
 
 PARITY_FILE = "parity.json"
+ARTEFACT_NAME = re.compile(r"model(\.[a-z0-9_]+){2,}")
 SECTIONS = (
     "task",
     "description",
@@ -42,6 +47,33 @@ SECTIONS = (
 
 
 @dataclass(frozen=True)
+class Artefact:
+    """A file of a version beside model.onnx, with its report.
+
+    Attributes:
+        name: model.<variant>.<ext>, e.g. model.int8.onnx.
+        data: Its content.
+        parity: The report, which must have passed.
+
+    Raises:
+        PublishError: The name is not of that form.
+    """
+
+    name: str
+    data: bytes
+    parity: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if ARTEFACT_NAME.fullmatch(self.name) is None:
+            raise PublishError(f"{self.name!r} is not named model.<variant>.<ext>")
+
+    @property
+    def parity_name(self) -> str:
+        """parity.<variant>.json, e.g. parity.int8.json."""
+        return f"parity.{self.name.removeprefix('model.').rpartition('.')[0]}.json"
+
+
+@dataclass(frozen=True)
 class Release:
     """What is published.
 
@@ -49,11 +81,13 @@ class Release:
         config: With the version's number, the graph's hash and the provenance.
         graph: model.onnx.
         parity: The report, which must have passed.
+        artefacts: Further files, which `config` need not name.
     """
 
     config: ModelConfig
     graph: bytes
     parity: dict[str, Any]
+    artefacts: tuple[Artefact, ...] = ()
 
     @property
     def version(self) -> int:
@@ -162,28 +196,99 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
     """
     folder = root / release.config.name
     target = folder / str(release.version)
-    if release.parity.get("passed") is not True:
-        raise PublishError(f"{target} is not published: its parity report has not passed")
+    _require_passed(target / ONNX_FILE, release.parity)
+    for artefact in release.artefacts:
+        _require_passed(target / artefact.name, artefact.parity)
     if describe_file(release.graph) != release.config.files[ONNX_FILE].model_dump():
         raise PublishError(f"{target} is not published: config.json describes another {ONNX_FILE}")
     require_free(root, release.config.name, release.version, force=force)
     repository = read_repository(folder)
-    config = merge_config(repository, release.config)
-    _check_unchanged(repository, config, release)
+    listed = _list_artefacts(release.config, release.artefacts)
+    config = merge_config(repository, listed)
+    _check_unchanged(repository, config, listed)
     folder.mkdir(parents=True, exist_ok=True)
     _write_version(folder, release)
     _replace_file(folder / CONFIG_FILE, _to_json(config))
     return target
 
 
+def add_artefacts(
+    folder: Path, version: int, artefacts: Sequence[Artefact], *, force: bool = False
+) -> None:
+    """Adds files to a version that is there.
+
+    A file that is replaced is first taken off config.json, so that at no time the file and its
+    hash disagree. Stopped half-way, the same call completes it.
+
+    Args:
+        folder: The model's, of model_repo.
+        version: Its number.
+        artefacts: The files.
+        force: Replace those that config.json names already.
+
+    Raises:
+        PublishError: There is no such version, a report has not passed, or a file is listed
+            already. Nothing is changed then.
+    """
+    target = folder / str(version)
+    current = read_version(folder, version)
+    for artefact in artefacts:
+        _require_passed(target / artefact.name, artefact.parity)
+    listed = sorted({artefact.name for artefact in artefacts} & set(current.files))
+    if listed and not force:
+        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
+    if listed:
+        kept = {name: spec for name, spec in current.files.items() if name not in listed}
+        current = current.model_copy(update={"files": kept})
+        _replace_entry(folder, current)
+    for artefact in artefacts:
+        _replace_file(target / artefact.parity_name, _to_json(artefact.parity))
+        _replace_file(target / artefact.name, artefact.data)
+    _replace_entry(folder, _list_artefacts(current, artefacts))
+
+
+def read_version(folder: Path, version: int) -> ModelConfig:
+    """A published version's configuration.
+
+    Raises:
+        PublishError: There is none, or it is not valid.
+    """
+    repository = read_repository(folder)
+    if repository is None:
+        raise PublishError(f"{folder} has no {CONFIG_FILE}; is it a model's folder of model_repo?")
+    try:
+        return repository.for_version(version)
+    except ConfigError as error:
+        raise PublishError(f"{folder / CONFIG_FILE} cannot be extended: {error}") from error
+
+
+def _require_passed(file: Path, parity: dict[str, Any]) -> None:
+    if parity.get("passed") is not True:
+        raise PublishError(f"{file} is not published: its parity report has not passed")
+
+
+def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> ModelConfig:
+    added = {a.name: FileSpec.model_validate(describe_file(a.data)) for a in artefacts}
+    return config.model_copy(update={"files": {**config.files, **added}})
+
+
+def _replace_entry(folder: Path, version: ModelConfig) -> None:
+    """Writes the files of a version into config.json and leaves every other line as it is."""
+    content = json.loads((folder / CONFIG_FILE).read_bytes())
+    files = version.model_dump(mode="json")["files"]
+    content["versions"][str(version.version)]["files"] = files
+    _check_unchanged(read_repository(folder), content, version)
+    _replace_file(folder / CONFIG_FILE, _to_json(content))
+
+
 def _check_unchanged(
-    repository: RepositoryConfig | None, config: dict[str, Any], release: Release
+    repository: RepositoryConfig | None, config: dict[str, Any], version: ModelConfig
 ) -> None:
     """What is about to be written reads back as what it was made of."""
     merged = parse_model_config(json.dumps(config))
-    assert merged.for_version(release.version) == release.config
+    assert merged.for_version(version.version) == version
     for number in repository.version_numbers if repository else []:
-        if repository is not None and number != release.version:
+        if repository is not None and number != version.version:
             assert merged.for_version(number) == repository.for_version(number)
 
 
@@ -198,6 +303,9 @@ def _write_version(folder: Path, release: Release) -> None:
         staged.mkdir()
         (staged / ONNX_FILE).write_bytes(release.graph)
         (staged / PARITY_FILE).write_bytes(_to_json(release.parity))
+        for artefact in release.artefacts:
+            (staged / artefact.name).write_bytes(artefact.data)
+            (staged / artefact.parity_name).write_bytes(_to_json(artefact.parity))
         if target.exists():
             os.replace(target, replaced)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from export.__main__ import build_parser, describe_command, main
+from export.__main__ import find_measured, main
 from export.parity import draw_blobs
+from export.publish import Release, publish
 from service.backends.base import BackendOptions
 from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Instance
 from service.registry import LoadedModel, load_version
+from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
+from tests.support.typed_graph import build_config, build_graph
 from training.checkpoint import save_checkpoint
 from training.configs.schema import Config
+from training.data.coco import CocoDataset
 from training.model.solo import Solo
 
 
@@ -167,12 +172,6 @@ def test_bad_arguments_end_with_a_message(
     assert not (tmp_path / "repo").exists()
 
 
-def test_an_unsupported_opset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["a.pt", "--out", "repo", "--opset", "21"])
-    assert "--opset: invalid choice: 21" in capsys.readouterr().err
-
-
 def test_a_graph_that_disagrees_is_not_published(
     folder: Path, network: Solo, tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,16 +206,89 @@ def test_data_adds_images_to_the_comparison_and_the_measured_ap(
     monkeypatch.setattr("export.__main__.build_onnx", lambda *_, **__: graph)
     repo = tmp_path / "repo"
     arguments = [str(folder / "best.pt"), "--out", str(repo), "--data", str(data)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--precision", "fp16"]) == 0
     report = json.loads((repo / "tiny" / "1" / "parity.json").read_text())
     assert [c["batch"] for c in report["cases"] if c["content"] == "data"] == [2, 2]
     entry = json.loads((repo / "tiny" / "config.json").read_text())["versions"]["1"]
+    assert list(entry["files"]) == ["model.onnx", "model.fp16.onnx"]
+    variant = json.loads((repo / "tiny" / "1" / "parity.fp16.json").read_text())
+    assert variant["passed"] is True and variant["AP"]["images"] == 2
     measured = entry["provenance"]["measured"]
     assert measured["split"] == "val" and measured["images"] == 2
     assert -1 <= measured["AP"] <= 1
 
 
-def test_commands_are_recorded_without_folders() -> None:
-    assert describe_command(["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]) == (
-        "solo-export best.pt --out model_repo --name 'a b'"
-    )
+@pytest.fixture
+def version(tmp_path: Path) -> Path:
+    """The folder of a published version."""
+    graph = build_graph()
+    return publish(tmp_path / "repo", Release(build_config(graph), graph, {"passed": True}))
+
+
+def test_variants_join_a_published_version_and_it_is_served_as_before(
+    version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--variants-of", str(version), "--precision", "fp16"]) == 0
+    assert "published model.fp16.onnx, each with its parity report" in capsys.readouterr().out
+    report = json.loads((version / "parity.fp16.json").read_text())
+    assert report["passed"] is True and report["AP"] is None
+    assert report["command"] == "solo-export --variants-of 1 --precision fp16"
+    loaded = load_version(version.parent, 1, BackendOptions(device="cpu", threads=1))
+    assert set(loaded.config.files) == {"model.onnx", "model.fp16.onnx"}
+    loaded.backend.close()
+
+
+def test_a_variant_that_is_there_is_replaced_by_force_alone(
+    version: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--variants-of", str(version), "--precision", "fp16"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--force"]) == 0
+    monkeypatch.setattr("export.__main__.build_variants", lambda *_, **__: pytest.fail("too late"))
+    assert main(arguments) == 1
+    assert "model.fp16.onnx exists already; --force replaces it" in capsys.readouterr().err
+
+
+def test_variants_of_what_is_no_version_end_with_a_message(
+    version: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty" / "1").mkdir(parents=True)
+    changed = tmp_path / "changed"
+    shutil.copytree(version.parent, changed / "typed")
+    (changed / "typed" / "1" / "model.onnx").write_bytes(b"other")
+    for target, reason in (
+        (version.parent, "typed is no version: expected <model_repo>/<name>/<number>"),
+        (version.parent / "7", "has no version 7, only [1]"),
+        (tmp_path / "empty" / "1", "has no config.json; is it a model's folder"),
+        (changed / "typed" / "1", "is not the file that config.json describes"),
+    ):
+        assert main(["--variants-of", str(target), "--precision", "fp16"]) == 1, target
+        error = capsys.readouterr().err
+        assert error.startswith("solo-export: ") and reason in error, error
+
+
+def test_a_refused_variant_changes_nothing(
+    version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
+    assert main(["--variants-of", str(version), "--precision", "int8"]) == 1
+    assert "int8 needs --data" in capsys.readouterr().err
+    assert main(["--variants-of", str(version), "--precision", "bf16"]) == 1
+    assert "--accept-unrun publishes it all the same" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
+
+
+def test_the_ap_of_a_published_version_counts_only_on_such_a_split(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "val")
+    model = build_config(build_graph())
+    entry = {"split": "val", "images": 3, "max_dets": model.postprocess.max_instances, "AP": 0.5}
+    for changes, expected in (
+        ({}, {"AP": 0.5}),
+        ({"split": "test"}, None),
+        ({"images": 4}, None),
+        ({"max_dets": 1}, None),
+    ):
+        measured = {"measured": {**entry, **changes}}
+        known = model.model_copy(update={"provenance": measured})
+        assert find_measured(known, data, "val") == expected
+    assert find_measured(model, data, "val") is None

@@ -8,7 +8,9 @@ import pytest
 
 from export.errors import PublishError
 from export.publish import (
+    Artefact,
     Release,
+    add_artefacts,
     describe_file,
     merge_config,
     next_version,
@@ -206,3 +208,97 @@ def test_sections_that_all_versions_share_are_written_once() -> None:
         "limits",
         "versions",
     ]
+
+
+INT8 = Artefact("model.int8.onnx", b"int8", PASSED)
+PACKAGE = Artefact("model.sm_90.fp16.pt2", b"package", PASSED)
+
+
+def test_further_files_are_published_with_the_version(tmp_path: Path) -> None:
+    base = build_release()
+    publish(tmp_path, Release(base.config, base.graph, PASSED, (INT8, PACKAGE)))
+    assert sorted(files_under(tmp_path / "blobs" / "1")) == [
+        "model.int8.onnx",
+        "model.onnx",
+        "model.sm_90.fp16.pt2",
+        "parity.int8.json",
+        "parity.json",
+        "parity.sm_90.fp16.json",
+    ]
+    files = read_config(tmp_path)["versions"]["1"]["files"]
+    assert files == {
+        "model.onnx": describe_file(b"graph"),
+        INT8.name: describe_file(b"int8"),
+        PACKAGE.name: describe_file(b"package"),
+    }
+
+
+def test_files_that_are_added_later_change_no_other_line(tmp_path: Path) -> None:
+    publish(tmp_path, build_release(1))
+    publish(tmp_path, build_release(2, candidates=7))
+    before = read_config(tmp_path)
+    add_artefacts(tmp_path / "blobs", 1, [INT8])
+    after = read_config(tmp_path)
+    assert after["versions"]["1"]["files"].pop(INT8.name) == describe_file(b"int8")
+    assert after == before and list(after) == list(before)
+    assert (tmp_path / "blobs" / "1" / "model.int8.onnx").read_bytes() == b"int8"
+
+
+def test_a_file_that_is_listed_is_replaced_by_force_alone(tmp_path: Path) -> None:
+    publish(tmp_path, build_release())
+    add_artefacts(tmp_path / "blobs", 1, [INT8])
+    before = files_under(tmp_path)
+    other = Artefact(INT8.name, b"other", PASSED)
+    with pytest.raises(PublishError, match=r"model\.int8\.onnx exists already; --force"):
+        add_artefacts(tmp_path / "blobs", 1, [other])
+    assert files_under(tmp_path) == before
+    add_artefacts(tmp_path / "blobs", 1, [other], force=True)
+    assert read_config(tmp_path)["versions"]["1"]["files"][INT8.name] == describe_file(b"other")
+
+
+@pytest.mark.parametrize("stop_at", ["parity.int8.json", "model.int8.onnx", "config.json"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_stopped_anywhere_the_version_stays_valid_and_the_same_call_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str, listed: bool
+) -> None:
+    import os
+
+    graph = blob_model.build_graph()
+    publish(tmp_path, build_release(graph=graph))
+    if listed:
+        add_artefacts(tmp_path / "blobs", 1, [Artefact(INT8.name, b"older", PASSED)])
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target).name == stop_at:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(os, "replace", failing)
+        add_artefacts(tmp_path / "blobs", 1, [INT8], force=True)
+    load_version(tmp_path / "blobs", 1, BackendOptions(device="cpu")).backend.close()
+    add_artefacts(tmp_path / "blobs", 1, [INT8], force=True)
+    load_version(tmp_path / "blobs", 1, BackendOptions(device="cpu")).backend.close()
+    assert read_config(tmp_path)["versions"]["1"]["files"][INT8.name] == describe_file(b"int8")
+
+
+def test_a_file_whose_report_has_not_passed_or_whose_version_is_missing_is_refused(
+    tmp_path: Path,
+) -> None:
+    base = build_release()
+    bad = Artefact(INT8.name, b"int8", {"passed": False})
+    with pytest.raises(PublishError, match=r"model\.int8\.onnx is not published"):
+        publish(tmp_path, Release(base.config, base.graph, PASSED, (bad,)))
+    assert not (tmp_path / "blobs").exists()
+    with pytest.raises(PublishError, match=r"has no config\.json"):
+        add_artefacts(tmp_path / "blobs", 1, [INT8])
+    publish(tmp_path, base)
+    before = files_under(tmp_path)
+    with pytest.raises(PublishError, match=r"model\.int8\.onnx is not published"):
+        add_artefacts(tmp_path / "blobs", 1, [bad])
+    with pytest.raises(PublishError, match="has no version 2"):
+        add_artefacts(tmp_path / "blobs", 2, [INT8])
+    with pytest.raises(PublishError, match=r"'weights\.bin' is not named model"):
+        add_artefacts(tmp_path / "blobs", 1, [Artefact("weights.bin", b"x", PASSED)])
+    assert files_under(tmp_path) == before

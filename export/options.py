@@ -1,0 +1,133 @@
+"""The command line of solo-export."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from export.onnx_graph import DEFAULT_OPSET, DEFORM_OPSET, OPSETS
+from export.quantize import CALIBRATION_IMAGES
+from export.variants import PRECISIONS
+
+CHECKPOINT_ONLY = (
+    *("out", "name", "version", "opset", "description", "score_threshold", "max_instances"),
+    "provenance_json",
+)
+"""Options that describe a new version; one that exists keeps what it has."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; `parse_arguments` also checks what belongs together."""
+    parser = argparse.ArgumentParser(
+        prog="solo-export",
+        description="Exports a checkpoint to ONNX, compares the graph with PyTorch and publishes "
+        "it as a version of a model_repo: <out>/<name>/<version>/model.onnx with its parity.json, "
+        "and config.json with the file's SHA-256. A graph that disagrees is not published. "
+        "--precision adds graphs of other precisions, each compared with the float32 graph.",
+        epilog="Examples: solo-export runs/nuclei/best.pt --out model_repo --data datasets/nuclei "
+        "--precision int8 | solo-export --variants-of model_repo/nuclei/2 --precision fp16 bf16",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="checkpoint of solo-train or solo-import"
+    )
+    parser.add_argument("--out", type=Path, help="the model_repo to publish into")
+    parser.add_argument("--name", help="name of the model (default: its configuration's)")
+    parser.add_argument("--version", type=int, help="number of the version (default: the next)")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        help=f"ONNX operator set (default: {DEFAULT_OPSET}, or {DEFORM_OPSET} for a network with "
+        "deformable convolutions, which lower ones do not have)",
+    )
+    parser.add_argument("--description", help="one line (default: the configuration's)")
+    parser.add_argument("--max-batch", type=int, default=8, help="most canvases a run (default: 8)")
+    parser.add_argument("--score-threshold", type=float, help="least score of a response's objects")
+    parser.add_argument("--max-instances", type=int, help="most objects of a response")
+    parser.add_argument(
+        "--provenance-json",
+        type=Path,
+        metavar="FILE",
+        help="JSON object to add to the provenance, e.g. training data and its licence",
+    )
+    _add_data(parser)
+    _add_variants(parser)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="COCO-format folder: some of its images join the comparisons, and the AP that the "
+        "published graph reaches on it goes into the provenance",
+    )
+    parser.add_argument("--split", default="val", help="annotation file of --data (default: val)")
+
+
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("other precisions")
+    group.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=[],
+        help="add model.<precision>.onnx: fp16 and bf16 for GPUs, int8 for the CPU (needs --data)",
+    )
+    group.add_argument(
+        "--variants-of",
+        type=Path,
+        metavar="VERSION_DIR",
+        help="add them to this published version, <model_repo>/<name>/<version>; no checkpoint",
+    )
+    group.add_argument(
+        "--calibration-split",
+        default="train",
+        metavar="SPLIT",
+        help="annotation file of --data whose images give int8 its ranges (default: train)",
+    )
+    group.add_argument(
+        "--calibration-images",
+        type=int,
+        default=CALIBRATION_IMAGES,
+        metavar="N",
+        help=f"how many of them (default: {CALIBRATION_IMAGES})",
+    )
+    group.add_argument(
+        "--accept-unrun",
+        action="store_true",
+        help="publish a precision whose file no engine of this machine can run; its emulation is "
+        "compared all the same",
+    )
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parsed options; ends the process with a message where they do not fit each other."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.calibration_images < 1:
+        parser.error(f"--calibration-images is {options.calibration_images}, expected at least 1")
+    if options.variants_of is None:
+        if options.checkpoint is None:
+            parser.error("a checkpoint is needed, or --variants-of a published version")
+        if options.out is None:
+            parser.error("--out is needed: the model_repo to publish into")
+        return options
+    if options.checkpoint is not None:
+        parser.error(f"--variants-of takes no checkpoint, got {options.checkpoint}")
+    if not options.precision:
+        parser.error("--variants-of needs --precision")
+    given = [name for name in CHECKPOINT_ONLY if getattr(options, name) is not None]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"{names}: the version that --variants-of names keeps what it has")
+    return options
+
+
+def describe_command(arguments: list[str]) -> str:
+    """The command without the folders of one machine."""
+    parts = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return shlex.join(["solo-export", *parts])

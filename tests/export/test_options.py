@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from export.options import describe_command, parse_arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("a.pt --out repo --opset 21", "--opset: invalid choice: 21"),
+        ("a.pt --out repo --precision fp8", "--precision: invalid choice: 'fp8'"),
+        ("--out repo", "a checkpoint is needed, or --variants-of"),
+        ("a.pt", "--out is needed"),
+        ("a.pt --variants-of repo/a/1 --precision fp16", "takes no checkpoint, got a.pt"),
+        ("--variants-of repo/a/1", "--variants-of needs --precision"),
+        ("--variants-of repo/a/1 --precision fp16 --name b --out c", "--out, --name: the version"),
+        ("a.pt --out repo --calibration-images 0", "--calibration-images is 0"),
+    ],
+)
+def test_options_that_do_not_fit_end_with_a_message(
+    arguments: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments.split())
+    assert reason in capsys.readouterr().err
+
+
+def test_no_other_precision_is_built_unless_asked_for() -> None:
+    options = parse_arguments(["a.pt", "--out", "repo"])
+    assert options.precision == [] and options.accept_unrun is False
+    assert options.calibration_split != options.split
+
+
+def test_commands_are_recorded_without_folders() -> None:
+    assert describe_command(["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]) == (
+        "solo-export best.pt --out model_repo --name 'a b'"
+    )
