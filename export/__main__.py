@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from export.engines import build_engines, build_kernels, make_packages
 from export.errors import ExportError, PublishError
 from export.measure import check_served, data_cases, measure_ap
 from export.onnx_graph import build_onnx, choose_opset, num_candidates
@@ -165,6 +166,7 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         provenance["measured"] = {**head, "max_dets": max_dets, **measured}
     material = build_material(model, graph, options, data, measured)
     variants = make_variants(material, options, command)
+    variants += make_packages(network, config, model, options.aoti, _say)
     model = model.model_copy(update={"provenance": {**provenance, **given}})
     release = Release(model, graph, parity, tuple(variants))
     target = publish(options.out, release, force=options.force)
@@ -263,15 +265,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
-    run = export if options.variants_of is None else add_variants
     try:
-        files = run(options, describe_command(arguments))
+        run(options, describe_command(arguments))
     except (ExportError, CheckpointError, DatasetError, PipelineError, OSError) as error:
         print(f"solo-export: {error}", file=sys.stderr)
         return 1
-    names = ", ".join(file.name for file in files)
-    _say(f"published {names}, each with its parity report, in {files[0].parent}")
     return 0
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Makes everything that was asked for: kernels, a version or its variants, engines."""
+    if options.kernels is not None:
+        files = build_kernels(options.kernels, _say)
+        _say(f"{len(files)} files are in {files[0].parent}")
+    target = options.variants_of
+    if options.checkpoint is not None or options.precision:
+        files = export(options, command) if target is None else add_variants(options, command)
+        target = files[0].parent
+        names = ", ".join(file.name for file in files)
+        _say(f"published {names}, each with its parity report, in {target}")
+    for file in build_engines(target, options.tensorrt, _say) if options.tensorrt else []:
+        _say(f"the engine is {file}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import argparse
 import shlex
 from pathlib import Path
 
+from export.engines import parse_package
 from export.onnx_graph import DEFAULT_OPSET, DEFORM_OPSET, OPSETS
 from export.quantize import CALIBRATION_IMAGES
+from export.to_aoti import AotiOptions
 from export.variants import PRECISIONS
 
 CHECKPOINT_ONLY = (
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_data(parser)
     _add_variants(parser)
+    _add_engines(parser)
     return parser
 
 
@@ -104,6 +107,39 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _package(text: str) -> AotiOptions:
+    try:
+        return parse_package(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_engines(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("other engines")
+    group.add_argument(
+        "--aoti",
+        nargs="+",
+        type=_package,
+        default=[],
+        metavar="DEVICE:PRECISION",
+        help="add AOTInductor packages, e.g. cuda:fp16 for the GPU of this machine, or cpu:fp32",
+    )
+    group.add_argument(
+        "--tensorrt",
+        nargs="+",
+        choices=("fp32", "fp16", "bf16"),
+        default=[],
+        help="build TensorRT engines of these graphs into the engine cache of this machine",
+    )
+    group.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="SM",
+        help="compile the CUDA kernels, e.g. for sm_90 (default: all known architectures); "
+        "needs no GPU and no checkpoint",
+    )
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parsed options; ends the process with a message where they do not fit each other."""
     parser = build_parser()
@@ -111,6 +147,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if options.calibration_images < 1:
         parser.error(f"--calibration-images is {options.calibration_images}, expected at least 1")
     if options.variants_of is None:
+        if options.checkpoint is None and options.kernels is not None and not options.tensorrt:
+            return options
         if options.checkpoint is None:
             parser.error("a checkpoint is needed, or --variants-of a published version")
         if options.out is None:
@@ -118,8 +156,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         return options
     if options.checkpoint is not None:
         parser.error(f"--variants-of takes no checkpoint, got {options.checkpoint}")
-    if not options.precision:
-        parser.error("--variants-of needs --precision")
+    if options.aoti:
+        parser.error("--aoti needs the checkpoint: a package is compiled from the network")
+    if not options.precision and not options.tensorrt:
+        parser.error("--variants-of needs --precision or --tensorrt")
     given = [name for name in CHECKPOINT_ONLY if getattr(options, name) is not None]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -15,6 +15,12 @@ from export.options import describe_command, parse_arguments
         ("a.pt --variants-of repo/a/1 --precision fp16", "takes no checkpoint, got a.pt"),
         ("--variants-of repo/a/1", "--variants-of needs --precision"),
         ("--variants-of repo/a/1 --precision fp16 --name b --out c", "--out, --name: the version"),
+        ("--tensorrt fp16", "a checkpoint is needed"),
+        ("--kernels sm_90 --tensorrt fp16", "a checkpoint is needed"),
+        ("a.pt --out repo --tensorrt int8", "--tensorrt: invalid choice: 'int8'"),
+        ("a.pt --out repo --aoti cuda:int8", "'cuda:int8' is not cpu or cuda"),
+        ("a.pt --out repo --aoti fp16", "'fp16' is not cpu or cuda"),
+        ("--variants-of repo/a/1 --aoti cpu:fp32", "--aoti needs the checkpoint"),
         ("a.pt --out repo --calibration-images 0", "--calibration-images is 0"),
     ],
 )
@@ -30,6 +36,15 @@ def test_no_other_precision_is_built_unless_asked_for() -> None:
     options = parse_arguments(["a.pt", "--out", "repo"])
     assert options.precision == [] and options.accept_unrun is False
     assert options.calibration_split != options.split
+
+
+def test_kernels_need_no_checkpoint_and_engines_a_version() -> None:
+    assert parse_arguments(["--kernels"]).kernels == []
+    assert parse_arguments(["--kernels", "sm_90"]).kernels == ["sm_90"]
+    options = parse_arguments(["--variants-of", "repo/a/1", "--tensorrt", "fp16", "bf16"])
+    assert options.tensorrt == ["fp16", "bf16"]
+    (package,) = parse_arguments(["a.pt", "--out", "repo", "--aoti", "cuda:fp16"]).aoti
+    assert (package.device, package.precision) == ("cuda", "fp16")
 
 
 def test_commands_are_recorded_without_folders() -> None:
