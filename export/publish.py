@@ -164,8 +164,16 @@ def merge_config(repository: RepositoryConfig | None, new: ModelConfig) -> dict[
         "schema_version": SCHEMA_VERSION,
         "name": new.name,
         **shared,
+        **_policy(repository),
         "versions": {str(number): versions[number] for number in sorted(versions)},
     }
+
+
+def _policy(repository: RepositoryConfig | None) -> dict[str, Any]:
+    """Which versions are served, where that was written into config.json."""
+    if repository is None or "serve" not in repository.model_fields_set:
+        return {}
+    return {"serve": repository.serve.model_dump(mode="json")}
 
 
 def _sections(config: ModelConfig) -> dict[str, Any]:

@@ -8,13 +8,12 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from service.backends.aoti_package import (
     CPU_TARGET,
@@ -34,6 +33,7 @@ from service.backends.aoti_slots import (
     batch_sizes,
 )
 from service.backends.base import BackendError, BackendOptions, Precision, collate, split_batch
+from service.backends.kernel_select import MaskType
 from service.cores import count_cores
 from service.pipeline.model_config import ModelConfig
 from service.pipeline.postprocess import TileCandidates
@@ -276,27 +276,27 @@ def _load_select(config: ModelConfig) -> tuple[Select | None, str]:
     import torch
 
     try:
-        kernels = importlib.import_module("service.backends.kernels")
+        from service.backends import kernels
+
         postprocessor = kernels.CudaPostprocessor(
             config.postprocess, config.mask_stride, device_id=torch.cuda.current_device()
         )
     except (ImportError, OSError, BackendError) as error:
         return None, f"post-processed on the host: {error}"
 
-    def select(outputs: list[Tensor], stream: int) -> list[TileCandidates]:
+    def select(outputs: list[Tensor], stream: int) -> Sequence[TileCandidates]:
         scores, labels, masks = outputs
         batch = kernels.DeviceBatch(
             scores=scores.data_ptr(),
             labels=labels.data_ptr(),
             mask_probs=masks.data_ptr(),
-            mask_type=str(masks.dtype).removeprefix("torch."),
+            mask_type=cast(MaskType, str(masks.dtype).removeprefix("torch.")),
             batch=scores.shape[0],
             candidates=scores.shape[1],
-            mask_hw=tuple(masks.shape[2:]),
+            mask_hw=(masks.shape[2], masks.shape[3]),
             release=outputs.clear,
         )
-        found: list[TileCandidates] = postprocessor.select(batch, stream)
-        return found
+        return postprocessor.select(batch, stream)
 
     return select, "post-processed on the device"
 
@@ -343,6 +343,6 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
     sizes = batch_sizes(info.max_batch)
     slots = [
         GraphSlot(CudaDevice(), load_runner(data, "cuda"), sizes, select, capturing)
-        for _ in range(SLOTS)
+        for _ in range(options.slots or SLOTS)
     ]
-    return AotiBackend(info, slots, device="cuda", concurrency=SLOTS, reason=f"{made}; {how}")
+    return AotiBackend(info, slots, device="cuda", concurrency=len(slots), reason=f"{made}; {how}")

@@ -28,7 +28,7 @@ MAX_GRAPHS = 16
 WAIT_S = 60.0
 """How long a batch waits for a slot before something must be wrong."""
 
-Select = Callable[[list[Any], int], list[TileCandidates]]
+Select = Callable[[list[Any], int], Sequence[TileCandidates]]
 """Makes candidates of outputs on the device, in the order of a stream (its handle); the outputs are
 theirs."""
 
@@ -159,7 +159,7 @@ class GraphSlot:
             return self._fetch(outputs)
         # An image's tiles may need many batches before the first is post-processed: a slot that
         # waited for its outputs to be used could wait for ever. The copy is at the device's speed.
-        return self._select(self._device.clone(outputs), self._device.stream)
+        return list(self._select(self._device.clone(outputs), self._device.stream))
 
     def _find(self, size: int, canvas_hw: tuple[int, int]) -> _Recorded:
         key = (size, canvas_hw)

@@ -302,3 +302,17 @@ def test_a_file_whose_report_has_not_passed_or_whose_version_is_missing_is_refus
     with pytest.raises(PublishError, match=r"'weights\.bin' is not named model"):
         add_artefacts(tmp_path / "blobs", 1, [Artefact("weights.bin", b"x", PASSED)])
     assert files_under(tmp_path) == before
+
+
+def test_the_version_policy_is_kept(tmp_path: Path) -> None:
+    publish(tmp_path, build_release(1))
+    file = tmp_path / "blobs" / "config.json"
+    content = read_config(tmp_path)
+    assert "serve" not in content
+    file.write_text(json.dumps({**content, "serve": {"policy": "latest", "count": 2}}))
+    target = publish(tmp_path, build_release(2))
+    assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
+    add_artefacts(target.parent, 2, [Artefact("model.fp16.onnx", b"half", PASSED)])
+    assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
+    repository = read_repository(tmp_path / "blobs")
+    assert repository is not None and repository.served_versions == [1, 2]

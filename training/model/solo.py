@@ -74,7 +74,8 @@ class Solo(nn.Module):
         Returns:
             [B, 3, H, W] float32.
         """
-        x = (images.permute(0, 3, 1, 2).float() - self.pixel_mean) / self.pixel_std
+        # The cast comes first: TensorRT takes uint8 inputs for nothing but a cast.
+        x = (images.float().permute(0, 3, 1, 2) - self.pixel_mean) / self.pixel_std
         rows = torch.arange(images.shape[1], device=images.device) < valid_hw[:, :1]
         columns = torch.arange(images.shape[2], device=images.device) < valid_hw[:, 1:]
         return x * (rows[:, None, :, None] & columns[:, None, None, :])
