@@ -200,6 +200,6 @@ def get_imagenet(depth: int) -> PublishedFile:
         ValueError: None are known; names the depths that are.
     """
     if depth not in IMAGENET_RESNETS:
-        known = ", ".join(map(str, IMAGENET_RESNETS))
+        known = ", ".join(map(str, sorted(IMAGENET_RESNETS)))
         raise ValueError(f"no ImageNet weights of ResNet-{depth}; there are those of {known}")
     return IMAGENET_RESNETS[depth]
