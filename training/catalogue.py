@@ -21,6 +21,9 @@ MMDETECTION_URL = "https://download.openmmlab.com/mmdetection/v2.0/solo"
 TORCHVISION_URL = "https://download.pytorch.org/models"
 MIRROR_VARIABLE = "SOLO_MIRROR"
 
+AUTHORS_1X_MILESTONES = (9, 11)
+"""Of the authors' 1x; mmdetection divides the rate at 8 and 11. Their 3x are the same."""
+
 Publisher = Literal["authors", "mmdetection"]
 Schedule = Literal["1x", "3x"]
 
@@ -64,8 +67,11 @@ class PublishedModel(PublishedFile):
     mask_ap: float
 
     def config(self) -> Config:
-        """Our configuration with the schedule that this checkpoint had."""
+        """Our configuration with the epochs and milestones that this checkpoint had."""
         config = apply_schedule(get_config(self.config_name), self.schedule)
+        if (self.publisher, self.schedule) == ("authors", "1x"):
+            schedule = replace(config.schedule, milestones=AUTHORS_1X_MILESTONES)
+            config = replace(config, schedule=schedule)
         return replace(config, description=config.description.replace("3x", self.schedule))
 
 
@@ -194,6 +200,6 @@ def get_imagenet(depth: int) -> PublishedFile:
         ValueError: None are known; names the depths that are.
     """
     if depth not in IMAGENET_RESNETS:
-        known = ", ".join(map(str, IMAGENET_RESNETS))
+        known = ", ".join(map(str, sorted(IMAGENET_RESNETS)))
         raise ValueError(f"no ImageNet weights of ResNet-{depth}; there are those of {known}")
     return IMAGENET_RESNETS[depth]

@@ -9,6 +9,7 @@ from torch import Tensor
 from training.catalogue import get_imagenet
 from training.checkpoint import CheckpointError, load_checkpoint, load_weights
 from training.download import fetch
+from training.from_onnx import read_published
 from training.model.solo import Solo
 from training.torch_files import OwnCheckpointError, read_weights
 
@@ -23,8 +24,9 @@ def initialise(model: Solo, init: str) -> list[str]:
     Args:
         model: Changed in place.
         init: `imagenet` downloads torchvision's ResNet of the model's depth into the cache. A
-            file is either such a ResNet or a checkpoint of solo-train or solo-import; of the
-            latter the category output stays new where the classes are other ones.
+            file is either such a ResNet or a checkpoint of solo-train or solo-import, a folder a
+            model of model_repo; of the latter two the category output stays new where the
+            classes are other ones.
 
     Returns:
         What was loaded and what was not, one line each.
@@ -39,10 +41,13 @@ def initialise(model: Solo, init: str) -> list[str]:
         path = fetch(published.location(), published.file_name, sha256=published.sha256)
     else:
         path = Path(init)
+    if path.is_dir():
+        return _load_solo(model, read_published(path, model), path)
     try:
         weights = read_weights(path)
     except OwnCheckpointError:
-        return _load_solo(model, path)
+        _, content = load_checkpoint(path)
+        return _load_solo(model, content["ema"] or content["model"], path)
     return _load_resnet(model, weights.tensors, path)
 
 
@@ -67,10 +72,8 @@ def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[st
     return report
 
 
-def _load_solo(model: Solo, path: Path) -> list[str]:
-    """Loads a checkpoint of ours, except for a category output of another shape."""
-    _, content = load_checkpoint(path)
-    state: dict[str, Tensor] = content["ema"] or content["model"]
+def _load_solo(model: Solo, state: dict[str, Tensor], path: Path) -> list[str]:
+    """Loads a whole model of ours, except for a category output of another shape."""
     own = model.state_dict()
     new = [
         key

@@ -98,9 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-hours", type=float, help="stop with a checkpoint after this long")
     parser.add_argument(
         "--init",
-        metavar="imagenet|FILE",
+        metavar="imagenet|FILE|FOLDER",
         help="weights that a new run starts from: ImageNet's for the backbone (downloaded once), "
-        "a ResNet file of torchvision's, or a checkpoint to fine-tune; not read on resuming",
+        "a ResNet file of torchvision's, or a model to fine-tune: a checkpoint, or its folder in "
+        "model_repo; not read on resuming",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
     _add_speed_options(parser.add_argument_group("speed and memory"))

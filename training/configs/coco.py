@@ -19,6 +19,7 @@ LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
 
 SOLO_R50 = Config(name="solo_r50", description="SOLO, ResNet-50, short side 800, 3x")
 ONE_TIMES = ScheduleConfig(epochs=12, milestones=(8, 11))
+"""mmdetection's. The authors' own 1x divides at 9 and 11 (see `training.catalogue`)."""
 THREE_TIMES = ScheduleConfig(epochs=36, milestones=(27, 33))
 SIX_TIMES = ScheduleConfig(epochs=72, milestones=(54, 66))
 """The schedule of the paper's main table; its ablations have `THREE_TIMES`."""
