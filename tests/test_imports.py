@@ -109,7 +109,7 @@ def _is_allowed(item: Import) -> bool:
     if room == "service":
         remote = item.file.startswith("service/predict/") and item.root == "solo_client"
         return item.root == "service" or remote
-    measured = ("service.pipeline", "service.registry", "service.backends")
+    measured = ("service.pipeline", "service.artefacts", "service.registry", "service.backends")
     served = any(is_in(item.name, allowed) for allowed in measured)
     if room == "training":
         return item.root == "training" or served

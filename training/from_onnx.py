@@ -18,7 +18,8 @@ import torch
 from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
-from service.registry import ONNX_FILE, ModelRefused, load_version
+from service.artefacts import ONNX_FILE, Artefacts
+from service.registry import ModelRefused, read_config
 from training.checkpoint import CheckpointError
 from training.model.solo import Solo
 
@@ -38,7 +39,7 @@ def read_published(folder: Path, model: Solo) -> dict[str, Tensor]:
     """The state dict of a model_repo folder's latest version.
 
     Args:
-        folder: A model's folder; it is verified as the server would.
+        folder: A model's folder; config.json and the graph's hash are checked as the server does.
         model: The network that the weights are for; its category output may have another shape.
 
     Raises:
@@ -51,12 +52,13 @@ def read_published(folder: Path, model: Solo) -> dict[str, Tensor]:
             "train on; --set model.backbone.norm=frozen_bn"
         )
     try:
-        served = load_version(folder)
+        config = read_config(folder)
+        artefacts = Artefacts(folder / str(config.version), config.files)
+        content = artefacts.read_graph(ONNX_FILE)
     except ModelRefused as error:
         raise CheckpointError(str(error)) from error
-    served.backend.close()
-    path = folder / str(served.version) / ONNX_FILE
-    graph = _Graph(onnx.load(path).graph, path)
+    proto = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+    graph = _Graph(proto.graph, artefacts.folder / ONNX_FILE)
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, nn.GroupNorm):
