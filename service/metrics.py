@@ -23,13 +23,18 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from service.engines import EngineState
 
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
+WORK_ROUTES = (
+    *("/segment", "/v2/models/{name}/infer"),
+    "/v2/models/{name}/versions/{version}/infer",
+)
+"""The routes that segment; dashboard and alert rules count requests of these alone."""
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
     *("queue_images", "queue_pixels", "draining", "engine_restarting", "body_too_large"),
     *("unauthorized", "key_images", "key_rate"),
 )
 
-# An edge stands at each objective (0.4 s for a 256 x 256 image on two cores).
+# An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
     *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
@@ -76,8 +81,9 @@ class Metrics:
         # Series that exist from the start have a rate from the first request on.
         for reason in REJECTIONS:
             self.rejections.labels(reason)
-        self.requests.labels("/segment", "POST", "200")
-        self.request_seconds.labels("/segment", "POST")
+        for route in WORK_ROUTES:
+            self.requests.labels(route, "POST", "200")
+            self.request_seconds.labels(route, "POST")
 
     def _build_counters(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
@@ -130,6 +136,12 @@ class Metrics:
         self.queue_limit_pixels = Gauge(
             "solo_queue_limit_pixels", "Pixels that may be in work", registry=registry
         )
+        self.batch_limit = Gauge(
+            "solo_batch_limit_canvases",
+            "Canvases that may be in one engine call",
+            ["model"],
+            registry=registry,
+        )
         self.in_flight_requests = Gauge(
             "solo_in_flight_requests", "Requests for segmentation in work", registry=registry
         )
@@ -156,15 +168,19 @@ class Metrics:
             registry=registry,
         )
 
-    def add_model(self, name: str, version: int, engine: Callable[[], EngineState]) -> None:
+    def add_model(
+        self, name: str, version: int, engine: Callable[[], EngineState], max_batch: int
+    ) -> None:
         """Announces a served model; its series exist from now on, at 0.
 
         Args:
             name: The model's.
             version: Of the model.
             engine: What serves it; asked again whenever the metrics are.
+            max_batch: Most canvases in one call of it.
         """
         self._engines[name, version] = engine
+        self.batch_limit.labels(name).set(max_batch)
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
         for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, build_error_body, describe_error
-from service.metrics import Metrics
+from service.metrics import WORK_ROUTES, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class RequestContextMiddleware:
         method = scope["method"] if route != "unmatched" else "any"
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.request_seconds.labels(route, method).observe(seconds)
-        level = logging.INFO if route == "/segment" else logging.DEBUG
+        level = logging.INFO if route in WORK_ROUTES else logging.DEBUG
         logger.log(
             level,
             "%s %s %d %.1f ms id=%s",

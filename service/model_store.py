@@ -278,11 +278,12 @@ class ModelStore:
             timeout_s=self._settings.engine_timeout_s,
             on_restart=count_restart,
         )
+        max_batch = min(self._settings.max_batch, model.config.limits.max_batch)
         batcher = DynamicBatcher(
             engine,
-            max_batch=min(self._settings.max_batch, model.config.limits.max_batch),
+            max_batch=max_batch,
             max_delay_s=self._settings.max_delay_ms / 1000,
             on_batch=count_batch,
         )
-        self._metrics.add_model(name, model.version, partial(describe_engine, engine))
+        self._metrics.add_model(name, model.version, partial(describe_engine, engine), max_batch)
         return ServedModel(model, engine, batcher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,7 +38,7 @@ needs_promtool = pytest.mark.skipif(
 def exported() -> dict[str, set[str]]:
     """Every sample name that a server exports, with its labels."""
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, lambda: ENGINE)
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     metrics.model_refused.labels("broken").set(1)
     metrics.image_errors.labels("nuclei", "corrupt_image").inc()
     metrics.requests.labels("/segment", "POST", "200").inc()
@@ -86,7 +87,7 @@ def test_selected_label_values_exist(exported: dict[str, set[str]]) -> None:
     assert "total" in STAGES
     assert any(reason.startswith("queue_") for reason in REJECTIONS)
     samples = Metrics()
-    samples.add_model("nuclei", 1, lambda: ENGINE)
+    samples.add_model("nuclei", 1, lambda: ENGINE, 8)
     assert 'le="0.5",model="nuclei",stage="total"' in samples.render().decode()
 
 
@@ -138,13 +139,30 @@ def test_provisioning_leads_to_the_dashboard() -> None:
     assert f"./docker/grafana/dashboards:{path}:ro" in compose["services"]["grafana"]["volumes"]
 
 
-def test_every_alert_has_a_severity_a_summary_and_a_test() -> None:
-    tested = (ROOT / "docker/prometheus/rules_test.yml").read_text(encoding="utf-8")
+def test_every_alert_has_a_severity_and_a_summary() -> None:
     for rule in load_rules():
         if "alert" in rule:
             assert rule["labels"]["severity"] in ("critical", "warning"), rule["alert"]
             assert rule["annotations"]["summary"], rule["alert"]
-            assert f"alertname: {rule['alert']}\n" in tested, rule["alert"]
+
+
+def test_every_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:
+    text = (ROOT / "docker/prometheus/rules_test.yml").read_text(encoding="utf-8")
+    cases = [case for test in yaml.safe_load(text)["tests"] for case in test["alert_rule_test"]]
+    fires = {case["alertname"] for case in cases if case["exp_alerts"]}
+    silent = {case["alertname"] for case in cases if not case["exp_alerts"]}
+    assert fires == silent == {rule["alert"] for rule in load_rules() if "alert" in rule}
+
+
+def test_requests_are_those_of_the_routes_that_segment() -> None:
+    from service.metrics import WORK_ROUTES
+
+    selectors = set(re.findall(r'route([=!]~?)"([^"]*)"', " ".join(q for _, q in all_queries())))
+    ((operator, pattern),) = selectors
+    assert operator == "=~"
+    other = ("/v2/models/{name}", "/v2/models/{name}/ready", "/metrics", "unmatched")
+    assert all(re.fullmatch(pattern, route) for route in WORK_ROUTES)
+    assert not any(re.fullmatch(pattern, route) for route in other)
 
 
 @needs_promtool
@@ -172,7 +190,7 @@ def test_promtool_accepts(command: list[str]) -> None:
 @needs_promtool
 def test_promtool_accepts_the_metrics_page() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, lambda: ENGINE)
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=metrics.render(), capture_output=True, check=False
     )

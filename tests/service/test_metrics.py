@@ -3,14 +3,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
+
 from service.engines import EngineBuild, EngineState
-from service.metrics import STAGES, Metrics
+from service.metrics import STAGES, WORK_ROUTES, Metrics
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 NAMES = {
     "solo_stage_duration_seconds",
     "solo_request_duration_seconds",
     "solo_batch_size",
+    "solo_batch_limit_canvases",
     "solo_requests_total",
     "solo_images_total",
     "solo_image_errors_total",
@@ -39,7 +42,7 @@ def test_the_names_are_those_that_dashboards_rely_on() -> None:
 
 def test_a_models_series_exist_before_its_first_image() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 3, lambda: ENGINE)
+    metrics.add_model("nuclei", 3, lambda: ENGINE, 8)
     text = metrics.render().decode()
     assert 'solo_images_total{model="nuclei"} 0.0' in text
     for stage in STAGES:
@@ -56,7 +59,7 @@ def test_an_engine_that_changes_while_it_serves_is_shown_as_it_is_now() -> None:
         replace(ENGINE, build=EngineBuild("building the engine", 0.5)),
         replace(ENGINE, name="tensorrt", device="cuda", build=EngineBuild("switched", 1.0)),
     ]
-    metrics.add_model("nuclei", 1, lambda: states.pop(0))
+    metrics.add_model("nuclei", 1, lambda: states.pop(0), 8)
     for backend, progress in (("onnxruntime", 0.5), ("tensorrt", 1.0)):
         text = metrics.render().decode()
         (line,) = re.findall(r"^solo_model_info{.*", text, re.M)
@@ -64,10 +67,27 @@ def test_an_engine_that_changes_while_it_serves_is_shown_as_it_is_now() -> None:
         assert f'solo_engine_build_progress{{model="nuclei"}} {progress}' in text
 
 
-def test_an_edge_stands_at_the_objective() -> None:
+def test_an_edge_stands_at_each_objective() -> None:
     metrics = Metrics()
-    metrics.add_model("nuclei", 1, lambda: ENGINE)
-    assert 'le="0.4",model="nuclei",stage="total"' in metrics.render().decode()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    for edge in (0.4, 0.5):
+        assert f'le="{edge}",model="nuclei",stage="total"' in metrics.render().decode()
+
+
+def test_how_full_batches_are_can_be_told() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    metrics.batch_size.labels("nuclei").observe(6)
+    text = metrics.render().decode()
+    assert 'solo_batch_size_sum{model="nuclei"} 6.0' in text
+    assert 'solo_batch_limit_canvases{model="nuclei"} 8.0' in text
+
+
+@pytest.mark.parametrize("route", WORK_ROUTES)
+def test_routes_that_segment_have_a_rate_from_their_first_request_on(route: str) -> None:
+    text = Metrics().render().decode()
+    assert f'solo_requests_total{{method="POST",route="{route}",status="200"}} 0.0' in text
+    assert f'solo_request_duration_seconds_count{{method="POST",route="{route}"}} 0.0' in text
 
 
 def test_two_servers_in_one_process_do_not_share_numbers() -> None:
