@@ -24,12 +24,14 @@ from service.errors import (
     build_error_body,
     describe_error,
 )
+from service.gpus import find_gpus
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.pipeline.errors import DecodeError
 from service.registry import Repository, load_repository
 from service.routes import health, inference, models, segment, web
+from service.routes import metrics as metrics_routes
 from service.routes import repository as repository_routes
 from service.segmenter import Segmenter
 from service.settings import Settings
@@ -56,6 +58,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
             be read.
     """
     metrics = Metrics()
+    if settings.device != "cpu":
+        metrics.watch_gpus(find_gpus())
     built = None if repository is None else Segmenter(settings, repository, metrics)
 
     @asynccontextmanager
@@ -82,7 +86,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     )
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
     app.state.settings = settings
-    for module in (segment, inference, models, repository_routes, health, web):
+    for module in (segment, inference, models, repository_routes, health, metrics_routes, web):
         app.include_router(module.router)
     _add_error_handlers(app, settings, metrics)
     # The last one added is the outermost.

@@ -5,6 +5,7 @@ A `Metrics` owns its registry, so that two servers in one process do not share n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -18,9 +19,10 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import choose_encoder
 
 from service.engines import EngineState
+from service.gpus import GpuCollector
 
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 WORK_ROUTES = (
@@ -45,13 +47,12 @@ _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 class Metrics:
     """The server's instruments; the attributes' help texts are what /metrics shows."""
 
-    content_type = CONTENT_TYPE_LATEST
-
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each
         registry = CollectorRegistry()
         self._registry = registry
         self._engines: dict[tuple[str, int], Callable[[], EngineState]] = {}
+        self._gpus: GpuCollector | None = None
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -198,6 +199,12 @@ class Metrics:
         self.queue_images.set_function(images)
         self.queue_pixels.set_function(pixels)
 
+    def watch_gpus(self, gpus: GpuCollector | None) -> None:
+        """Shows what NVML says of the GPUs, if there are any."""
+        self._gpus = gpus
+        if gpus is not None:
+            self._registry.register(gpus)
+
     def _update_engines(self) -> None:
         for gauge in (self.model_info, self.engine_up, self.engine_build_progress):
             gauge.clear()
@@ -213,6 +220,21 @@ class Metrics:
             self.engine_up.labels(name).set(all_alive)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format; of the GPUs what was read last."""
         self._update_engines()
         return generate_latest(self._registry)
+
+    async def answer(self, accept: str) -> tuple[bytes, str]:
+        """All metrics as of now.
+
+        Args:
+            accept: The request's header.
+
+        Returns:
+            Body and content type: Prometheus' text format, or OpenMetrics if it is asked for.
+        """
+        if self._gpus is not None:
+            await asyncio.to_thread(self._gpus.read)  # NVML may take its time
+        self._update_engines()
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type

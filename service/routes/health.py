@@ -1,4 +1,4 @@
-"""GET /healthz, /v2/health/live, /v2/health/ready, /metrics."""
+"""GET /healthz, /v2/health/live, /v2/health/ready."""
 
 from __future__ import annotations
 
@@ -65,14 +65,3 @@ def _describe(model: ServedModel) -> EngineModel:
         reason=state.reason,
         build=build,
     )
-
-
-@router.get("/metrics", response_class=Response)
-async def metrics(segmenter: SegmenterDep) -> Response:
-    """Metrics in Prometheus' text format.
-
-    ```sh
-    curl --fail-with-body localhost:8000/metrics
-    ```
-    """
-    return Response(segmenter.metrics.render(), media_type=segmenter.metrics.content_type)

@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engines import EngineState
+from service.gpus import GpuCollector
 from service.metrics import Metrics
 from tests.deploy.queries import (
     dashboard_queries,
@@ -21,6 +22,7 @@ from tests.deploy.queries import (
     load_rules,
     metric_names,
 )
+from tests.support.fake_nvml import FakeNvml
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,9 @@ def exported() -> dict[str, set[str]]:
     """Every sample name that a server exports, with its labels."""
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    gpus = GpuCollector(FakeNvml())
+    gpus.read()
+    metrics.watch_gpus(gpus)
     metrics.model_refused.labels("broken").set(1)
     metrics.image_errors.labels("nuclei", "corrupt_image").inc()
     metrics.requests.labels("/segment", "POST", "200").inc()

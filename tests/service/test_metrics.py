@@ -103,3 +103,24 @@ def test_the_queue_is_read_when_it_is_asked_for() -> None:
     assert "solo_queue_images 3.0" in metrics.render().decode()
     images[0] = 4
     assert "solo_queue_pixels 400.0" in metrics.render().decode()
+
+
+OPENMETRICS = "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        ("text/html", "text/plain"),
+        (f"{OPENMETRICS};version=1.0.0,text/plain;version=0.0.4;q=0.5", OPENMETRICS),
+    ],
+)
+async def test_openmetrics_is_written_for_those_who_ask_for_it(
+    accept: str, media_type: str
+) -> None:
+    body, content_type = await Metrics().answer(accept)
+    assert content_type.partition(";")[0] == media_type
+    assert body.endswith(b"# EOF\n") == (media_type == OPENMETRICS)
+    assert b"solo_ready 0.0" in body
