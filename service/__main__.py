@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import difflib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
-import uvicorn
 from pydantic import ValidationError
 
-from service.app import create_app
 from service.backends.build import check_device
 from service.errors import StartupError
 from service.logs import configure_logging
 from service.registry import load_repository
+from service.servers import build_server
 from service.settings import Settings
 
 logger = logging.getLogger("service")
@@ -79,61 +75,15 @@ def find_unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return warnings
 
 
-class DrainingServer(uvicorn.Server):
-    """On the first SIGTERM or SIGINT accepted work is finished before the sockets close.
-
-    Until then new work is answered 503 and the health routes go on to answer; a second signal
-    does not wait.
-    """
-
-    _drain_task: asyncio.Task[None] | None = None
-    _loop: asyncio.AbstractEventLoop | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Starts draining; called by a signal, so it only schedules."""
-        if self._loop is None or self._drain_task is not None:
-            super().handle_exit(sig, frame)
-        else:
-            self._loop.call_soon_threadsafe(self._begin_drain)
-
-    def _begin_drain(self) -> None:
-        if self._drain_task is None:
-            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
-
-    async def _drain(self) -> None:
-        app = self.config.app
-        segmenter = getattr(getattr(app, "state", None), "segmenter", None)
-        if segmenter is not None:
-            logger.info("draining: %d images are in work", segmenter.admission.images)
-            await segmenter.finish_accepted()
-        self.should_exit = True
-
-
 def serve(settings: Settings) -> None:
     """Loads the models and serves them until a signal.
 
     Raises:
-        StartupError: The device is not there, or no model can be served.
+        StartupError: The device or a port is not there, or no model can be served.
     """
     options = settings.backend_options()
     check_device(options)
-    app = create_app(settings, load_repository(settings.model_repo, options))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-    )
-    server = DrainingServer(config)
+    server = build_server(settings, load_repository(settings.model_repo, options))
     server.run()
     if not server.started:
         raise StartupError(f"cannot serve on {settings.host}:{settings.port}; see above")

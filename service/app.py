@@ -86,8 +86,11 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     )
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
     app.state.settings = settings
-    for module in (segment, inference, models, repository_routes, health, metrics_routes, web):
+    app.state.metrics = metrics
+    for module in (segment, inference, models, health, web):
         app.include_router(module.router)
+    if settings.admin_port is None:
+        _include_admin_routes(app)
     _add_error_handlers(app, settings, metrics)
     # The last one added is the outermost.
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
@@ -99,9 +102,33 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    _add_middleware(app, settings, metrics)
+    return app
+
+
+def create_admin_app(app: FastAPI) -> FastAPI:
+    """What the admin port serves of an application: health, metrics, the model repository.
+
+    Args:
+        app: What `create_app` made; its state is shared, and its lifespan must run.
+    """
+    admin = FastAPI(title="solo-serve admin", version=app.version, docs_url=None, redoc_url=None)
+    admin.state = app.state
+    admin.include_router(health.router)
+    _include_admin_routes(admin)
+    _add_error_handlers(admin, app.state.settings, app.state.metrics)
+    _add_middleware(admin, app.state.settings, app.state.metrics)
+    return admin
+
+
+def _include_admin_routes(app: FastAPI) -> None:
+    for module in (repository_routes, metrics_routes):
+        app.include_router(module.router)
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, metrics=metrics)
     app.add_middleware(RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS)
-    return app
 
 
 def _version() -> str:

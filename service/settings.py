@@ -27,6 +27,18 @@ class Settings(BaseSettings):
     port: Annotated[
         int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")
     ] = 8000
+    admin_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="port of /metrics and /v2/repository, which the other port then lacks; "
+            "0 takes a free one (default: the other port has them)",
+        ),
+    ] = None
+    admin_host: Annotated[
+        str, Field(min_length=1, description="address to listen on for the admin port")
+    ] = "127.0.0.1"
     model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
         "model_repo"
     )

@@ -36,7 +36,7 @@ from service.steps import Options
 router = APIRouter(tags=["open inference protocol"])
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-EXTENSIONS = ["binary_tensor_data", "model_repository", "parameters"]
+EXTENSIONS = ("binary_tensor_data", "model_repository", "parameters")
 HeaderLength = Annotated[
     int | None,
     Header(alias=HEADER_LENGTH, ge=1, description="bytes of JSON before the binary data"),
@@ -94,7 +94,9 @@ async def show_server(request: Request) -> ServerMetadata:
     curl --fail-with-body localhost:8000/v2
     ```
     """
-    return ServerMetadata(name="solo-serve", version=request.app.version, extensions=EXTENSIONS)
+    elsewhere = {"model_repository"} if request.app.state.settings.admin_port is not None else set()
+    extensions = [name for name in EXTENSIONS if name not in elsewhere]
+    return ServerMetadata(name="solo-serve", version=request.app.version, extensions=extensions)
 
 
 @router.get("/v2/models/{name}/ready", responses=_NOT_READY)

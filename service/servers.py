@@ -1,0 +1,146 @@
+"""The servers of one process: the main one, and beside it one for the admin endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_admin_app, create_app
+from service.errors import StartupError
+from service.registry import Repository
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class AdminServer(uvicorn.Server):
+    """Serves in the event loop of another server, which alone hears signals and ends this one.
+
+    Args:
+        config: Without a lifespan: the application's is the other server's.
+        listener: Its socket, which listens.
+    """
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._task: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See uvicorn; the other server has them."""
+        yield
+
+    def begin(self) -> None:
+        """Starts serving."""
+        serving = self.serve(sockets=[self._listener])
+        self._task = asyncio.get_running_loop().create_task(serving, name="admin")
+
+    async def end(self) -> None:
+        """Answers what is in work and closes the socket."""
+        self.should_exit = True
+        if self._task is not None:
+            await self._task
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT accepted work is finished before the sockets close.
+
+    Until then new work is answered 503 and the health routes go on to answer; a second signal
+    does not wait.
+
+    Args:
+        config: The server's.
+        admin: Serves as long as this one does.
+    """
+
+    def __init__(self, config: uvicorn.Config, admin: AdminServer | None = None) -> None:
+        super().__init__(config)
+        self._admin = admin
+        self._drain_task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self._admin is not None:
+            self._admin.begin()  # what it serves is there now
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        if self._admin is not None:
+            await self._admin.end()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Starts draining; called by a signal, so it only schedules."""
+        if self._loop is None or self._drain_task is not None:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        app = self.config.app
+        segmenter = getattr(getattr(app, "state", None), "segmenter", None)
+        if segmenter is not None:
+            logger.info("draining: %d images are in work", segmenter.admission.images)
+            await segmenter.finish_accepted()
+        self.should_exit = True
+
+
+def build_server(settings: Settings, repository: Repository) -> DrainingServer:
+    """The process's server, with another one for the admin endpoints if they have a port.
+
+    Args:
+        settings: Everything that can be set.
+        repository: Loaded models.
+
+    Raises:
+        StartupError: The admin port cannot be had, or the application cannot be built.
+    """
+    app = create_app(settings, repository)
+    timeout_s = max(1, round(settings.drain_timeout_s))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=timeout_s,
+    )
+    if settings.admin_port is None:
+        return DrainingServer(config)
+    admin_config = uvicorn.Config(
+        create_admin_app(app),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=timeout_s,
+    )
+    listener = _listen(settings.admin_host, settings.admin_port)
+    return DrainingServer(config, AdminServer(admin_config, listener))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise StartupError(f"cannot serve admin endpoints on {host}:{port}: {error}") from error
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("admin endpoints on http://%s:%d", shown, listener.getsockname()[1])
+    return listener
