@@ -35,6 +35,7 @@ from service.routes import metrics as metrics_routes
 from service.routes import repository as repository_routes
 from service.segmenter import Segmenter
 from service.settings import Settings
+from service.tracing import Tracer, build_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,21 @@ _FIXED_PATHS = (
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, repository: Repository | None = None, tracer: Tracer | None = None
+) -> FastAPI:
     """Builds the application.
 
     Args:
         settings: Everything that can be set.
         repository: Loaded models; default: loaded from `settings.model_repo` at the start.
+        tracer: Default: what the settings and OpenTelemetry's variables say; often none.
 
     Raises:
         StartupError: `settings.default_model` is not in the repository, or the keys file cannot
-            be read.
+            be read, or tracing is asked for and not installed.
     """
+    tracer = tracer or build_tracer(settings.otlp_endpoint, _version())
     metrics = Metrics()
     if settings.device != "cpu":
         metrics.watch_gpus(find_gpus())
@@ -75,6 +80,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
             yield
         finally:
             await segmenter.drain()
+            if tracer is not None:
+                await tracer.close()
 
     app = FastAPI(
         title="solo-serve",
@@ -102,7 +109,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, settings, metrics, tracer)
     return app
 
 
@@ -126,9 +133,13 @@ def _include_admin_routes(app: FastAPI) -> None:
         app.include_router(module.router)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, tracer: Tracer | None = None
+) -> None:
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, metrics=metrics)
-    app.add_middleware(RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS)
+    app.add_middleware(
+        RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS, tracer=tracer
+    )
 
 
 def _version() -> str:

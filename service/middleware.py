@@ -10,13 +10,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, build_error_body, describe_error
 from service.metrics import WORK_ROUTES, Metrics
+from service.timing import Interval
+from service.tracing import TracedImage, TracedRequest, Tracer, collect_images
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,20 @@ class RequestContextMiddleware:
         app: What it wraps.
         metrics: Where requests are counted.
         routes: Paths that may become labels; all others but route templates are "unmatched".
+        tracer: Makes spans of the requests for segmentation.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Collection[str],
+        tracer: Tracer | None = None,
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.routes = frozenset(routes)
+        self.tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection."""
@@ -54,6 +64,7 @@ class RequestContextMiddleware:
         request_id = Headers(scope=scope).get(REQUEST_ID, "")
         if not _SANE_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
+        images = collect_images() if self.tracer is not None else []
         began_s = time.monotonic()
         scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
         status = CLIENT_LEFT
@@ -75,31 +86,67 @@ class RequestContextMiddleware:
             if status == CLIENT_LEFT:
                 await send_error(send_with_id, error, scope["path"])
         finally:
-            self._count(scope, request_id, status, time.monotonic() - began_s)
+            self._count(scope, request_id, status, (began_s, time.monotonic()), images)
 
-    def _count(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _count(
+        self,
+        scope: Scope,
+        request_id: str,
+        status: int,
+        ran: Interval,
+        images: Sequence[TracedImage],
+    ) -> None:
+        seconds = ran[1] - ran[0]
         fallback = scope["path"] if scope["path"] in self.routes else "unmatched"
         route = getattr(scope.get("route"), "path", fallback)
         method = scope["method"] if route != "unmatched" else "any"
         self.metrics.requests.labels(route, method, str(status)).inc()
-        self.metrics.request_seconds.labels(route, method).observe(seconds)
-        level = logging.INFO if route in WORK_ROUTES else logging.DEBUG
+        line = {
+            "request_id": request_id,
+            "method": method,
+            "path": scope["path"],
+            "status": status,
+            "duration_ms": round(seconds * 1e3, 1),
+        }
+        exemplar = None
+        if self.tracer is not None and route in WORK_ROUTES:
+            request = describe_request(scope, route, request_id, status, ran, images)
+            trace_id = self.tracer.record(request)
+            if trace_id is not None:
+                line["trace_id"] = trace_id
+                exemplar = {"trace_id": trace_id}
+        self.metrics.request_seconds.labels(route, method).observe(seconds, exemplar)
         logger.log(
-            level,
+            logging.INFO if route in WORK_ROUTES else logging.DEBUG,
             "%s %s %d %.1f ms id=%s",
             method,
             scope["path"],
             status,
             seconds * 1e3,
             request_id,
-            extra={
-                "request_id": request_id,
-                "method": method,
-                "path": scope["path"],
-                "status": status,
-                "duration_ms": round(seconds * 1e3, 1),
-            },
+            extra=line,
         )
+
+
+def describe_request(
+    scope: Scope,
+    route: str,
+    request_id: str,
+    status: int,
+    ran: Interval,
+    images: Sequence[TracedImage],
+) -> TracedRequest:
+    """What a trace says of a request, in the words of OpenTelemetry's conventions for HTTP."""
+    method = scope["method"]
+    attributes = {
+        "http.request.method": method,
+        "http.route": route,
+        "url.path": scope["path"],
+        "url.scheme": scope.get("scheme", "http"),
+        "solo.request_id": request_id,
+    }
+    headers = dict(Headers(scope=scope))
+    return TracedRequest(headers, attributes, f"{method} {route}", ran, status, images)
 
 
 async def send_error(send: Send, error: Exception, path: str, *, close: bool = False) -> None:

@@ -128,10 +128,17 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"],
         Field(description="least level that is logged"),
     ] = "info"
-
     log_format: Annotated[
         Literal["text", "json"], Field(description="json: one object a line, for log collectors")
     ] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://\S+$",
+            description="OpenTelemetry collector that gets traces, e.g. http://localhost:4318 "
+            "(default: that of OTEL_EXPORTER_OTLP_ENDPOINT, else no traces)",
+        ),
+    ] = None
     cors_origins: Annotated[
         str,
         Field(description="origins whose pages may ask, comma-separated, or * (default: none)"),

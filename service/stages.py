@@ -35,6 +35,7 @@ from service.steps import (
     timed,
 )
 from service.timing import Interval, Timing, attribute_time
+from service.tracing import note_image
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -166,13 +167,15 @@ class Stages:
         found = [tile.result for tile, _ in tiles]
         last = partial(finish, image.file_name, decoded.result, found, config, options)
         answer = (await self._timed(self._finishers, last, job)).result
-        timing = attribute_time(
-            (job.began_s, asyncio.get_running_loop().time()),
-            decode=[decoded.ran],
-            infer=[call for _, calls in tiles for call in calls],
-            postprocess=[*(tile.ran for tile, _ in tiles), answer.merged],
-            encode=[answer.encoded],
-        )
+        whole = (job.began_s, asyncio.get_running_loop().time())
+        stages = {
+            "decode": [decoded.ran],
+            "infer": [call for _, calls in tiles for call in calls],
+            "postprocess": [*(tile.ran for tile, _ in tiles), answer.merged],
+            "encode": [answer.encoded],
+        }
+        timing = attribute_time(whole, **stages)
+        note_image(model.name, whole, stages)
         self._count(model.name, timing, answer.instances)
         return Outcome(answer.payload, timing)
 

@@ -65,8 +65,15 @@ def attribute_time(
 
 def measure_union(intervals: Sequence[Interval]) -> float:
     """Seconds that at least one interval covers."""
-    covered, end = 0.0, float("-inf")
+    return sum(end_s - start_s for start_s, end_s in merge_intervals(intervals))
+
+
+def merge_intervals(intervals: Sequence[Interval]) -> list[Interval]:
+    """The stretches that at least one interval covers, in their order."""
+    merged: list[Interval] = []
     for start_s, end_s in sorted(intervals):
-        covered += max(0.0, end_s - max(start_s, end))
-        end = max(end, end_s)
-    return covered
+        if merged and start_s <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end_s, merged[-1][1]))
+        else:
+            merged.append((start_s, end_s))
+    return merged

@@ -27,7 +27,7 @@ DISTRIBUTIONS = {
     "starlette": "fastapi",  # a part of FastAPI's public interface
     "onnx_ir": "onnxscript",  # likewise of onnxscript's
 }
-# Backends that are imported only where their library is installed.
+# Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
     "service/backends/aoti.py",
     "service/backends/kernels.py",
@@ -39,6 +39,7 @@ OPTIONAL_IMPORTS = {
     "service/backends/trt_log.py",
     "service/backends/trt_slots.py",
     "service/backends/trt_tensors.py",
+    "service/tracing.py",
     "solo_client/result.py",  # supervision
 }
 

@@ -45,6 +45,8 @@ def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> No
         ("SOLO_PRECISION", "fp8"),
         ("SOLO_ENGINE_SLOTS", "0"),
         ("SOLO_GPU_MEM_LIMIT_BYTES", "4GB"),
+        ("SOLO_ADMIN_PORT", "70000"),
+        ("SOLO_OTLP_ENDPOINT", "localhost:4318"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(
