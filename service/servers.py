@@ -18,6 +18,9 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_ADMIN_END_S = 1
+"""How long an admin request may take that is still in work when accepted images are finished."""
+
 
 class AdminServer(uvicorn.Server):
     """Serves in the event loop of another server, which alone hears signals and ends this one.
@@ -110,7 +113,6 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         StartupError: The admin port cannot be had, or the application cannot be built.
     """
     app = create_app(settings, repository)
-    timeout_s = max(1, round(settings.drain_timeout_s))
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -119,7 +121,7 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         access_log=False,
         lifespan="on",
         server_header=False,
-        timeout_graceful_shutdown=timeout_s,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
     if settings.admin_port is None:
         return DrainingServer(config)
@@ -129,7 +131,7 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=timeout_s,
+        timeout_graceful_shutdown=_ADMIN_END_S,
     )
     listener = _listen(settings.admin_host, settings.admin_port)
     return DrainingServer(config, AdminServer(admin_config, listener))

@@ -2,8 +2,8 @@
 
 A request's spans are made when it has been answered, from the times that were taken anyway: a
 server span, below it one for each image, below that one for each stretch in which the image was
-in a stage. What no stage covers was spent in queues. Nothing of OpenTelemetry is imported before
-tracing is asked for.
+in a stage. What no stage covers was spent in queues. OpenTelemetry's SDK and exporter are imported
+only where tracing is asked for.
 """
 
 from __future__ import annotations

@@ -136,14 +136,24 @@ async def test_other_origins_may_ask_only_if_they_are_named(
                 assert response.headers.get("access-control-allow-origin") == expected
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/segment", 415),
+        ("/v2/models/blobs/infer", 400),
+        ("/v2/models/blobs/versions/1/infer", 400),
+    ],
+)
 async def test_a_request_is_one_log_line_with_its_id(
-    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str, status: int
 ) -> None:
     caplog.set_level("INFO", "service.middleware")
-    await client.post("/segment", content=b"x", headers={"X-Request-Id": "abc-1"})
+    await client.get("/metrics")  # at level debug
+    await client.post(path, content=b"x", headers={"X-Request-Id": "abc-1"})
     (record,) = [r for r in caplog.records if r.name == "service.middleware"]
     fields = {name: vars(record)[name] for name in ("request_id", "method", "path", "status")}
-    assert fields == {"request_id": "abc-1", "method": "POST", "path": "/segment", "status": 415}
+    assert fields == {"request_id": "abc-1", "method": "POST", "path": path, "status": status}
+    assert "trace_id" not in vars(record)
 
 
 async def test_a_refusal_speaks_the_protocol_of_its_path() -> None:

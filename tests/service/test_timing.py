@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.timing import Interval, attribute_time, measure_union
+from service.timing import Interval, attribute_time, measure_union, merge_intervals
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_every_moment_goes_to_one_stage() -> None:
     assert (timing.decode, timing.infer, timing.postprocess, timing.encode) == (2, 6, 3, 2)
     assert timing.queue == 7
     assert timing.total == 20
+
+
+def test_stretches_that_touch_or_overlap_become_one() -> None:
+    assert merge_intervals([(5, 6), (1, 3), (3, 4), (2, 3)]) == [(1, 4), (5, 6)]
+    assert merge_intervals([(1, 9), (2, 3)]) == [(1, 9)]
