@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ Manifest = dict[str, Any]
 
 
 def find_kubectl() -> str | None:
-    """The command, or None where there is none; `kubectl kustomize` asks no cluster."""
-    return shutil.which("kubectl")
+    """The command, also of this environment, or None; `kubectl kustomize` asks no cluster."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return shutil.which("kubectl", path=os.pathsep.join(folders))
 
 
 def kustomize(folder: Path) -> list[Manifest]:
@@ -38,6 +40,17 @@ def kustomize(folder: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(built.stdout))
 
 
+def kustomize_here(kustomization: Manifest, folder: Path) -> list[Manifest]:
+    """What a kustomization would be built to whose resources and components are absolute paths."""
+    relative = {
+        field: [os.path.relpath(path, folder.resolve()) for path in kustomization[field]]
+        for field in ("resources", "components")
+    }
+    text = yaml.safe_dump({**kustomization, **relative})
+    (folder / "kustomization.yaml").write_text(text, encoding="utf-8")
+    return kustomize(folder)
+
+
 @cache
 def _build(name: str, scratch: Path) -> list[Manifest]:
     if name != ALL:
@@ -45,11 +58,10 @@ def _build(name: str, scratch: Path) -> list[Manifest]:
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [os.path.relpath(KUBERNETES / "overlays/gpu", scratch)],
-        "components": [os.path.relpath(KUBERNETES / part, scratch) for part in COMPONENTS],
+        "resources": [KUBERNETES / "overlays/gpu"],
+        "components": [KUBERNETES / part for part in COMPONENTS],
     }
-    (scratch / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
-    return kustomize(scratch)
+    return kustomize_here(kustomization, scratch)
 
 
 def build(name: str, scratch: Path) -> list[Manifest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from service.metrics import Metrics
+from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.kubernetes_checks import CHECKS, build_settings
 from tests.deploy.queries import metric_names
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     m.find_kubectl() is None, reason="kubectl, which has kustomize, is not installed"
 )
 OLDEST = "1.30"
+PAGE = (m.ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
 DURATION = {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"}
 # The operator's CRD is in no schema package; these are its documented fields that are used here.
 SERVICE_MONITOR = {
@@ -247,3 +250,26 @@ def test_the_adapter_offers_what_the_autoscaler_asks_for(manifests: list[m.Manif
         names = {name for name in metric_names(expression) if name.startswith("solo_")}
         assert names == {metric["pods"]["metric"]["name"]}
         assert f"# TYPE {names.pop()} gauge" in Metrics().render().decode()
+
+
+def test_the_overlay_of_the_page_can_be_built(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    kustomization = yaml.safe_load(block)
+    own = m.KUBERNETES / "overlays/own"  # where its paths are meant
+    for field in ("resources", "components"):
+        kustomization[field] = [os.path.normpath(own / path) for path in kustomization[field]]
+    built = m.kustomize_here(kustomization, tmp_path)
+    assert m.container(built)["image"] == "registry.example.com/solo-serve:0.1.0-gpu"
+    assert build_settings(built).request_timeout_ms == 5000
+
+
+def test_the_page_names_what_there_is() -> None:
+    named = {name.lower() for name in re.findall(r"SOLO_([A-Z_]+\w)", PAGE)}
+    assert len(named) > 8
+    assert named <= set(Settings.model_fields)
+    parts = re.findall(r"^\| `([^`]+)`", PAGE, re.MULTILINE)
+    assert {*m.OVERLAYS, *m.COMPONENTS} <= set(parts)
+    assert [part for part in parts if not (m.KUBERNETES / part).exists()] == []
+    assert (
+        f"Kubernetes {OLDEST} and {kubernetes_validate.latest_version().rpartition('.')[0]}" in PAGE
+    )
