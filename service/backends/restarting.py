@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from service.backends.base import Backend, BackendError, Precision
+from service.backends.base import Backend, BackendError, Interruptible, Precision
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Tile
 
@@ -127,6 +127,7 @@ class RestartingBackend:
             self._closed.set()
             self._usable.set()
             self._workers.stop()
+            self._interrupt()
             self._workers.abandon(BackendError("the engine is closed"))
             self._backend.close()
 
@@ -170,7 +171,13 @@ class RestartingBackend:
         rebuild = threading.Thread(target=self._rebuild, name="engine-rebuild", daemon=True)
         rebuild.start()
 
+    def _interrupt(self) -> None:
+        """A call that hangs would burn a core until the process ends."""
+        if isinstance(self._backend, Interruptible):
+            self._backend.interrupt()
+
     def _rebuild(self) -> None:
+        self._interrupt()
         if self._workers.join(timeout_s=1.0):  # one that hangs still uses what would be freed
             with contextlib.suppress(Exception):
                 self._backend.close()
