@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import aiohttp
 import httpx
 import numpy as np
 
+_HEADERS = {"content-type": "application/octet-stream"}
 NO_ANSWER = 0
 """Status of a request that ended without an answer."""
 
@@ -56,21 +58,23 @@ class Load:
         return float(np.percentile(seconds, percentile)) if seconds else float("nan")
 
 
-async def ask(client: httpx.AsyncClient, path: str, body: bytes) -> Answer:
+async def ask(client: aiohttp.ClientSession, path: str, body: bytes) -> Answer:
     """One request."""
     sent_s = time.monotonic()
     try:
-        response = await client.post(path, content=body)
-    except httpx.HTTPError as error:
+        async with client.post(path, data=body, headers=_HEADERS) as response:
+            await response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
         return Answer(NO_ANSWER, time.monotonic() - sent_s, sent_s, error=repr(error))
     retry_after = response.headers.get("retry-after")
-    return Answer(response.status_code, time.monotonic() - sent_s, sent_s, retry_after)
+    return Answer(response.status, time.monotonic() - sent_s, sent_s, retry_after)
 
 
-def open_client(url: str) -> httpx.AsyncClient:
+def open_client(url: str) -> aiohttp.ClientSession:
     """A client with as many connections as a load needs."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    return httpx.AsyncClient(base_url=url, limits=limits, timeout=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=120)
+    return aiohttp.ClientSession(url, connector=connector, timeout=timeout)
 
 
 async def run_closed_loop(
@@ -92,7 +96,7 @@ async def run_closed_loop(
     """
     load, sent = Load(), itertools.count()
 
-    async def run_client(client: httpx.AsyncClient, first: int) -> None:
+    async def run_client(client: aiohttp.ClientSession, first: int) -> None:
         for turn in itertools.count(first):
             if not may_go_on(next(sent)):
                 return
@@ -125,7 +129,7 @@ async def run_at_rate(
     load = Load()
     due_s = np.cumsum(np.random.default_rng(seed).exponential(1 / per_second, count))
 
-    async def send(client: httpx.AsyncClient, index: int) -> None:
+    async def send(client: aiohttp.ClientSession, index: int) -> None:
         load.answers.append(await ask(client, path, bodies[index % len(bodies)]))
 
     async with open_client(url) as client, asyncio.TaskGroup() as tasks:

@@ -77,7 +77,7 @@ def test_auto_says_what_it_took(tmp_path: Path) -> None:
         ready = httpx.get(f"{server.url}/v2/health/ready").json()
         metrics = read_metrics(server.url)
     device = "cuda" if isinstance(find_gpu(), Gpu) else "cpu"
-    (model,) = ready["models"]
-    assert model["device"] == device
-    assert model["reason"]
+    (engine,) = ready["engines"]
+    assert engine["device"] == device
+    assert engine["reason"]
     assert any(f'device="{device}"' in name for name in metrics if "solo_model_info" in name)

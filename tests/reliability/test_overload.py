@@ -1,4 +1,4 @@
-"""Behaviours 3 and 5: too much work is turned away at once, and work nobody waits for is dropped."""
+"""Behaviours 3 and 5: too much work is turned away, and work nobody waits for is dropped."""
 
 from __future__ import annotations
 

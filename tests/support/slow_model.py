@@ -47,7 +47,8 @@ _END = """
    value = Constant <value_float = 0.015625> ()
    matrix = Expand (value, side)
    go_on = Constant <value = bool {1}> ()
-   powers = Loop <body = round (int64 index, bool keep, float[64, 64] x) => (bool keep_out, float[64, 64] y)
+   powers = Loop <body = round (int64 index, bool keep, float[64, 64] x)
+      => (bool keep_out, float[64, 64] y)
    {
       keep_out = Identity (keep)
       y = MatMul (x, x)
