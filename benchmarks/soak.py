@@ -18,7 +18,7 @@ import io
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ async def soak(
 
 def count_served(metrics: dict[str, float]) -> dict[str, float]:
     """What the server has counted: requests by status, images, and both histograms."""
-    counted: Counter[str] = Counter()
+    counted: dict[str, float] = defaultdict(float)
     for name, value in metrics.items():
         if name.startswith("solo_requests_total{") and 'route="/segment"' in name:
             counted["status " + name.partition('status="')[2].partition('"')[0]] += value

@@ -23,7 +23,7 @@ _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap height and width."""
 _MAX_SCANS = 50
-"""A decoder goes over the whole picture for each scan, and one can be ten bytes long: a file of 30 KB
+"""A decoder goes over the whole picture for each scan, which can be ten bytes long: a file of 30 KB
 can take minutes. Encoders write about ten."""
 _MAX_SEGMENTS = 10_000
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from operator import gt
 from pathlib import Path
 
 from benchmarks.load import read_metrics, run_closed_loop
@@ -23,9 +25,7 @@ def test_a_thousand_requests_count_a_thousand(tmp_path: Path, report: Report) ->
     with run_server(tmp_path / "log", "--model-repo", str(tmp_path / "repo"), *CPU_FLAGS) as server:
         for body, count, status in ((picture, COUNT, 200), (picture[:-100], BAD, 422)):
             load = asyncio.run(
-                run_closed_loop(
-                    server.url, [body], clients=16, may_go_on=lambda sent, n=count: sent < n
-                )
+                run_closed_loop(server.url, [body], clients=16, may_go_on=partial(gt, count))
             )
             assert load.statuses == {status: count}
         metrics = read_metrics(server.url)

@@ -64,7 +64,7 @@ def least_iou(alone: dict[str, Any], together: dict[str, Any]) -> float:
     ours, theirs = alone["instances"], together["instances"]
     assert [i["category_id"] for i in ours] == [i["category_id"] for i in theirs]
     masks = ([i["segmentation"] for i in found] for found in (ours, theirs))
-    return min(coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(*masks, strict=True))
+    return min(float(coco_mask.iou([a], [b], [0])[0, 0]) for a, b in zip(*masks, strict=True))
 
 
 def check_company(url: str, model: str, files: list[bytes]) -> float:
