@@ -7,6 +7,8 @@ from functools import partial
 from operator import gt
 from pathlib import Path
 
+import pytest
+
 from benchmarks.load import read_metrics, run_closed_loop
 from service.metrics import STAGES
 from tests.reliability.conftest import Report
@@ -18,6 +20,7 @@ COUNT = 1000
 BAD = 50
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_count_a_thousand(tmp_path: Path, report: Report) -> None:
     """And fifty that fail are counted beside them, not among them."""
     publish_graph(tmp_path / "repo", "blobs", build_slow_graph(), input=ONE_CANVAS)

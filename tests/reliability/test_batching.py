@@ -32,7 +32,7 @@ def test_64_sizes_fill_the_batches_and_leave_the_event_loop_free(
     bodies = [encode_picture(picture, "JPEG") for picture in pictures]
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS)
     with run_server(tmp_path / "log", *flags) as server:
-        command = [sys.executable, "-m", "benchmarks.ping", server.url, "--seconds", "5"]
+        command = [sys.executable, "-m", "benchmarks.ping", server.url, "--seconds", "4"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as pinger:
             load = asyncio.run(
                 run_closed_loop(

@@ -93,6 +93,7 @@ def test_an_engine_cache_on_a_full_disk_has_no_half_engine(tmp_path: Path) -> No
     assert EngineCache(tmp_path).load(KEY) == bytes(100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FAKETIME is None, reason="libfaketime is missing (apt-get install faketime)")
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, report: Report) -> None:
     """A day ahead, a year back and to now again, while requests with deadlines come in."""

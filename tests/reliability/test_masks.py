@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
 from pycocotools import mask as coco_mask
 
 from tests.reliability.conftest import Report
@@ -18,6 +19,7 @@ HEIGHT, WIDTH = 3024, 4032
 MASKS = 100
 
 
+@pytest.mark.slow
 def test_a_hundred_large_masks_need_little_memory(tmp_path: Path, report: Report) -> None:
     publish_graph(tmp_path / "repo", "full", build_full_graph(MASKS), **full_config(MASKS))
     photograph = encode_picture(draw_picture(HEIGHT, WIDTH), "JPEG")

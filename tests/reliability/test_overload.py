@@ -35,7 +35,7 @@ def run_overload(tmp_path: Path, report: Report, seconds: float) -> None:
         )
         capacity = len(full.answers) / 2
         rate = 5 * capacity
-        asyncio.run(run_at_rate(server.url, [PICTURE], per_second=rate, count=round(2 * rate)))
+        asyncio.run(run_at_rate(server.url, [PICTURE], per_second=rate, count=round(rate)))
         before = read_resident_bytes(server.process.pid)
         count = round(seconds * rate)
         load = asyncio.run(run_at_rate(server.url, [PICTURE], per_second=rate, count=count))
@@ -55,7 +55,7 @@ def run_overload(tmp_path: Path, report: Report, seconds: float) -> None:
 
 
 def test_five_times_the_load_is_turned_away_at_once(tmp_path: Path, report: Report) -> None:
-    run_overload(tmp_path, report, seconds=6)
+    run_overload(tmp_path, report, seconds=4)
 
 
 @pytest.mark.slow

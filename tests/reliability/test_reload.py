@@ -84,6 +84,7 @@ def test_a_new_version_and_a_broken_one_lose_no_request(
     assert set(load.statuses) == {200}
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_short_while_it_is_loaded_is_refused(
     server: ServerProcess, repo: Path, report: Report
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_file_that_is_cut_short_while_it_is_loaded_is_refused(
     assert set(load.statuses) == {200}
 
 
+@pytest.mark.slow
 def test_twenty_reloads_do_not_grow(server: ServerProcess, repo: Path, report: Report) -> None:
     """The first ten fill the allocator's pools."""
     sizes = []
