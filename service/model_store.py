@@ -252,8 +252,8 @@ class ModelStore:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_CALL_S):
                     await model.batcher.drain()
-        model.engine.close()  # nobody waits for it, or for another, any more
         await model.batcher.abort()
+        model.engine.close()  # nobody waits for it, or for another, any more
 
     def _set_unavailable(self, name: str, reason: str) -> None:
         self.unavailable[name] = reason
