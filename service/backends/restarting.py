@@ -115,7 +115,7 @@ class RestartingBackend:
         except EngineHung:
             raise
         except Exception as error:
-            if self._closed.is_set() or self._answers(backend, workers):
+            if self._closed.is_set() or (self._serves(backend) and self._answers(backend, workers)):
                 raise
             self._replace(backend, f"it raised {error!r} and fails on a harmless image too")
         backend, workers = self._wait_until_usable()
@@ -150,6 +150,10 @@ class RestartingBackend:
         except TimeoutError as error:
             self._replace(backend, f"a call has not come back after {self._timeout_s:g} s")
             raise EngineHung(f"the engine took more than {self._timeout_s:g} s") from error
+
+    def _serves(self, backend: Backend) -> bool:
+        """Whether it has not been given up for another call's sake."""
+        return backend is self._backend and self._usable.is_set()
 
     def _answers(self, backend: Backend, workers: Workers) -> bool:
         try:

@@ -96,7 +96,7 @@ def test_company_changes_nothing(tmp_path: Path, report: Report) -> None:
 
 @pytest.mark.slow
 def test_company_changes_nothing_with_the_bundled_model(tmp_path: Path, report: Report) -> None:
-    files = [file.read_bytes() for file in sorted(NUCLEI.glob("*.jpg"))]
+    files = [file.read_bytes() for file in sorted(NUCLEI.glob("*.jpg"))[:8]]
     with run_server(tmp_path / "log", *CPU_FLAGS, "--max-delay-ms", "100") as server:
         least = check_company(server.url, "nuclei", files)
     report("least_mask_iou", least)

@@ -226,3 +226,29 @@ def test_a_call_that_hangs_is_interrupted_where_the_engine_can(by_closing: bool)
             call.result(10)
     wait_for(lambda: engine.closed)
     backend.close()
+
+
+def test_a_call_that_is_interrupted_for_anothers_sake_is_done_by_the_next_engine() -> None:
+    class SlowEngine(InterruptibleEngine):
+        def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+            found = super().infer(tiles)
+            if self.release.is_set():
+                raise RuntimeError("interrupted")
+            return found
+
+    engine = SlowEngine(concurrency=2)
+    backend = RestartingBackend(engine, FakeEngine, probe, timeout_s=1.0, first_pause_s=0.001)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(backend.infer, [build_tile(HANGING)])
+        wait_for(lambda: len(engine.calls) == 1)
+        time.sleep(0.5)
+        second = pool.submit(backend.infer, [build_tile(HANGING), build_tile(GOOD)])
+        with pytest.raises(EngineHung):
+            first.result(10)
+        wait_for(lambda: backend.current is not engine)
+        current = backend.current
+        assert isinstance(current, FakeEngine)
+        wait_for(lambda: HANGING in current.calls)
+        current.release.set()
+        assert len(second.result(10)) == 2
+    backend.close()
