@@ -59,14 +59,14 @@ def test_an_engine_that_hangs_is_replaced_and_costs_one_image(
         asyncio.run(hang_among_others(server, report))
         restarts = read_metrics(server.url)['solo_engine_restarts_total{model="blobs"}']
         before_s = read_cpu_s(server.process.pid)
-        time.sleep(2)
+        time.sleep(1)
         idle_s = read_cpu_s(server.process.pid) - before_s
         server.terminate()
         assert server.wait() == 0
     report("restarts", restarts)
-    report("cpu_share_afterwards", idle_s / 2)
+    report("cpu_share_afterwards", idle_s)
     assert restarts == 2  # in company, and alone
-    assert idle_s < 0.5  # what hung has been ended
+    assert idle_s < 0.3  # what hung has been ended
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ PICTURE = encode_picture(draw_picture())
 
 
 def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, report: Report) -> None:
-    graph = build_slow_graph(rounds=10_000)
+    graph = build_slow_graph(rounds=4000)
     publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-batch", "2")
     with run_server(tmp_path / "log", *flags) as server, ThreadPoolExecutor(1) as pool:
