@@ -116,7 +116,8 @@ def test_a_chunked_body_of_a_gigabyte_is_cut(server: ServerProcess, report: Repo
     report("cut_after_s", seconds)
     report("extra_mb", extra / 1e6)
     assert sent < 1_000_000_000
-    assert answer.startswith((b"HTTP/1.1 413 ", b"")) and extra < 50e6
+    assert not answer or answer.startswith(b"HTTP/1.1 413 ")
+    assert extra < 50e6
     assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
 
 
