@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from service.stages import ServedModel
 logger = logging.getLogger(__name__)
 
 UNLOADED = "unloaded"
+LAST_CALL_S = 1.0
+"""How long an engine that is no longer used may go on with what nobody waits for."""
 
 
 class ModelStore:
@@ -246,10 +248,12 @@ class ModelStore:
 
     @staticmethod
     async def _end(model: ServedModel, *, finished: bool) -> None:
-        if not finished or not model.engine.is_alive:
-            model.engine.close()  # nobody waits for it, or for another, any more
-        await (model.batcher.drain() if finished else model.batcher.abort())
-        model.engine.close()
+        if finished and model.engine.is_alive:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_CALL_S):
+                    await model.batcher.drain()
+        await model.batcher.abort()
+        model.engine.close()  # nobody waits for it, or for another, any more
 
     def _set_unavailable(self, name: str, reason: str) -> None:
         self.unavailable[name] = reason

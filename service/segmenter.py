@@ -106,6 +106,10 @@ class Segmenter:
             logger.error("%d requests were not finished in time", self._requests)
         return not self._requests
 
+    async def give_up(self) -> None:
+        """Answers what was accepted and is not finished: 503."""
+        await self.store.close(finished=False)
+
     async def drain(self) -> None:
         """Finishes accepted work, then frees the engines."""
         finished = await self.finish_accepted()

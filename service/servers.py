@@ -98,7 +98,8 @@ class DrainingServer(uvicorn.Server):
         segmenter = getattr(getattr(app, "state", None), "segmenter", None)
         if segmenter is not None:
             logger.info("draining: %d images are in work", segmenter.admission.images)
-            await segmenter.finish_accepted()
+            if not await segmenter.finish_accepted():
+                await segmenter.give_up()
         self.should_exit = True
 
 

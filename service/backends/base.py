@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -87,6 +87,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees what the engine holds."""
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """An engine whose calls can be ended from outside."""
+
+    def interrupt(self) -> None:
+        """Makes the calls under way raise soon; for an engine that is used no more."""
         ...
 
 

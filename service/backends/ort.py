@@ -77,6 +77,12 @@ class OrtBackend:
         finally:
             self._free.put(slot)
 
+    def interrupt(self) -> None:
+        """See `Interruptible`; a call on a GPU ends by itself or not at all."""
+        for slot in self._slots:
+            if isinstance(slot, HostSlot):
+                slot.interrupt()
+
     def close(self) -> None:
         """See `Backend.close`."""
         for slot in self._slots:

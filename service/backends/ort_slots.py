@@ -53,6 +53,8 @@ class HostSlot:
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session: ort.InferenceSession | None = session
+        # Of all calls: what has been interrupted is used no more.
+        self._run_options = ort.RunOptions()
 
     def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
         """See `Slot.infer`."""
@@ -60,10 +62,14 @@ class HostSlot:
             raise BackendError("the engine is closed")
         images, valid_hw = collate(tiles)
         feeds = {"images": images, "valid_hw": valid_hw}
-        outputs = self._session.run(list(OUTPUT_NAMES), feeds)
+        outputs = self._session.run(list(OUTPUT_NAMES), feeds, self._run_options)
         if len(outputs[0]) != len(images):
             raise BackendError(f"{len(images)} canvases gave {len(outputs[0])} results")
         return split_batch(*(np.asarray(output) for output in outputs), copy=False)
+
+    def interrupt(self) -> None:
+        """Ends calls under way at their next operation."""
+        self._run_options.terminate = True
 
     def close(self) -> None:
         """See `Slot.close`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from service.backends.base import Backend, BackendError, Precision
+from service.backends.base import Backend, BackendError, Interruptible, Precision
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Tile
 
@@ -115,7 +115,7 @@ class RestartingBackend:
         except EngineHung:
             raise
         except Exception as error:
-            if self._closed.is_set() or self._answers(backend, workers):
+            if self._closed.is_set() or (self._serves(backend) and self._answers(backend, workers)):
                 raise
             self._replace(backend, f"it raised {error!r} and fails on a harmless image too")
         backend, workers = self._wait_until_usable()
@@ -127,6 +127,7 @@ class RestartingBackend:
             self._closed.set()
             self._usable.set()
             self._workers.stop()
+            self._interrupt()
             self._workers.abandon(BackendError("the engine is closed"))
             self._backend.close()
 
@@ -150,6 +151,10 @@ class RestartingBackend:
             self._replace(backend, f"a call has not come back after {self._timeout_s:g} s")
             raise EngineHung(f"the engine took more than {self._timeout_s:g} s") from error
 
+    def _serves(self, backend: Backend) -> bool:
+        """Whether it has not been given up for another call's sake."""
+        return backend is self._backend and self._usable.is_set()
+
     def _answers(self, backend: Backend, workers: Workers) -> bool:
         try:
             workers.run(self._probe, backend).result(self._timeout_s)
@@ -170,7 +175,13 @@ class RestartingBackend:
         rebuild = threading.Thread(target=self._rebuild, name="engine-rebuild", daemon=True)
         rebuild.start()
 
+    def _interrupt(self) -> None:
+        """A call that hangs would burn a core until the process ends."""
+        if isinstance(self._backend, Interruptible):
+            self._backend.interrupt()
+
     def _rebuild(self) -> None:
+        self._interrupt()
         if self._workers.join(timeout_s=1.0):  # one that hangs still uses what would be freed
             with contextlib.suppress(Exception):
                 self._backend.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
@@ -14,12 +15,21 @@ from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, Uns
 from service.pipeline.types import UInt8
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_JPEG_FORMATS = ("JPEG", "MPO")
 MAX_PIXELS = 64_000_000
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _CAMERA_BITS = (8, 10, 12, 14, 16)
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap height and width."""
+_MAX_SCANS = 50
+"""A decoder goes over the whole picture for each scan, which can be ten bytes long: a file of 30 KB
+can take minutes. Encoders write about ten."""
+_MAX_SEGMENTS = 10_000
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+"""Of a JPEG; the others are stuffed bytes, fill bytes and restarts within a scan."""
+_BARE_MARKERS = (b"\x01", b"\xd8")
+_END, _SCAN = b"\xd9", b"\xda"
 _DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(struct.error, zlib.error),
@@ -103,6 +113,26 @@ def read_upright_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
+def _check_scans(data: bytes) -> None:
+    """Refuses a JPEG of more scans than an honest encoder writes; walks its segments.
+
+    Raises:
+        CorruptImage: Says how many are allowed.
+    """
+    position, scans = 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, position)
+        if found is None or found[1] == _END:
+            return
+        position = found.end()
+        if found[1] not in _BARE_MARKERS:
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += found[1] == _SCAN
+        if scans > _MAX_SCANS:
+            raise CorruptImage(f"the JPEG has more than {_MAX_SCANS} scans")
+    raise CorruptImage(f"the JPEG has more than {_MAX_SEGMENTS} segments")
+
+
 def _decode_jpeg(data: bytes, image: Image.Image, least_hw: tuple[int, int]) -> UInt8 | None:
     """The stored pixels of an ordinary JPEG, the same as Pillow's in a fraction of its time.
 
@@ -115,7 +145,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, least_hw: tuple[int, int]) -> 
         [h, w, 3], or None for what is left to Pillow: other formats and colours, and damage, so
         that one library alone judges it.
     """
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+    if image.format not in _JPEG_FORMATS or image.mode not in ("RGB", "L"):
         return None
     height, width = least_hw[::-1] if _orientation(image) in _SIDEWAYS else least_hw
     reduce = 0 < 2 * height <= image.height and 0 < 2 * width <= image.width
@@ -160,6 +190,8 @@ def decode_image(
         DecodeError: One of its subclasses says why.
     """
     image = _open(data, max_pixels)
+    if image.format in _JPEG_FORMATS:
+        _check_scans(data)
     try:
         pixels = _decode_jpeg(data, image, least_hw)
         if pixels is None:

@@ -25,7 +25,7 @@ STRIDE = 4
 POISON = 7
 """A poisonable model fails on a batch in which any canvas starts with this much red."""
 
-_GRAPH = """
+GRAPH = """
 <ir_version: 9, opset_import: ["" : 18]>
 blobs (uint8[B, H, W, 3] images, int64[B, 2] valid_hw)
    => (float[B, K] scores, int64[B, K] labels, float[B, K, h, w] mask_probs)
@@ -104,7 +104,7 @@ _POISONED = """
 
 def build_graph(*, poisonable: bool = False) -> bytes:
     """The graph, serialised."""
-    text = _GRAPH.replace("POISON", _POISONED if poisonable else _HEALTHY)
+    text = GRAPH.replace("POISON", _POISONED if poisonable else _HEALTHY)
     model = onnx.parser.parse_model(text)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())

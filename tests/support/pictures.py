@@ -36,3 +36,16 @@ def build_truncated_jpeg() -> bytes:
     """The first half of a JPEG."""
     data = encode_picture(draw_picture(200, 200), "JPEG")
     return data[: len(data) // 2]
+
+
+def build_jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan, a few bytes, comes again and again.
+
+    Decoders go over the whole picture once for each.
+    """
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    return data[:-2] + scan * scans + data[-2:]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0
+CPU_FLAGS = ("--device", "cpu", "--threads", "1", "--pool-threads", "2")
 
 
 class ServerProcess:

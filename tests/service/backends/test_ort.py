@@ -32,6 +32,7 @@ from tests.support.blob_model import (
     build_typed_graph,
     model_config,
 )
+from tests.support.slow_model import FOR_EVER, build_slow_graph
 
 PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 CPU = BackendOptions(device="cpu", threads=1)
@@ -50,6 +51,17 @@ def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -
     for candidates in found:
         assert candidates.mask_hw == (height // 4, width // 4)
         assert (np.diff(candidates.scores) <= 0).all()
+
+
+def test_a_call_that_never_ends_is_interrupted() -> None:
+    backend = build_ort_backend(build_slow_graph(rounds=FOR_EVER), CPU)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(backend.infer, build_batch(1, 64, 64))
+        with pytest.raises(TimeoutError):
+            call.result(0.5)
+        backend.interrupt()
+        with pytest.raises(Exception, match="terminate flag"):
+            call.result(20)
 
 
 def test_a_batch_is_what_its_canvases_are_alone() -> None:

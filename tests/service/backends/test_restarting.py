@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,7 @@ class House:
         self.engines = [FakeEngine(concurrency=concurrency)]
         self.failures = failures
         self.told: list[bool] = []
+        self.building = threading.Event()
         self.may_build = threading.Event()
         self.may_build.set()
         self.backend = RestartingBackend(
@@ -77,6 +79,7 @@ class House:
         )
 
     def build(self) -> Backend:
+        self.building.set()
         assert self.may_build.wait(20)
         if self.failures:
             self.failures -= 1
@@ -176,7 +179,7 @@ def test_closing_ends_the_waiting() -> None:
         house.may_build.clear()
         house.engines[0].dead = True
         call = pool.submit(house.infer, GOOD)
-        wait_for(lambda: not house.backend.is_alive)
+        assert house.building.wait(10)
         house.backend.close()
         with pytest.raises(BackendError, match="closed"):
             call.result(10)
@@ -200,3 +203,52 @@ def test_two_calls_at_once_that_find_the_engine_dead_build_one() -> None:
         house.engines[0].dead = True
         assert list(pool.map(house.infer, [GOOD, GOOD])) == [1, 1]
         assert len(house.engines) == 2
+
+
+class InterruptibleEngine(FakeEngine):
+    def interrupt(self) -> None:
+        self.release.set()
+
+
+@pytest.mark.parametrize("by_closing", [False, True])
+def test_a_call_that_hangs_is_interrupted_where_the_engine_can(by_closing: bool) -> None:
+    engine = InterruptibleEngine()
+    backend = RestartingBackend(
+        engine, FakeEngine, probe, timeout_s=20 if by_closing else 0.05, first_pause_s=0.001
+    )
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(backend.infer, [build_tile(HANGING)])
+        wait_for(lambda: HANGING in engine.calls)
+        if by_closing:
+            backend.close()
+        assert engine.release.wait(10)
+        with contextlib.suppress(BackendError):
+            call.result(10)
+    wait_for(lambda: engine.closed)
+    backend.close()
+
+
+def test_a_call_that_is_interrupted_for_anothers_sake_is_done_by_the_next_engine() -> None:
+    class SlowEngine(InterruptibleEngine):
+        def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+            found = super().infer(tiles)
+            if self.release.is_set():
+                raise RuntimeError("interrupted")
+            return found
+
+    engine = SlowEngine(concurrency=2)
+    backend = RestartingBackend(engine, FakeEngine, probe, timeout_s=1.0, first_pause_s=0.001)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(backend.infer, [build_tile(HANGING)])
+        wait_for(lambda: len(engine.calls) == 1)
+        time.sleep(0.5)
+        second = pool.submit(backend.infer, [build_tile(HANGING), build_tile(GOOD)])
+        with pytest.raises(EngineHung):
+            first.result(10)
+        wait_for(lambda: backend.current is not engine)
+        current = backend.current
+        assert isinstance(current, FakeEngine)
+        wait_for(lambda: HANGING in current.calls)
+        current.release.set()
+        assert len(second.result(10)) == 2
+    backend.close()

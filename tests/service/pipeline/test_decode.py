@@ -16,6 +16,7 @@ from PIL import Image
 from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from service.pipeline.types import UInt8
+from tests.support.pictures import build_jpeg_of_scans
 
 
 def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -238,3 +239,30 @@ def test_a_truncated_jpeg_is_refused_at_a_smaller_scale_too() -> None:
     data = _encode(_photo(300, 200), "JPEG")
     with pytest.raises(CorruptImage):
         decode_image(data[: len(data) // 2], least_hw=(20, 30))
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """30 KB that took a decoder many seconds."""
+    with pytest.raises(CorruptImage, match="more than 50 scans"):
+        decode_image(build_jpeg_of_scans(64, 1000))
+    assert decode_image(build_jpeg_of_scans(64, 20)).shape == (64, 64, 3)
+
+
+def test_scans_are_counted_behind_segments_that_look_like_an_end() -> None:
+    data = build_jpeg_of_scans(64, 1000)
+    start = data.rindex(b"\xff\xc2")
+    comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xd9"
+    with pytest.raises(CorruptImage, match="more than 50 scans"):
+        decode_image(data[:start] + comment + data[start:])
+
+
+def test_what_follows_a_jpeg_is_not_counted() -> None:
+    """A telephone's moving picture is a film behind a JPEG."""
+    film = b"\xff\xda\x00\x02" * 100
+    assert decode_image(_encode(_gradient(), "JPEG") + film).shape == (20, 30, 3)
+
+
+def test_a_jpeg_of_very_many_segments_is_refused() -> None:
+    data = _encode(_gradient(), "JPEG")
+    with pytest.raises(CorruptImage, match="more than 10000 segments"):
+        decode_image(data[:2] + b"\xff\xfe\x00\x02" * 20_000 + data[2:])

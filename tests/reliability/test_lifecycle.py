@@ -1,0 +1,83 @@
+"""Behaviours 8 and 11: a server ends without losing what it took, and never lies of its device."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.load import NO_ANSWER, read_metrics, run_closed_loop
+from service.backends.driver import Gpu, find_gpu
+from tests.reliability.conftest import Report
+from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.server import CPU_FLAGS, ServerProcess, run_server
+from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
+
+PICTURE = encode_picture(draw_picture())
+
+
+def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, report: Report) -> None:
+    graph = build_slow_graph(rounds=4000)
+    publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
+    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-batch", "2")
+    with run_server(tmp_path / "log", *flags) as server, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            lambda: asyncio.run(
+                run_closed_loop(
+                    server.url,
+                    [PICTURE],
+                    clients=32,
+                    may_go_on=lambda _: server.process.poll() is None,
+                )
+            )
+        )
+        while read_metrics(server.url)["solo_queue_images"] < 32:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        ordered_s = time.monotonic()
+        server.terminate()
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while client.get("/v2/health/ready").status_code != 503:
+                pass
+            report("not_ready_after_ms", 1e3 * (time.monotonic() - ordered_s))
+            assert client.get("/v2/health/live").status_code == 200
+        assert server.wait() == 0
+        report("ended_after_s", time.monotonic() - ordered_s)
+        load = running.result()
+    accepted = [a for a in load.answers if a.sent_s < ordered_s]
+    in_work = [a for a in accepted if a.sent_s + a.seconds > ordered_s]
+    later = {a.status for a in load.answers if a.sent_s >= ordered_s}
+    report("in_work_at_sigterm", len(in_work))
+    assert len(in_work) >= 16
+    assert {a.status for a in accepted} == {200}
+    assert 503 in later and later <= {503, NO_ANSWER}
+    assert "Traceback" not in server.read_log()
+
+
+@pytest.mark.skipif(isinstance(find_gpu(), Gpu), reason="this machine has a GPU")
+def test_cuda_where_there_is_none_ends_soon_with_the_reason(tmp_path: Path, report: Report) -> None:
+    publish(tmp_path / "repo")
+    began_s = time.monotonic()
+    flags = ("--device", "cuda", "--model-repo", str(tmp_path / "repo"))
+    server = ServerProcess(tmp_path / "log", *flags)
+    assert server.wait(60) == 1
+    seconds = time.monotonic() - began_s
+    report("ended_after_s", seconds)
+    assert f"solo-serve: error: device cuda: {find_gpu()}" in server.read_log()
+    assert seconds < 30  # 10 is the aim; other work on the machine adds to it
+
+
+def test_auto_says_what_it_took(tmp_path: Path) -> None:
+    publish(tmp_path / "repo")
+    with run_server(tmp_path / "log", "--model-repo", str(tmp_path / "repo")) as server:
+        ready = httpx.get(f"{server.url}/v2/health/ready").json()
+        metrics = read_metrics(server.url)
+    device = "cuda" if isinstance(find_gpu(), Gpu) else "cpu"
+    (engine,) = ready["engines"]
+    assert engine["device"] == device
+    assert engine["reason"]
+    assert any(f'device="{device}"' in name for name in metrics if "solo_model_info" in name)

@@ -1,0 +1,127 @@
+"""Behaviours 3 and 5: too much work is turned away, and work nobody waits for is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.load import ask, open_client, read_metrics, run_at_rate, run_closed_loop
+from tests.reliability.conftest import Report
+from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture
+from tests.support.memory import read_resident_bytes
+from tests.support.server import CPU_FLAGS, run_server
+from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
+
+PICTURE = encode_picture(draw_picture())
+BATCH = 8
+
+
+def run_overload(tmp_path: Path, report: Report, seconds: float) -> None:
+    """Five times what the server can do, after as much of it as fills every buffer."""
+    graph = build_slow_graph(rounds=6000)
+    publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
+    limits = ("--max-batch", "2", "--max-queue-images", "16")
+    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, *limits)
+    with run_server(tmp_path / "log", *flags) as server:
+        end_s = time.monotonic() + 2
+        full = asyncio.run(
+            run_closed_loop(
+                server.url, [PICTURE], clients=8, may_go_on=lambda _: time.monotonic() < end_s
+            )
+        )
+        capacity = len(full.answers) / 2
+        rate = 5 * capacity
+        asyncio.run(run_at_rate(server.url, [PICTURE], per_second=rate, count=round(rate)))
+        before = read_resident_bytes(server.process.pid)
+        count = round(seconds * rate)
+        load = asyncio.run(run_at_rate(server.url, [PICTURE], per_second=rate, count=count))
+        growth = read_resident_bytes(server.process.pid) / before - 1
+    report("capacity_per_s", capacity)
+    report("offered", count)
+    report("answered_200", load.statuses[200])
+    report("answered_503", load.statuses[503])
+    report("rejection_p50_ms", 1e3 * load.seconds_at(50, 503))
+    report("rejection_p99_ms", 1e3 * load.seconds_at(99, 503))
+    report("accepted_p99_ms", 1e3 * load.seconds_at(99, 200))
+    report("rss_growth_percent", 100 * growth)
+    assert set(load.statuses) == {200, 503}
+    assert {a.retry_after for a in load.answers if a.status == 503} == {"1"}
+    assert load.statuses[503] > count / 2
+    assert growth < 0.05
+    # p99 < 0.05 is the aim; other work on the machine, this client's too, adds to it.
+    assert load.seconds_at(50, 503) < 1
+
+
+def test_five_times_the_load_is_turned_away_at_once(tmp_path: Path, report: Report) -> None:
+    run_overload(tmp_path, report, seconds=3)
+
+
+@pytest.mark.slow
+def test_five_times_the_load_for_two_minutes(tmp_path: Path, report: Report) -> None:
+    run_overload(tmp_path, report, seconds=120)
+
+
+async def leave_90_of_100(url: str, report: Report) -> None:
+    async with open_client(url) as client:
+        plug = asyncio.create_task(ask(client, "/segment", encode_picture(poisoned_picture())))
+        await wait_for_queue(url, 1)
+        tasks = [asyncio.create_task(ask(client, "/segment", PICTURE)) for _ in range(100)]
+        await wait_for_queue(url, 101)
+        for task in tasks[5:95]:
+            task.cancel()
+        began_s = time.monotonic()
+        await wait_for_queue(url, 11)
+        report("90_left_after_ms", 1e3 * (time.monotonic() - began_s))
+        assert not plug.done()
+        assert [(await task).status for task in (plug, *tasks[:5], *tasks[95:])] == [200] * 11
+
+
+async def wait_for_queue(url: str, images: int) -> None:
+    async with asyncio.timeout(30):
+        while (await asyncio.to_thread(read_metrics, url))["solo_queue_images"] != images:
+            await asyncio.sleep(0.01)
+
+
+def test_work_of_clients_that_left_is_not_done(tmp_path: Path, report: Report) -> None:
+    """A first image holds the engine for about 2 s, so that the hundred behind it wait."""
+    graph = build_slow_graph(poisoned_rounds=200_000)
+    publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
+    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-batch", str(BATCH))
+    with run_server(tmp_path / "log", *flags) as server:
+        asyncio.run(leave_90_of_100(server.url, report))
+        metrics = read_metrics(server.url)
+        executed = metrics['solo_batch_size_sum{model="blobs"}'] - 1  # without the first image
+        left = metrics['solo_cancelled_images_total{model="blobs",reason="client_left"}']
+        after = asyncio.run(
+            run_closed_loop(server.url, [PICTURE], clients=10, may_go_on=lambda sent: sent < 100)
+        )
+    report("executed_of_100", executed)
+    assert executed <= 10 + BATCH
+    assert left == 90
+    assert after.statuses == {200: 100}
+
+
+@pytest.mark.slow
+def test_work_past_its_deadline_is_not_done(tmp_path: Path) -> None:
+    graph = build_slow_graph(poisoned_rounds=100_000)
+    publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
+    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-batch", str(BATCH))
+
+    async def ask_too_late(url: str) -> None:
+        async with open_client(url) as client:
+            plug = asyncio.create_task(ask(client, "/segment", encode_picture(poisoned_picture())))
+            await wait_for_queue(url, 1)
+            late = [ask(client, "/segment?timeout_ms=100", PICTURE) for _ in range(50)]
+            assert {answer.status for answer in await asyncio.gather(*late)} == {504}
+            assert (await plug).status == 200
+
+    with run_server(tmp_path / "log", *flags) as server:
+        asyncio.run(ask_too_late(server.url))
+        assert httpx.post(f"{server.url}/segment", content=PICTURE).status_code == 200
+        metrics = read_metrics(server.url)
+    assert metrics['solo_batch_size_sum{model="blobs"}'] <= 2 + BATCH
+    assert metrics['solo_cancelled_images_total{model="blobs",reason="deadline"}'] == 50
