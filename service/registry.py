@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -109,10 +109,20 @@ def load_version(
     artefacts = Artefacts(file.parent, config.files)
     warm = partial(warm_up, config=config)
     try:
-        backend = build_backend(artefacts, options or BackendOptions(), config, warm)
+        backend = build_backend(artefacts, _options_of(config, options), config, warm)
     except BackendError as error:
         raise ModelRefused(file, str(error)) from error
     return LoadedModel(config, config.version, backend)
+
+
+def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendOptions:
+    """The server's options with what the model's config.json sets for itself."""
+    options, limits = options or BackendOptions(), config.limits
+    return replace(
+        options,
+        slots=limits.instances or options.slots,
+        threads=limits.threads or options.threads,
+    )
 
 
 def read_served_versions(folder: Path) -> list[int]:

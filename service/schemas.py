@@ -10,7 +10,7 @@ from service.backends.base import Precision
 from service.oip.schemas import TensorMetadata
 from service.pipeline.model_config import Task
 
-Masks = Literal["rle", "polygon", "none"]
+Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
 
 
@@ -42,7 +42,10 @@ class SegmentQuery(BaseModel):
     ] = None
     masks: Annotated[
         Masks,
-        Field(description="COCO run-length encoding, COCO polygons, or boxes and scores alone"),
+        Field(
+            description="COCO run-length encoding; COCO polygons, which fill holes; one index "
+            "image for all instances; or boxes and scores alone"
+        ),
     ] = "rle"
     priority: Annotated[
         Priority, Field(description="interactive work goes before batch work that came with it")
@@ -80,7 +83,11 @@ class InstanceModel(BaseModel):
     area: Annotated[int, Field(description="mask pixels")]
     segmentation: Annotated[
         Rle | list[list[float]] | None,
-        Field(description="RLE, or polygons [x1, y1, x2, y2, ...]; absent with masks=none"),
+        Field(description="RLE, or polygons [x1, y1, x2, y2, ...]; absent with png and none"),
+    ] = None
+    holes: Annotated[
+        int | None,
+        Field(description="with masks=polygon: holes of the mask, which its polygons fill"),
     ] = None
 
 
@@ -91,6 +98,13 @@ class ImageResult(BaseModel):
     width: int | None = None
     height: int | None = None
     instances: list[InstanceModel] | None = None
+    index_png: Annotated[
+        str | None,
+        Field(
+            description="with masks=png: base64 of a grey PNG of the image's size whose pixel n "
+            "is the n-th instance, 0 none; 16-bit beyond 255 instances"
+        ),
+    ] = None
     error: ErrorDetail | None = None
 
 

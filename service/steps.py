@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from PIL import Image
 from service.errors import describe_error
 from service.pipeline.decode import check_size, decode_image, read_image_hw, read_upright_hw
 from service.pipeline.draw import draw_instances
-from service.pipeline.encode import instance_to_coco
+from service.pipeline.encode import encode_index_png, instance_to_coco
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
 from service.pipeline.model_config import ModelConfig, Task
@@ -183,12 +184,14 @@ def encode_entry(
     masks: Masks,
 ) -> bytes:
     """An entry of `results` as JSON."""
-    entry = {
+    entry: dict[str, object] = {
         "file_name": file_name,
         "width": image_hw[1],
         "height": image_hw[0],
         "instances": [instance_to_coco(i, config, masks=masks) for i in instances],
     }
+    if masks == "png":
+        entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from service.pipeline.model_config import ModelConfig
 from service.pipeline.types import Instance, UInt8
@@ -73,20 +76,55 @@ def encode_polygons(instance: Instance) -> list[list[float]]:
     return polygons
 
 
+def count_holes(instance: Instance) -> int:
+    """Regions that the mask encloses and that polygons therefore fill."""
+    outside = np.pad(1 - decode_box(instance), 1, constant_values=1)
+    labels, _ = cv2.connectedComponents(outside, connectivity=4)
+    return labels - 2  # one label is the mask, one what lies around it
+
+
+def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -> bytes:
+    """All masks as one grey PNG: pixel value n is the n-th instance, 0 none of them.
+
+    Where masks overlap, the pixel is the earlier instance's, which is the better one.
+
+    Args:
+        instances: Best first; more than 255 make it a 16-bit PNG.
+        image_hw: Height and width of the image.
+
+    Raises:
+        ValueError: There are more than a pixel can name.
+    """
+    if len(instances) > np.iinfo(np.uint16).max:
+        raise ValueError(f"{len(instances)} instances do not fit a 16-bit image")
+    index = np.zeros(image_hw, np.uint8 if len(instances) < 256 else np.uint16)
+    for number in range(len(instances), 0, -1):
+        instance = instances[number - 1]
+        x, y, width, height = instance.bbox_xywh
+        index[y : y + height, x : x + width][decode_box(instance) > 0] = number
+    buffer = io.BytesIO()
+    Image.fromarray(index).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
 def encode_rle(instance: Instance) -> dict[str, Any]:
     """COCO compressed RLE with its counts as text."""
     return {"size": list(instance.rle["size"]), "counts": instance.rle["counts"].decode("ascii")}
 
 
 def instance_to_coco(
-    instance: Instance, config: ModelConfig, *, masks: Literal["rle", "polygon", "none"] = "rle"
+    instance: Instance,
+    config: ModelConfig,
+    *,
+    masks: Literal["rle", "polygon", "png", "none"] = "rle",
 ) -> dict[str, Any]:
     """An instance as a COCO result without its image_id.
 
     Args:
         instance: What was found.
         config: The model's classes.
-        masks: How `segmentation` is written; `none` leaves it out.
+        masks: How `segmentation` is written; `none` leaves it out, and so does `png`, which is
+            an image's and not an instance's (`encode_index_png`).
     """
     category = config.classes[instance.label]
     result: dict[str, Any] = {
@@ -100,4 +138,5 @@ def instance_to_coco(
         result["segmentation"] = encode_rle(instance)
     elif masks == "polygon":
         result["segmentation"] = encode_polygons(instance)
+        result["holes"] = count_holes(instance)
     return result

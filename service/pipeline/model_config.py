@@ -134,9 +134,17 @@ class PostprocessSpec(Spec):
 
 
 class Limits(Spec):
-    """Bounds of the engine."""
+    """Bounds of the engine.
+
+    Attributes:
+        max_batch: Canvases in one call.
+        instances: Calls at once; None takes the server's `engine_slots`.
+        threads: Of one call on the CPU; None takes the server's.
+    """
 
     max_batch: PositiveInt = 8
+    instances: PositiveInt | None = None
+    threads: PositiveInt | None = None
 
 
 class FileSpec(Spec):

@@ -8,7 +8,9 @@ from typing import Any
 import onnx
 import pytest
 
+from service import registry
 from service.backends.base import BackendOptions
+from service.backends.build import build_backend
 from service.errors import DeviceError, ModelRefused, StartupError
 from service.registry import load_repository, load_version, read_config
 from tests.support.blob_model import build_graph, draw_picture, model_config, publish
@@ -229,3 +231,24 @@ def test_auto_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     model = load_version(publish(tmp_path), None, BackendOptions(device="auto", threads=1))
     assert model.backend.device == "cpu"
+
+
+def test_a_model_may_set_its_own_instances_and_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[BackendOptions] = []
+
+    def record(artefacts: Any, options: BackendOptions, *rest: Any) -> Any:
+        seen.append(options)
+        return build_backend(artefacts, options, *rest)
+
+    monkeypatch.setattr(registry, "build_backend", record)
+    folder = publish(tmp_path)
+    plain = load_version(folder, 1, BackendOptions(device="cpu", threads=1))
+    edit_config(folder, lambda c: c.update(limits={"max_batch": 2, "instances": 3, "threads": 2}))
+    special = load_version(folder, 1, BackendOptions(device="cpu", threads=1))
+    assert [(options.slots, options.threads) for options in seen] == [(None, 1), (3, 2)]
+    assert (plain.backend.concurrency, special.backend.concurrency) == (1, 3)
+    edit_config(folder, lambda c: c.update(limits={"instances": 0}))
+    with pytest.raises(ModelRefused, match="instances"):
+        load_version(folder, 1)

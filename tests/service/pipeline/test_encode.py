@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from service.pipeline.draw import draw_instances, instance_colour
 from service.pipeline.encode import (
+    count_holes,
     decode_box,
     decode_counts,
+    encode_index_png,
     encode_polygons,
     instance_to_coco,
 )
@@ -142,3 +146,42 @@ def test_drawing_nothing_returns_the_image() -> None:
 
 def test_colours_differ() -> None:
     assert len({instance_colour(i) for i in range(100)}) == 100
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_polygons_are_exact_where_there_are_no_holes(seed: int) -> None:
+    instance = _blob(seed)
+    height, width = instance.rle["size"]
+    polygons = coco_mask.merge(coco_mask.frPyObjects(encode_polygons(instance), height, width))
+    exact = bool((coco_mask.decode(polygons) == coco_mask.decode(instance.rle)).all())
+    assert exact == (count_holes(instance) == 0)
+    assert instance_to_coco(instance, CONFIG, masks="polygon")["holes"] == count_holes(instance)
+
+
+def test_holes_are_counted() -> None:
+    mask = np.ones((9, 9), bool)
+    mask[2:4, 2:4] = mask[6, 6] = False
+    assert count_holes(_instance(mask)) == 2
+    mask[:, 6] = False  # now open at the border
+    assert count_holes(_instance(mask)) == 1
+    assert count_holes(_instance(np.ones((1, 1)))) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
+def test_the_index_image_names_the_best_instance_of_each_pixel(count: int) -> None:
+    rng = np.random.default_rng(count)
+    instances, expected = [], np.zeros((40, 50), np.int64)
+    for number in range(1, count + 1):
+        y, x = (int(v) for v in rng.integers(0, 30, 2))
+        instance = _instance(rng.random((8, 9)) < 0.6, y, x)
+        instances.append(instance)
+        mask = coco_mask.decode(instance.rle) > 0
+        expected[mask & (expected == 0)] = number
+    image = Image.open(io.BytesIO(encode_index_png(instances, (40, 50))))
+    assert image.mode == ("L" if count < 256 else "I;16")
+    np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_more_instances_than_a_pixel_can_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="70000 instances"):
+        encode_index_png([_instance(np.ones((1, 1)))] * 70_000, (4, 4))

@@ -477,3 +477,14 @@ async def test_interactive_work_goes_before_batch_work(
         assert done.index("interactive") < 8
         refused = await client.post("/segment?priority=urgent", files=[part(PICTURE)])
         assert refused.status_code == 422
+
+
+async def test_masks_as_one_index_image(client: httpx.AsyncClient) -> None:
+    response = await client.post("/segment?masks=png", files=[part(PICTURE)] * 2)
+    for result in SegmentResponse.model_validate(response.json()).results:
+        assert result.index_png is not None and result.instances is not None
+        index = np.asarray(Image.open(io.BytesIO(base64.b64decode(result.index_png))))
+        assert index.shape == (48, 64)
+        assert [int((index == n).sum()) for n in (1, 2)] == [i.area for i in result.instances]
+        assert (index[8:24, 4:16] == 1).all()
+        assert all(instance.segmentation is None for instance in result.instances)
