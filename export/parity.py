@@ -200,6 +200,42 @@ def run_onnx(session: ort.InferenceSession, case: Case) -> list[Candidates]:
     return _filled(*session.run(["scores", "labels", "mask_probs"], feeds))
 
 
+class Comparison:
+    """What two engines found, case by case, and the report of it.
+
+    Args:
+        tolerances: Bounds of the differences.
+    """
+
+    def __init__(self, tolerances: Tolerances) -> None:
+        self._tolerances = tolerances
+        self._rows: list[dict[str, Any]] = []
+        self._total = Difference()
+
+    def add(self, case: Case, expected: Sequence[Candidates], found: Sequence[Candidates]) -> None:
+        """Compares the canvases of a case, PyTorch's candidates first."""
+        difference = Difference()
+        for ours, theirs in zip(expected, found, strict=True):
+            difference.add(match_candidates(ours, theirs, self._tolerances))
+        batch, height, width, _ = case.images.shape
+        head = {"content": case.content, "batch": batch, "canvas_hw": [height, width]}
+        self._rows.append({**head, **asdict(difference)})
+        self._total.add(difference)
+
+    def report(self, runtimes: dict[str, str]) -> dict[str, Any]:
+        """JSON types; `passed` says whether what was compared may be published."""
+        compared = self._total.candidates_torch + self._total.candidates_onnx
+        share = self._total.unmatched / compared if compared else 0.0
+        return {
+            "passed": compared > 0 and share <= self._tolerances.unmatched_share,
+            "unmatched_share": share,
+            "total": asdict(self._total),
+            "tolerances": asdict(self._tolerances),
+            "runtimes": runtimes,
+            "cases": self._rows,
+        }
+
+
 def compare(
     network: Solo,
     graph: bytes,
@@ -223,36 +259,22 @@ def compare(
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    rows, total = [], Difference()
+    comparison = Comparison(tolerances)
     try:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         for case in cases:
-            difference = Difference()
-            pairs = zip(run_torch(network, case), run_onnx(session, case), strict=True)
-            for expected, found in pairs:
-                difference.add(match_candidates(expected, found, tolerances))
-            batch, height, width, _ = case.images.shape
-            head = {"content": case.content, "batch": batch, "canvas_hw": [height, width]}
-            rows.append({**head, **asdict(difference)})
-            total.add(difference)
+            comparison.add(case, run_torch(network, case), run_onnx(session, case))
     except ParityError:
         raise
     except Exception as error:  # the runtime's exceptions have no common base
         raise ParityError(f"ONNX Runtime cannot run the exported graph: {error}") from error
-    compared = total.candidates_torch + total.candidates_onnx
-    share = total.unmatched / compared if compared else 0.0
-    return {
-        "passed": compared > 0 and share <= tolerances.unmatched_share,
-        "unmatched_share": share,
-        "total": asdict(total),
-        "tolerances": asdict(tolerances),
-        "runtimes": {
+    return comparison.report(
+        {
             "torch": torch.__version__.split("+")[0],
             "onnxruntime": ort.__version__,
             "machine": platform.machine(),
-        },
-        "cases": rows,
-    }
+        }
+    )
 
 
 def require_parity(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,10 @@ from export.errors import GraphError, ParityError
 from export.onnx_graph import EXAMPLE_HW, CandidateGraph
 from export.parity import (
     Case,
-    Difference,
+    Comparison,
     Tolerances,
     build_cases,
     canvas_sizes,
-    match_candidates,
     require_parity,
     run_torch,
 )
@@ -303,35 +302,21 @@ def compare_aoti(
     Raises:
         ParityError: The package refuses a batch.
     """
-    tolerances = TOLERANCES[options.precision]
-    rows, total = [], Difference()
+    comparison = Comparison(TOLERANCES[options.precision])
     for case in cases:
         try:
             answers = run_package(runner, case, options.device)
         except RuntimeError as error:
             raise ParityError(f"the package cannot run {case.images.shape}: {error}") from error
-        difference = Difference()
-        for expected, found in zip(run_torch(network, case), answers, strict=True):
-            difference.add(match_candidates(expected, found, tolerances))
-        batch, height, width, _ = case.images.shape
-        head = {"content": case.content, "batch": batch, "canvas_hw": [height, width]}
-        rows.append({**head, **asdict(difference)})
-        total.add(difference)
-    compared = total.candidates_torch + total.candidates_onnx
-    share = total.unmatched / compared if compared else 0.0
-    return {
-        "passed": compared > 0 and share <= tolerances.unmatched_share,
-        "unmatched_share": share,
-        "total": asdict(total),
-        "tolerances": asdict(tolerances),
-        "runtimes": {
+        comparison.add(case, run_torch(network, case), answers)
+    return comparison.report(
+        {
             "torch": torch.__version__.split("+")[0],
             "aotinductor": torch.__version__.split("+")[0],
             "device": torch.cuda.get_device_name() if options.device == "cuda" else CPU_TARGET,
             "machine": platform.machine(),
-        },
-        "cases": rows,
-    }
+        }
+    )
 
 
 def export_aoti(
