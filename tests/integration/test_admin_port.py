@@ -40,7 +40,7 @@ def test_both_ports_are_served_and_drained_together(tmp_path: Path) -> None:
             content=encode_picture(draw_picture()),
             timeout=WAIT_S,
         )
-        await_sample(admin, "solo_in_flight_requests 1.0")
+        await_sample(admin, "solo_queue_images 1.0")  # accepted, not only begun
         server.terminate()
         await_sample(admin, "solo_ready 0.0")
         assert httpx.get(f"{admin}/healthz").json() == {"status": "draining"}
