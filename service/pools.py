@@ -26,9 +26,8 @@ class _Entry:
 class RankedPool:
     """A thread pool whose waiting steps run in the order of their ranks, lowest first.
 
-    A thread that is free takes the next step by itself, and a step that ends wakes the event loop
-    once: both are paid for every image. A step whose caller is cancelled while it waits never
-    runs.
+    A thread takes the next step by itself, and a step that ends wakes the event loop once: both
+    are paid for every image. A step whose caller is cancelled while it waits never runs.
 
     Args:
         threads: How many steps run at once.
@@ -38,6 +37,7 @@ class RankedPool:
     def __init__(self, threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._lock = threading.Lock()
+        self._idle = threads
         self._waiting: list[tuple[float, int, _Entry]] = []
         self._arrivals = itertools.count()
 
@@ -47,7 +47,10 @@ class RankedPool:
         entry = _Entry(step, done)
         with self._lock:
             heapq.heappush(self._waiting, (rank, next(self._arrivals), entry))
-        self._executor.submit(self._run_next)
+            is_thread_needed = self._idle > 0
+            self._idle -= is_thread_needed
+        if is_thread_needed:
+            self._executor.submit(self._run_all)
         try:
             return await done
         except asyncio.CancelledError:
@@ -56,12 +59,24 @@ class RankedPool:
 
     def shutdown(self) -> None:
         """Drops what waits; steps that run are left to end."""
+        with self._lock:
+            self._waiting.clear()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _run_next(self) -> None:
-        """In a thread: there is one call of it for each entry."""
+    def _run_all(self) -> None:
+        """In a thread: runs steps until none waits."""
+        while (entry := self._take()) is not None:
+            self._run(entry)
+
+    def _take(self) -> _Entry | None:
         with self._lock:
-            _, _, entry = heapq.heappop(self._waiting)
+            if self._waiting:
+                return heapq.heappop(self._waiting)[-1]
+            self._idle += 1
+            return None
+
+    @staticmethod
+    def _run(entry: _Entry) -> None:
         step, entry.step = entry.step, None
         if step is None or entry.done.cancelled():
             return
