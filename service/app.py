@@ -33,6 +33,7 @@ from service.registry import Repository, load_repository
 from service.routes import health, inference, models, segment, web
 from service.routes import metrics as metrics_routes
 from service.routes import repository as repository_routes
+from service.routes.shortcut import ErrorAnswers, Shortcut
 from service.segmenter import Segmenter
 from service.settings import Settings
 from service.tracing import Tracer, build_tracer
@@ -98,8 +99,10 @@ def create_app(
         app.include_router(module.router)
     if settings.admin_port is None:
         _include_admin_routes(app)
-    _add_error_handlers(app, settings, metrics)
+    answers = _build_answers(settings, metrics)
+    _add_error_handlers(app, answers)
     # The last one added is the outermost.
+    app.add_middleware(Shortcut, answers=answers)
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(
@@ -123,7 +126,7 @@ def create_admin_app(app: FastAPI) -> FastAPI:
     admin.state = app.state
     admin.include_router(health.router)
     _include_admin_routes(admin)
-    _add_error_handlers(admin, app.state.settings, app.state.metrics)
+    _add_error_handlers(admin, _build_answers(app.state.settings, app.state.metrics))
     _add_middleware(admin, app.state.settings, app.state.metrics)
     return admin
 
@@ -142,6 +145,11 @@ def _add_middleware(
     )
 
 
+def _add_error_handlers(app: FastAPI, answers: ErrorAnswers) -> None:
+    for kind, answer in answers.items():
+        app.add_exception_handler(kind, answer)
+
+
 def _version() -> str:
     try:
         return metadata.version("solo-serve")
@@ -149,8 +157,14 @@ def _version() -> str:
         return "0"
 
 
-def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _build_answers(settings: Settings, metrics: Metrics) -> ErrorAnswers:
+    """What answers the errors that a request may end in."""
+
     async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            error = InvalidParameter(_explain(error))
+        elif isinstance(error, HTTPException):
+            return _answer_http(request, error)
         headers = {}
         if isinstance(error, (Overloaded, Draining, EngineRestarting)):
             reason = error.reason if isinstance(error, Overloaded) else error.code
@@ -165,22 +179,14 @@ def _add_error_handlers(app: FastAPI, settings: Settings, metrics: Metrics) -> N
         status, detail = describe_error(error)
         return _error_response(request, status, detail, headers)
 
-    async def answer_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        status, detail = describe_error(InvalidParameter(_explain(error)))
-        return _error_response(request, status, detail, {})
+    return dict.fromkeys((ServiceError, DecodeError, RequestValidationError, HTTPException), answer)
 
-    async def answer_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        message = f"{error.detail}: {request.method} {request.url.path}"
-        detail = {"code": code, "message": message}
-        return _error_response(request, error.status_code, detail, dict(error.headers or {}))
 
-    app.add_exception_handler(ServiceError, answer)
-    app.add_exception_handler(DecodeError, answer)
-    app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.add_exception_handler(HTTPException, answer_http)
+def _answer_http(request: Request, error: HTTPException) -> Response:
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    detail = {"code": code, "message": message}
+    return _error_response(request, error.status_code, detail, dict(error.headers or {}))
 
 
 def _explain(error: RequestValidationError) -> str:

@@ -139,7 +139,10 @@ class DynamicBatcher:
             bisect.insort(bucket, item, key=_get_rank)
         self._changed.set()
         try:
-            done = await asyncio.gather(*(item.done for item in items))
+            if len(items) == 1:
+                done = [await items[0].done]
+            else:
+                done = await asyncio.gather(*(item.done for item in items))
         except BaseException:
             self._remove(items)
             raise

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Collection, Sequence
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, build_error_body, describe_error
@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-SECURITY_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "x-frame-options": "DENY",
-}
+_REQUEST_ID = REQUEST_ID.encode()
+_SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
 """Of every response that does not set its own."""
 CLIENT_LEFT = 499
 """Status in log and metrics of a request whose client left before the answer."""
@@ -63,7 +64,7 @@ class RequestContextMiddleware:
             return
         request_id = Headers(scope=scope).get(REQUEST_ID, "")
         if not _SANE_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+            request_id = os.urandom(16).hex()
         images = collect_images() if self.tracer is not None else []
         began_s = time.monotonic()
         scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
@@ -73,10 +74,13 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
+                headers = message["headers"]
+                names = {name for name, _ in headers}
+                message["headers"] = [
+                    *headers,
+                    (_REQUEST_ID, request_id.encode()),
+                    *(header for header in _SECURITY_HEADERS if header[0] not in names),
+                ]
             await send(message)
 
         try:

@@ -6,17 +6,28 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
+class _Entry:
+    """A step that waits; it is dropped at once when its caller leaves, or when it runs."""
+
+    step: Callable[[], Any] | None
+    done: asyncio.Future[Any]
+
+
 class RankedPool:
     """A thread pool whose waiting steps run in the order of their ranks, lowest first.
 
-    Belongs to one event loop. A step whose caller is cancelled while it waits never runs.
+    A thread takes the next step by itself, and a step that ends wakes the event loop once: both
+    are paid for every image. A step whose caller is cancelled while it waits never runs.
 
     Args:
         threads: How many steps run at once.
@@ -25,49 +36,65 @@ class RankedPool:
 
     def __init__(self, threads: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        # One step is always handed over ahead, so that no thread waits for the event loop.
-        self._free = threads + 1
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._lock = threading.Lock()
+        self._idle = threads
+        self._waiting: list[tuple[float, int, _Entry]] = []
         self._arrivals = itertools.count()
 
     async def run(self, step: Callable[[], T], rank: float) -> T:
         """Runs a step in a thread; among equal ranks the first to come is the first to run."""
-        await self._take_place(rank)
-        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        entry = _Entry(step, done)
+        with self._lock:
+            heapq.heappush(self._waiting, (rank, next(self._arrivals), entry))
+            is_thread_needed = self._idle > 0
+            self._idle -= is_thread_needed
+        if is_thread_needed:
+            self._executor.submit(self._run_all)
         try:
-            work = self._executor.submit(step)
-        except BaseException:
-            self._give_place()
+            return await done
+        except asyncio.CancelledError:
+            entry.step = None
             raise
-
-        def free(_: Future[Any]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._give_place)
-
-        work.add_done_callback(free)  # when the thread is free, not when the caller has left
-        return await asyncio.wrap_future(work)
 
     def shutdown(self) -> None:
         """Drops what waits; steps that run are left to end."""
+        with self._lock:
+            self._waiting.clear()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _take_place(self, rank: float) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        place = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (rank, next(self._arrivals), place))
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():  # it was given in the same moment
-                self._give_place()
-            raise
+    def _run_all(self) -> None:
+        """In a thread: runs steps until none waits."""
+        while (entry := self._take()) is not None:
+            self._run(entry)
 
-    def _give_place(self) -> None:
-        while self._waiting:
-            _, _, place = heapq.heappop(self._waiting)
-            if not place.done():
-                place.set_result(None)
-                return
-        self._free += 1
+    def _take(self) -> _Entry | None:
+        with self._lock:
+            if self._waiting:
+                return heapq.heappop(self._waiting)[-1]
+            self._idle += 1
+            return None
+
+    @staticmethod
+    def _run(entry: _Entry) -> None:
+        step, entry.step = entry.step, None
+        if step is None or entry.done.cancelled():
+            return
+        loop = entry.done.get_loop()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            try:
+                result = step()
+            except BaseException as error:
+                loop.call_soon_threadsafe(_fail, entry.done, error)
+            else:
+                loop.call_soon_threadsafe(_succeed, entry.done, result)
+
+
+def _succeed(done: asyncio.Future[T], result: T) -> None:
+    if not done.done():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
+    if not done.done():
+        done.set_exception(error)

@@ -13,7 +13,7 @@ from service.metrics import Metrics
 from service.model_store import ModelStore
 from service.registry import Repository
 from service.settings import Settings
-from service.stages import ImageFile, Job, Outcome, ServedModel, Stages
+from service.stages import ImageFile, Job, Outcome, ServedModel, Stages, gather_or_cancel
 from service.steps import Options
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,7 @@ class Segmenter:
         headers = await self._stages.read_headers(images, job)
         pixels = [header for header in headers if isinstance(header, int)]
         with self.admission.admit(len(pixels), sum(pixels)):
-            return await asyncio.gather(
-                *(
-                    self._stages.run(image, header, job)
-                    for image, header in zip(images, headers, strict=True)
-                )
+            return await gather_or_cancel(
+                self._stages.run(image, header, job)
+                for image, header in zip(images, headers, strict=True)
             )

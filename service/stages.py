@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import threading
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -20,13 +21,16 @@ from service.errors import describe_error
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
 from service.pipeline.merge import TileInstance
-from service.pipeline.types import Tile, UInt8
+from service.pipeline.model_config import ModelConfig
+from service.pipeline.postprocess import TileCandidates
+from service.pipeline.types import UInt8
 from service.pools import RankedPool
 from service.registry import LoadedModel
 from service.settings import Settings
 from service.steps import (
+    DecodedImage,
+    Finished,
     Options,
-    Timed,
     count_pixels,
     decode,
     encode_error,
@@ -157,21 +161,20 @@ class Stages:
             options,
             scaled=self._settings.scaled_decode,
         )
-        decoded = await self._timed(self._decoders, step, job)
-        prepared = decoded.result.prepared
+        decoded = await self._decoders.run(partial(timed, step), job.rank)
+        picture = _Picture(image.file_name, decoded.result, config, options)
         # Few tiles of an image are on their way at once: their masks are what takes memory.
         room = asyncio.Semaphore(2 * model.batcher.max_batch)
-        tiles = await gather_or_cancel(
-            self._run_tile(tile, prepared.image_hw, job, room) for tile in prepared.tiles
+        calls = await gather_or_cancel(
+            self._run_tile(picture, index, job, room) for index in range(len(picture.tiles))
         )
-        found = [tile.result for tile, _ in tiles]
-        last = partial(finish, image.file_name, decoded.result, found, config, options)
-        answer = (await self._timed(self._finishers, last, job)).result
+        answer = picture.answer
+        assert answer is not None
         whole = (job.began_s, asyncio.get_running_loop().time())
         stages = {
             "decode": [decoded.ran],
-            "infer": [call for _, calls in tiles for call in calls],
-            "postprocess": [*(tile.ran for tile, _ in tiles), answer.merged],
+            "infer": [call for of_tile in calls for call in of_tile],
+            "postprocess": [*picture.searched, answer.merged],
             "encode": [answer.encoded],
         }
         timing = attribute_time(whole, **stages)
@@ -180,16 +183,14 @@ class Stages:
         return Outcome(answer.payload, timing)
 
     async def _run_tile(
-        self, tile: Tile, image_hw: tuple[int, int], job: Job, room: asyncio.Semaphore
-    ) -> tuple[Timed[list[TileInstance]], list[Interval]]:
-        """One tile's instances, with when they were found and when the engine had the tile."""
-        model = job.model
+        self, picture: _Picture, index: int, job: Job, room: asyncio.Semaphore
+    ) -> list[Interval]:
+        """Finds one tile's instances; when the engine had the tile."""
         async with room:
-            inferred = await model.batcher.infer([tile], job.rank)
+            inferred = await job.model.batcher.infer([picture.tiles[index]], job.rank)
             (candidates,) = inferred.candidates
-            config = model.loaded.config
-            step = partial(find_in_tile, tile, candidates, image_hw, config, job.options)
-            return await self._timed(self._finishers, step, job), inferred.calls
+            await self._finishers.run(partial(picture.search, index, candidates), job.rank)
+            return inferred.calls
 
     def _count(self, name: str, timing: Timing, instances: int) -> None:
         self._metrics.images.labels(name).inc()
@@ -197,14 +198,51 @@ class Stages:
         for stage, seconds in vars(timing).items():
             self._metrics.stage_seconds.labels(name, stage).observe(seconds)
 
-    @staticmethod
-    async def _timed(pool: RankedPool, step: Callable[[], T], job: Job) -> Timed[T]:
-        return await pool.run(partial(timed, step), job.rank)
+
+class _Picture:
+    """An image whose tiles are searched in several threads.
+
+    Who searches the last one writes the answer, so that nobody need be woken for it.
+
+    Attributes:
+        tiles: Its canvases.
+        searched: When each of them was.
+        answer: None until the last one was.
+    """
+
+    def __init__(
+        self, file_name: str | None, image: DecodedImage, config: ModelConfig, options: Options
+    ) -> None:
+        self.tiles = image.prepared.tiles
+        self.searched: list[Interval] = []
+        self.answer: Finished | None = None
+        self._file_name = file_name
+        self._image = image
+        self._config = config
+        self._options = options
+        self._found: list[list[TileInstance]] = [[] for _ in self.tiles]
+        self._lock = threading.Lock()
+
+    def search(self, index: int, candidates: TileCandidates) -> None:
+        """Finds one tile's instances; to be called once for each tile, in any order."""
+        image_hw, options = self._image.prepared.image_hw, self._options
+        found = timed(
+            partial(find_in_tile, self.tiles[index], candidates, image_hw, self._config, options)
+        )
+        self._found[index] = found.result
+        with self._lock:
+            self.searched.append(found.ran)
+            is_last = len(self.searched) == len(self.tiles)
+        if is_last:
+            self.answer = finish(self._file_name, self._image, self._found, self._config, options)
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Like `asyncio.gather`, but when one fails the others are cancelled."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    todo = list(work)
+    if len(todo) == 1:
+        return [await todo[0]]  # most requests have one image, and a task costs
+    tasks = [asyncio.ensure_future(one) for one in todo]
     try:
         return await asyncio.gather(*tasks)
     finally:

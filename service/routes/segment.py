@@ -29,6 +29,7 @@ from service.timing import NO_TIME
 router = APIRouter(tags=["segment"])
 T = TypeVar("T")
 
+PATH = "/segment"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp")
 PART_NAME = "images"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -54,7 +55,7 @@ class ClientLeft(Exception):
 
 
 @router.post(
-    "/segment",
+    PATH,
     response_class=Response,
     openapi_extra=_REQUEST_BODY,
     responses={
@@ -267,19 +268,22 @@ async def until_client_leaves(request: Request, work: Coroutine[Any, Any, T]) ->
     Raises:
         ClientLeft: The client is gone.
     """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_wait_for_disconnect(request))
+    task = asyncio.current_task()
+    assert task is not None
+    cancelled_before = task.cancelling()
+    watcher = asyncio.ensure_future(_cancel_when_client_leaves(request, task))
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        client_left = watcher.done() and not watcher.cancelled()
+        if client_left and task.uncancel() <= cancelled_before:
+            raise ClientLeft from None
+        raise
     finally:
         watcher.cancel()
-        task.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def _wait_for_disconnect(request: Request) -> None:
+async def _cancel_when_client_leaves(request: Request, task: asyncio.Task[Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
