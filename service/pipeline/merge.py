@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from service.pipeline.contour import fill_instance, join_contours
-from service.pipeline.paste import BoxMask, encode_box_mask
+from service.pipeline.runs import BoxMask, encode_box_mask
 from service.pipeline.types import Instance, Window
 
 DUPLICATE_IOU = 0.5
