@@ -94,16 +94,18 @@ def _enlarge(mask: Float32, down: Axis, across: Axis, threshold: float) -> _Stri
     turned = np.ascontiguousarray(mask[top:bottom, left:right].T)
     inputs = across.inputs[:, columns] - left
     weights = across.weights[:, columns, None]
-    values = turned[inputs[0]]
+    values = turned.take(inputs[0], axis=0, mode="clip")
     values *= weights[0]
+    more = np.empty_like(values)
     for k in (1, 2):
-        more = turned[inputs[k]]
+        turned.take(inputs[k], axis=0, mode="clip", out=more)
         more *= weights[k]
         values += more
     first, last = max(y, top), min(y + height, bottom)  # rows that outputs skip have no say
     above = np.zeros((len(values), last - first + 2), np.bool_)
     np.greater(values[:, first - top : last - top], threshold, out=above[:, 1:-1])
-    column, row = np.nonzero(above[:, 1:] != above[:, :-1])
+    flat = above.reshape(-1)
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), above.shape[1])
     return _Strip(values, columns.start, top, column, row + first)
 
 

@@ -77,7 +77,8 @@ def select(
     count = int(used.nonzero()[0].max(initial=-1)) + 1  # empty slots come last: no copy of them
     masks = candidates.mask_probs[:count] > spec.mask_threshold
     filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
-    masks = masks[filled]
+    if filled.size < count:
+        masks = masks[filled]
     if spec.compare == "enclosed":
         masks = fill_contours(masks)
     scores, labels = candidates.scores[filled], candidates.labels[filled]

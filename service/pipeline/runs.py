@@ -87,12 +87,13 @@ def _measure(edges: Int64, splits: Int64, height: int) -> tuple[Int64, Int64]:
 
 def _join_runs(edges: Int64, splits: Int64) -> tuple[Int64, Int64]:
     """Runs of one mask that touch across a column's border are one run."""
-    touching = np.flatnonzero(edges[1:] == edges[:-1])
-    touching = np.setdiff1d(touching, splits - 1)  # the next mask may begin where this one ends
-    if touching.size == 0:
+    touching = edges[1:] == edges[:-1]
+    touching[splits[1:-1] - 1] = False  # the next mask may begin where this one ends
+    if not touching.any():
         return edges, splits
     kept = np.ones(len(edges), np.bool_)
-    kept[touching] = kept[touching + 1] = False
+    kept[1:] &= ~touching
+    kept[:-1] &= ~touching
     return edges[kept], np.append(0, np.cumsum(kept))[splits]
 
 
