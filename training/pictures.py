@@ -18,7 +18,7 @@ from service.pipeline.contour import draw_contour, fill_instance
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import decode_box
 from service.pipeline.model_config import Task
-from service.pipeline.paste import BoxMask, build_instance
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.types import Instance, UInt8
 from service.registry import LoadedModel, load_version
 from training.data.coco import CocoDataset, DatasetError

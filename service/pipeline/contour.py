@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.pipeline.encode import decode_box
-from service.pipeline.paste import BoxMask, build_instance
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.types import Instance, UInt8
 
 Bool = NDArray[np.bool_]

@@ -16,8 +16,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from service.pipeline.contour import fill_instance, join_contours
-from service.pipeline.paste import BoxMask, encode_box_mask
-from service.pipeline.types import Instance, Window
+from service.pipeline.runs import BoxMask, encode_box_mask
+from service.pipeline.types import Instance, Int64, Window
 
 DUPLICATE_IOU = 0.5
 """Two masks of different tiles are one object above this IoU."""
@@ -49,10 +49,13 @@ def _overlap(a: Window, b: Window) -> Window:
     return Window(y, x, max(height, 0), max(width, 0))
 
 
-def _reaches(instance: Instance, region: Window) -> bool:
-    x, y, width, height = instance.bbox_xywh
-    shared = _overlap(Window(y, x, height, width), region)
-    return shared.height > 0 and shared.width > 0
+def _find_in(region: Window, members: Int64, boxes: Int64) -> list[int]:
+    """Those of some members whose boxes [N, 4] as x, y, width, height reach a region."""
+    x, y, width, height = boxes[members].T
+    reach = (x < region.x + region.width) & (region.x < x + width)
+    reach &= (y < region.y + region.height) & (region.y < y + height)
+    found: list[int] = members[reach].tolist()
+    return found
 
 
 def _area_inside(instance: Instance, region: Window) -> int:
@@ -67,13 +70,14 @@ def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
     tiles: dict[Window, list[int]] = defaultdict(list)
     for index, entry in enumerate(found):
         tiles[entry.window].append(index)
+    boxes = np.array([entry.instance.bbox_xywh for entry in found])
+    indices = {window: np.array(members) for window, members in tiles.items()}
     shared: dict[int, dict[int, int]] = defaultdict(dict)
-    for (a, in_a), (b, in_b) in combinations(tiles.items(), 2):
+    for (a, in_a), (b, in_b) in combinations(indices.items(), 2):
         region = _overlap(a, b)
         if region.height == 0 or region.width == 0:
             continue
-        left = [i for i in in_a if _reaches(found[i].instance, region)]
-        right = [i for i in in_b if _reaches(found[i].instance, region)]
+        left, right = _find_in(region, in_a, boxes), _find_in(region, in_b, boxes)
         if not left or not right:
             continue
         rles: list[list[dict[str, Any]]] = [

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from service.pipeline.types import Float32, Int64
 
 Bool = NDArray[np.bool_]
-BLOCK = 64
+BLOCK = 32
 """Side of the blocks in which masks are compared, px at the mask stride."""
 
 
@@ -30,19 +30,18 @@ def pairwise_intersections(masks: Bool) -> Float32:
         [N, N] float32, whole numbers.
     """
     count, height, width = masks.shape
-    shared = np.zeros((count, count), np.float32)
+    shared = np.zeros(count * count, np.float32)
     for y in range(0, height, BLOCK):
         strip = masks[:, y : y + BLOCK]
-        in_strip = np.flatnonzero(strip.any(axis=(1, 2)))
+        columns = strip.any(axis=1)
         for x in range(0, width, BLOCK):
-            block = strip[in_strip, :, x : x + BLOCK]
-            present = block.any(axis=(1, 2))
-            members = in_strip[present]
+            members = np.flatnonzero(columns[:, x : x + BLOCK].any(axis=1))
             if members.size == 0:
                 continue
-            flat = block[present].reshape(len(members), -1).astype(np.float32)
-            shared[np.ix_(members, members)] += flat @ flat.T
-    return shared
+            flat = strip[members, :, x : x + BLOCK].astype(np.float32).reshape(len(members), -1)
+            pairs = members[:, None] * count + members
+            shared[pairs.reshape(-1)] += (flat @ flat.T).reshape(-1)
+    return shared.reshape(count, count)
 
 
 def pairwise_iou(masks: Bool) -> Float32:

@@ -1,187 +1,277 @@
-"""From a soft mask at the mask stride to the run lengths of the original image.
+"""From soft masks at the mask stride to run lengths of the original image, without a full-size mask.
 
-The published code enlarges the mask to the canvas bilinearly, crops the padding, resizes to
-the original bilinearly and thresholds. Both steps are linear and separable, so they are one
-matrix along each axis; here these are applied inside each mask's own box only, one mask at a
-time, and no full-size mask ever exists.
+The published code enlarges a mask to the canvas bilinearly, crops the padding, resizes to the
+original bilinearly and thresholds. Both steps are linear and separable: each output row and column
+is a mean of at most three neighbouring rows and columns of the mask. Run lengths are kept column
+by column, so a mask is first enlarged along its rows, inside its own box; then, down each column,
+only the places where the threshold is crossed are computed, all columns of many masks at once.
+Between two mask rows on one side of the threshold no output lies on the other side.
 
-Symbols: H W window in the original, h w mask at the mask stride.
+Symbols: H W original, h w mask at the mask stride, X output columns of a mask's box, I rows of
+the mask that its box depends on, N crossings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
-from service.pipeline.types import Float32, Instance, Tile
+from service.pipeline.axis import Axis, build_axis
+from service.pipeline.runs import Outline, encode_edges
+from service.pipeline.types import Float32, Int64, Tile
 
 Bool = NDArray[np.bool_]
-BLOCK = 64
-"""Outputs along an axis that are computed at once."""
-
-
-def linear_weights(in_size: int, out_size: int) -> tuple[NDArray[np.int64], Float32]:
-    """Bilinear resize along one axis, half-pixel centres (`align_corners=False`).
-
-    Returns:
-        Index of the lower neighbour [out_size] and the weight of the upper one [out_size].
-    """
-    scale = np.float32(in_size) / np.float32(out_size)
-    centre = (np.arange(out_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
-    centre = np.clip(centre, 0, in_size - 1).astype(np.float32)
-    low = np.minimum(centre.astype(np.int64), max(in_size - 2, 0))
-    return low, (centre - low).astype(np.float32)
-
-
-def axis_matrix(mask_size: int, stride: int, valid: int, original: int) -> Float32:
-    """Matrix [original, mask_size] of upsampling by `stride`, cropping and resizing.
-
-    Args:
-        mask_size: Mask's extent at the mask stride.
-        stride: Canvas px per mask px.
-        valid: Canvas px that show the image.
-        original: Extent in the original image, px.
-    """
-    canvas = np.zeros((valid, mask_size), np.float32)
-    low, weight = (a[:valid] for a in linear_weights(mask_size, mask_size * stride))
-    rows = np.arange(valid)
-    canvas[rows, low] += 1 - weight
-    canvas[rows, np.minimum(low + 1, mask_size - 1)] += weight
-    if valid == original:
-        return canvas
-    low, weight = linear_weights(valid, original)
-    upper = np.minimum(low + 1, valid - 1)
-    return canvas[low] * (1 - weight)[:, None] + canvas[upper] * weight[:, None]
+CHUNK = 1 << 18
+"""Numbers of enlarged masks, or outputs, that are held at once, unless one mask alone has more."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """The resize along one axis: a matrix with at most three weights a row, close together.
+class _Strip:
+    """A mask enlarged along its rows, inside its box.
 
     Attributes:
-        matrix: [outputs, inputs].
-        first, last: Range of inputs that each output depends on, both ascending.
+        values: [X, I].
+        x: The box's first column in the window.
+        top: First of the I rows in the mask.
+        column, row: [N] where the threshold is crossed: in which of the X columns, and before
+            which row of the mask.
     """
 
-    matrix: Float32
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-
-    def outputs_of(self, inputs: slice) -> slice:
-        """Outputs that depend on any input of a range; may be empty."""
-        start = int(np.searchsorted(self.last, inputs.start, side="left"))
-        return slice(start, int(np.searchsorted(self.first, inputs.stop - 1, side="right")))
-
-    def apply(self, values: Float32, outputs: slice) -> Iterator[tuple[slice, Float32]]:
-        """Product with [inputs, n], as blocks (where in `outputs`, [rows, n])."""
-        for start in range(outputs.start, outputs.stop, BLOCK):
-            stop = min(start + BLOCK, outputs.stop)
-            inputs = slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
-            place = slice(start - outputs.start, stop - outputs.start)
-            yield place, self.matrix[start:stop, inputs] @ values[inputs]
+    values: Float32
+    x: int
+    top: int
+    column: Int64
+    row: Int64
 
 
-@lru_cache(maxsize=16)
-def build_axis(mask_size: int, stride: int, valid: int, original: int) -> Axis:
-    """The axis of `axis_matrix`; the last few are kept, some MB each for large images."""
-    matrix = axis_matrix(mask_size, stride, valid, original)
-    used = matrix > 0
-    first = used.argmax(axis=1)
-    last = mask_size - 1 - used[:, ::-1].argmax(axis=1)
-    for array in (matrix, first, last):
-        array.setflags(write=False)
-    return Axis(matrix, first, last)
+def paste_masks(
+    masks: Iterable[Float32],
+    tile: Tile,
+    stride: int,
+    image_hw: tuple[int, int],
+    threshold: float = 0.5,
+) -> Iterator[Outline | None]:
+    """Soft masks as run lengths of the original image.
+
+    Args:
+        masks: [h, w] each, at the mask stride of the tile's canvas.
+        tile: Where the canvas came from.
+        stride: Canvas px per mask px.
+        image_hw: Height and width of the original.
+        threshold: A pixel belongs to a mask above this.
+
+    Yields:
+        One entry a mask, in their order; None if it has no pixel.
+    """
+    waiting: list[_Strip | None] = []
+    size = 0
+    for mask in masks:
+        height, width = mask.shape
+        down = build_axis(height, stride, tile.valid_hw[0], tile.window.height)
+        across = build_axis(width, stride, tile.valid_hw[1], tile.window.width)
+        strip = _enlarge(mask, down, across, threshold)
+        waiting.append(strip)
+        size += 0 if strip is None else strip.values.size
+        if size >= CHUNK:
+            yield from _encode(waiting, down, tile, image_hw, threshold)
+            waiting, size = [], 0
+    if waiting:
+        yield from _encode(waiting, down, tile, image_hw, threshold)
+
+
+def _enlarge(mask: Float32, down: Axis, across: Axis, threshold: float) -> _Strip | None:
+    """The mask along its rows; None if no output depends on what is above the threshold."""
+    x, y, width, height = cv2.boundingRect((mask > threshold).view(np.uint8))
+    rows, columns = down.outputs_of(y, y + height), across.outputs_of(x, x + width)
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        return None
+    top, bottom = down.inputs_of(rows)
+    left, right = across.inputs_of(columns)
+    turned = np.ascontiguousarray(mask[top:bottom, left:right].T)
+    inputs = across.inputs[:, columns] - left
+    weights = across.weights[:, columns, None]
+    values = turned.take(inputs[0], axis=0, mode="clip")
+    values *= weights[0]
+    more = np.empty_like(values)
+    for k in (1, 2):
+        turned.take(inputs[k], axis=0, mode="clip", out=more)
+        more *= weights[k]
+        values += more
+    first, last = max(y, top), min(y + height, bottom)  # rows that outputs skip have no say
+    above = np.zeros((len(values), last - first + 2), np.bool_)
+    np.greater(values[:, first - top : last - top], threshold, out=above[:, 1:-1])
+    flat = above.reshape(-1)
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), above.shape[1])
+    return _Strip(values, columns.start, top, column, row + first)
 
 
 @dataclass(frozen=True)
-class BoxMask:
-    """A mask inside its box: pixels [bh, bw], top-left corner y, x in the image."""
+class _Crossings:
+    """Where the columns of many strips cross the threshold, ascending by strip, column and row.
 
-    y: int
-    x: int
-    pixels: Bool
-
-
-def _extent(used: Bool) -> slice:
-    """From the first to the last set element."""
-    indices = np.flatnonzero(used)
-    return slice(int(indices[0]), int(indices[-1]) + 1)
-
-
-def paste_mask(probs: Float32, tile: Tile, stride: int, threshold: float = 0.5) -> BoxMask | None:
-    """A soft mask as pixels of the original image.
-
-    Args:
-        probs: [h, w] at the mask stride of the tile's canvas.
-        tile: Where the canvas came from.
-        stride: Canvas px per mask px.
-        threshold: A pixel belongs to the mask above this.
-
-    Returns:
-        The tight box of the mask's pixels, or None if there are none.
+    Attributes:
+        origin: [N] where row 0 of the mask would be in all strips' values, of the column.
+        row: [N] the row before lies on the other side of the threshold.
+        place: [N] first pixel of the column, counted column by column through one image a strip.
+        before: [N] outputs before this one depend on the rows before alone.
+        after: [N] outputs from this one on depend on `row` and the rows after alone.
+        inside: [N] whether `row` is above the threshold.
+        follows: [N] whether there is no output between this crossing's and those of the one
+            before it in the column.
     """
-    above = probs > threshold
-    if not above.any():
-        return None
-    window = tile.window
-    down = build_axis(probs.shape[0], stride, tile.valid_hw[0], window.height)
-    across = build_axis(probs.shape[1], stride, tile.valid_hw[1], window.width)
-    rows = down.outputs_of(_extent(np.any(above, axis=1)))
-    columns = across.outputs_of(_extent(np.any(above, axis=0)))
-    if rows.start >= rows.stop or columns.start >= columns.stop:
-        return None  # the mask lies in the padding alone
-    part = np.empty((probs.shape[1], rows.stop - rows.start), np.float32)
-    for place, block in down.apply(probs, rows):
-        part[:, place] = block.T
-    pixels = np.empty((columns.stop - columns.start, rows.stop - rows.start), np.bool_)
-    for place, block in across.apply(part, columns):
-        np.greater(block, threshold, out=pixels[place])
-    if not pixels.any():
-        return None
-    box_columns, box_rows = _extent(np.any(pixels, axis=1)), _extent(np.any(pixels, axis=0))
-    return BoxMask(
-        y=window.y + rows.start + box_rows.start,
-        x=window.x + columns.start + box_columns.start,
-        pixels=pixels[box_columns, box_rows].T,
+
+    origin: Int64
+    row: Int64
+    place: Int64
+    before: Int64
+    after: Int64
+    inside: Bool
+    follows: Bool
+
+    def pick(self, which: Int64 | Bool | slice) -> _Crossings:
+        """Some of them."""
+        return _Crossings(*(getattr(self, field.name)[which] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What outputs are computed from: all strips' values [n] and the weights down the columns."""
+
+    values: Float32
+    down: Axis
+    threshold: float
+
+    def are_inside(self, origin: Int64, output: Int64) -> Bool:
+        """Whether outputs of columns are above the threshold; beyond the last one it stands."""
+        total = np.float32(0)
+        for inputs, weights in zip(self.down.inputs, self.down.weights, strict=True):
+            row = inputs.take(output, mode="clip")
+            row += origin
+            part = self.values.take(row, mode="clip")
+            part *= weights.take(output, mode="clip")
+            total = total + part
+        return np.asarray(total > self.threshold)
+
+
+def _encode(
+    strips: Sequence[_Strip | None],
+    down: Axis,
+    tile: Tile,
+    image_hw: tuple[int, int],
+    threshold: float,
+) -> list[Outline | None]:
+    """Run lengths of strips' masks."""
+    kept = [strip for strip in strips if strip is not None]
+    if not kept:
+        return [None] * len(strips)
+    values = np.concatenate([strip.values.reshape(-1) for strip in kept])
+    outputs = _Outputs(values, down, threshold)
+    crossings = _gather(kept, down, tile, image_hw)
+    edges = _find_edges(outputs, crossings)
+    period = image_hw[0] * image_hw[1] + 1  # one more: an edge may lie behind the last pixel
+    starts = period * np.arange(len(kept) + 1)
+    splits = np.searchsorted(edges, starts)
+    edges -= np.repeat(starts[:-1], np.diff(splits))
+    found = iter(encode_edges(edges, splits, image_hw))
+    return [None if strip is None else next(found) for strip in strips]
+
+
+def _gather(
+    strips: Sequence[_Strip], down: Axis, tile: Tile, image_hw: tuple[int, int]
+) -> _Crossings:
+    counts = [len(strip.row) for strip in strips]
+    sizes = [strip.values.size for strip in strips]
+    rows = np.repeat([strip.values.shape[1] for strip in strips], counts)
+    column = np.concatenate([strip.column for strip in strips])
+    row = np.concatenate([strip.row for strip in strips])
+    offsets = np.cumsum([0, *sizes[:-1]]) - [strip.top for strip in strips]
+    image_h, image_w = image_hw
+    first = [
+        index * (image_h * image_w + 1) + (tile.window.x + strip.x) * image_h + tile.window.y
+        for index, strip in enumerate(strips)
+    ]
+    place = np.repeat(first, counts) + column * image_h
+    before, after = down.before[row], down.after[row]
+    follows = np.zeros(len(row), np.bool_)
+    np.logical_and(place[1:] == place[:-1], before[1:] <= after[:-1], out=follows[1:])
+    return _Crossings(
+        origin=np.repeat(offsets, counts) + column * rows,
+        row=row,
+        place=place,
+        before=before,
+        after=after,
+        inside=np.arange(len(row)) % 2 == 0,  # each column begins and ends outside
+        follows=follows,
     )
 
 
-def encode_box_mask(mask: BoxMask, image_hw: tuple[int, int]) -> dict[str, Any]:
-    """COCO compressed RLE of a mask inside an image of [H, W], without building the image.
-
-    Equal, byte for byte, to pycocotools' encoding of the full-size mask.
-    """
-    height, width = image_hw
-    box_h, box_w = mask.pixels.shape
-    # Column-major with one empty pixel below each column and one before all: then a change of
-    # value is in turn a start and a stop.
-    padded = np.zeros(box_w * (box_h + 1) + 1, np.bool_)
-    padded[1:].reshape(box_w, box_h + 1)[:, :box_h] = mask.pixels.T
-    column, row = np.divmod(np.flatnonzero(padded[1:] != padded[:-1]), box_h + 1)
-    edges = (mask.x + column) * height + mask.y + row
-    if box_h == height:  # runs that touch across a column border are one run
-        joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
-        edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
-    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
-    if counts[-1] == 0:
-        counts = counts[:-1]
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"]}
+def _find_edges(outputs: _Outputs, crossings: _Crossings) -> Int64:
+    """Edges of all strips' masks, ascending."""
+    # Of a crossing alone the outputs change sides once: a guess that both neighbours confirm is
+    # right. The rest is computed output by output.
+    alone = ~crossings.follows
+    alone[:-1] &= ~crossings.follows[1:]
+    edge = _guess_edge(outputs, crossings)
+    found = alone & _confirm(outputs, crossings, edge)
+    edges = [crossings.place[found] + edge[found]]
+    rest = crossings.pick(~found)
+    for part in _split(rest):
+        edges.append(_walk(outputs, rest.pick(part)))
+    return edges[0] if len(edges) == 1 else np.sort(np.concatenate(edges))
 
 
-def build_instance(mask: BoxMask, image_hw: tuple[int, int], label: int, score: float) -> Instance:
-    """An instance from its pixels."""
-    box_h, box_w = mask.pixels.shape
-    return Instance(
-        label=label,
-        score=score,
-        rle=encode_box_mask(mask, image_hw),
-        bbox_xywh=(mask.x, mask.y, box_w, box_h),
-        area=int(np.count_nonzero(mask.pixels)),
+def _guess_edge(outputs: _Outputs, crossings: _Crossings) -> Int64:
+    """First output behind each crossing, if outputs lay on straight lines between the rows."""
+    place = crossings.origin + crossings.row
+    low = outputs.values.take(place - 1, mode="clip")
+    high = outputs.values.take(place, mode="clip")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (outputs.threshold - low) / (high - low)
+    # Where a row of another column was taken there is no output to find: any guess will do.
+    share = np.nan_to_num(np.clip(share, 0, 1))
+    guess = np.ceil((crossings.row + share - 0.5) * outputs.down.scale - 0.5).astype(np.int64)
+    return np.clip(guess, crossings.before, crossings.after)
+
+
+def _confirm(outputs: _Outputs, crossings: _Crossings, edge: Int64) -> Bool:
+    """Whether outputs before and at an edge lie on the sides where the rows around it lie."""
+    earlier = outputs.are_inside(crossings.origin, edge - 1) != crossings.inside
+    later = outputs.are_inside(crossings.origin, edge) == crossings.inside
+    return (earlier | (edge == crossings.before)) & (later | (edge == crossings.after))
+
+
+def _split(crossings: _Crossings) -> Iterator[slice]:
+    """Runs of crossings with about `CHUNK` outputs, cut where a crossing follows none."""
+    heads = np.flatnonzero(~crossings.follows)
+    if heads.size == 0:
+        return
+    outputs = np.cumsum(crossings.after - crossings.before)
+    cuts = heads[np.flatnonzero(np.diff(outputs[heads] // CHUNK)) + 1]
+    bounds = [0, *cuts.tolist(), len(outputs)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield slice(start, stop)
+
+
+def _walk(outputs: _Outputs, crossings: _Crossings) -> Int64:
+    """Edges around crossings, from every output that depends on rows of both sides."""
+    before, after = crossings.before.copy(), crossings.after
+    before[1:] = np.where(
+        crossings.follows[1:], np.maximum(before[1:], after[:-1]), before[1:]
     )
+    # The output behind the last one of a group stands for the rows that follow.
+    closes = np.append(~crossings.follows[1:], True)
+    lengths = after - before + closes
+    starts = np.cumsum(lengths) - lengths
+    crossing = np.repeat(np.arange(len(lengths)), lengths)
+    output = np.arange(len(crossing)) + (before - starts)[crossing]
+    inside = outputs.are_inside(crossings.origin[crossing], output)
+    inside[(starts + lengths - 1)[closes]] = crossings.inside[closes]
+    earlier = np.roll(inside, 1)
+    opens = ~crossings.follows
+    earlier[starts[opens]] = ~crossings.inside[opens]
+    changed = np.flatnonzero(inside != earlier)
+    return np.asarray(crossings.place[crossing[changed]] + output[changed])

@@ -15,7 +15,7 @@ from service.pipeline.contour import fill_contours
 from service.pipeline.merge import TileInstance, merge_tiles
 from service.pipeline.model_config import MatrixNms, PostprocessSpec
 from service.pipeline.nms import mask_nms, matrix_nms
-from service.pipeline.paste import build_instance, paste_mask
+from service.pipeline.paste import paste_masks
 from service.pipeline.types import Candidates, Float32, Instance, Int64, Prepared, Tile
 
 
@@ -57,22 +57,28 @@ TileCandidates = Candidates | DeviceCandidates
 
 
 def select(
-    candidates: Candidates, spec: PostprocessSpec
+    candidates: Candidates, spec: PostprocessSpec, *, least_score: float = 0.0
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """NMS at the mask stride.
+
+    Neither NMS raises a score, and no candidate has a say about a better one: those below the
+    least score are left out from the start.
 
     Args:
         candidates: One tile's, best first.
         spec: Kind of NMS and thresholds.
+        least_score: Survivors have at least this score.
 
     Returns:
         Scores and indices of the survivors, best first (ties: the earlier candidate).
     """
-    used = candidates.scores > 0
+    least_score = max(least_score, spec.update_threshold)
+    used = (candidates.scores > 0) & (candidates.scores >= least_score)
     count = int(used.nonzero()[0].max(initial=-1)) + 1  # empty slots come last: no copy of them
     masks = candidates.mask_probs[:count] > spec.mask_threshold
     filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
-    masks = masks[filled]
+    if filled.size < count:
+        masks = masks[filled]
     if spec.compare == "enclosed":
         masks = fill_contours(masks)
     scores, labels = candidates.scores[filled], candidates.labels[filled]
@@ -81,7 +87,7 @@ def select(
         kept = np.arange(len(scores))
     else:
         kept = mask_nms(scores, labels, masks, iou_threshold=spec.nms.iou_threshold)
-    kept = kept[scores[kept] >= spec.update_threshold]
+    kept = kept[scores[kept] >= least_score]
     kept = kept[np.argsort(-scores[kept], kind="stable")]
     return scores[kept], filled[kept]
 
@@ -167,17 +173,21 @@ def _find_instances(
     score_threshold: float,
     max_instances: int,
 ) -> list[Instance]:
-    scores, indices = select(candidates, spec)
+    scores, indices = select(candidates, spec, least_score=score_threshold)
     stride = mask_stride(tile, candidates.mask_hw)
     found: list[Instance] = []
-    for score, index in zip(scores, indices, strict=True):
-        if score < score_threshold or len(found) == max_instances:
+    for start in range(0, len(indices), max_instances):
+        some = slice(start, start + max_instances)  # rarely is any of them empty
+        masks = (candidates.mask_probs[index] for index in indices[some])
+        pasted = paste_masks(masks, tile, stride, image_hw, spec.mask_threshold)
+        found += [
+            Instance(int(candidates.labels[index]), float(score), *outline)
+            for score, index, outline in zip(scores[some], indices[some], pasted, strict=True)
+            if outline is not None
+        ]
+        if len(found) >= max_instances:
             break
-        mask = paste_mask(candidates.mask_probs[index], tile, stride, spec.mask_threshold)
-        if mask is not None:
-            label = int(candidates.labels[index])
-            found.append(build_instance(mask, image_hw, label, float(score)))
-    return found
+    return found[:max_instances]
 
 
 def postprocess(

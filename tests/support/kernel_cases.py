@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.backends.kernel_select import DeviceBatch, MaskType
-from service.pipeline.paste import build_axis
 from service.pipeline.postprocess import mask_stride
 from service.pipeline.types import Candidates, Float32, Instance, Int64, Tile, Window
+from tests.support.dense_paste import axis_matrix
 from tests.support.kernel_host import Uploads
 
 TIE = 1e-6
@@ -159,6 +159,6 @@ def exact_probs(probs: Float32, tile: Tile) -> NDArray[np.float64]:
     """A mask in the window [H, W]: the pipeline's own weights, applied in double precision."""
     stride = mask_stride(tile, (probs.shape[0], probs.shape[1]))
     window = tile.window
-    down = build_axis(probs.shape[0], stride, tile.valid_hw[0], window.height).matrix
-    across = build_axis(probs.shape[1], stride, tile.valid_hw[1], window.width).matrix
+    down = axis_matrix(probs.shape[0], stride, tile.valid_hw[0], window.height)
+    across = axis_matrix(probs.shape[1], stride, tile.valid_hw[1], window.width)
     return down.astype(np.float64) @ probs.astype(np.float64) @ across.astype(np.float64).T

@@ -14,9 +14,10 @@ from service.backends.kernel_paste import MaskPlane, PastedMask, paste_masks
 from service.backends.kernel_select import MaskType
 from service.backends.launcher import Launcher
 from service.backends.workspace import WorkspacePool
-from service.pipeline.paste import build_instance, paste_mask
 from service.pipeline.postprocess import mask_stride
+from service.pipeline.runs import build_instance
 from service.pipeline.types import Float32, Instance, Tile, Window
+from tests.support.dense_paste import paste_mask
 from tests.support.kernel_cases import (
     TIE,
     draw_image_hw,

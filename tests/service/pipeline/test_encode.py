@@ -22,7 +22,7 @@ from service.pipeline.encode import (
     instance_to_coco,
 )
 from service.pipeline.model_config import ModelConfig
-from service.pipeline.paste import BoxMask, build_instance
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.types import Instance
 
 CONFIG = ModelConfig.model_validate(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from service.pipeline.merge import TileInstance, merge_tiles
-from service.pipeline.paste import BoxMask, build_instance
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.preprocess import tile_starts
 from service.pipeline.types import Instance, Window
 

@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from service.pipeline.paste import (
-    BoxMask,
-    axis_matrix,
-    build_axis,
-    build_instance,
-    encode_box_mask,
-    linear_weights,
-    paste_mask,
-)
-from service.pipeline.types import Tile, Window
+from service.pipeline.axis import build_axis, linear_weights
+from service.pipeline.paste import paste_masks
+from service.pipeline.runs import BoxMask, Outline, build_instance, encode_box_mask
+from service.pipeline.types import Float32, Tile, Window
+from tests.support.dense_paste import axis_matrix, paste_mask
 
 PARITY = Path(__file__).parents[2] / "data" / "parity"
 
