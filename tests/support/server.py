@@ -19,7 +19,7 @@ CPU_FLAGS = ("--device", "cpu", "--threads", "1", "--pool-threads", "2")
 
 
 class ServerProcess:
-    """`python -m service` on a port of its own.
+    """`python -m service` on a port of its own, of the checkout at `root`.
 
     Attributes:
         process: The process.
@@ -27,12 +27,18 @@ class ServerProcess:
         log: File with its output.
     """
 
-    def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        root: Path = ROOT,
+    ) -> None:
         self.log = log
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "service", "--port", "0", *arguments],
-                cwd=ROOT,
+                cwd=root,
                 env={**os.environ, **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -75,10 +81,13 @@ class ServerProcess:
 
 @contextmanager
 def run_server(
-    log: Path, *arguments: str, environment: dict[str, str] | None = None
+    log: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    root: Path = ROOT,
 ) -> Iterator[ServerProcess]:
     """A server that is ready; it is killed at the end if it still runs."""
-    server = ServerProcess(log, *arguments, environment=environment)
+    server = ServerProcess(log, *arguments, environment=environment, root=root)
     try:
         server.wait_until_ready()
         yield server
