@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.pipeline.types import Float32, Int64
 
@@ -56,10 +55,10 @@ class Axis:
         return int(self.inputs[0, outputs.start]), int(self.inputs[2, outputs.stop - 1]) + 1
 
 
-def _enlarge(mask_size: int, stride: int, valid: int) -> tuple[Int64, NDArray[np.float32]]:
+def _enlarge(mask_size: int, stride: int, valid: int) -> tuple[Int64, Float32]:
     """Lower input [valid] and three weights [3, valid] of the canvas's px that show the image."""
-    low, weight = (a[:valid] for a in linear_weights(mask_size, mask_size * stride))
-    return low, np.stack([1 - weight, weight, np.zeros_like(weight)])
+    low, weight = linear_weights(mask_size, mask_size * stride)
+    return low[:valid], np.stack([1 - weight, weight, np.zeros_like(weight)])[:, :valid]
 
 
 @lru_cache(maxsize=64)

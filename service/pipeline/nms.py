@@ -33,7 +33,7 @@ def pairwise_intersections(masks: Bool) -> Float32:
     shared = np.zeros(count * count, np.float32)
     for y in range(0, height, BLOCK):
         strip = masks[:, y : y + BLOCK]
-        columns = strip.any(axis=1)
+        columns = np.any(strip, axis=1)
         for x in range(0, width, BLOCK):
             members = np.flatnonzero(columns[:, x : x + BLOCK].any(axis=1))
             if members.size == 0:

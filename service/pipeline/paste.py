@@ -1,4 +1,4 @@
-"""From soft masks at the mask stride to run lengths of the original image, without a full-size mask.
+"""Soft masks at the mask stride become run lengths of the original image; no full-size mask exists.
 
 The published code enlarges a mask to the canvas bilinearly, crops the padding, resizes to the
 original bilinearly and thresholds. Both steps are linear and separable: each output row and column
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -234,14 +235,16 @@ def _guess_edge(outputs: _Outputs, crossings: _Crossings) -> Int64:
     # Where a row of another column was taken there is no output to find: any guess will do.
     share = np.nan_to_num(np.clip(share, 0, 1))
     guess = np.ceil((crossings.row + share - 0.5) * outputs.down.scale - 0.5).astype(np.int64)
-    return np.clip(guess, crossings.before, crossings.after)
+    return np.asarray(np.clip(guess, crossings.before, crossings.after))
 
 
 def _confirm(outputs: _Outputs, crossings: _Crossings, edge: Int64) -> Bool:
     """Whether outputs before and at an edge lie on the sides where the rows around it lie."""
     earlier = outputs.are_inside(crossings.origin, edge - 1) != crossings.inside
     later = outputs.are_inside(crossings.origin, edge) == crossings.inside
-    return (earlier | (edge == crossings.before)) & (later | (edge == crossings.after))
+    earlier |= edge == crossings.before
+    later |= edge == crossings.after
+    return np.asarray(earlier & later)
 
 
 def _split(crossings: _Crossings) -> Iterator[slice]:
@@ -252,16 +255,14 @@ def _split(crossings: _Crossings) -> Iterator[slice]:
     outputs = np.cumsum(crossings.after - crossings.before)
     cuts = heads[np.flatnonzero(np.diff(outputs[heads] // CHUNK)) + 1]
     bounds = [0, *cuts.tolist(), len(outputs)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         yield slice(start, stop)
 
 
 def _walk(outputs: _Outputs, crossings: _Crossings) -> Int64:
     """Edges around crossings, from every output that depends on rows of both sides."""
     before, after = crossings.before.copy(), crossings.after
-    before[1:] = np.where(
-        crossings.follows[1:], np.maximum(before[1:], after[:-1]), before[1:]
-    )
+    before[1:] = np.where(crossings.follows[1:], np.maximum(before[1:], after[:-1]), before[1:])
     # The output behind the last one of a group stands for the rows that follow.
     closes = np.append(~crossings.follows[1:], True)
     lengths = after - before + closes

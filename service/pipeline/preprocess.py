@@ -40,11 +40,14 @@ def keep_ratio_size(image_hw: tuple[int, int], short_side: int, long_side: int) 
 
 def _canvas(part: UInt8, size: tuple[int, int], canvas_hw: tuple[int, int]) -> UInt8:
     """Resizes [h, w, 3] bilinearly to `size` and pads with zeros to [Hc, Wc, 3]."""
-    canvas = np.zeros((*canvas_hw, 3), np.uint8)
-    resized = part
-    if part.shape[:2] != size:
-        resized = cv2.resize(part, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)
-    canvas[: size[0], : size[1]] = resized
+    canvas = np.empty((*canvas_hw, 3), np.uint8)
+    canvas[size[0] :] = canvas[:, size[1] :] = 0
+    shown = canvas[: size[0], : size[1]]
+    assert shown.shape[:2] == size
+    if part.shape[:2] == size:
+        shown[:] = part
+    else:  # into its place: no copy
+        cv2.resize(part, size[::-1], dst=shown, interpolation=cv2.INTER_LINEAR)
     return canvas
 
 

@@ -25,7 +25,8 @@ def axis_matrix(mask_size: int, stride: int, valid: int, original: int) -> Float
         original: Extent in the original image, px.
     """
     canvas = np.zeros((valid, mask_size), np.float32)
-    low, weight = (a[:valid] for a in linear_weights(mask_size, mask_size * stride))
+    low, weight = linear_weights(mask_size, mask_size * stride)
+    low, weight = low[:valid], weight[:valid]
     rows = np.arange(valid)
     canvas[rows, low] += 1 - weight
     canvas[rows, np.minimum(low + 1, mask_size - 1)] += weight
@@ -41,7 +42,7 @@ def _apply(matrix: Float32, values: Float32, outputs: slice) -> Float32:
     blocks = []
     for start in range(outputs.start, outputs.stop, BLOCK):
         rows = matrix[start : min(start + BLOCK, outputs.stop)]
-        inputs = _extent((rows > 0).any(axis=0))
+        inputs = _extent(np.any(rows > 0, axis=0))
         blocks.append(rows[:, inputs] @ values[inputs])
     return np.concatenate(blocks)
 
@@ -68,15 +69,15 @@ def paste_mask(probs: Float32, tile: Tile, stride: int, threshold: float = 0.5) 
     window = tile.window
     down = axis_matrix(probs.shape[0], stride, tile.valid_hw[0], window.height)
     across = axis_matrix(probs.shape[1], stride, tile.valid_hw[1], window.width)
-    rows = _extent((down[:, above.any(axis=1)] > 0).any(axis=1))
-    columns = _extent((across[:, above.any(axis=0)] > 0).any(axis=1))
+    rows = _extent(np.any(down[:, np.any(above, axis=1)] > 0, axis=1))
+    columns = _extent(np.any(across[:, np.any(above, axis=0)] > 0, axis=1))
     if rows.start == rows.stop or columns.start == columns.stop:
         return None  # nothing is above, or only in the padding
     part = _apply(down, probs, rows)
     pixels = _apply(across, np.ascontiguousarray(part.T), columns) > threshold
     if not pixels.any():
         return None
-    box_columns, box_rows = _extent(pixels.any(axis=1)), _extent(pixels.any(axis=0))
+    box_columns, box_rows = _extent(np.any(pixels, axis=1)), _extent(np.any(pixels, axis=0))
     return BoxMask(
         y=window.y + rows.start + box_rows.start,
         x=window.x + columns.start + box_columns.start,

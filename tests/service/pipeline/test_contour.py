@@ -18,8 +18,8 @@ from service.pipeline.draw import draw_instances, instance_colour
 from service.pipeline.encode import decode_box, encode_polygons
 from service.pipeline.merge import TileInstance, merge_tiles
 from service.pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec
-from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.postprocess import postprocess, select
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.types import Candidates, Instance, Prepared, Tile, Window
 from tests.support.tiny import disc
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from service.pipeline.merge import TileInstance, merge_tiles
-from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.preprocess import tile_starts
+from service.pipeline.runs import BoxMask, build_instance
 from service.pipeline.types import Instance, Window
 
 Mask = NDArray[np.bool_]

@@ -15,9 +15,10 @@ from service.pipeline.model_config import (
     PostprocessSpec,
     TileResize,
 )
-from service.pipeline.postprocess import postprocess
+from service.pipeline.postprocess import postprocess, select
 from service.pipeline.preprocess import prepare
 from service.pipeline.types import Candidates, Prepared, Tile, Window
+from tests.support.kernel_cases import draw_masks
 
 MATRIX = PostprocessSpec(nms=MatrixNms(), score_threshold=0.1)
 MASK = PostprocessSpec(nms=MaskNms(iou_threshold=0.5), score_threshold=0.1)
@@ -127,3 +128,21 @@ def test_discs_over_tile_borders_are_found_once_with_exact_pixels() -> None:
     got = {bytes(coco_mask.decode(i.rle)) for i in found}
     assert got == {bytes(d.astype(np.uint8)) for d in discs}
     assert [i.score for i in found] == sorted((i.score for i in found), reverse=True)
+
+
+@pytest.mark.parametrize("spec", [MATRIX, MASK, MATRIX.model_copy(update={"compare": "enclosed"})])
+@pytest.mark.parametrize("count", [0, 1, 40, 400])
+def test_leaving_out_candidates_below_the_least_score_changes_no_other(
+    spec: PostprocessSpec, count: int
+) -> None:
+    rng = np.random.default_rng(count)
+    masks = draw_masks(rng, max(count, 1), (20, 26))[:count]
+    masks[count // 2 :] = masks[: count - count // 2]  # duplicates, and they decay
+    scores = -np.sort(-rng.random(count).astype(np.float32))
+    candidates = Candidates(scores, rng.integers(0, 2, count), masks)
+    all_scores, all_indices = select(candidates, spec)
+    for least_score in (0.0, 0.3, 0.7, 1.0):
+        kept_scores, kept_indices = select(candidates, spec, least_score=least_score)
+        stays = all_scores >= least_score
+        np.testing.assert_array_equal(kept_scores, all_scores[stays])
+        np.testing.assert_array_equal(kept_indices, all_indices[stays])
