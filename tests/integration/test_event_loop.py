@@ -1,0 +1,40 @@
+"""uvloop and httptools are taken where they are installed, and are not needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.server import CPU_FLAGS, ROOT, run_server
+
+FAST = ("uvloop", "httptools")
+_REPORT = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", *(m for m in {fast} if m in sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("blocked", [(), FAST])
+def test_the_server_answers_and_drains_with_and_without_them(
+    tmp_path: Path, blocked: tuple[str, ...]
+) -> None:
+    models, path = tmp_path / "models", tmp_path / "path"
+    publish(models)
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(_REPORT.format(fast=FAST))
+    for name in blocked:
+        (path / f"{name}.py").write_text("raise ImportError('blocked by a test')\n")
+    environment = {"PYTHONPATH": f"{path}:{ROOT}"}
+    flags = ("--model-repo", str(models), *CPU_FLAGS)
+    with run_server(tmp_path / "log", *flags, environment=environment) as server:
+        with httpx.Client(base_url=server.url) as client:
+            picture = encode_picture(draw_picture())
+            answers = [client.post("/segment", content=picture) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        server.terminate()
+        assert server.wait() == 0
+        loaded = server.read_log().rpartition("loaded:")[2].split()
+    assert loaded == [name for name in FAST if name not in blocked]
