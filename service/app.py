@@ -19,7 +19,6 @@ from service.errors import (
     InvalidParameter,
     Overloaded,
     QuotaExceeded,
-    ServiceError,
     Unauthorized,
     build_error_body,
     describe_error,
@@ -28,12 +27,11 @@ from service.gpus import find_gpus
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware, RequestContextMiddleware
-from service.pipeline.errors import DecodeError
 from service.registry import Repository, load_repository
 from service.routes import health, inference, models, segment, web
 from service.routes import metrics as metrics_routes
 from service.routes import repository as repository_routes
-from service.routes.shortcut import ErrorAnswers, Shortcut
+from service.routes.shortcut import HANDLED, ErrorAnswer, Shortcut
 from service.segmenter import Segmenter
 from service.settings import Settings
 from service.tracing import Tracer, build_tracer
@@ -99,10 +97,10 @@ def create_app(
         app.include_router(module.router)
     if settings.admin_port is None:
         _include_admin_routes(app)
-    answers = _build_answers(settings, metrics)
-    _add_error_handlers(app, answers)
+    answer = _build_answer(settings, metrics)
+    _add_error_handlers(app, answer)
     # The last one added is the outermost.
-    app.add_middleware(Shortcut, answers=answers)
+    app.add_middleware(Shortcut, answer=answer)
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(
@@ -126,7 +124,7 @@ def create_admin_app(app: FastAPI) -> FastAPI:
     admin.state = app.state
     admin.include_router(health.router)
     _include_admin_routes(admin)
-    _add_error_handlers(admin, _build_answers(app.state.settings, app.state.metrics))
+    _add_error_handlers(admin, _build_answer(app.state.settings, app.state.metrics))
     _add_middleware(admin, app.state.settings, app.state.metrics)
     return admin
 
@@ -145,8 +143,8 @@ def _add_middleware(
     )
 
 
-def _add_error_handlers(app: FastAPI, answers: ErrorAnswers) -> None:
-    for kind, answer in answers.items():
+def _add_error_handlers(app: FastAPI, answer: ErrorAnswer) -> None:
+    for kind in HANDLED:
         app.add_exception_handler(kind, answer)
 
 
@@ -157,7 +155,7 @@ def _version() -> str:
         return "0"
 
 
-def _build_answers(settings: Settings, metrics: Metrics) -> ErrorAnswers:
+def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
     """What answers the errors that a request may end in."""
 
     async def answer(request: Request, error: Exception) -> Response:
@@ -179,7 +177,7 @@ def _build_answers(settings: Settings, metrics: Metrics) -> ErrorAnswers:
         status, detail = describe_error(error)
         return _error_response(request, status, detail, headers)
 
-    return dict.fromkeys((ServiceError, DecodeError, RequestValidationError, HTTPException), answer)
+    return answer
 
 
 def _answer_http(request: Request, error: HTTPException) -> Response:

@@ -1,28 +1,31 @@
 """POST /segment without the framework's routing and validation.
 
-These cost more than all the rest of the server's own work (docs/performance.md). The route of
-`service.routes.segment` documents what is taken and does what this does; a test sends the same
-requests to both.
+What that saves is in docs/performance.md. The route of `service.routes.segment` documents what is
+taken and does what this does; a test sends the same requests to both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.errors import ServiceError
+from service.pipeline.errors import DecodeError
 from service.routes.segment import PATH, segment
 from service.routes.state import find_quota, get_segmenter
 from service.schemas import SegmentQuery, TimeoutMs
 
-ErrorAnswers = Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Response]]]
-"""What answers the errors of a kind; the kinds exclude each other."""
+ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
+HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException)
+"""Errors that have an answer of their own, here and behind the framework's routing."""
 
 _TIMEOUT_HEADER = "x-timeout-ms"
 _NO_QUERY = SegmentQuery()
@@ -34,13 +37,12 @@ class Shortcut:
 
     Args:
         app: What it wraps.
-        answers: Of the errors that the application handles.
+        answer: To the errors of `HANDLED`.
     """
 
-    def __init__(self, app: ASGIApp, answers: ErrorAnswers) -> None:
+    def __init__(self, app: ASGIApp, answer: ErrorAnswer) -> None:
         self.app = app
-        self._answers = answers
-        self._handled = tuple(answers)
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection."""
@@ -54,9 +56,8 @@ class Shortcut:
             response = await segment(
                 request, query, await get_segmenter(request), quota, timeout_ms
             )
-        except self._handled as error:
-            answer = next(self._answers[k] for k in self._answers if isinstance(error, k))
-            response = await answer(request, error)
+        except HANDLED as error:
+            response = await self._answer(request, error)
         await response(scope, receive, send)
 
 
