@@ -24,11 +24,10 @@ from typing import Any
 from benchmarks.report import describe_machine, this_command, write_report
 from service.backends.base import BackendOptions
 from service.cores import count_cores
-from service.pipeline.merge import TileInstance
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Tile
 from service.registry import LoadedModel, load_version
-from service.steps import DecodedImage, Options, decode, find_in_tile, finish
+from service.steps import Options, TiledImage, decode
 
 MAX_PIXELS = 50_000_000
 OPTIONS = Options()
@@ -76,22 +75,13 @@ class BareRun:
 
 
 @dataclass(eq=False)
-class _Picture:
-    """An image on its way; `left` canvases are not finished."""
-
-    decoded: DecodedImage
-    found: list[list[TileInstance]]
-    left: int
-
-
-@dataclass(eq=False)
 class _Canvas:
-    picture: _Picture
+    picture: TiledImage
     index: int
 
     @property
     def tile(self) -> Tile:
-        return self.picture.decoded.prepared.tiles[self.index]
+        return self.picture.tiles[self.index]
 
 
 class _Loop:
@@ -152,10 +142,9 @@ class _Loop:
     def decode(self, body: bytes) -> None:
         """One image to canvases that wait."""
         decoded = decode(body, self.model.config, MAX_PIXELS, OPTIONS)
-        count = len(decoded.prepared.tiles)
-        picture = _Picture(decoded, [[] for _ in range(count)], count)
+        picture = TiledImage(None, decoded, self.model.config, OPTIONS)
         with self.canvas_came:
-            self.waiting += [_Canvas(picture, index) for index in range(count)]
+            self.waiting += [_Canvas(picture, index) for index in range(len(picture.tiles))]
             self.canvas_came.notify()
 
     def take_batch(self) -> list[_Canvas]:
@@ -186,20 +175,12 @@ class _Loop:
     def finish(self, answered: Sequence[tuple[_Canvas, TileCandidates]]) -> None:
         """Canvases of one image to instances; who does the last of them writes the answer."""
         picture = answered[0][0].picture
-        config, decoded = self.model.config, picture.decoded
-        for canvas, candidates in answered:
-            picture.found[canvas.index] = find_in_tile(
-                canvas.tile, candidates, decoded.prepared.image_hw, config, OPTIONS
-            )
-        with self.image_went:
-            picture.left -= len(answered)
-            if picture.left:
-                return
-        answer = finish(None, decoded, picture.found, config, OPTIONS)
-        with self.image_went:
-            self.images += 1
-            self.instances += answer.instances
-            self.image_went.notify()
+        written = [picture.search(canvas.index, candidates) for canvas, candidates in answered]
+        if any(written) and picture.answer is not None:
+            with self.image_went:
+                self.images += 1
+                self.instances += picture.answer.instances
+                self.image_went.notify()
 
 
 def run_bare_loop(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,22 +19,16 @@ from service.batcher import DynamicBatcher
 from service.errors import describe_error
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
-from service.pipeline.merge import TileInstance
-from service.pipeline.model_config import ModelConfig
-from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import UInt8
 from service.pools import RankedPool
 from service.registry import LoadedModel
 from service.settings import Settings
 from service.steps import (
-    DecodedImage,
-    Finished,
     Options,
+    TiledImage,
     count_pixels,
     decode,
     encode_error,
-    find_in_tile,
-    finish,
     timed,
 )
 from service.timing import Interval, Timing, attribute_time
@@ -162,7 +155,7 @@ class Stages:
             scaled=self._settings.scaled_decode,
         )
         decoded = await self._decoders.run(partial(timed, step), job.rank)
-        picture = _Picture(image.file_name, decoded.result, config, options)
+        picture = TiledImage(image.file_name, decoded.result, config, options)
         # Few tiles of an image are on their way at once: their masks are what takes memory.
         room = asyncio.Semaphore(2 * model.batcher.max_batch)
         calls = await gather_or_cancel(
@@ -183,7 +176,7 @@ class Stages:
         return Outcome(answer.payload, timing)
 
     async def _run_tile(
-        self, picture: _Picture, index: int, job: Job, room: asyncio.Semaphore
+        self, picture: TiledImage, index: int, job: Job, room: asyncio.Semaphore
     ) -> list[Interval]:
         """Finds one tile's instances; when the engine had the tile."""
         async with room:
@@ -197,44 +190,6 @@ class Stages:
         self._metrics.instances.labels(name).inc(instances)
         for stage, seconds in vars(timing).items():
             self._metrics.stage_seconds.labels(name, stage).observe(seconds)
-
-
-class _Picture:
-    """An image whose tiles are searched in several threads.
-
-    Who searches the last one writes the answer, so that nobody need be woken for it.
-
-    Attributes:
-        tiles: Its canvases.
-        searched: When each of them was.
-        answer: None until the last one was.
-    """
-
-    def __init__(
-        self, file_name: str | None, image: DecodedImage, config: ModelConfig, options: Options
-    ) -> None:
-        self.tiles = image.prepared.tiles
-        self.searched: list[Interval] = []
-        self.answer: Finished | None = None
-        self._file_name = file_name
-        self._image = image
-        self._config = config
-        self._options = options
-        self._found: list[list[TileInstance]] = [[] for _ in self.tiles]
-        self._lock = threading.Lock()
-
-    def search(self, index: int, candidates: TileCandidates) -> None:
-        """Finds one tile's instances; to be called once for each tile, in any order."""
-        image_hw, options = self._image.prepared.image_hw, self._options
-        found = timed(
-            partial(find_in_tile, self.tiles[index], candidates, image_hw, self._config, options)
-        )
-        self._found[index] = found.result
-        with self._lock:
-            self.searched.append(found.ran)
-            is_last = len(self.searched) == len(self.tiles)
-        if is_last:
-            self.answer = finish(self._file_name, self._image, self._found, self._config, options)
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,55 @@ def finish(
         step = partial(encode_overlay, image.picture, merged.result, config.task)
     encoded = timed(step)
     return Finished(encoded.result, len(merged.result), merged.ran, encoded.ran)
+
+
+class TiledImage:
+    """An image whose tiles are searched in several threads; who is last writes the answer.
+
+    So nobody need be woken to write it.
+
+    Args:
+        file_name: In its answer.
+        image: Its canvases.
+        config: The model's.
+        options: The request's.
+
+    Attributes:
+        tiles: Its canvases.
+        searched: When each of them was, in the order of their ends.
+        answer: None until the last one was.
+    """
+
+    def __init__(
+        self, file_name: str | None, image: DecodedImage, config: ModelConfig, options: Options
+    ) -> None:
+        self.tiles = image.prepared.tiles
+        self.searched: list[Interval] = []
+        self.answer: Finished | None = None
+        self._file_name = file_name
+        self._image = image
+        self._config = config
+        self._options = options
+        self._found: list[list[TileInstance]] = [[] for _ in self.tiles]
+        self._lock = threading.Lock()
+
+    def search(self, index: int, candidates: TileCandidates) -> bool:
+        """Finds one tile's instances; to be called once for each tile, in any order.
+
+        Returns:
+            Whether it was the last one: then the answer is there.
+        """
+        image_hw, options = self._image.prepared.image_hw, self._options
+        found = timed(
+            partial(find_in_tile, self.tiles[index], candidates, image_hw, self._config, options)
+        )
+        self._found[index] = found.result
+        with self._lock:
+            self.searched.append(found.ran)
+            is_last = len(self.searched) == len(self.tiles)
+        if is_last:
+            self.answer = finish(self._file_name, self._image, self._found, self._config, options)
+        return is_last
 
 
 def encode_entry(
