@@ -13,13 +13,11 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from service.pipeline.encode import decode_box
 from service.pipeline.runs import BoxMask, build_instance
-from service.pipeline.types import Instance, UInt8
+from service.pipeline.types import Bool, Instance, UInt8
 
-Bool = NDArray[np.bool_]
 CLOSING = np.ones((3, 3), np.uint8)
 """Closes gaps of up to two pixels in a curve before it is filled."""
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.pipeline.types import Float32, Int64
+from service.pipeline.types import Bool, Float32, Int64
 
-Bool = NDArray[np.bool_]
 BLOCK = 32
 """Side of the blocks in which masks are compared, px at the mask stride."""
 

@@ -19,13 +19,11 @@ from itertools import pairwise
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from service.pipeline.axis import Axis, build_axis
 from service.pipeline.runs import Outline, encode_edges
-from service.pipeline.types import Float32, Int64, Tile
+from service.pipeline.types import Bool, Float32, Int64, Tile
 
-Bool = NDArray[np.bool_]
 CHUNK = 1 << 18
 """Numbers of enlarged masks, or outputs, that are held at once, unless one mask alone has more."""
 

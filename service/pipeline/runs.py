@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.types import Instance, Int64
-
-Bool = NDArray[np.bool_]
+from service.pipeline.types import Bool, Instance, Int64
 
 
 @dataclass(frozen=True)

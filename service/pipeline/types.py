@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Bool = NDArray[np.bool_]
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

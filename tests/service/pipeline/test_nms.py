@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pipeline.nms import Bool, mask_nms, matrix_nms, pairwise_iou
-from service.pipeline.types import Float32, Int64
+from service.pipeline.nms import mask_nms, matrix_nms, pairwise_iou
+from service.pipeline.types import Bool, Float32, Int64
 
 PARITY = Path(__file__).parents[2] / "data" / "parity" / "matrix_nms.npz"
 
