@@ -8,14 +8,13 @@ with one thread that is the time on an idle core.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import this_command, write_report
 from service.backends.base import BackendOptions
 from service.cores import count_cores
 from service.pipeline.decode import decode_image
@@ -82,15 +81,13 @@ def main() -> int:
         counts = f"{row['tiles']:5} {row['instances']:5}"
         print(f"{path.name:>28} {counts} {stages} {row['total_ms']:.1f} ms")
     if options.json:
-        command = "python -m benchmarks " + " ".join(sys.argv[1:])
         content = {
-            "command": command,
             "model": f"{model.config.name} {model.version}",
             "clock": options.clock,
             "threads": options.threads,
             "rows": rows,
         }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_report(options.json, this_command("benchmarks"), content)
     return 0
 
 

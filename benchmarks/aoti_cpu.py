@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from benchmarks.report import this_command
 from export.to_aoti import AotiOptions, build_aoti
 from service.backends.aoti import load_runner
 from training.configs import get_config
@@ -82,7 +81,7 @@ def main() -> int:
     package = compile_package(options.package)
     rows = [measure(package, batch, options.rounds) for batch in BATCHES]
     report = {
-        "command": "python -m benchmarks.aoti_cpu " + shlex.join(sys.argv[1:]),
+        "command": this_command("benchmarks.aoti_cpu"),
         "threads": 1,
         "versions": {"torch": torch.__version__, "onnxruntime": ort.__version__},
         "rows": rows,

@@ -17,10 +17,8 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,6 +42,7 @@ from benchmarks.gpu_stages import (
     measure_postprocess,
 )
 from benchmarks.gpu_timing import measure_ceilings
+from benchmarks.report import find_versions, this_command
 from export.errors import ExportError
 from service.backends.aoti_package import PackagePrecision
 from service.backends.base import BackendError
@@ -86,18 +85,12 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
 
 def describe_machine(device: str) -> Report:
     """The device and the versions of what runs on it."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     report: Report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "cpu_cores": os.cpu_count(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": versions,
+        "versions": find_versions(PACKAGES),
     }
     if device == "cuda":
         report["compute_capability"] = torch.cuda.get_device_capability()
@@ -151,7 +144,7 @@ def measure(options: argparse.Namespace) -> Report:
     """Every model with every engine, while there is time."""
     end_s = time.monotonic() + 60 * options.minutes
     report: Report = {
-        "command": "python -m benchmarks.gpu " + shlex.join(sys.argv[1:]),
+        "command": this_command("benchmarks.gpu"),
         "machine": describe_machine(options.device),
         "ceilings": measure_ceilings(options.device, quick=options.quick),
         "picture": {"image_hw": IMAGE_HW, "objects": OBJECTS, "content": "random weights, forced"},

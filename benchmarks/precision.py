@@ -8,8 +8,6 @@ time on the wall: the former does not count the waiting for a core that other wo
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.report import ratio_quartiles, this_command, write_report
 from service.backends.base import BackendOptions
 from service.backends.ort import OrtBackend, build_ort_backend
 from service.cores import count_cores
@@ -61,14 +60,7 @@ def summarise(laps: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, fl
     rows = {}
     for name, clocks in laps.items():
         row = {f"{clock}_ms": float(np.median(values)) for clock, values in clocks.items()}
-        ratios = np.array(clocks["cpu"]) / np.array(laps[FULL]["cpu"])
-        low, middle, high = np.percentile(ratios, [25, 50, 75])
-        rows[name] = {
-            **row,
-            "ratio": float(middle),
-            "ratio_q1": float(low),
-            "ratio_q3": float(high),
-        }
+        rows[name] = row | ratio_quartiles(clocks["cpu"], laps[FULL]["cpu"])
     return rows
 
 
@@ -98,7 +90,6 @@ def main() -> int:
         )
     if options.json:
         content: dict[str, Any] = {
-            "command": "python -m benchmarks.precision " + " ".join(sys.argv[1:]),
             "canvas_hw": list(tiles[0].image.shape[:2]),
             "batch": options.batch,
             "threads": options.threads,
@@ -106,7 +97,7 @@ def main() -> int:
             "onnxruntime": ort.__version__,
             "rows": rows,
         }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_report(options.json, this_command("benchmarks.precision"), content)
     return 0
 
 

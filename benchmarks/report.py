@@ -35,8 +35,19 @@ def describe_machine(packages: Iterable[str] = ()) -> dict[str, Any]:
         "memory_gb": round(pages * page_bytes / 1e9),
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": {name: _find_version(name) for name in (*PACKAGES, *packages)},
+        "versions": find_versions((*PACKAGES, *packages)),
     }
+
+
+def find_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of distributions; None where one is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def ratio_quartiles(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
@@ -96,13 +107,6 @@ def _read_cpu_model() -> str:
         return platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _find_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _is_numeric(values: Iterable[object]) -> bool:

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.load import NO_ANSWER, ask, open_client, read_metrics
+from benchmarks.report import this_command, write_report
 
 RESIDENT = "process_resident_memory_bytes"
 EXPECTED = (200, 503)
@@ -161,8 +162,7 @@ def main() -> None:
     text = json.dumps(numbers, indent=2)
     print(text)
     if arguments.out is not None:
-        command = " ".join(["python -m benchmarks.soak", *sys.argv[1:]])
-        arguments.out.write_text(json.dumps({"command": command, **numbers}, indent=2) + "\n")
+        write_report(arguments.out, this_command("benchmarks.soak"), numbers)
     failed = [status for status in numbers["statuses"] if int(status) not in EXPECTED]
     if failed or numbers["differences"]:
         sys.exit("the soak failed: " + "; ".join([*failed, *numbers["differences"]]))

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.report import write_report
 from training.configs.schema import PUBLISHED_SCALE_RANGES
 from training.convert import convert_key
 
@@ -273,13 +274,13 @@ def main() -> int:
         return 1
     if options.json:
         arguments = ["$MMDET_PYTHON" if a == str(options.mmdet_python) else a for a in sys.argv[1:]]
+        command = " ".join(["python -m benchmarks.training", *arguments])
         content = {
-            "command": " ".join(["python -m benchmarks.training", *arguments]),
             "torch": torch.__version__,
             "machine": platform.machine(),
             "rows": rows,
         }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_report(options.json, command, content)
     return 0
 
 
