@@ -137,7 +137,12 @@ def _include_admin_routes(app: FastAPI) -> None:
 def _add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracer: Tracer | None = None
 ) -> None:
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, metrics=metrics)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        metrics=metrics,
+    )
     app.add_middleware(
         RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS, tracer=tracer
     )

@@ -7,6 +7,7 @@
     │   ├── InvalidParameter      a query parameter
     │   └── TooManyImages         more than the server can ever hold
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
+    ├── BodyTimeout               the body has stopped coming
     ├── Unauthorized              no API key, or one that is not known
     ├── Forbidden                 the key may not do this
     ├── QuotaExceeded             the key's share is used up; has `reason` and `retry_after_s`
@@ -78,6 +79,12 @@ class BodyTooLarge(ServiceError):
     code = "body_too_large"
 
 
+class BodyTimeout(ServiceError):
+    """No more of the body has come for too long."""
+
+    code = "body_timeout"
+
+
 class Unauthorized(ServiceError):
     """The request has no API key, or one that is not known."""
 
@@ -128,7 +135,7 @@ class Overloaded(ServiceError):
     """Admission is full.
 
     Attributes:
-        reason: Which bound: "queue_images" or "queue_pixels".
+        reason: Which bound: "queue_images", "queue_pixels" or "connections".
     """
 
     code = "overloaded"
@@ -194,6 +201,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unknown_model": 404,
     "unknown_version": 404,
     "method_not_allowed": 405,
+    "body_timeout": 408,
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,

@@ -33,7 +33,7 @@ WORK_ROUTES = (
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
     *("queue_images", "queue_pixels", "draining", "engine_restarting", "body_too_large"),
-    *("unauthorized", "key_images", "key_rate"),
+    *("unauthorized", "key_images", "key_rate", "connections", "body_timeout"),
 )
 
 # An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.

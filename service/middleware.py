@@ -15,7 +15,13 @@ from collections.abc import Collection, Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, build_error_body, describe_error
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ServiceError,
+    build_error_body,
+    describe_error,
+)
 from service.metrics import WORK_ROUTES, Metrics
 from service.timing import Interval
 from service.tracing import TracedImage, TracedRequest, Tracer, collect_images
@@ -173,7 +179,7 @@ async def send_error(send: Send, error: Exception, path: str, *, close: bool = F
 
 
 class BodyLimitMiddleware:
-    """Counts a body's bytes before anything parses them; 413 beyond the limit.
+    """Counts a body's bytes before anything parses them; 413 beyond the limit, 408 if it stalls.
 
     A body that announces its length is refused before it is read, a chunked one as soon as it
     has passed the limit. What the client still sends is then read and dropped for a while,
@@ -182,14 +188,16 @@ class BodyLimitMiddleware:
     Args:
         app: What it wraps.
         max_bytes: The limit.
+        timeout_s: How long nothing of the body may come, seconds.
         metrics: Where rejections are counted.
     """
 
     linger_s = 2.0
 
-    def __init__(self, app: ASGIApp, max_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float, metrics: Metrics) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,17 +207,27 @@ class BodyLimitMiddleware:
             return
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
-            await self._refuse(f"the body has {announced} bytes", scope, receive, send)
+            refused = self._too_large(f"the body has {announced} bytes")
+            await self._refuse(refused, scope, receive, send)
             return
         received = 0
+        more_body = True
         started = False
 
-        async def counted_receive() -> Message:
-            nonlocal received
-            message = await receive()
+        async def watched_receive() -> Message:
+            nonlocal received, more_body
+            if not more_body:
+                return await receive()
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    message = await receive()
+            except TimeoutError:
+                text = f"nothing more of the body came in {self.timeout_s:g} s"
+                raise _Refused(BodyTimeout(f"{text}; {received} bytes were here")) from None
             received += len(message.get("body", b""))
+            more_body = message.get("more_body", False)
             if received > self.max_bytes:
-                raise _LimitPassed
+                raise self._too_large(f"the body has at least {received} bytes")
             return message
 
         async def watched_send(message: Message) -> None:
@@ -218,16 +236,17 @@ class BodyLimitMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, counted_receive, watched_send)
-        except _LimitPassed:
+            await self.app(scope, watched_receive, watched_send)
+        except _Refused as refused:
             if not started:
-                found = f"the body has at least {received} bytes"
-                await self._refuse(found, scope, receive, send)
+                await self._refuse(refused, scope, receive, send)
 
-    async def _refuse(self, found: str, scope: Scope, receive: Receive, send: Send) -> None:
-        self.metrics.rejections.labels("body_too_large").inc()
-        error = BodyTooLarge(f"{found}, the limit is {self.max_bytes}")
-        await send_error(send, error, scope["path"], close=True)
+    def _too_large(self, found: str) -> _Refused:
+        return _Refused(BodyTooLarge(f"{found}, the limit is {self.max_bytes}"))
+
+    async def _refuse(self, refused: _Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        self.metrics.rejections.labels(refused.error.code).inc()
+        await send_error(send, refused.error, scope["path"], close=True)
         try:
             async with asyncio.timeout(self.linger_s):
                 message = await receive()
@@ -238,5 +257,9 @@ class BodyLimitMiddleware:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _LimitPassed(BaseException):
+class _Refused(BaseException):
     """Leaves the application without being taken for an error of its own."""
+
+    def __init__(self, error: ServiceError) -> None:
+        super().__init__(str(error))
+        self.error = error

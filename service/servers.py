@@ -8,10 +8,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from service.app import create_admin_app, create_app
+from service.connections import ConnectionLimit, allow_files
 from service.errors import StartupError
 from service.registry import Repository
 from service.settings import Settings
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _ADMIN_END_S = 1
 """How long an admin request may take that is still in work when accepted images are finished."""
+
+_TICKS_OF_SILENCE = 300
+"""After this many tenths of a second a connection that has sent no request may be closed."""
 
 
 class AdminServer(uvicorn.Server):
@@ -60,11 +65,18 @@ class DrainingServer(uvicorn.Server):
 
     Args:
         config: The server's.
+        limit: What its connections are made with.
         admin: Serves as long as this one does.
     """
 
-    def __init__(self, config: uvicorn.Config, admin: AdminServer | None = None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        limit: ConnectionLimit,
+        admin: AdminServer | None = None,
+    ) -> None:
         super().__init__(config)
+        self._limit = limit
         self._admin = admin
         self._drain_task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -75,6 +87,12 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._admin is not None:
             self._admin.begin()  # what it serves is there now
+
+    async def on_tick(self, counter: int) -> bool:
+        """See uvicorn, which calls this ten times a second."""
+        if counter % _TICKS_OF_SILENCE == 0:
+            self._limit.close_silent()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
@@ -114,8 +132,11 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         StartupError: The admin port cannot be had, or the application cannot be built.
     """
     app = create_app(settings, repository)
+    limit = ConnectionLimit(settings.max_connections, settings.retry_after_s, app.state.metrics)
+    allow_files(settings.max_connections)
     config = uvicorn.Config(
         app,
+        http=cast(type[asyncio.Protocol], limit),  # it is only ever called
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -125,7 +146,7 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
     if settings.admin_port is None:
-        return DrainingServer(config)
+        return DrainingServer(config, limit)
     admin_config = uvicorn.Config(
         create_admin_app(app),
         log_config=None,
@@ -135,7 +156,7 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         timeout_graceful_shutdown=_ADMIN_END_S,
     )
     listener = _listen(settings.admin_host, settings.admin_port)
-    return DrainingServer(config, AdminServer(admin_config, listener))
+    return DrainingServer(config, limit, AdminServer(admin_config, listener))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -112,6 +112,14 @@ class Settings(BaseSettings):
     max_queue_pixels: Annotated[
         PositiveInt, Field(description="pixels in work at once; more are answered 503")
     ] = 100_000_000
+    max_connections: Annotated[
+        PositiveInt,
+        Field(description="connections served at once; more are answered 503 unread"),
+    ] = 1000
+    body_timeout_s: Annotated[
+        float,
+        Field(gt=0, description="how long a request's body may stop coming, s; then it is 408"),
+    ] = 30.0
     request_timeout_ms: Annotated[
         PositiveInt | None,
         Field(description="deadline of requests that give none, ms (default: none)"),

@@ -70,6 +70,7 @@ class ClientLeft(Exception):
                 400: "Nothing to segment, or the request is broken",
                 401: "An API key is asked for",
                 404: "No such model or version",
+                408: "The body has stopped coming",
                 413: "Too many bytes, pixels or images",
                 415: "Not an image of an allowed format",
                 422: "A parameter or the image is not valid",

@@ -17,6 +17,7 @@ from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
 
 LIMIT = 100
+TIMEOUT_S = 30.0
 
 
 class Exchange:
@@ -41,6 +42,15 @@ class Exchange:
         return int(self.sent[0]["status"])
 
 
+class Silent(Exchange):
+    """A client that stays, and sends nothing more."""
+
+    async def receive(self) -> Message:
+        if not self.waiting:
+            await asyncio.Event().wait()
+        return await super().receive()
+
+
 async def read_body(receive: Receive) -> AsyncIterator[bytes]:
     while True:
         message = await receive()
@@ -57,7 +67,7 @@ async def echo_length(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def run(exchange: Exchange) -> Metrics:
     metrics = Metrics()
-    middleware = BodyLimitMiddleware(echo_length, LIMIT, metrics)
+    middleware = BodyLimitMiddleware(echo_length, LIMIT, TIMEOUT_S, metrics)
     await middleware(exchange.scope, exchange.receive, exchange.send)
     return metrics
 
@@ -104,6 +114,38 @@ async def test_a_client_that_never_ends_is_left_after_a_while(
     assert exchange.sent[-1]["more_body"] is False
 
 
+async def test_a_body_that_stops_coming_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BodyLimitMiddleware, "linger_s", 0.01)
+
+    exchange = Silent([b"x" * 60, b""])
+    exchange.waiting.pop()
+    metrics = Metrics()
+    middleware = BodyLimitMiddleware(echo_length, LIMIT, 0.01, metrics)
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    assert exchange.status == 408
+    assert (
+        b"nothing more of the body came in 0.01 s; 60 bytes were here" in exchange.sent[1]["body"]
+    )
+    assert b'reason="body_timeout"} 1.0' in metrics.render()
+
+
+async def test_a_whole_body_may_be_followed_by_any_silence() -> None:
+    """What is received after it is the client's leaving."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    exchange = Silent([b"x"])
+    middleware = BodyLimitMiddleware(app, LIMIT, 0.01, Metrics())
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    assert exchange.status == 200
+
+
 async def test_other_protocols_pass_untouched() -> None:
     seen: list[Any] = []
 
@@ -111,7 +153,7 @@ async def test_other_protocols_pass_untouched() -> None:
         seen.append(scope)
 
     exchange = Exchange([])
-    await BodyLimitMiddleware(app, LIMIT, Metrics())(
+    await BodyLimitMiddleware(app, LIMIT, TIMEOUT_S, Metrics())(
         {"type": "lifespan"}, exchange.receive, exchange.send
     )
     assert seen == [{"type": "lifespan"}]
