@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.errors import StartupError
 from service.predict.errors import ImageFailed
+from service.predict.files import SUFFIXES, ImageFile, is_uri, list_store
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-
-def find_files(inputs: Sequence[str]) -> list[Path]:
+def find_files(inputs: Sequence[str]) -> list[ImageFile]:
     """Files, the images in folders (and their folders), and what globs match; each once.
 
     Raises:
         StartupError: An input gives no file.
+        OSError: An object store does not answer.
     """
-    files: dict[Path, None] = {}
+    files: dict[ImageFile, None] = {}
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        found: Sequence[ImageFile]
+        if is_uri(given):
+            found = list_store(given)
+        elif path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         elif path.is_file():
             found = [path]
@@ -48,13 +50,13 @@ def read_image_ids(annotations: Path) -> dict[str, int]:
         raise StartupError(f"{annotations}: no COCO file with images: {error!r}") from error
 
 
-def find_image_id(file: Path, ids: Mapping[str, int]) -> int:
+def find_image_id(file: ImageFile, ids: Mapping[str, int]) -> int:
     """The id of a file: the longest end of its path that is a file name in `ids`.
 
     Raises:
         ImageFailed: There is none.
     """
-    parts = file.as_posix().split("/")
+    parts = str(file).split("/")
     for start in range(len(parts)):
         name = "/".join(parts[start:])
         if name in ids:
@@ -63,8 +65,8 @@ def find_image_id(file: Path, ids: Mapping[str, int]) -> int:
 
 
 def assign_ids(
-    files: Sequence[Path], annotations: Path | None
-) -> tuple[dict[Path, int], dict[Path, ImageFailed]]:
+    files: Sequence[ImageFile], annotations: Path | None
+) -> tuple[dict[ImageFile, int], dict[ImageFile, ImageFailed]]:
     """Each file's image id, and the files that have none.
 
     Args:
@@ -84,8 +86,3 @@ def assign_ids(
         except ImageFailed as error:
             missing[file] = error
     return ids, missing
-
-
-def as_text(path: Path) -> str:
-    """A path for JSON and for people; bytes of its name that are no UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import orjson
 from PIL import Image
@@ -17,8 +19,8 @@ from service.pipeline.draw import draw_instances
 from service.pipeline.errors import DecodeError
 from service.pipeline.types import Instance
 from service.predict.errors import ImageFailed
-from service.predict.inputs import as_text
-from service.predict.journal import Journal, stamp_of
+from service.predict.files import ImageFile, as_text, read_file, stamp_of
+from service.predict.journal import Journal
 from service.predict.predictors import Answer, Predictor
 
 
@@ -32,12 +34,14 @@ class Item:
         overlay: Name of its picture, or None.
     """
 
-    file: Path
+    file: ImageFile
     image_id: int
     overlay: str | None
 
 
-def build_items(files: Sequence[Path], ids: Mapping[Path, int], *, overlays: bool) -> list[Item]:
+def build_items(
+    files: Sequence[ImageFile], ids: Mapping[ImageFile, int], *, overlays: bool
+) -> list[Item]:
     """The images that have an id, in their order."""
     return [
         Item(file, ids[file], f"{number:05d}_{file.stem}.png" if overlays else None)
@@ -46,21 +50,47 @@ def build_items(files: Sequence[Path], ids: Mapping[Path, int], *, overlays: boo
     ]
 
 
+class Run(Protocol):
+    """How images are done."""
+
+    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
+        """Does the images; tells of each when it is in the journal or has failed.
+
+        What has begun when this is closed is finished or forgotten, never half in the journal.
+
+        Raises:
+            RunFailed: It is useless to go on.
+            OSError: The journal cannot be written.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class Job:
-    """All that one run needs.
+class Found:
+    """What is kept of an image.
 
     Attributes:
-        predictor: Who finds the instances.
-        journal: Where results go.
-        overlays: Folder for pictures, or None.
-        jobs: Images at once.
+        served: Model and version that found it, "name:version".
+        results: COCO results without their image_id.
+        picture: PNG with the masks, or None.
     """
 
-    predictor: Predictor
+    served: str
+    results: list[dict[str, Any]]
+    picture: bytes | None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Where what is done goes.
+
+    Attributes:
+        journal: Has the results.
+        overlays: Folder for pictures, or None.
+    """
+
     journal: Journal
     overlays: Path | None
-    jobs: int
 
     def find_open(self, items: Sequence[Item]) -> list[Item]:
         """Those that are not done yet."""
@@ -77,15 +107,44 @@ class Job:
             return True
         return entry.overlay == item.overlay and (self.overlays / item.overlay).is_file()
 
-    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
-        """Does the images; tells of each when it is in the journal or has failed.
-
-        What has begun when this is closed is finished.
+    def note(self, item: Item, stamp: list[int], found: Found) -> None:
+        """Writes the picture, then the results: an image in the journal is done.
 
         Raises:
-            RunFailed: It is useless to go on.
-            OSError: The journal cannot be written.
+            RunFailed: It was found by another model or version than the others.
+            OSError: It cannot be written.
         """
+        if self.overlays is not None and item.overlay is not None and found.picture is not None:
+            (self.overlays / item.overlay).write_bytes(found.picture)
+        self.journal.append(item.file, stamp, found.served, found.results, item.overlay)
+
+
+def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
+    """Segments an encoded image and, if asked, draws what was found.
+
+    Raises:
+        ImageFailed, RunFailed: As the predictor does.
+    """
+    answer = predictor.predict(data)
+    return Found(answer.served, answer.results, draw_overlay(data, answer) if draw else None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run in this process's threads.
+
+    Attributes:
+        predictor: Who finds the instances.
+        notes: Where they go.
+        jobs: Images at once.
+    """
+
+    predictor: Predictor
+    notes: Notes
+    jobs: int
+
+    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
+        """See `Run`; what has begun when this is closed is finished."""
         waiting = iter(items)
         pool = ThreadPoolExecutor(self.jobs)
         try:
@@ -104,21 +163,22 @@ class Job:
     def _do(self, item: Item) -> ImageFailed | None:
         try:
             stamp = stamp_of(item.file)
-            data = item.file.read_bytes()
+            data = read_file(item.file)
         except OSError as error:
             return ImageFailed(str(error))
         try:
-            answer = self.predictor.predict(data)
-            if self.overlays is not None and item.overlay is not None:
-                write_overlay(data, answer, self.overlays / item.overlay)
+            found = find(self.predictor, data, draw=item.overlay is not None)
         except ImageFailed as error:
             return error
-        self.journal.append(item.file, stamp, answer.served, answer.results, item.overlay)
+        self.notes.note(item, stamp, found)
         return None
 
 
-def write_overlay(data: bytes, answer: Answer, file: Path) -> None:
-    """Draws COCO results on their image.
+def draw_overlay(data: bytes, answer: Answer) -> bytes:
+    """COCO results drawn on their image.
+
+    Returns:
+        A PNG.
 
     Raises:
         ImageFailed: It cannot be decoded here, e.g. because the server takes larger ones.
@@ -137,7 +197,9 @@ def write_overlay(data: bytes, answer: Answer, file: Path) -> None:
         picture = decode_image(data)
     except DecodeError as error:
         raise ImageFailed(f"no overlay: {error}") from error
-    Image.fromarray(draw_instances(picture, instances, answer.task)).save(file)
+    file = io.BytesIO()
+    Image.fromarray(draw_instances(picture, instances, answer.task)).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
@@ -157,7 +219,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
         file.write(b"[")
         for item in items:
             for result in journal.read_results(item.file):
-                named = {"image_id": item.image_id, "file_name": as_text(Path(item.file.name))}
+                named = {"image_id": item.image_id, "file_name": as_text(item.file.name)}
                 file.write((b",\n" if count else b"\n") + orjson.dumps({**named, **result}))
                 count += 1
         file.write(b"\n]\n")

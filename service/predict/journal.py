@@ -18,7 +18,7 @@ import orjson
 
 from service.errors import StartupError
 from service.predict.errors import RunFailed
-from service.predict.inputs import as_text
+from service.predict.files import ImageFile, key_of
 
 FORMAT = 1
 
@@ -28,7 +28,7 @@ class Entry:
     """Where an image's results are, and what they are of.
 
     Attributes:
-        stamp: Size and modification time of the image's file, see `stamp_of`.
+        stamp: Size and modification time of the image's file, see `files.stamp_of`.
         overlay: Name of the picture that was drawn, or None.
         start, size: Its line in the journal, bytes.
     """
@@ -37,12 +37,6 @@ class Entry:
     overlay: str | None
     start: int
     size: int
-
-
-def stamp_of(file: Path) -> list[int]:
-    """Tells a changed file: size in bytes, time of modification in ns."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _read_line(line: bytes) -> dict[str, Any] | None:
@@ -132,13 +126,13 @@ class Journal:
             raise OSError(f"{self.path}: {written} of {len(line)} bytes were written")
         return start, len(line)
 
-    def find(self, file: Path) -> Entry | None:
+    def find(self, file: ImageFile) -> Entry | None:
         """An image's entry, or None if it has none."""
-        return self._entries.get(as_text(file.absolute()))
+        return self._entries.get(key_of(file))
 
     def append(
         self,
-        file: Path,
+        file: ImageFile,
         stamp: list[int],
         served: str,
         results: list[dict[str, Any]],
@@ -152,7 +146,7 @@ class Journal:
         """
         content = {
             "format": FORMAT,
-            "file": as_text(file.absolute()),
+            "file": key_of(file),
             "stamp": stamp,
             "served": served,
             "overlay": overlay,
@@ -167,9 +161,9 @@ class Journal:
             start, size = self._write(content)
             self._note(content, start, size)
 
-    def read_results(self, file: Path) -> list[dict[str, Any]]:
+    def read_results(self, file: ImageFile) -> list[dict[str, Any]]:
         """COCO results of an image that is done, without their image_id."""
-        entry = self._entries[as_text(file.absolute())]
+        entry = self._entries[key_of(file)]
         line = os.pread(self._file.fileno(), entry.size, entry.start)
         results: list[dict[str, Any]] = orjson.loads(line)["results"]
         return results

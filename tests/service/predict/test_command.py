@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ def test_what_cannot_be_done_is_said(
         ["x", "--max-instances", "0"],
         ["x", "--jobs", "0"],
         ["x", "--url", "http://localhost", "--model-repo", "model_repo"],
+        ["x", "--url", "http://localhost", "--ray"],
+        ["x", "--ray-address", "auto"],
+        ["x", "--actors", "2"],
+        ["x", "--ray", "--gpus-per-actor", "1.5"],
+        ["x", "--ray", "--gpus-per-actor", "-1"],
         [],
     ],
 )
@@ -107,6 +113,15 @@ def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_without_ray_the_extra_is_named(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "service.predict.ray_job", raising=False)
+    with pytest.raises(SystemExit, match=r"--ray needs Ray Data: pip install 'solo-serve\[ray\]'"):
+        predict(tmp_path, str(images), "--ray")
 
 
 def test_a_servers_address_must_be_one(images: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.predict.errors import ImageFailed, RunFailed
-from service.predict.job import Item, Job, build_items, write_results
+from service.predict.job import Item, Job, Notes, build_items, write_results
 from service.predict.journal import Journal
 from service.predict.predictors import Answer
 
@@ -58,7 +58,7 @@ def done(journal: Journal, items: list[Item]) -> list[int]:
 def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    outcomes = list(Job(predictor, journal, None, 3).run(items))
+    outcomes = list(Job(predictor, Notes(journal, None), 3).run(items))
     assert {item.image_id for item, _ in outcomes} == set(range(1, 9))
     assert predictor.most <= 3
     assert done(journal, items) == list(range(1, 9))
@@ -66,7 +66,7 @@ def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:
 
 def test_three_are_asked_at_once(items: list[Item], journal: Journal) -> None:
     predictor = SlowPredictor()
-    job = Job(predictor, journal, None, 3)
+    job = Job(predictor, Notes(journal, None), 3)
     thread = threading.Thread(target=lambda: list(job.run(items)))
     thread.start()
     for _ in range(3):
@@ -80,7 +80,7 @@ def test_a_bad_image_does_not_stop_the_others(items: list[Item], journal: Journa
     items[2].file.write_bytes(b"bad")
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    outcomes = Job(predictor, journal, None, 2).run(items)
+    outcomes = Job(predictor, Notes(journal, None), 2).run(items)
     failed = [item.image_id for item, failure in outcomes if failure]
     assert failed == [3]
     assert done(journal, items) == [1, 2, 4, 5, 6, 7, 8]
@@ -94,7 +94,7 @@ def test_what_has_begun_is_finished_and_nothing_else_begins(
     later = threading.Timer(0.2, predictor.go.release)  # lets the second image go on
     later.start()
     with pytest.raises(RunFailed):
-        list(Job(predictor, journal, None, 2).run(items))
+        list(Job(predictor, Notes(journal, None), 2).run(items))
     later.join()
     assert predictor.at_once == 0
     assert done(journal, items) == [2]
@@ -102,7 +102,7 @@ def test_what_has_begun_is_finished_and_nothing_else_begins(
 
 def test_an_image_that_is_gone_fails(items: list[Item], journal: Journal) -> None:
     items[0].file.unlink()
-    ((item, failure),) = Job(SlowPredictor(), journal, None, 1).run(items[:1])
+    ((item, failure),) = Job(SlowPredictor(), Notes(journal, None), 1).run(items[:1])
     assert item is items[0]
     assert "No such file" in str(failure)
 
@@ -121,7 +121,7 @@ def test_results_are_written_whole_or_not_at_all(
 ) -> None:
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    list(Job(predictor, journal, None, 2).run(items[:6]))
+    list(Job(predictor, Notes(journal, None), 2).run(items[:6]))
     out = tmp_path / "results.json"
     assert write_results(out, items[:6], journal) == 6
     first = json.loads(out.read_bytes())

@@ -9,7 +9,8 @@ import pytest
 
 from service.errors import StartupError
 from service.predict.errors import RunFailed
-from service.predict.journal import Journal, stamp_of
+from service.predict.files import stamp_of
+from service.predict.journal import Journal
 
 OPTIONS: dict[str, Any] = {"url": None, "score_threshold": 0.5}
 
