@@ -142,7 +142,8 @@ def plan_gpu(fleet: Fleet, gpu: Mapping[str, Any] | None) -> list[Row]:
 
 def find_server_ms(own_cost: Mapping[str, Any]) -> float:
     """CPU time of a request beyond the bare loop, from `python -m benchmarks.own_cost`."""
-    return median(own_cost["cpu_ms"]["after"]) - median(own_cost["cpu_ms"]["bare loop"])
+    after, bare = (median(map(float, own_cost["cpu_ms"][name])) for name in ("after", "bare loop"))
+    return after - bare
 
 
 def build_parser() -> argparse.ArgumentParser:

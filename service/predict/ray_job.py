@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ except ImportError as error:
 MOST_IMAGES_A_TASK = 32
 _TASKS_AN_ACTOR = 8
 _TASK_RETRIES = 2
+_CONNECT_S = 10
+_list_nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
 _READ = pa.schema([("number", pa.int64()), ("data", pa.large_binary()), ("error", pa.string())])
 _FOUND = pa.schema(
     [
@@ -161,6 +164,17 @@ class Segmenter:
         }
 
 
+def _check_head(address: str) -> None:
+    """Ray itself waits for minutes for a head that is not there."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise StartupError(f"Ray at {address}: {error}") from error
+
+
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
     """Uses the Ray that this process is connected to, or connects it for a while.
@@ -172,13 +186,14 @@ def connect(address: str | None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_head(address)
     own: dict[str, Any] = {}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends them unless told not to
         own = {"include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # they have no common base
         raise StartupError(f"Ray at {address}: {error}") from error
     try:
         yield
@@ -212,7 +227,7 @@ class RayJob:
         if not items:
             return
         with connect(self.pool.address):
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = [node["Resources"] for node in _list_nodes() if node["Alive"]]
             actors = self.pool.count_actors(nodes)
             size = max(1, min(MOST_IMAGES_A_TASK, len(items) // (_TASKS_AN_ACTOR * actors)))
             left = dict(enumerate(items))
@@ -256,6 +271,8 @@ class RayJob:
         tasks = [pa.Table.from_pylist(rows[start : start + images_a_task]) for start in starts]
         actors = min(actors, len(tasks))
         data: ray.data.Dataset = ray.data.from_arrow(tasks)
+        # A process that ends on an image takes what waits for it along; alone, nothing does.
+        in_flight = 2 if images_a_task > 1 else 1
         # Reading waits for disks and networks, so it has no cores of its own, only a bound.
         data = data.map_batches(
             read_images,
@@ -268,7 +285,9 @@ class RayJob:
             Segmenter,
             batch_size=images_a_task,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                size=actors, max_tasks_in_flight_per_actor=in_flight
+            ),
             num_cpus=self.pool.cpus,
             num_gpus=self.pool.gpus or None,
             fn_constructor_args=(self.plan,),

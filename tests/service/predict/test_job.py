@@ -51,6 +51,11 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield opened
 
 
+def path_of(item: Item) -> Path:
+    assert isinstance(item.file, Path)
+    return item.file
+
+
 def done(journal: Journal, items: list[Item]) -> list[int]:
     return [item.image_id for item in items if journal.find(item.file) is not None]
 
@@ -77,7 +82,7 @@ def test_three_are_asked_at_once(items: list[Item], journal: Journal) -> None:
 
 
 def test_a_bad_image_does_not_stop_the_others(items: list[Item], journal: Journal) -> None:
-    items[2].file.write_bytes(b"bad")
+    path_of(items[2]).write_bytes(b"bad")
     predictor = SlowPredictor()
     predictor.go.release(len(items))
     outcomes = Job(predictor, Notes(journal, None), 2).run(items)
@@ -89,7 +94,7 @@ def test_a_bad_image_does_not_stop_the_others(items: list[Item], journal: Journa
 def test_what_has_begun_is_finished_and_nothing_else_begins(
     items: list[Item], journal: Journal
 ) -> None:
-    items[0].file.write_bytes(b"end")
+    path_of(items[0]).write_bytes(b"end")
     predictor = SlowPredictor()
     later = threading.Timer(0.2, predictor.go.release)  # lets the second image go on
     later.start()
@@ -101,7 +106,7 @@ def test_what_has_begun_is_finished_and_nothing_else_begins(
 
 
 def test_an_image_that_is_gone_fails(items: list[Item], journal: Journal) -> None:
-    items[0].file.unlink()
+    path_of(items[0]).unlink()
     ((item, failure),) = Job(SlowPredictor(), Notes(journal, None), 1).run(items[:1])
     assert item is items[0]
     assert "No such file" in str(failure)

@@ -15,11 +15,12 @@ from service.predict import main
 from service.predict.predictors import Bounds
 from service.registry import read_config
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
+from tests.support.processes import free_port
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra ray")
 
-from service.predict.ray_job import Plan, Pool, Segmenter, read_images  # noqa: E402
+from service.predict.ray_job import Plan, Pool, Segmenter, connect, read_images  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def plan(tmp_path: Path) -> Plan:
 
 @pytest.fixture
 def own_ray() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
     yield
     ray.shutdown()
 
@@ -109,3 +110,9 @@ def test_as_many_actors_as_there_is_room_for_on_each_node(pool: Pool, count: int
 def test_no_room_for_an_actor_is_said() -> None:
     with pytest.raises(StartupError, match=r"4 CPUs and 0\.5 GPUs.*\[\(2\.0, 0\)\]"):
         Pool(cpus=4, gpus=0.5).count_actors([{"CPU": 2.0}])
+
+
+def test_no_cluster_at_the_address_is_said_at_once() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(StartupError, match=f"Ray at {address}: .*refused"), connect(address):
+        pass
