@@ -95,9 +95,16 @@ def write_report(path: Path, command: str, payload: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def this_command(module: str) -> str:
-    """The command line of this process, as `python -m MODULE ...`."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+def this_command(module: str, variables: Mapping[str, str] | None = None) -> str:
+    """The command line of this process, as `python -m MODULE ...`.
+
+    Args:
+        module: What was run.
+        variables: By argument, what is written in its place: paths of this machine are nobody's.
+    """
+    names = variables or {}
+    arguments = [names.get(argument) or shlex.quote(argument) for argument in sys.argv[1:]]
+    return " ".join(["python", "-m", module, *arguments])
 
 
 def _read_cpu_model() -> str:

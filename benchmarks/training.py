@@ -15,16 +15,13 @@ mmdetection is no dependency. Its interpreter is named by --mmdet-python; to mak
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -32,11 +29,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.report import write_report
+from benchmarks.report import this_command, write_report
+from benchmarks.worker import ROOT, Worker
 from training.configs.schema import PUBLISHED_SCALE_RANGES
 from training.convert import convert_key
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("vanilla", "decoupled", "decoupled_light")
 LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
 LOSS_TOLERANCE = 1e-5
@@ -85,45 +82,6 @@ def random_objects(
     }
 
 
-class Worker:
-    """One side's process: `step()` runs a step and returns its report."""
-
-    def __init__(self, command: list[str], threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def step(self) -> Report:
-        """Runs a step and waits for it."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):  # mmdetection prints other lines too
-                report: Report = json.loads(line)
-                return report
-        raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended early, see above")  # type: ignore[arg-type]
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def check_equal(ours: Report, theirs: Report) -> float:
     """Largest relative difference of losses and gradient norms.
 
@@ -157,17 +115,18 @@ def compare(kind: str, inputs: Path, options: argparse.Namespace) -> Report:
             *(kind, "steps", str(inputs)),
         ],
     }
+    environment = {"OMP_NUM_THREADS": f"{options.threads}"}
     with (
-        Worker(commands["ours"], options.threads) as ours,
-        Worker(commands["mmdet"], options.threads) as mmdet,
+        Worker(commands["ours"], environment) as ours,
+        Worker(commands["mmdet"], environment) as mmdet,
     ):
         workers = {"ours": ours, "mmdet": mmdet}
-        first = {side: worker.step() for side, worker in workers.items()}
+        first = {side: worker.ask("step") for side, worker in workers.items()}
         difference = check_equal(first["ours"], first["mmdet"])
         laps: dict[str, list[Report]] = {side: [] for side in workers}
         for _ in range(options.repeats):
             for side, worker in workers.items():
-                laps[side].append(worker.step())
+                laps[side].append(worker.ask("step"))
     peaks = {side: report["peak_bytes"] / 2**20 for side, report in first.items()}
     ratios = sorted(
         a["cpu_s"] / b["cpu_s"] for a, b in zip(laps["ours"], laps["mmdet"], strict=True)
@@ -273,8 +232,8 @@ def main() -> int:
         print(f"benchmarks.training: {error}", file=sys.stderr)
         return 1
     if options.json:
-        arguments = ["$MMDET_PYTHON" if a == str(options.mmdet_python) else a for a in sys.argv[1:]]
-        command = " ".join(["python -m benchmarks.training", *arguments])
+        variables = {str(options.mmdet_python): "$MMDET_PYTHON"}
+        command = this_command("benchmarks.training", variables)
         content = {
             "torch": torch.__version__,
             "machine": platform.machine(),

@@ -56,9 +56,14 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def stub_operators() -> None:
+    """Lets mmdetection be imported without mmcv's compiled operators."""
+    sys.meta_path.insert(0, _StubFinder())
+
+
 def build_head(kind: str, levels: dict[str, Any]) -> Any:
     """mmdetection's head in its published configuration, initialised as mmdetection does it."""
-    sys.meta_path.insert(0, _StubFinder())
+    stub_operators()
     import_module("mmdet.utils").register_all_modules(init_default_scope=True)
     dice = {"type": "DiceLoss", "use_sigmoid": True, "loss_weight": 3.0}
     if kind != "vanilla":

@@ -57,3 +57,9 @@ def test_a_report_begins_with_its_command(tmp_path: Path, monkeypatch: pytest.Mo
     write_report(tmp_path / "a.json", this_command("benchmarks.bare"), {"rows": [1]})
     report = json.loads((tmp_path / "a.json").read_text())
     assert report == {"command": "python -m benchmarks.bare --out 'a file'", "rows": [1]}
+
+
+def test_a_command_names_no_path_that_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ignored", "--python", "/some where/python", "--rounds", "2"])
+    command = this_command("benchmarks.pipeline", {"/some where/python": "$MMDET_PYTHON"})
+    assert command == "python -m benchmarks.pipeline --python $MMDET_PYTHON --rounds 2"
