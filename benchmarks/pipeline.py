@@ -44,7 +44,7 @@ LARGE_HW = (3024, 4032)
 SIZES_HW = ((256, 256), (480, 640), (1080, 1920), LARGE_HW)
 COUNTS = (10, 100)
 SCORE_TOLERANCE = 1e-5
-LARGE_ROUNDS = 3
+LARGE_ROUNDS = 2
 CELLS = "cells: ours ms, the other's ms: the other's time over ours (quartiles)"
 Row = dict[str, Any]
 
@@ -116,14 +116,12 @@ def write_case(file: Path, image_hw: tuple[int, int], count: int) -> None:
 
 def compare_mmdet(python: str, image_hw: tuple[int, int], count: int, rounds: int) -> list[Row]:
     """Post-processing beside mmdetection's, in turns, with one thread and with the default."""
-    # The server gives OpenBLAS one thread; see `service/__init__.py`.
-    environment = {"OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.npz"
         write_case(file, image_hw, count)
         with (
-            Worker([sys.executable, "-m", "benchmarks.pipeline_ours", f"{file}"], environment) as a,
-            Worker([python, "-m", "benchmarks.pipeline_mmdet", f"{file}"], environment) as b,
+            Worker([sys.executable, "-m", "benchmarks.pipeline_ours", f"{file}"]) as a,
+            Worker([python, "-m", "benchmarks.pipeline_mmdet", f"{file}"]) as b,
         ):
             first = a.ask("1"), b.ask("1")
             least_iou = check_equal(*first, image_hw)
@@ -213,7 +211,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=7, help=f"at 3024x4032 {LARGE_ROUNDS}")
+    parser.add_argument("--rounds", type=int, default=5, help=f"at 3024x4032 {LARGE_ROUNDS}")
     parser.add_argument("--model", type=Path, default=Path("model_repo/nuclei"))
     parser.add_argument("--mmdet-python", help="interpreter that has mmdetection")
     parser.add_argument("--out", type=Path, help="JSON file to write")

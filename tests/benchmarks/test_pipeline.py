@@ -17,7 +17,7 @@ def report(tmp_path: Path) -> pipeline.Row:
     """What our side says of a small case."""
     file = tmp_path / "case.npz"
     pipeline.write_case(file, (60, 80), 4)
-    with Worker([sys.executable, "-m", "benchmarks.pipeline_ours", f"{file}"], {}) as side:
+    with Worker([sys.executable, "-m", "benchmarks.pipeline_ours", f"{file}"]) as side:
         return side.ask("1")
 
 

@@ -22,7 +22,7 @@ def test_each_line_has_an_answer_whatever_else_is_printed() -> None:
 
 def test_a_process_that_ends_early_is_named() -> None:
     with (
-        Worker([sys.executable, "-c", "input()"], {}) as worker,
+        Worker([sys.executable, "-c", "input()"]) as worker,
         pytest.raises(RuntimeError, match=r"-c input\(\) ended early"),
     ):
         worker.ask("1")
