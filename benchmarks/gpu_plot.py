@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
+
+from benchmarks.plot import NO_PLOT, load_pyplot
 
 
 def plot_rates(report: dict[str, Any], file: Path) -> str | None:
     """Draws the engine's and the whole way's rates, one panel for each model.
 
     Returns:
-        Why there is no picture, None if there is one. matplotlib is no dependency of the project.
+        Why there is no picture, None if there is one.
     """
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return NO_PLOT
     models = list(dict.fromkeys(row["model"] for row in report["rows"]))
     if not models:
         return "no plot: nothing was measured"

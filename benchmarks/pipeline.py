@@ -6,9 +6,9 @@ First every stage in the server's way and in others (`benchmarks/pipeline_stages
 sizes of image and with 10 and 100 masks: CPU milliseconds of one thread. Then all post-processing
 (NMS to run lengths) beside mmdetection's, of the same candidates (`benchmarks/candidates.py`), each
 side in a process of its own: CPU time of one thread, and wall time with as many threads as each
-side takes by itself. Before anything is measured, all ways must come to the same, see the
-tolerances in the tables. Ratios are the other's time over ours, round by round. Memory is what the
-first run in a fresh process adds to the resident set at its peak, beside the candidates.
+side takes by itself. Before anything is measured, all ways must come to the same. Ratios are the
+other's time over ours, round by round. Memory is what the first run in a new process adds to the
+resident set at its peak, beside the candidates.
 
 mmdetection is no dependency: `benchmarks/training.py` says how to make its interpreter. Without
 one its table is left out, and the report says so.

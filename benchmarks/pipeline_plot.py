@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline_stages import OURS
-from benchmarks.plot import NO_PLOT, load_pyplot
+from benchmarks.plot import NO_PLOT, load_pyplot, use_logarithms
 
-COLUMNS = 3
+COLUMNS = 4
 Row = dict[str, Any]
 
 
@@ -30,18 +30,19 @@ def plot_stages(stages: Sequence[Row], mmdet: Sequence[Row], file: Path) -> str 
     panels = _collect(stages, mmdet)
     height = -(-len(panels) // COLUMNS)
     figure, grid = pyplot.subplots(
-        height, COLUMNS, figsize=(10, 2.5 * height), squeeze=False, layout="constrained"
+        height, COLUMNS, figsize=(12, 2.5 * height), squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axes.set(title=title, xscale="log", yscale="log")
+        use_logarithms(axes)
+        axes.set_title(title, fontsize="small")
         axes.legend(fontsize="x-small")
     figure.supxlabel("image, megapixels")
     figure.supylabel("CPU ms of one thread")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
     pyplot.close(figure)
     return None
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST_CHANGE = 0.4
+LEAST_CHANGE = 0.5
 """Of the exponent; less is not called a bend."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.plot import NO_PLOT, load_pyplot
+from benchmarks.plot import NO_PLOT, load_pyplot, use_logarithms
 from benchmarks.scaling_curve import Curve
 
-COLUMNS = 3
+COLUMNS = 4
 
 
 def plot_curves(curves: Sequence[Curve], file: Path) -> str | None:
@@ -22,7 +22,7 @@ def plot_curves(curves: Sequence[Curve], file: Path) -> str | None:
         return NO_PLOT
     height = -(-len(curves) // COLUMNS)
     figure, grid = pyplot.subplots(
-        height, COLUMNS, figsize=(11, 3.2 * height), squeeze=False, layout="constrained"
+        height, COLUMNS, figsize=(13, 3 * height), squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(curves) :]:
         axes.set_axis_off()
@@ -40,9 +40,10 @@ def plot_curves(curves: Sequence[Curve], file: Path) -> str | None:
                     fillstyle="none",
                     color=line.get_color(),
                 )
-        axes.set(xscale="log", yscale="log", xlabel=curve.unit)
+        use_logarithms(axes)
+        axes.set_xlabel(curve.unit, fontsize="small")
         axes.set_title(curve.name, fontsize="small")
         axes.legend(fontsize="x-small")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
     pyplot.close(figure)
     return None
