@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--picture", type=Path, default=Path("tests/data/nuclei/images/9bb6e39d5f4415bc.jpg")
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2, help="of each load on a server")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each load on a server")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="picture to draw, .svg or .png")
     return parser
