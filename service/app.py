@@ -47,7 +47,10 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(
-    settings: Settings, repository: Repository | None = None, tracer: Tracer | None = None
+    settings: Settings,
+    repository: Repository | None = None,
+    tracer: Tracer | None = None,
+    segmenter: Segmenter | None = None,
 ) -> FastAPI:
     """Builds the application.
 
@@ -55,16 +58,19 @@ def create_app(
         settings: Everything that can be set.
         repository: Loaded models; default: loaded from `settings.model_repo` at the start.
         tracer: Default: what the settings and OpenTelemetry's variables say; often none.
+        segmenter: Does the work, and counts it; default: one for the repository.
 
     Raises:
         StartupError: `settings.default_model` is not in the repository, or the keys file cannot
             be read, or tracing is asked for and not installed.
     """
     tracer = tracer or build_tracer(settings.otlp_endpoint, _version())
-    metrics = Metrics()
-    if settings.device != "cpu":
+    built = segmenter
+    metrics = Metrics() if built is None else built.metrics
+    if built is None and settings.device != "cpu":
         metrics.watch_gpus(find_gpus())
-    built = None if repository is None else Segmenter(settings, repository, metrics)
+    if built is None and repository is not None:
+        built = Segmenter(settings, repository, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -144,6 +144,10 @@ class Overloaded(ServiceError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[Overloaded], tuple[str, str]]:
+        """How it travels from a worker of a cluster to its front."""
+        return type(self), (str(self), self.reason)
+
 
 class Draining(ServiceError):
     """The server is going down and takes nothing new."""

@@ -14,6 +14,7 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    Metric,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -224,6 +225,11 @@ class Metrics:
         self._update_engines()
         return generate_latest(self._registry)
 
+    async def collect(self) -> list[Metric]:
+        """All metrics as of now, as objects."""
+        await self._update()
+        return list(self._registry.collect())
+
     async def answer(self, accept: str) -> tuple[bytes, str]:
         """All metrics as of now.
 
@@ -233,8 +239,11 @@ class Metrics:
         Returns:
             Body and content type: Prometheus' text format, or OpenMetrics if it is asked for.
         """
+        await self._update()
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    async def _update(self) -> None:
         if self._gpus is not None:
             await asyncio.to_thread(self._gpus.read)  # NVML may take its time
         self._update_engines()
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type

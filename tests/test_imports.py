@@ -39,6 +39,8 @@ OPTIONAL_IMPORTS = {
     "service/backends/trt_log.py",
     "service/backends/trt_slots.py",
     "service/backends/trt_tensors.py",
+    "service/cluster/app.py",
+    "service/cluster/command.py",
     "service/predict/files.py",
     "service/predict/ray_job.py",
     "service/tracing.py",

@@ -15,12 +15,11 @@ from service.settings import Settings
 from tests.support.blob_model import KEEP_RATIO_INPUT, publish
 
 OPTIONS = BackendOptions(device="cpu", threads=1)
+MAX_BODY_BYTES = 1_000_000
 
 
-@pytest.fixture
-def model_repo(tmp_path: Path) -> Path:
+def publish_models(root: Path) -> Path:
     """Models `blobs` (tiles), `wide` (several canvas shapes, poisonable) and a broken one."""
-    root = tmp_path / "model_repo"
     publish(root)
     publish(root, "wide", poisonable=True, input=KEEP_RATIO_INPUT)
     broken = publish(root, "broken")
@@ -29,9 +28,19 @@ def model_repo(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def model_repo(tmp_path: Path) -> Path:
+    """The folder of `publish_models`."""
+    return publish_models(tmp_path / "model_repo")
+
+
+@pytest.fixture
 def settings(model_repo: Path) -> Settings:
     return Settings(
-        model_repo=model_repo, device="cpu", threads=1, pool_threads=2, max_body_bytes=1_000_000
+        model_repo=model_repo,
+        device="cpu",
+        threads=1,
+        pool_threads=2,
+        max_body_bytes=MAX_BODY_BYTES,
     )
 
 

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.__main__ import build_parser, find_unknown_variables, read_settings
 from service.backends.base import BackendOptions
 from service.cores import count_cores
 from service.errors import StartupError
+from service.flags import build_parser, find_unknown_variables
+from service.flags import read_settings as read_flags
 from service.settings import Settings
+
+
+def read_settings(arguments: list[str]) -> Settings:
+    return read_flags(Settings, build_parser(), arguments)
 
 
 def test_defaults_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.support.processes import free_port
+from tests.support.ray_nodes import SETTINGS as RAY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0
+RAY_START_S = 400.0
 CPU_FLAGS = ("--device", "cpu", "--threads", "1", "--pool-threads", "2")
 
 
 class ServerProcess:
     """`python -m service` on a port of its own, of the checkout at `root`.
+
+    With `on_ray` it is `python -m service ray`; that starts many processes and takes its time.
 
     Attributes:
         process: The process.
@@ -33,13 +39,16 @@ class ServerProcess:
         *arguments: str,
         environment: dict[str, str] | None = None,
         root: Path = ROOT,
+        on_ray: bool = False,
     ) -> None:
         self.log = log
+        self._start_s = RAY_START_S if on_ray else START_S
+        command = ["ray", "--port", str(free_port())] if on_ray else ["--port", "0"]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service", "--port", "0", *arguments],
+                [sys.executable, "-m", "service", *command, *arguments],
                 cwd=root,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(RAY_SETTINGS if on_ray else {}), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -51,7 +60,7 @@ class ServerProcess:
 
     def wait_until_ready(self) -> None:
         """Waits for the address in the log and for readiness."""
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + self._start_s
         while time.monotonic() < deadline_s:
             if self.process.poll() is not None:
                 raise RuntimeError(f"exit {self.process.returncode}: {self.read_log()}")
@@ -61,7 +70,7 @@ class ServerProcess:
                 if self._is_ready():
                     return
             time.sleep(0.05)
-        raise RuntimeError(f"not ready after {START_S} s: {self.read_log()}")
+        raise RuntimeError(f"not ready after {self._start_s} s: {self.read_log()}")
 
     def _is_ready(self) -> bool:
         try:
@@ -85,13 +94,21 @@ def run_server(
     *arguments: str,
     environment: dict[str, str] | None = None,
     root: Path = ROOT,
+    on_ray: bool = False,
 ) -> Iterator[ServerProcess]:
-    """A server that is ready; it is killed at the end if it still runs."""
-    server = ServerProcess(log, *arguments, environment=environment, root=root)
+    """A server that is ready; it is killed at the end if it still runs.
+
+    One on Ray is told to end first: its processes could outlive it.
+    """
+    server = ServerProcess(log, *arguments, environment=environment, root=root, on_ray=on_ray)
     try:
         server.wait_until_ready()
         yield server
     finally:
+        if server.process.poll() is None and on_ray:
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait()
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 
@@ -15,4 +17,4 @@ async def test_the_answer_says_in_which_format_it_is(
     assert response.status_code == 200
     assert response.headers["content-type"].partition(";")[0] == media_type
     assert response.headers["vary"] == "accept"
-    assert "solo_ready 1.0" in response.text.splitlines()
+    assert re.search(r'^solo_ready(\{replica="[^"]+"\})? 1\.0$', response.text, re.MULTILINE)

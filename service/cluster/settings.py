@@ -1,0 +1,103 @@
+"""Settings of an application on Ray: those of the server, and how many of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from service.settings import PositiveInt, Settings
+
+_ONE_SERVER_ONLY = {
+    "admin_port": "Serve has one port",
+    "model_control": "it would change one worker; use --model-poll-s",
+}
+"""Settings that mean nothing here, and what to do instead."""
+
+
+class ClusterSettings(Settings):
+    """`SOLO_MAX_REPLICAS=4` sets `max_replicas`; every other setting goes to fronts and workers.
+
+    `threads`, `pool_threads` and `device` follow from `num_cpus` and `num_gpus` unless they are
+    set.
+    """
+
+    ray_address: Annotated[
+        str | None,
+        Field(description="cluster to deploy to, e.g. auto (default: a new one, on this machine)"),
+    ] = None
+    app_name: Annotated[str, Field(min_length=1, description="name of the Serve application")] = (
+        "solo-serve"
+    )
+    fronts: Annotated[
+        PositiveInt, Field(description="processes that read requests; best one for each node")
+    ] = 1
+    min_replicas: Annotated[PositiveInt, Field(description="workers without any load")] = 1
+    max_replicas: Annotated[
+        PositiveInt | None,
+        Field(description="most workers; they follow the load (default: min_replicas, fixed)"),
+    ] = None
+    num_cpus: Annotated[
+        float, Field(ge=0, description="logical CPUs that Ray reserves for a worker")
+    ] = 1.0
+    num_gpus: Annotated[
+        float, Field(ge=0, description="GPUs of a worker; 0.5 puts two on one GPU")
+    ] = 0.0
+    max_requests: Annotated[
+        PositiveInt, Field(description="requests in work in one worker; others wait at the fronts")
+    ] = 32
+    target_requests: Annotated[
+        float, Field(gt=0, description="requests, in work or waiting, that scaling gives a worker")
+    ] = 16.0
+    upscale_delay_s: Annotated[
+        float, Field(ge=0, description="how long there is too much to do before workers are added")
+    ] = 10.0
+    downscale_delay_s: Annotated[
+        float, Field(ge=0, description="how long there is little to do before workers are ended")
+    ] = 300.0
+    surge_percent: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100,
+            description="extra workers during an upgrade, at least 1; 0 where there is no room",
+        ),
+    ] = 25
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_resources(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        cpus = values.get("num_cpus", cls.model_fields["num_cpus"].default)
+        gpus = values.get("num_gpus", cls.model_fields["num_gpus"].default)
+        try:
+            cores, has_gpu = max(1, int(float(cpus))), float(gpus) > 0
+        except (TypeError, ValueError):
+            return values  # the fields' own checks say what is wrong
+        implied = {
+            "threads": cores,
+            "pool_threads": cores,
+            "device": "cuda" if has_gpu else "cpu",
+        }
+        return {**implied, **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterSettings:
+        for name, instead in _ONE_SERVER_ONLY.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for a cluster: {instead}")
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}"
+            )
+        return self
+
+    def server_settings(self) -> dict[str, Any]:
+        """What each process's `Settings` are made of; its current folder is another one."""
+        settings = self.model_dump(include=set(Settings.model_fields))
+        return {
+            name: value.absolute() if isinstance(value, Path) else value
+            for name, value in settings.items()
+        }

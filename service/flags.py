@@ -1,0 +1,85 @@
+"""Settings from the command line: one flag for each, before its SOLO_* variable."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from service.errors import StartupError
+from service.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+PREFIX = "SOLO_"
+SERVES = "Serves the models of a repository over HTTP."
+
+
+def build_parser(
+    kind: type[Settings] = Settings, prog: str = "solo-serve", description: str = SERVES
+) -> argparse.ArgumentParser:
+    """One flag for each setting.
+
+    Args:
+        kind: The settings.
+        prog: The command's name.
+        description: What it does, for its help.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="A flag goes before its SOLO_* variable, and that before the default.",
+    )
+    for name, setting in kind.model_fields.items():
+        unnamed = setting.default_factory is not None or setting.default is None
+        shown = "" if unnamed else f", default {setting.default}"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{setting.description} ({PREFIX}{name.upper()}{shown})".replace("%", "%%"),
+        )
+    return parser
+
+
+def read_settings(kind: type[S], parser: argparse.ArgumentParser, arguments: Sequence[str]) -> S:
+    """Settings from flags, variables and defaults.
+
+    Args:
+        kind: The settings.
+        parser: Of `build_parser`.
+        arguments: The command line, without the command.
+
+    Raises:
+        StartupError: Names each wrong setting and its value.
+    """
+    flags = vars(parser.parse_args(arguments))
+    try:
+        return kind(**flags)
+    except ValidationError as error:
+        parts = []
+        for item in error.errors():
+            if not item["loc"]:
+                parts.append(item["msg"].removeprefix("Value error, "))
+                continue
+            name = str(item["loc"][0])
+            source = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
+            parts.append(f"{source}: {item['msg']}, not {item['input']!r}")
+        raise StartupError("; ".join(parts)) from error
+
+
+def find_unknown_variables(
+    environment: Mapping[str, str], kind: type[Settings] = Settings
+) -> list[str]:
+    """A warning for each SOLO_* variable that is no setting: most are typing errors."""
+    known = [PREFIX + name.upper() for name in kind.model_fields]
+    warnings = []
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            warnings.append(f"{name} is no setting and is ignored{hint}")
+    return warnings
