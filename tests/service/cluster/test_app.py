@@ -8,7 +8,6 @@ from service.cluster.settings import ClusterSettings
 from service.errors import StartupError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'solo-serve[ray]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def test_workers_have_reserved_what_the_settings_say() -> None:
