@@ -91,9 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8, help="of each server in each round")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--model-repo", type=Path, default=ROOT / "model_repo")
     parser.add_argument(
         "--images", type=Path, default=ROOT / "tests" / "data" / "nuclei" / "images"
