@@ -1,0 +1,1 @@
+"""The servers of the comparison: the same steps and engine behind other frameworks."""
