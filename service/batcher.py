@@ -15,6 +15,7 @@ import bisect
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class DynamicBatcher:
         backend: The engine; `backend.concurrency` threads of the batcher's own call it.
         max_batch: Most canvases in a call.
         max_delay_s: How long a canvas waits for company while the engine is idle.
+        divide: Whether calls that run at once share what waits, instead of one taking all.
         on_batch: Told of every engine call.
     """
 
@@ -94,17 +96,20 @@ class DynamicBatcher:
         *,
         max_batch: int,
         max_delay_s: float,
+        divide: bool = False,
         on_batch: Callable[[BatchStats], None] = lambda stats: None,
     ) -> None:
         if max_batch < 1 or max_delay_s < 0:
             raise ValueError(f"max_batch {max_batch} or max_delay_s {max_delay_s} is out of range")
         self._backend = backend
         self.max_batch = max_batch
-        self._max_delay_s = max_delay_s
+        self.max_delay_s = max_delay_s
         self._on_batch = on_batch
         self._buckets: dict[Shape, list[_Item]] = {}
         self._changed = asyncio.Event()
         self._engine = ThreadPoolExecutor(backend.concurrency, thread_name_prefix="engine")
+        self._divide = divide
+        self._idle = backend.concurrency
         self._slots = asyncio.Semaphore(backend.concurrency)
         self._draining = False
         self._task: asyncio.Task[None] | None = None
@@ -197,6 +202,7 @@ class DynamicBatcher:
                 batch = await self._next_batch()
                 if batch is None:
                     return
+                self._idle -= 1
                 calls.create_task(self._execute_and_free(batch))
 
     async def _execute_and_free(self, batch: list[_Item]) -> None:
@@ -210,6 +216,7 @@ class DynamicBatcher:
             for item in batch:
                 self._fail(item, error)
         finally:
+            self._idle += 1
             self._slots.release()
 
     async def _next_batch(self) -> list[_Item] | None:
@@ -225,7 +232,7 @@ class DynamicBatcher:
                 return None
             timeout_s = None
             if self._buckets:
-                timeout_s = min(map(self._oldest_s, self._buckets)) + self._max_delay_s - now_s
+                timeout_s = min(map(self._oldest_s, self._buckets)) + self.max_delay_s - now_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
 
@@ -238,11 +245,13 @@ class DynamicBatcher:
 
     def _is_ripe(self, shape: Shape, now_s: float) -> bool:
         full = len(self._buckets[shape]) >= self.max_batch
-        return full or self._draining or now_s >= self._oldest_s(shape) + self._max_delay_s
+        return full or self._draining or now_s >= self._oldest_s(shape) + self.max_delay_s
 
     def _take(self, shape: Shape) -> list[_Item]:
         bucket = self._buckets[shape]
-        batch, rest = bucket[: self.max_batch], bucket[self.max_batch :]
+        share = math.ceil(len(bucket) / self._idle) if self._divide else len(bucket)
+        size = min(share, self.max_batch)
+        batch, rest = bucket[:size], bucket[size:]
         if rest:
             self._buckets[shape] = rest
         else:

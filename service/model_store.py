@@ -33,6 +33,7 @@ from service.stages import ServedModel
 logger = logging.getLogger(__name__)
 
 UNLOADED = "unloaded"
+GPU_DELAY_MS = 5.0
 LAST_CALL_S = 1.0
 """How long an engine that is no longer used may go on with what nobody waits for."""
 
@@ -283,10 +284,15 @@ class ModelStore:
             on_restart=count_restart,
         )
         max_batch = min(self._settings.max_batch, model.config.limits.max_batch)
+        on_cpu = engine.device == "cpu"  # there a batch costs what its canvases cost one by one
+        delay_ms = self._settings.max_delay_ms
+        if delay_ms is None:
+            delay_ms = 0.0 if on_cpu else GPU_DELAY_MS
         batcher = DynamicBatcher(
             engine,
             max_batch=max_batch,
-            max_delay_s=self._settings.max_delay_ms / 1000,
+            max_delay_s=delay_ms / 1000,
+            divide=on_cpu,
             on_batch=count_batch,
         )
         self._metrics.add_model(name, model.version, partial(describe_engine, engine), max_batch)

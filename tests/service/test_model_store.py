@@ -18,6 +18,7 @@ from service.app import create_app
 from service.backends.base import BackendError
 from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
 from service.keys import add_key
+from service.metrics import Metrics
 from service.model_store import ModelStore
 from service.registry import load_repository
 from service.settings import Settings
@@ -303,3 +304,25 @@ async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Pa
         gc.collect()
         sizes.append(read_resident_bytes())
     assert max(sizes[-5:]) - max(sizes[:5]) < 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "max_delay_ms", "expected_s"),
+    [("cpu", None, 0.0), ("cuda", None, 0.005), ("cpu", 7.0, 0.007), ("cuda", 0.0, 0.0)],
+)
+def test_on_the_cpu_nobody_waits_for_company_unless_told(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    max_delay_ms: float | None,
+    expected_s: float,
+) -> None:
+    repository = load_repository(settings.model_repo, OPTIONS)
+    for versions in repository.models.values():
+        for model in versions.values():
+            monkeypatch.setattr(model.backend, "device", device)
+    asked = settings.model_copy(update={"max_delay_ms": max_delay_ms})
+    store = ModelStore(asked, repository, Metrics())
+    assert {model.batcher.max_delay_s for model in store.all_models} == {expected_s}
+    for served in store.all_models:
+        served.engine.close()
