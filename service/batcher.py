@@ -17,13 +17,14 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from service.backends.base import Backend, BackendError
 from service.errors import Draining, EngineError
 from service.pipeline.postprocess import TileCandidates
 from service.pipeline.types import Tile
+from service.pools import RankedPool
 from service.timing import Interval
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class DynamicBatcher:
         self._on_batch = on_batch
         self._buckets: dict[Shape, list[_Item]] = {}
         self._changed = asyncio.Event()
-        self._engine = ThreadPoolExecutor(backend.concurrency, thread_name_prefix="engine")
+        self._engine = RankedPool(backend.concurrency, "engine")
         self._divide = divide
         self._idle = backend.concurrency
         self._slots = asyncio.Semaphore(backend.concurrency)
@@ -161,7 +162,7 @@ class DynamicBatcher:
         self._changed.set()
         if self._task is not None:
             await self._task
-        self._engine.shutdown(wait=False)
+        self._engine.shutdown()
 
     async def abort(self) -> None:
         """Ends at once; whoever waits gets `Draining`."""
@@ -172,7 +173,7 @@ class DynamicBatcher:
                 await self._task
         self._dismiss(itertools.chain.from_iterable(self._buckets.values()))
         self._buckets.clear()
-        self._engine.shutdown(wait=False, cancel_futures=True)
+        self._engine.shutdown()
 
     @staticmethod
     def _dismiss(items: Iterable[_Item]) -> None:
@@ -278,9 +279,8 @@ class DynamicBatcher:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         try:
-            results = await loop.run_in_executor(
-                self._engine, self._backend.infer, [item.tile for item in batch]
-            )
+            step = partial(self._backend.infer, [item.tile for item in batch])
+            results = await self._engine.run(step, batch[0].rank)
             if len(results) != len(batch):
                 raise BackendError(f"{len(batch)} canvases gave {len(results)} results")
         except Exception as error:  # an engine's exceptions have no common base

@@ -8,8 +8,8 @@ import heapq
 import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,31 +26,41 @@ class _Entry:
 class RankedPool:
     """A thread pool whose waiting steps run in the order of their ranks, lowest first.
 
-    A thread takes the next step by itself, and a step that ends wakes the event loop once: both
-    are paid for every image. A step whose caller is cancelled while it waits never runs.
+    Every image pays for it several times, so it does little: a token in a queue wakes a thread,
+    which takes the step of the lowest rank, and a step that ends wakes the event loop once. A
+    step whose caller is cancelled while it waits never runs.
 
     Args:
-        threads: How many steps run at once.
+        threads: How many steps run at once. They begin with the first step, and the end of the
+            process does not wait for them.
         name: Prefix of the threads' names.
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        names = [f"{name}_{index}" for index in range(threads)]
+        self._threads = [threading.Thread(target=self._run_all, name=n, daemon=True) for n in names]
         self._lock = threading.Lock()
-        self._idle = threads
+        self._is_started = self._is_shut_down = False
+        self._tokens: SimpleQueue[bool] = SimpleQueue()
         self._waiting: list[tuple[float, int, _Entry]] = []
         self._arrivals = itertools.count()
 
     async def run(self, step: Callable[[], T], rank: float) -> T:
-        """Runs a step in a thread; among equal ranks the first to come is the first to run."""
+        """Runs a step in a thread; among equal ranks the first to come is the first to run.
+
+        Raises:
+            RuntimeError: The pool has been shut down.
+        """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         entry = _Entry(step, done)
         with self._lock:
+            if self._is_shut_down:
+                raise RuntimeError("the pool has been shut down")
             heapq.heappush(self._waiting, (rank, next(self._arrivals), entry))
-            is_thread_needed = self._idle > 0
-            self._idle -= is_thread_needed
-        if is_thread_needed:
-            self._executor.submit(self._run_all)
+            is_first, self._is_started = not self._is_started, True
+        for thread in self._threads if is_first else ():
+            thread.start()
+        self._tokens.put(True)
         try:
             return await done
         except asyncio.CancelledError:
@@ -60,20 +70,19 @@ class RankedPool:
     def shutdown(self) -> None:
         """Drops what waits; steps that run are left to end."""
         with self._lock:
+            self._is_shut_down = True
             self._waiting.clear()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for _ in self._threads:
+            self._tokens.put(False)
 
     def _run_all(self) -> None:
-        """In a thread: runs steps until none waits."""
-        while (entry := self._take()) is not None:
-            self._run(entry)
-
-    def _take(self) -> _Entry | None:
-        with self._lock:
-            if self._waiting:
-                return heapq.heappop(self._waiting)[-1]
-            self._idle += 1
-            return None
+        """In a thread: runs steps until the pool is shut down."""
+        while self._tokens.get():
+            with self._lock:
+                entry = heapq.heappop(self._waiting)[-1] if self._waiting else None
+            if entry is not None:
+                self._run(entry)
+            del entry  # the next step may be long in coming
 
     @staticmethod
     def _run(entry: _Entry) -> None:

@@ -56,6 +56,8 @@ async def test_a_step_that_was_cancelled_while_it_waited_never_runs() -> None:
 async def test_a_thread_is_busy_until_its_step_ends_even_if_the_caller_left() -> None:
     pool, gate = RankedPool(1, "test"), Gate()
     left = await start(pool, gate, "left", 0)
+    while not gate.ran:
+        await asyncio.sleep(0.001)
     ahead = await start(pool, gate, "handed over", 0)
     waits = await start(pool, gate, "waits", 0)
     left.cancel()
@@ -91,3 +93,29 @@ async def test_cancelling_at_random_loses_no_thread() -> None:
     threads = threading.Barrier(2, timeout=10)
     await asyncio.gather(*(pool.run(threads.wait, 0) for _ in range(2)))
     pool.shutdown()
+
+
+async def test_a_pool_that_was_shut_down_drops_what_waits_and_takes_nothing_more() -> None:
+    pool, gate = RankedPool(1, "test"), Gate()
+    runs = await start(pool, gate, "runs", 0)
+    while not gate.ran:
+        await asyncio.sleep(0.001)
+    waits = await start(pool, gate, "waits", 0)
+    pool.shutdown()
+    gate.go.set()
+    assert await runs == "runs"
+    with pytest.raises(RuntimeError, match="shut down"):
+        await pool.run(gate.step("late"), 0)
+    assert gate.ran == ["runs"]
+    waits.cancel()
+
+
+async def test_threads_end_with_their_pool() -> None:
+    pool = RankedPool(2, "ending")
+    await pool.run(lambda: None, 0)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("ending_")]
+    assert len(threads) == 2
+    pool.shutdown()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
