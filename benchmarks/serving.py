@@ -204,8 +204,8 @@ def measure(
                 )
             )
         else:
-            rate = how["per_second"]
-            count = max(1, round(rate * seconds))
+            rate = max(how["per_second"], 1 / seconds)  # a server may have done nothing
+            count = round(rate * seconds)
             load = asyncio.run(run_at_rate(url, bodies, per_second=rate, count=count))
     took_s = time.monotonic() - began_s
     return {

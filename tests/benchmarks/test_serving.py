@@ -31,7 +31,7 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 
 
 def test_a_plain_server_answers_as_ours_does(light: Workload, tmp_path: Path) -> None:
-    plan = replace(serving.PLANS["light"], warm_up_s=0.1, warm_up_clients=2)
+    plan = replace(serving.PLANS["light"], warm_up_s=0.5, warm_up_clients=2)
     capacity = serving.check_all([CONTENDERS[OURS], FASTAPI], light, plan, 1, tmp_path)
     assert capacity > 0
 
@@ -191,14 +191,14 @@ def test_the_command_measures_who_is_there_and_names_who_is_not(
     monkeypatch.setattr(contenders, "ENVIRONMENTS", tmp_path)
     out = tmp_path / "serving.json"
     options = ["--servers", "fastapi", "--workloads", "light", "--rounds", "1", "--clients", "1"]
-    options += ["--scale", "0.1", "--out", str(out)]
+    options += ["--scale", "0.5", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["serving", *options])
     serving.main()
     report = json.loads(out.read_bytes())
     assert report["command"].startswith("python -m benchmarks.serving --servers fastapi")
     assert list(report["servers"]) == [OURS]
     assert [line.split()[0] for line in report["missing"]] == ["fastapi"]
-    assert [row["server"] for row in report["rows"]] == [OURS] * 4 + ["bare loop"]
+    assert [row["server"] for row in report["rows"]] == [OURS] * 3 + ["bare loop"]
     written = capsys.readouterr()
     assert "fastapi is not installed" in written.err
     assert "| solo-serve |" in written.out
