@@ -67,6 +67,7 @@ class DrainingServer(uvicorn.Server):
         config: The server's.
         limit: What its connections are made with.
         admin: Serves as long as this one does.
+        listener: Its socket; None makes one as the configuration says.
     """
 
     def __init__(
@@ -74,17 +75,19 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn.Config,
         limit: ConnectionLimit,
         admin: AdminServer | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         super().__init__(config)
         self._limit = limit
         self._admin = admin
+        self._listener = listener
         self._drain_task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().startup(sockets if self._listener is None else [self._listener])
         if self._admin is not None:
             self._admin.begin()  # what it serves is there now
 
@@ -129,7 +132,7 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         repository: Loaded models.
 
     Raises:
-        StartupError: The admin port cannot be had, or the application cannot be built.
+        StartupError: A port cannot be had, or the application cannot be built.
     """
     app = create_app(settings, repository)
     limit = ConnectionLimit(settings.max_connections, settings.retry_after_s, app.state.metrics)
@@ -155,16 +158,20 @@ def build_server(settings: Settings, repository: Repository) -> DrainingServer:
         server_header=False,
         timeout_graceful_shutdown=_ADMIN_END_S,
     )
-    listener = _listen(settings.admin_host, settings.admin_port)
-    return DrainingServer(config, limit, AdminServer(admin_config, listener))
+    listener = _listen(settings.admin_host, settings.admin_port, "admin endpoints")
+    admin = AdminServer(admin_config, listener)
+    if not settings.reuse_port:
+        return DrainingServer(config, limit, admin)
+    shared = _listen(settings.host, settings.port, "one of several servers", reuse_port=True)
+    return DrainingServer(config, limit, admin, shared)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, what: str, *, reuse_port: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise StartupError(f"cannot serve admin endpoints on {host}:{port}: {error}") from error
+        listener = socket.create_server((host, port), family=family, reuse_port=reuse_port)
+    except (OSError, ValueError) as error:  # ValueError: this system has no such option
+        raise StartupError(f"cannot serve {what} on {host}:{port}: {error}") from error
     shown = f"[{host}]" if ":" in host else host
-    logger.info("admin endpoints on http://%s:%d", shown, listener.getsockname()[1])
+    logger.info("%s on http://%s:%d", what, shown, listener.getsockname()[1])
     return listener

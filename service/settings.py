@@ -27,6 +27,13 @@ class Settings(BaseSettings):
     port: Annotated[
         int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")
     ] = 8000
+    reuse_port: Annotated[
+        bool,
+        Field(
+            description="other servers may listen on the same port: the system gives each "
+            "connection to one of them; needs an admin port"
+        ),
+    ] = False
     admin_port: Annotated[
         int | None,
         Field(
@@ -181,5 +188,14 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_queue_pixels {self.max_queue_pixels} is below max_image_pixels "
                 f"{self.max_image_pixels}: the largest allowed image could never be admitted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_port_has_no_metrics(self) -> Settings:
+        if self.reuse_port and (self.admin_port is None or self.port == 0):
+            raise ValueError(
+                f"reuse_port needs an admin_port, for on the shared port nobody knows whose "
+                f"metrics come, and a port other than 0; they are {self.admin_port} and {self.port}"
             )
         return self

@@ -116,6 +116,16 @@ _ALL = (
         settings="an engine call for each core, with one thread; no log line for each request",
     ),
     Contender(
+        name="solo-serve-processes",
+        environment=None,
+        package="solo-serve",
+        arguments=(
+            *("-m", "benchmarks.servers.solo_processes", "--model-repo", "{repo}"),
+            *("--port", "{port}", "--device", "cpu", "--log-level", "warning"),
+        ),
+        settings="a process for each core, with an engine of its own, on one port",
+    ),
+    Contender(
         name="fastapi",
         environment="fastapi",
         package="fastapi",

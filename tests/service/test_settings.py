@@ -62,6 +62,13 @@ def test_a_wrong_variable_is_named_with_its_value(
         read_settings([])
 
 
+@pytest.mark.parametrize("flags", [["--port", "9000"], ["--port", "0", "--admin-port", "9001"]])
+def test_a_shared_port_is_known_and_needs_an_admin_port(flags: list[str]) -> None:
+    with pytest.raises(StartupError, match="reuse_port needs an admin_port"):
+        read_settings([*flags, "--reuse-port", "true"])
+    assert read_settings(["--reuse-port", "true", "--admin-port", "0"]).reuse_port
+
+
 def test_a_wrong_flag_is_named_as_a_flag() -> None:
     with pytest.raises(StartupError, match=r"--max-batch: .*not 'many'"):
         read_settings(["--max-batch", "many"])
