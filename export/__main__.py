@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 
 from export.engines import build_engines, build_kernels, make_packages
 from export.errors import ExportError, PublishError
+from export.exits import PLAIN_FILES, build_exits
 from export.measure import check_served, data_cases, measure_ap
 from export.onnx_graph import build_onnx, choose_opset, num_candidates
 from export.options import describe_command, parse_arguments
-from export.parity import build_cases, canvas_sizes, compare, require_parity
+from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
 from export.publish import (
     Artefact,
     Release,
@@ -166,6 +168,8 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         provenance["measured"] = {**head, "max_dets": max_dets, **measured}
     material = build_material(model, graph, options, data, measured)
     variants = make_variants(material, options, command)
+    if options.exits:
+        variants += make_exits(model, {ONNX_FILE: graph}, variants, cases, command)
     variants += make_packages(network, config, model, options.aoti, _say)
     model = model.model_copy(update={"provenance": {**provenance, **given}})
     release = Release(model, graph, parity, tuple(variants))
@@ -203,6 +207,27 @@ def make_variants(material: Material, options: argparse.Namespace, command: str)
     )
 
 
+def make_exits(
+    model: ModelConfig,
+    graphs: dict[str, bytes],
+    variants: list[Artefact],
+    cases: Sequence[Case],
+    command: str,
+) -> list[Artefact]:
+    """Graphs with early exits, of those that are published and of new ones that the CPU runs."""
+    new = {v.name: v.data for v in variants if v.name in PLAIN_FILES}
+    made = build_exits(
+        model, {**graphs, **new}, cases, {"command": command, "commit": find_commit()}
+    )
+    for artefact in made:
+        found = artefact.parity["comparison"]
+        _say(
+            f"{artefact.name}: the {found['candidates']} candidates of {found['canvases']} "
+            "canvases are the same bit for bit"
+        )
+    return made
+
+
 def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str, float] | None:
     """The AP of a published version from its provenance, if it is of such a split.
 
@@ -230,18 +255,46 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     if not target.name.isdecimal():
         raise PublishError(f"{target} is no version: expected <model_repo>/<name>/<number>")
     model = read_version(folder, int(target.name))
-    listed = sorted({f"model.{p}.onnx" for p in options.precision} & set(model.files))
-    if listed and not options.force:
-        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
-    graph = (target / ONNX_FILE).read_bytes()
-    if describe_file(graph) != model.files[ONNX_FILE].model_dump():
-        raise PublishError(f"{target / ONNX_FILE} is not the file that {CONFIG_FILE} describes")
+    _refuse_listed(target, model, options)
+    plain = [ONNX_FILE, *(name for name in PLAIN_FILES if name in model.files and options.exits)]
+    graphs = {name: _read_graph(target, model, name) for name in plain}
     data = CocoDataset(options.data, options.split) if options.data else None
     measured = find_measured(model, data, options.split) if data else None
-    material = build_material(model, graph, options, data, measured)
+    material = build_material(model, graphs[ONNX_FILE], options, data, measured)
     variants = make_variants(material, options, command)
+    if options.exits:
+        cases = [*build_cases(canvas_sizes(model.input))]
+        if data is not None:
+            cases += data_cases(data, model.input, DATA_IMAGES)
+        variants += make_exits(model, graphs, variants, cases, command)
     add_artefacts(folder, model.version, variants, force=options.force)
     return [target / v.name for v in variants]
+
+
+def _refuse_listed(target: Path, model: ModelConfig, options: argparse.Namespace) -> None:
+    """Refuses to replace files without --force, or a graph without the one made of it.
+
+    Raises:
+        PublishError: Names the file.
+    """
+    wanted = {f"model.{p}.onnx" for p in options.precision}
+    stale = {PLAIN_FILES.get(name, "") for name in wanted} & set(model.files)
+    if options.exits:
+        wanted |= {PLAIN_FILES[name] for name in PLAIN_FILES if name in {*model.files, *wanted}}
+    listed = sorted(wanted & set(model.files))
+    if listed and not options.force:
+        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
+    if stale and not options.exits:
+        raise PublishError(
+            f"{target / stale.pop()} is made of a graph that would be replaced; add --exits"
+        )
+
+
+def _read_graph(target: Path, model: ModelConfig, name: str) -> bytes:
+    graph = (target / name).read_bytes()
+    if describe_file(graph) != model.files[name].model_dump():
+        raise PublishError(f"{target / name} is not the file that {CONFIG_FILE} describes")
+    return graph
 
 
 def _hash(file: Path) -> dict[str, Any]:
@@ -279,7 +332,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         files = build_kernels(options.kernels, _say)
         _say(f"{len(files)} files are in {files[0].parent}")
     target = options.variants_of
-    if options.checkpoint is not None or options.precision:
+    if options.checkpoint is not None or options.precision or options.exits:
         files = export(options, command) if target is None else add_variants(options, command)
         target = files[0].parent
         names = ", ".join(file.name for file in files)

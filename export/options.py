@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Exports a checkpoint to ONNX, compares the graph with PyTorch and publishes "
         "it as a version of a model_repo: <out>/<name>/<version>/model.onnx with its parity.json, "
         "and config.json with the file's SHA-256. A graph that disagrees is not published. "
-        "--precision adds graphs of other precisions, each compared with the float32 graph.",
+        "--precision adds graphs of other precisions, each compared with the float32 graph; "
+        "--exits adds graphs that save the CPU work.",
         epilog="Examples: solo-export runs/nuclei/best.pt --out model_repo --data datasets/nuclei "
         "--precision int8 | solo-export --variants-of model_repo/nuclei/2 --precision fp16 bf16",
     )
@@ -100,6 +101,12 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         help=f"how many of them (default: {CALIBRATION_IMAGES})",
     )
     group.add_argument(
+        "--exits",
+        action="store_true",
+        help="add model.exits.onnx, for the CPU: it skips the masks of pyramid levels without "
+        "candidates, with the same result bit for bit; one of the int8 graph too, if there is one",
+    )
+    group.add_argument(
         "--accept-unrun",
         action="store_true",
         help="publish a precision whose file no engine of this machine can run; its emulation is "
@@ -158,8 +165,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--variants-of takes no checkpoint, got {options.checkpoint}")
     if options.aoti:
         parser.error("--aoti needs the checkpoint: a package is compiled from the network")
-    if not options.precision and not options.tensorrt:
-        parser.error("--variants-of needs --precision or --tensorrt")
+    if not options.precision and not options.tensorrt and not options.exits:
+        parser.error("--variants-of needs --precision, --exits or --tensorrt")
     given = [name for name in CHECKPOINT_ONLY if getattr(options, name) is not None]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -1,8 +1,9 @@
 """Which engine a model gets: the fastest that works, and why the faster ones do not.
 
-On a GPU TensorRT, then AOTInductor, then ONNX Runtime; on the CPU ONNX Runtime. What was asked for
-and is not there is refused. An engine's module is imported only when its turn comes; one that is
-missing counts as an engine that is not installed.
+On a GPU TensorRT, then AOTInductor, then ONNX Runtime; on the CPU ONNX Runtime, with the graph that
+has early exits if the version has one. What was asked for and is not there is refused. An engine's
+module is imported only when its turn comes; one that is missing counts as an engine that is not
+installed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ _MODULES = {name: f"service.backends.{name}" for name in ("trt", "trt_cache", "a
 
 @dataclass(frozen=True)
 class _Route:
-    """An engine on a device, and the file that it needs."""
+    """An engine on a device, the file that it needs, and whether its graph has early exits."""
 
     kind: Kind
     device: Literal["cpu", "cuda"]
     file: str
+    exits: bool = False
 
     def __str__(self) -> str:
         return f"{_TITLES[self.kind]} on {'CUDA' if self.device == 'cuda' else 'the CPU'}"
@@ -81,7 +83,7 @@ def build_backend(
     check_device(options)
     refusals: list[str] = []
     errors: list[Exception] = []
-    for route in _list_routes(options, refusals):
+    for route in _list_routes(options, artefacts, refusals):
         taken = replace(options, device=route.device)
         try:
             backend: Any = _build(route, taken, artefacts, config, warm)
@@ -93,7 +95,8 @@ def build_backend(
             refusals.append(f"{route}: {error}")
             errors.append(error)
         else:
-            backend.reason = _explain(backend.reason, options, refusals)
+            reason = f"{backend.reason}, early exits" if route.exits else backend.reason
+            backend.reason = _explain(reason, options, refusals)
             built: Backend = backend
             return built
     raise _give_up(options, artefacts, refusals, errors)
@@ -117,12 +120,19 @@ def graph_file(precision: str) -> str:
     return ONNX_FILE if precision == "fp32" else f"model.{precision}.onnx"
 
 
+def exits_file(precision: str) -> str:
+    """Name of the ONNX file with early exits in a precision; the CPU takes it if it is there."""
+    return f"{graph_file(precision).removesuffix('.onnx')}.exits.onnx"
+
+
 def package_file(target: str, precision: str) -> str:
     """Name of the AOTInductor package for a target, "cpu" or e.g. "sm_90"."""
     return f"model.{target}.{precision}.pt2"
 
 
-def _list_routes(options: BackendOptions, refusals: list[str]) -> Iterator[_Route]:
+def _list_routes(
+    options: BackendOptions, artefacts: Artefacts, refusals: list[str]
+) -> Iterator[_Route]:
     """Best first; a missing GPU is one refusal for all that need it."""
     graph, engine = graph_file(options.precision), options.engine
     gpu = find_gpu() if options.device != "cpu" else "device cpu was asked for"
@@ -142,7 +152,11 @@ def _list_routes(options: BackendOptions, refusals: list[str]) -> Iterator[_Rout
     if engine == "aoti":
         yield _Route("aoti", "cpu", package_file("cpu", options.precision))
     if engine in ("auto", "ort"):
-        yield _Route("ort", "cpu", graph)
+        exits = exits_file(options.precision)
+        if exits in artefacts:
+            yield _Route("ort", "cpu", exits, exits=True)
+        else:
+            yield _Route("ort", "cpu", graph)
 
 
 def _build(

@@ -14,7 +14,7 @@ import torch
 
 from export.__main__ import find_measured, main
 from export.parity import draw_blobs
-from export.publish import Release, publish
+from export.publish import Artefact, Release, add_artefacts, publish
 from service.backends.base import BackendOptions
 from service.pipeline.postprocess import postprocess
 from service.pipeline.preprocess import prepare
@@ -276,6 +276,32 @@ def test_a_refused_variant_changes_nothing(
     assert main(["--variants-of", str(version), "--precision", "bf16"]) == 1
     assert "--accept-unrun publishes it all the same" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
+
+
+def test_exits_join_a_published_version_and_the_cpu_takes_them(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(published.parent, tmp_path / "discs")
+    arguments = ["--variants-of", str(folder / "2"), "--exits"]
+    assert main(arguments) == 0
+    assert "canvases are the same bit for bit" in capsys.readouterr().out
+    assert json.loads((folder / "2" / "parity.exits.json").read_text())["passed"] is True
+    loaded = load_version(folder, 2, BackendOptions(device="cpu", threads=1))
+    assert loaded.backend.reason.startswith("CPU provider, early exits")
+    loaded.backend.close()
+    assert main(arguments) == 1
+    assert "model.exits.onnx exists already; --force replaces it" in capsys.readouterr().err
+
+
+def test_a_graph_is_not_replaced_without_the_one_with_exits(
+    version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("model.int8.onnx", "model.int8.exits.onnx")
+    files = [Artefact(name, b"int8", {"passed": True}) for name in names]
+    add_artefacts(version.parent, 1, files)
+    assert main(["--variants-of", str(version), "--precision", "int8", "--force"]) == 1
+    expected = "model.int8.exits.onnx is made of a graph that would be replaced; add --exits"
+    assert expected in capsys.readouterr().err
 
 
 def test_the_ap_of_a_published_version_counts_only_on_such_a_split(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from export.options import describe_command, parse_arguments
         ("--out repo", "a checkpoint is needed, or --variants-of"),
         ("a.pt", "--out is needed"),
         ("a.pt --variants-of repo/a/1 --precision fp16", "takes no checkpoint, got a.pt"),
-        ("--variants-of repo/a/1", "--variants-of needs --precision"),
+        ("--variants-of repo/a/1", "--variants-of needs --precision, --exits"),
         ("--variants-of repo/a/1 --precision fp16 --name b --out c", "--out, --name: the version"),
         ("--tensorrt fp16", "a checkpoint is needed"),
         ("--kernels sm_90 --tensorrt fp16", "a checkpoint is needed"),

@@ -7,13 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from service.artefacts import Artefacts
 from service.backends.base import Backend, BackendError, BackendOptions
-from service.backends.build import Warm, build_backend, check_device
+from service.backends.build import Warm, build_backend, check_device, exits_file
 from service.backends.ort import OrtBackend
 from service.errors import DeviceError, ModelRefused
 from service.pipeline.model_config import ModelConfig, parse_model_config
@@ -130,6 +130,24 @@ class TestWithoutGpu:
         version = Version(tmp_path, {"model.int8.onnx": build_graph(poisonable=True)})
         (version.folder / "model.onnx").write_bytes(b"damaged, but not needed")
         assert version.build(replace(AUTO, precision="int8")).precision == "int8"
+
+    @pytest.mark.parametrize("precision", ["fp32", "int8"])
+    def test_the_graph_with_early_exits_is_taken(
+        self, tmp_path: Path, precision: Literal["fp32", "int8"]
+    ) -> None:
+        files = {"model.int8.onnx": b"not needed", exits_file(precision): build_graph()}
+        version = Version(tmp_path, files)
+        (version.folder / "model.onnx").write_bytes(b"damaged, but not needed")
+        backend = version.build(replace(AUTO, precision=precision))
+        assert backend.precision == precision
+        assert backend.reason == "CPU provider, early exits; not CUDA: there is no driver"
+
+    def test_a_damaged_graph_with_early_exits_is_refused(self, tmp_path: Path) -> None:
+        version = Version(tmp_path, {"model.exits.onnx": build_graph()})
+        (version.folder / "model.exits.onnx").write_bytes(b"damaged")
+        with pytest.raises(ModelRefused, match=r"config\.json says") as caught:
+            version.build()
+        assert caught.value.file == version.folder / "model.exits.onnx"
 
     def test_a_precision_without_a_file_names_it_and_the_command(self, tmp_path: Path) -> None:
         version = Version(tmp_path)

@@ -1,0 +1,395 @@
+"""Early exits for the CPU: the same graph, which leaves out the masks that no candidate has.
+
+The mask branch of a pyramid level serves candidates that may not be there. Here it runs inside an
+ONNX `If`, on those canvases of the batch alone that have a candidate at the level; and what
+follows works on the slots that the fullest canvas of the batch fills, not on all K. What is
+computed is computed by the same operators from the same numbers, so with one thread the candidates
+are the plain graph's bit for bit; only the number of empty slots differs. With several threads
+ONNX Runtime divides a product by its shape, and a batch between threads: where a level's map is
+small (fewer pixels than a vanilla head's candidates, or no multiple of 16) last bits may depend on
+the company, as they do in the plain graph. `export.exits` compares with as many threads as serve.
+
+The graph's own threshold decides what a candidate is. Requests choose among the candidates that
+the graph gives, so no request's threshold has to be known here.
+
+ONNX Runtime prepares the weights of an operator inside an `If` only if they are inside, too; so
+each level has a copy of the weights that the levels share. Engines that record or fuse whole
+graphs (CUDA graphs, TensorRT) want fixed shapes and keep the plain graph.
+
+Symbols: B batch, b canvases of it with a candidate at a level, K slots, k used slots, S grid,
+h w mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+from export.errors import GraphError
+from export.onnx_graph import check_graph
+from export.precision import find_opset
+
+MASKS = "mask_probs"
+
+
+def add_exits(graph: bytes, mask_stride: int) -> bytes:
+    """The graph with early exits of a plain graph, float32 or int8.
+
+    Args:
+        graph: Of `build_onnx` or `quantize`.
+        mask_stride: Canvas px per mask px.
+
+    Raises:
+        GraphError: The graph has not the structure that is expected, or the result is not valid.
+    """
+    model = onnx.load_from_string(graph)
+    _Rewriting(model, mask_stride).run()
+    check_graph(model, find_opset(model))
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+class Graph:
+    """A graph's values by name.
+
+    Attributes:
+        nodes: As they are in the model.
+        makers: The node that gives a value.
+        weights: The initializers.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.makers: dict[str, NodeProto] = {
+            name: node for node in self.nodes for name in node.output
+        }
+        self.weights: dict[str, TensorProto] = {w.name: w for w in model.graph.initializer}
+
+    def array(self, name: str) -> NDArray[np.generic] | None:
+        """A weight as an array; None if the value is no weight."""
+        weight = self.weights.get(name)
+        return None if weight is None else numpy_helper.to_array(weight)
+
+    def maker(self, name: str, *op_types: str) -> NodeProto:
+        """The node that gives a value.
+
+        Raises:
+            GraphError: It is not of one of these types.
+        """
+        node: NodeProto | None = self.makers.get(name)
+        if node is None or node.op_type not in op_types:
+            found = "nothing" if node is None else node.op_type
+            raise GraphError(f"{name} is made by {found}, expected {' or '.join(op_types)}")
+        return node
+
+    def readers(self, name: str, op_type: str) -> list[NodeProto]:
+        """Nodes of a type that read a value."""
+        return [node for node in self.nodes if node.op_type == op_type and name in node.input]
+
+    def behind(self, names: Iterable[str], known: Collection[str] = ()) -> list[NodeProto]:
+        """Nodes that values are made of, in order; not the makers of `known`, nor what is behind.
+
+        Args:
+            names: Values.
+            known: First outputs of nodes.
+        """
+        found: set[str] = set()
+        left = list(names)
+        while left:
+            node = self.makers.get(left.pop())
+            if node is not None and node.output[0] not in found and node.output[0] not in known:
+                found.add(node.output[0])
+                left += node.input
+        return [node for node in self.nodes if node.output[0] in found]
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a pyramid level gives to the masks.
+
+    Attributes:
+        maps: Decoupled: X and Y, [B, S, h, w] each. Vanilla: the candidates' masks [B, K, h, w],
+            right for the candidates of this level.
+        merge: Vanilla, not the first level: the `Where` that puts them over those of the levels
+            before.
+    """
+
+    maps: list[str]
+    merge: NodeProto | None = None
+
+
+def find_levels(graph: Graph) -> list[Level]:
+    """The levels, finest first.
+
+    Raises:
+        GraphError: The masks are made in another way than by our heads.
+    """
+    masks = MASKS
+    while graph.maker(masks, "GatherND", "Mul", "Where").op_type == "GatherND":
+        masks = graph.makers[masks].input[0]
+    last = graph.makers[masks]
+    if last.op_type == "Mul":
+        gathers = [graph.maker(name, "GatherND") for name in last.input]
+        x, y = (graph.maker(gather.input[0], "Concat") for gather in gathers)
+        return [Level(list(maps)) for maps in zip(x.input, y.input, strict=True)]
+    levels: list[Level] = []
+    node: NodeProto | None = last
+    while node is not None and node.op_type == "Where":
+        _, own, masks = node.input
+        levels.append(Level([own], node))
+        node = graph.makers.get(masks)
+    return [Level([masks]), *reversed(levels)]
+
+
+def find_candidate_level(graph: Graph, num_levels: int) -> str:
+    """The value [B, K] that has each candidate's level.
+
+    Raises:
+        GraphError: There is none.
+    """
+    for node in graph.nodes:
+        table = graph.array(node.input[0]) if node.op_type == "GatherND" else None
+        if table is None or table.ndim != 1 or table.dtype != np.int64:
+            continue
+        if list(np.unique(table)) == list(range(num_levels)) and (np.diff(table) >= 0).all():
+            return str(node.output[0])
+    raise GraphError(f"no table in the graph gives candidates one of {num_levels} levels")
+
+
+@dataclass
+class _Branch:
+    """The body of an `If` while it is built; its names start with `prefix`."""
+
+    prefix: str
+    nodes: list[NodeProto] = field(default_factory=list)
+    weights: dict[str, TensorProto] = field(default_factory=dict)
+
+    def add(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        name = self.prefix + output
+        self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, values: object) -> str:
+        name = self.prefix + name
+        self.weights[name] = numpy_helper.from_array(np.array(values, np.int64), name)
+        return name
+
+    def close(self, outputs: list[str], elem_type: int) -> onnx.GraphProto:
+        results = [helper.make_tensor_value_info(o, elem_type, None) for o in outputs]
+        name = self.prefix.rstrip("/")
+        return helper.make_graph(self.nodes, name, [], results, list(self.weights.values()))
+
+
+class _Rewriting(_Branch):
+    """One rewriting of a model in place; as a branch it is the model's own new nodes."""
+
+    def __init__(self, model: onnx.ModelProto, mask_stride: int) -> None:
+        super().__init__("exits/")
+        self.model, self.mask_stride = model, mask_stride
+        self.graph = Graph(model)
+        typed = shape_inference.infer_shapes(model).graph.value_info
+        self.dims = {v.name: list(v.type.tensor_type.shape.dim) for v in typed}
+
+    def run(self) -> None:
+        levels = find_levels(self.graph)
+        level_of = find_candidate_level(self.graph, len(levels))
+        ranking = next(node for node in self.graph.nodes if node.op_type == "TopK")
+        thresholds = self.graph.readers(ranking.output[0], "Greater")
+        if len(thresholds) != 1:
+            raise GraphError(f"the ranked scores are compared {len(thresholds)} times, not once")
+        known = {node.output[0] for node in self.graph.behind(ranking.output)}
+        self._find_mask_hw(self.graph.behind(levels[0].maps, known))
+        regions = [self.graph.behind(level.maps, known) for level in levels]
+        self._keep_used_slots(ranking, thresholds[0].input[1], known)
+        replaced: set[str] = set()
+        for number, (level, region) in enumerate(zip(levels, regions, strict=True)):
+            need = self._find_need(level_of, thresholds[0].output[0], number)
+            replaced.update(self._add_level(number, level, region, need))
+        kept = [n for n in self.graph.nodes if not replaced.intersection(n.output)]
+        _replace_nodes(self.model.graph, [*kept, *self.nodes], self.weights)
+
+    def _find_mask_hw(self, finest: list[NodeProto]) -> None:
+        """Takes the masks' sides from the canvas, not from the finest level, which may not run."""
+        maps = {name for node in finest for name in node.output}
+        for node in self.graph.nodes:
+            sides = {a.name: a.i for a in node.attribute} if node.op_type == "Shape" else {}
+            if sides.get("start", 0) > 1 and node.input[0] in maps:
+                attributes = {"start": sides["start"] - 1, "end": sides["end"] - 1}
+                canvas = self.add("Shape", ["images"], node.output[0], **attributes)
+                stride = self.constant("stride", [self.mask_stride])
+                node.CopyFrom(
+                    helper.make_node("Div", [canvas, stride], list(node.output), name=node.name)
+                )
+
+    def _keep_used_slots(self, ranking: NodeProto, threshold: str, known: Collection[str]) -> None:
+        """Cuts the ranking after the last slot that any canvas uses, but keeps two.
+
+        ONNX Runtime multiplies a single row by another kernel, which adds in another order.
+        """
+        scores, index = ranking.output
+        slots = self.graph.array(ranking.input[1])
+        if slots is None:
+            raise GraphError("the number of candidates is not a constant of the graph")
+        (candidates,) = slots.tolist()
+        all_scores, all_index = self.prefix + scores, self.prefix + index
+        ranking.output[:] = [all_scores, all_index]
+        # Not "above": what is not a number counts as used, so that it reaches whoever refuses it.
+        below = self.add("LessOrEqual", [all_scores, threshold], "below")
+        used = self.add("Not", [below], "used")
+        used = self.add("Cast", [used], "used_int", to=TensorProto.INT64)
+        numbers = self.constant("numbers", range(1, candidates + 1))
+        used = self.add("Mul", [used, numbers], "used_numbers")
+        last = self.add("ReduceMax", [used], "last", keepdims=0)
+        last = self.add("Max", [last, self.constant("least", min(2, candidates))], "at_least")
+        self.count = self.add("Reshape", [last, self.constant("vector", [1])], "count")
+        start, axis = self.constant("start", [0]), self.constant("axis", [1])
+        for given, kept in ((all_scores, scores), (all_index, index)):
+            cut = helper.make_node("Slice", [given, start, self.count, axis], [kept], name=kept)
+            self.nodes.append(cut)
+        for node in self.graph.nodes:
+            if node.output[0] not in {*known, all_scores}:
+                node.input[:] = [self.count if self._is(n, candidates) else n for n in node.input]
+
+    def _is(self, name: str, count: int) -> bool:
+        """Whether a value is the constant [count]."""
+        weight = self.graph.weights.get(name)
+        if weight is None or weight.data_type != TensorProto.INT64 or list(weight.dims) != [1]:
+            return False
+        return bool(numpy_helper.to_array(weight)[0] == count)
+
+    def _find_need(self, level_of: str, used: str, level: int) -> str:
+        """[B] bool: whether a canvas has a candidate at a level."""
+        own = self.add("Equal", [level_of, self.constant(f"level{level}", level)], f"own{level}")
+        own = self.add("And", [own, used], f"candidates{level}")
+        own = self.add("Cast", [own], f"candidates{level}_int", to=TensorProto.INT32)
+        axis = self.constant("axis", [1])
+        own = self.add("ReduceMax", [own, axis], f"some{level}", keepdims=0)
+        return self.add("Cast", [own], f"need{level}", to=TensorProto.BOOL)
+
+    def _add_level(
+        self, number: int, level: Level, region: list[NodeProto], need: str
+    ) -> list[str]:
+        """Adds a level's `If`; returns the values that it gives instead of their makers."""
+        some = self.add("Cast", [need], f"need{number}_int", to=TensorProto.INT32)
+        some = self.add("ReduceMax", [some], f"need{number}_any", keepdims=0)
+        some = self.add("Cast", [some], f"enter{number}", to=TensorProto.BOOL)
+        taken = _Branch(f"level{number}/")
+        maps = self._copy(region, level.maps, need, taken)
+        skipped = _Branch(f"no_level{number}/")
+        if level.merge is not None:
+            here, _, before = level.merge.input
+            maps = [taken.add("Where", [here, maps[0], before], "merged")]
+            empty = [skipped.add("Identity", [before], "before")]
+            outputs = list(level.merge.output)
+        else:
+            outputs = level.maps
+            decoupled = len(outputs) > 1
+            empty = [self._zeros(name, skipped, decoupled) for name in outputs]
+        float_type = int(TensorProto.FLOAT)
+        self.nodes.append(
+            helper.make_node(
+                "If",
+                [some],
+                outputs,
+                name=f"{self.prefix}level{number}",
+                then_branch=taken.close(maps, float_type),
+                else_branch=skipped.close(empty, float_type),
+            )
+        )
+        return outputs
+
+    def _zeros(self, name: str, branch: _Branch, decoupled: bool) -> str:
+        """Zeros in the place of a level's maps: [B, S, h, w] if decoupled, else [B, k, h, w]."""
+        batch = branch.add("Shape", ["images"], f"{name}/batch", start=0, end=1)
+        width = self.count
+        if decoupled:
+            width = branch.constant(f"{name}/channels", [self._count_channels(name)])
+        canvas_hw = branch.add("Shape", ["images"], f"{name}/canvas_hw", start=1, end=3)
+        stride = branch.constant(f"{name}/stride", [self.mask_stride])
+        mask_hw = branch.add("Div", [canvas_hw, stride], f"{name}/mask_hw")
+        shape = branch.add("Concat", [batch, width, mask_hw], f"{name}/shape", axis=0)
+        return branch.add("ConstantOfShape", [shape], f"{name}/zeros")
+
+    def _count_channels(self, name: str) -> int:
+        """S of a decoupled head's map, from the convolution that makes it."""
+        while self.graph.makers[name].op_type != "Conv":
+            name = self.graph.makers[name].input[0]
+        weight = self.graph.makers[name].input[1]
+        while weight not in self.graph.weights:  # int8
+            weight = self.graph.maker(weight, "DequantizeLinear").input[0]
+        return int(self.graph.weights[weight].dims[0])
+
+    def _copy(
+        self, region: list[NodeProto], maps: list[str], need: str, branch: _Branch
+    ) -> list[str]:
+        """Copies a level's nodes into a branch, where they run on b of the B canvases."""
+        inside = {name for node in region for name in node.output}
+        names = {name: branch.prefix + name for name in inside}
+        outer = [(node, name) for node in region for name in node.input if name not in inside]
+        for node, name in outer:
+            if not name or name in names:
+                continue
+            if name in self.graph.weights:
+                names[name] = branch.prefix + name
+                copy = TensorProto()
+                copy.CopyFrom(self.graph.weights[name])
+                copy.name = names[name]
+                branch.weights[copy.name] = copy
+            elif node.op_type != "Shape" and len(self.dims.get(name, ())) > 1:
+                names[name] = branch.add("Compress", [name, need], name, axis=0)
+        some = next(node.output[0] for node in branch.nodes)
+        for node in region:
+            copied = NodeProto()
+            copied.CopyFrom(node)
+            copied.name = branch.prefix + node.name
+            first = next((a.i for a in node.attribute if a.name == "start"), 0)
+            if node.op_type == "Shape" and first == 0 and node.input[0] not in inside:
+                copied.input[:] = [some]
+            else:
+                copied.input[:] = [names.get(name, name) for name in node.input]
+            copied.output[:] = [names[name] for name in node.output]
+            branch.nodes.append(copied)
+        rows = branch.add("Cast", [need], "rows_int", to=TensorProto.INT64)
+        rows = branch.add("CumSum", [rows, branch.constant("first_axis", 0)], "rows_counted")
+        rows = branch.add("Sub", [rows, branch.constant("one", 1)], "rows_from_zero")
+        rows = branch.add("Max", [rows, branch.constant("zero", 0)], "rows")
+        return [branch.add("Gather", [names[m], rows], f"{m}/all", axis=0) for m in maps]
+
+
+def _replace_nodes(
+    graph: onnx.GraphProto, nodes: list[NodeProto], weights: dict[str, TensorProto]
+) -> None:
+    """Gives a graph other nodes, in an order that is valid, without those that nothing reads."""
+    makers = {name: number for number, node in enumerate(nodes) for name in node.output}
+    reads = [_find_reads(node) for node in nodes]
+    needed: dict[int, set[int]] = {}
+    left = [makers[output.name] for output in graph.output]
+    while left:
+        number = left.pop()
+        if number not in needed:
+            needed[number] = {makers[name] for name in reads[number] if name in makers}
+            left += sorted(needed[number])
+    order = TopologicalSorter({n: sorted(needed[n]) for n in sorted(needed)}).static_order()
+    del graph.node[:]
+    used: set[str] = set()
+    for number in order:
+        graph.node.append(nodes[number])
+        used |= reads[number]
+    kept = [w for w in (*graph.initializer, *weights.values()) if w.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _find_reads(node: NodeProto) -> set[str]:
+    """Values that a node reads, and those of the outer graph that its branches read."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            found |= _find_reads(inner)
+    return found
