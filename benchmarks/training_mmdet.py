@@ -61,26 +61,34 @@ def stub_operators() -> None:
     sys.meta_path.insert(0, _StubFinder())
 
 
-def build_head(kind: str, levels: dict[str, Any]) -> Any:
-    """mmdetection's head in its published configuration, initialised as mmdetection does it."""
+def import_mmdetection() -> None:
+    """Makes mmdetection's models known to its registry, without `mmcv.ops`."""
     stub_operators()
     import_module("mmdet.utils").register_all_modules(init_default_scope=True)
+
+
+def head_config(kind: str, levels: dict[str, Any]) -> dict[str, Any]:
+    """mmdetection's head in its published configuration."""
     dice = {"type": "DiceLoss", "use_sigmoid": True, "loss_weight": 3.0}
     if kind != "vanilla":
         dice["activate"] = False
-    head: Any = import_module("mmdet.registry").MODELS.build(
-        {
-            "type": HEADS[kind],
-            "num_classes": 80,
-            "in_channels": 256,
-            "feat_channels": 256,
-            "pos_scale": 0.2,
-            "cls_down_index": 0,
-            "loss_mask": dice,
-            "norm_cfg": {"type": "GN", "num_groups": 32, "requires_grad": True},
-            **levels,
-        }
-    )
+    return {
+        "type": HEADS[kind],
+        "num_classes": 80,
+        "in_channels": 256,
+        "feat_channels": 256,
+        "pos_scale": 0.2,
+        "cls_down_index": 0,
+        "loss_mask": dice,
+        "norm_cfg": {"type": "GN", "num_groups": 32, "requires_grad": True},
+        **levels,
+    }
+
+
+def build_head(kind: str, levels: dict[str, Any]) -> Any:
+    """A head, initialised as mmdetection does it."""
+    import_mmdetection()
+    head: Any = import_module("mmdet.registry").MODELS.build(head_config(kind, levels))
     head.init_weights()
     return head
 
