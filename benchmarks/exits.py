@@ -29,7 +29,7 @@ from benchmarks.report import (
     this_command,
     write_report,
 )
-from benchmarks.training import ROOT
+from benchmarks.worker import ROOT
 from export.exit_graph import add_exits
 from export.exits import PLAIN_FILES
 from export.onnx_graph import build_onnx

@@ -38,7 +38,8 @@ from benchmarks.report import (
     ratio_quartiles,
     write_report,
 )
-from benchmarks.training import ROOT, Worker, levels_of
+from benchmarks.training import levels_of
+from benchmarks.worker import ROOT, Worker
 from export.exit_graph import add_exits
 from export.onnx_graph import build_onnx, num_candidates
 from export.parity import Difference, match_candidates
@@ -190,12 +191,13 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         files = write_inputs(subject, folder, options)
+        environment = {"OMP_NUM_THREADS": str(options.threads)}
         workers = {
-            side: stack.enter_context(Worker(command_of(side, file, options), options.threads))
+            side: stack.enter_context(Worker(command_of(side, file, options), environment))
             for side, file in files.items()
         }
         for worker in workers.values():
-            worker.step()
+            worker.ask("step")
         outputs = {side: load_candidates(folder / f"{side}.npz") for side in files}
         agreement = {
             side: check_same(side, outputs[EAGER], outputs[side]) for side in files if side != EAGER
@@ -207,7 +209,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         laps: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
         for _ in range(options.rounds):
             for side, worker in workers.items():
-                laps[side].append(worker.step())
+                laps[side].append(worker.ask("step"))
     cpu_s = {side: [lap["cpu_s"] for lap in rows] for side, rows in laps.items()}
     return {
         "canvas_hw": list(subject.images.shape[1:3]),

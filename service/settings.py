@@ -73,7 +73,10 @@ class Settings(BaseSettings):
     ] = "fp32"
     engine_slots: Annotated[
         PositiveInt | None,
-        Field(description="batches in an ONNX Runtime engine at once (default: 1, on a GPU 2)"),
+        Field(
+            description="batches in an ONNX Runtime engine at once (default: 2 on a GPU; 1 on the "
+            "CPU, but for models with tiles as many as threads, each with one)"
+        ),
     ] = None
     engine_cache: Annotated[
         Path | None,
@@ -178,6 +181,7 @@ class Settings(BaseSettings):
             precision=self.precision,
             threads=self.threads,
             slots=self.engine_slots,
+            divide=True,
             cache=self.engine_cache,
             gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
         )

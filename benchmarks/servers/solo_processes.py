@@ -14,7 +14,12 @@ def main() -> None:
     own = ("--reuse-port", "true", "--admin-port", "0", "--threads", "1", "--pool-threads", "1")
     command = [sys.executable, "-m", "service", *sys.argv[1:], *own]
     servers = [subprocess.Popen(command) for _ in range(read_cores())]
-    signal.signal(signal.SIGTERM, lambda *_: [server.terminate() for server in servers])
+
+    def end(*_: object) -> None:
+        for server in servers:
+            server.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     for server in servers:
         server.wait()
 

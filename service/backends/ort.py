@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -117,7 +118,8 @@ def build_ort_backend(
         model: The graph's bytes, or its path where it has data files beside it.
         options: With device `auto`, CUDA if it works and else the CPU, with a warning if there is
             a GPU.
-        config: Lets a GPU keep its outputs and post-process them.
+        config: Lets a GPU keep its outputs and post-process them; on the CPU it says whether
+            there are tiles.
 
     Raises:
         BackendError: The graph cannot be read or does not honour the graph contract.
@@ -136,10 +138,23 @@ def build_ort_backend(
             if obstacle is None:
                 logger.warning("device auto takes the CPU: %s", error)
             reason += f", for {error}"
+    slots, options = _divide(options, config)
     session = _build_session(model, options, [(CPU, {})])
     if _check_signature(session) == "bfloat16":
         raise BackendError("ONNX Runtime has no bfloat16 on the CPU; fp32, fp16 and int8 work")
-    return OrtBackend([HostSlot(session)] * (options.slots or 1), "cpu", options, reason)
+    return OrtBackend([HostSlot(session)] * slots, "cpu", options, reason)
+
+
+def _divide(options: BackendOptions, config: ModelConfig | None) -> tuple[int, BackendOptions]:
+    """How many calls there are at once on the CPU, and the options of one.
+
+    The tiles of an image are canvases of the same cost, so cores that have some each need not
+    wait for each other after every operator.
+    """
+    has_tiles = config is not None and config.input.resize.rule == "tile"
+    if options.slots is None and options.divide and has_tiles:
+        return options.threads or count_cores(), replace(options, threads=1)
+    return options.slots or 1, options
 
 
 def find_tensorrt_obstacle(options: BackendOptions) -> str | None:

@@ -7,6 +7,7 @@ const PLAIN_WORDS = {
   empty_body: "This file is empty.",
   image_too_large: "This image has more pixels than the server takes.",
   body_too_large: "This file is larger than the server takes.",
+  body_timeout: "The file did not arrive in time. Try again.",
   overloaded: "The server has too much to do right now. Try again in a moment.",
   draining: "The server is shutting down. Try again in a moment.",
   engine_restarting: "The model is being started again. Try again in a moment.",

@@ -75,7 +75,7 @@ def test_a_wrong_flag_is_named_as_a_flag() -> None:
 
 
 def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_settings([]).backend_options() == BackendOptions(threads=count_cores())
+    assert read_settings([]).backend_options() == BackendOptions(threads=count_cores(), divide=True)
     for name, value in {
         "ENGINE": "TRT",
         "PRECISION": "BF16",
@@ -91,6 +91,7 @@ def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
             precision="bf16",
             threads=2,
             slots=3,
+            divide=True,
             cache=Path("/var/engines"),
             gpu_mem_limit_bytes=4_000_000_000,
         )

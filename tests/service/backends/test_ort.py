@@ -53,6 +53,35 @@ def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -
         assert (np.diff(candidates.scores) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("of_model", "changes", "expected"),
+    [
+        ({}, {}, (3, 1)),
+        ({}, {"divide": False}, (1, 3)),
+        ({}, {"slots": 2}, (2, 3)),
+        ({"input": KEEP_RATIO_INPUT}, {}, (1, 3)),
+    ],
+    ids=["tiles", "one caller", "as told", "whole images"],
+)
+def test_tiles_are_shared_by_calls_and_whole_images_by_threads(
+    monkeypatch: pytest.MonkeyPatch,
+    of_model: dict[str, Any],
+    changes: dict[str, Any],
+    expected: tuple[int, int],
+) -> None:
+    built: list[BackendOptions] = []
+    build_session = ort_backend._build_session
+
+    def watch(model: Any, options: BackendOptions, providers: Any) -> Any:
+        built.append(options)
+        return build_session(model, options, providers)
+
+    monkeypatch.setattr(ort_backend, "_build_session", watch)
+    options = replace(BackendOptions(device="cpu", threads=3, divide=True), **changes)
+    backend = build_ort_backend(build_graph(), options, read_config(**of_model))
+    assert (backend.concurrency, built[0].threads) == expected
+
+
 def test_a_call_that_never_ends_is_interrupted() -> None:
     backend = build_ort_backend(build_slow_graph(rounds=FOR_EVER), CPU)
     with ThreadPoolExecutor(1) as pool:
