@@ -21,6 +21,7 @@ def tiny_subject(_: str) -> model.Subject:
     return model.Subject(config, tiny_network(config), images, torch.tensor([[64, 96]]))
 
 
+@pytest.mark.slow
 def test_the_command_runs_all_sides_in_turns_and_writes_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_other_candidates_are_refused_and_rounding_is_not() -> None:
         model.check_same("mmdet", candidates([]), candidates([]))
 
 
+@pytest.mark.slow
 def test_exits_are_measured_beside_the_plain_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
