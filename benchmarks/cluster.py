@@ -26,6 +26,7 @@ from benchmarks.report import (
     describe_machine,
     markdown_table,
     ratio_quartiles,
+    show_quartiles,
     this_command,
     write_report,
 )
@@ -57,8 +58,7 @@ def measure(url: str, bodies: list[bytes], clients: int, seconds: float) -> dict
             may_go_on=lambda _: time.monotonic() - began_s < seconds,
         )
     )
-    if set(load.statuses) != {200}:
-        raise RuntimeError(f"{url} answered {dict(load.statuses)}")
+    load.require_success(url)
     return {
         "images_per_s": len(load.answers) / (time.monotonic() - began_s),
         "p50_ms": 1e3 * load.seconds_at(50, 200),
@@ -72,14 +72,13 @@ def summarise(rounds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]
     table = []
     for name, rows in rounds.items():
         ratio = ratio_quartiles(rates[name], rates[ONE])
-        quartiles = ", ".join(f"{ratio[k]:.2f}" for k in ("ratio_q1", "ratio", "ratio_q3"))
         table.append(
             {
                 "": name,
                 "images/s": float(np.median(rates[name])),
                 "p50, ms": float(np.median([row["p50_ms"] for row in rows])),
                 "p95, ms": float(np.median([row["p95_ms"] for row in rows])),
-                "of 1 worker, quartiles": quartiles,
+                "of 1 worker, quartiles": show_quartiles(ratio),
             }
         )
     return table

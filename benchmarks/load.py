@@ -57,6 +57,15 @@ class Load:
         seconds = [answer.seconds for answer in self.answers if answer.status == status]
         return float(np.percentile(seconds, percentile)) if seconds else float("nan")
 
+    def require_success(self, url: str) -> None:
+        """Makes sure that every answer is 200.
+
+        Raises:
+            RuntimeError: One is not; names the server at `url`.
+        """
+        if set(self.statuses) != {200}:
+            raise RuntimeError(f"{url} answered {dict(self.statuses)}")
+
 
 async def ask(client: aiohttp.ClientSession, path: str, body: bytes) -> Answer:
     """One request."""

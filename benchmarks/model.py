@@ -15,7 +15,6 @@ is no dependency: its interpreter is named by --mmdet-python (`python -m benchma
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -32,10 +31,13 @@ from torch import nn
 
 from benchmarks.decode import build_jpeg
 from benchmarks.model_ours import GRAPHS
+from benchmarks.plot import NO_PLOT, load_pyplot
 from benchmarks.report import (
     describe_machine,
     markdown_table,
     ratio_quartiles,
+    show_quartiles,
+    this_command,
     write_report,
 )
 from benchmarks.training import levels_of
@@ -256,14 +258,12 @@ def table_rows(models: dict[str, Any]) -> list[dict[str, object]]:
         for side, title in TITLES.items():
             if side not in found["cpu_s"]:
                 continue
-            ratio = found["ratios"][side]
-            quartiles = (ratio[key] for key in ("ratio_q1", "ratio", "ratio_q3"))
             rows.append(
                 {
                     "model": f"{name}, {height}x{width}",
                     "runs": title,
                     "CPU s": float(np.median(found["cpu_s"][side])),
-                    "of eager PyTorch, quartiles": ", ".join(f"{q:.2f}" for q in quartiles),
+                    "of eager PyTorch, quartiles": show_quartiles(found["ratios"][side]),
                 }
             )
     return rows
@@ -273,13 +273,11 @@ def plot_times(models: dict[str, Any], file: Path) -> str | None:
     """Draws a panel of bars for each model.
 
     Returns:
-        Why there is no picture, None if there is one. matplotlib is no dependency of the project.
+        Why there is no picture, None if there is one.
     """
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return NO_PLOT
     figure, panels = pyplot.subplots(
         1, len(models), figsize=(5 * len(models), 2.6), squeeze=False, layout="constrained"
     )
@@ -314,8 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser().parse_args(given)
+    options = build_parser().parse_args(arguments)
     models = {}
     try:
         for name in options.models:
@@ -326,14 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = markdown_table(table_rows(models))
     print(table)
     if options.out:
-        shown = ["$MMDET_PYTHON" if a == str(options.mmdet_python) else a for a in given]
         content = {
             "machine": describe_machine(("torch",)),
             "threads": options.threads,
             "rounds": options.rounds,
             "models": models,
         }
-        command = " ".join(["python -m benchmarks.model", *shown])
+        command = this_command("benchmarks.model", {str(options.mmdet_python): "$MMDET_PYTHON"})
         write_report(options.out.with_suffix(".json"), command, content)
         options.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
         print(plot_times(models, options.out.with_suffix(".png")) or "", end="")

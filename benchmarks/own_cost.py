@@ -28,6 +28,7 @@ from benchmarks.report import (
     describe_machine,
     markdown_table,
     ratio_quartiles,
+    show_quartiles,
     this_command,
     write_report,
 )
@@ -60,8 +61,7 @@ def measure_server(url: str, body: bytes, requests: int, clients: int) -> float:
     load = asyncio.run(
         run_closed_loop(url, [body], clients=clients, may_go_on=lambda sent: sent < requests)
     )
-    if set(load.statuses) != {200}:
-        raise RuntimeError(f"{url} answered {dict(load.statuses)}")
+    load.require_success(url)
     return 1e3 * (read_metrics(url)[_CPU] - before_s) / len(load.answers)
 
 
@@ -88,12 +88,11 @@ def summarise(rounds: dict[str, list[float]]) -> list[dict[str, Any]]:
     rows = []
     for name, values in rounds.items():
         ratio = ratio_quartiles(values, first)
-        quartiles = ", ".join(f"{ratio[k]:.2f}" for k in ("ratio_q1", "ratio", "ratio_q3"))
         rows.append(
             {
                 "": name,
                 "CPU ms a request": float(np.median(values)),
-                "of the first, quartiles": quartiles,
+                "of the first, quartiles": show_quartiles(ratio),
             }
         )
     return rows

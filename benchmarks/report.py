@@ -66,6 +66,11 @@ def ratio_quartiles(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     return {"ratio": float(middle), "ratio_q1": float(low), "ratio_q3": float(high)}
 
 
+def show_quartiles(ratio: Mapping[str, float]) -> str:
+    """First quartile, median and third quartile of `ratio_quartiles`, for a cell of a table."""
+    return ", ".join(f"{ratio[key]:.2f}" for key in ("ratio_q1", "ratio", "ratio_q3"))
+
+
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     """A table whose columns are the first row's keys; columns of numbers are aligned right.
 

@@ -50,8 +50,7 @@ def load_server(url: str, body: bytes, clients: int, seconds: float, paths: Sequ
     took_s = time.monotonic() - began_s
     after = read_metrics(url)
     load = Load([answer for part in loads for answer in part.answers])
-    if set(load.statuses) != {200}:
-        raise RuntimeError(f"{url} answered {dict(load.statuses)}")
+    load.require_success(url)
     return {
         "images/s": len(load.answers) / took_s,
         "p50, ms": 1e3 * load.seconds_at(50, 200),

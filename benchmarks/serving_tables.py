@@ -6,13 +6,13 @@ median, and its quartiles in brackets.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.plot import NO_PLOT, load_pyplot
 from benchmarks.report import markdown_table, ratio_quartiles
 
 OURS, BARE = "solo-serve", "bare loop"
@@ -124,13 +124,11 @@ def plot(report: Row, file: Path) -> str | None:
     """Draws throughput over clients, and p99 over the offered rate.
 
     Returns:
-        Why there is no picture, None if there is one. matplotlib is no dependency of the project.
+        Why there is no picture, None if there is one.
     """
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return NO_PLOT
     workloads = list(dict.fromkeys(row["workload"] for row in report["rows"]))
     figure, panels = pyplot.subplots(
         len(workloads), 2, figsize=(11, 4 * len(workloads)), squeeze=False, layout="constrained"

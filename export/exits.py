@@ -23,6 +23,7 @@ from export.publish import Artefact, describe_file
 from service.artefacts import ONNX_FILE
 from service.backends.build import exits_file
 from service.pipeline.model_config import ModelConfig
+from service.pipeline.types import Candidates
 
 PLAIN_FILES: dict[str, str] = {
     ONNX_FILE: exits_file("fp32"),
@@ -75,7 +76,7 @@ def require_identical(plain: bytes, exits: bytes, cases: Sequence[Case]) -> dict
     for number, case in enumerate(cases):
         for one, other in zip(*(run_onnx(session, case) for session in sessions), strict=True):
             candidates += len(one.scores)
-            same = [np.array_equal(a, b) for a, b in zip(_parts(one), _parts(other), strict=True)]
+            same = compare_bits(one, other)
             if not all(same):
                 raise ParityError(
                     f"with early exits, batch {number} ({case.content}) has other candidates: "
@@ -95,8 +96,13 @@ def require_identical(plain: bytes, exits: bytes, cases: Sequence[Case]) -> dict
     }
 
 
-def _parts(candidates: Any) -> tuple[Any, Any, Any]:
-    return candidates.scores, candidates.labels, candidates.mask_probs
+def compare_bits(one: Candidates, other: Candidates) -> list[bool]:
+    """Whether the scores, the labels and the masks of two sides are equal, in this order."""
+    return [
+        np.array_equal(one.scores, other.scores),
+        np.array_equal(one.labels, other.labels),
+        np.array_equal(one.mask_probs, other.mask_probs),
+    ]
 
 
 def _build_session(graph: bytes) -> ort.InferenceSession:

@@ -9,6 +9,7 @@ from benchmarks.report import (
     describe_machine,
     markdown_table,
     ratio_quartiles,
+    show_quartiles,
     this_command,
     write_report,
 )
@@ -33,6 +34,10 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_ratios_need_equally_many_rounds(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match=f"{len(a)} rounds of the one and {len(b)}"):
         ratio_quartiles(a, b)
+
+
+def test_quartiles_are_shown_in_their_order() -> None:
+    assert show_quartiles(ratio_quartiles([1, 2, 3], [2, 2, 2])) == "0.75, 1.00, 1.25"
 
 
 def test_a_table_aligns_its_numbers_right() -> None:
