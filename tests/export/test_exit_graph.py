@@ -14,12 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.errors import GraphError
 from export.exit_graph import add_exits
-from export.onnx_graph import build_onnx
 from export.parity import Case, draw_blobs
 from export.quantize import quantize
 from service.backends.base import BackendError, split_batch
 from service.pipeline.types import Candidates
-from tests.support.tiny_solo import tiny_config, tiny_network
+from tests.support.tiny_graph import exported
+from tests.support.tiny_solo import tiny_config
 from tests.support.typed_graph import build_graph as build_other_graph
 
 SIDE_PX = 96
@@ -42,12 +42,9 @@ def plain_graph(network: str) -> bytes:
         images = draw_images()
         valid_hw = np.full((len(images), 2), SIDE_PX)
         return quantize(plain_graph("decoupled"), [Case("blobs", images, valid_hw)])
-    configs = {
-        "vanilla": tiny_config("vanilla"),
-        "decoupled": tiny_config("decoupled"),
-        "light": tiny_config("decoupled_light", "paper"),
-    }
-    return build_onnx(tiny_network(configs[network]))
+    if network == "light":
+        return exported("decoupled_light", "paper", 18)[1]
+    return exported("vanilla" if network == "vanilla" else "decoupled", "published", 18)[1]
 
 
 def ranking_of(model: onnx.ModelProto) -> tuple[str, str]:

@@ -9,14 +9,13 @@ from onnx import numpy_helper
 
 from export.errors import ParityError
 from export.exits import PLAIN_FILES, build_exits, require_identical
-from export.onnx_graph import build_onnx
 from export.parity import Case, build_cases
 from export.publish import describe_file
 from service.pipeline.decode import decode_image
 from service.pipeline.model_config import ModelConfig
 from service.pipeline.preprocess import prepare
 from service.registry import read_config
-from tests.support.tiny_solo import tiny_config, tiny_network
+from tests.support.tiny_graph import exported
 
 ROOT = Path(__file__).resolve().parents[2]
 NUCLEI = ROOT / "model_repo" / "nuclei"
@@ -25,7 +24,7 @@ IMAGES = ROOT / "tests" / "data" / "nuclei" / "images"
 
 @pytest.fixture(scope="module")
 def plain() -> bytes:
-    return build_onnx(tiny_network(tiny_config()))
+    return exported("decoupled", "published", 18)[1]
 
 
 def cases() -> list[Case]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -18,11 +17,11 @@ from export.onnx_graph import (
     num_candidates,
 )
 from export.parity import build_cases, compare, run_onnx, run_torch
+from tests.support.tiny_graph import Recipe, exported
 from tests.support.tiny_solo import tiny_config, tiny_network
 from training.configs.schema import Config, HeadKind
 from training.model.solo import Solo
 
-Recipe = Literal["paper", "published"]
 SIZES = ((64, 96), (160, 128), (96, 224))
 VARIANTS = [
     pytest.param("vanilla", "published", 18, id="vanilla-published-18"),
@@ -32,12 +31,6 @@ VARIANTS = [
     pytest.param("decoupled", "published", 18, marks=pytest.mark.slow, id="decoupled-published"),
     pytest.param("decoupled_light", "paper", 18, marks=pytest.mark.slow, id="light-paper"),
 ]
-
-
-@cache
-def exported(kind: HeadKind, recipe: Recipe, opset: int) -> tuple[Solo, bytes]:
-    network = tiny_network(tiny_config(kind, recipe))
-    return network, build_onnx(network, opset=opset)
 
 
 def strings_of(message: onnx.ModelProto) -> str:
