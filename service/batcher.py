@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -276,17 +277,16 @@ class DynamicBatcher:
 
     async def _call(self, batch: list[_Item]) -> Exception | None:
         """One engine call; scatters its results, or returns what it raised."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s = time.monotonic()
         try:
             step = partial(self._backend.infer, [item.tile for item in batch])
             results = await self._engine.run(step, batch[0].rank)
             if len(results) != len(batch):
                 raise BackendError(f"{len(batch)} canvases gave {len(results)} results")
         except Exception as error:  # an engine's exceptions have no common base
-            self._on_batch(BatchStats(len(batch), loop.time() - started_s, failed=True))
+            self._on_batch(BatchStats(len(batch), time.monotonic() - started_s, failed=True))
             return error
-        call = (started_s, loop.time())
+        call = (started_s, time.monotonic())
         self._on_batch(BatchStats(len(batch), call[1] - call[0], failed=False))
         for item, candidates in zip(batch, results, strict=True):
             if not item.done.done():

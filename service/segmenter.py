@@ -127,7 +127,7 @@ class Segmenter:
         Raises:
             Overloaded, TooManyImages, Draining: None of them was admitted.
         """
-        began_s = asyncio.get_running_loop().time()
+        began_s = time.monotonic()
         rank = began_s + (BATCH_PATIENCE_S if options.priority == "batch" else 0.0)
         job = Job(model, options, began_s, rank)
         headers = await self._stages.read_headers(images, job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -163,7 +164,7 @@ class Stages:
         )
         answer = picture.answer
         assert answer is not None
-        whole = (job.began_s, asyncio.get_running_loop().time())
+        whole = (job.began_s, time.monotonic())
         stages = {
             "decode": [decoded.ran],
             "infer": [call for of_tile in calls for call in of_tile],

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Interval = tuple[float, float]
-"""Start and end, seconds on the monotonic clock."""
+"""Start and end, seconds of `time.monotonic`: an event loop's own time may count milliseconds only,
+as uvloop's does, and then stages are longer than all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

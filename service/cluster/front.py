@@ -144,7 +144,7 @@ class FrontSegmenter(Segmenter):
     ) -> list[Outcome]:
         """See `Segmenter.segment`."""
         assert isinstance(model, AskedModel)
-        began_s = asyncio.get_running_loop().time()
+        began_s = time.monotonic()
         job = Job(model, options, began_s, began_s)
         headers = await self._stages.read_headers(images, job)
         pixels = [header for header in headers if isinstance(header, int)]
@@ -159,7 +159,7 @@ class FrontSegmenter(Segmenter):
             answer = await self._ask(call)
         if answer.config is not None:
             model.loaded = replace(model.loaded, config=answer.config, version=answer.version)
-        whole_s = asyncio.get_running_loop().time() - began_s
+        whole_s = time.monotonic() - began_s
         return [_add_the_way(outcome, whole_s) for outcome in answer.outcomes]
 
     async def _ask(self, call: Call) -> Answer:
