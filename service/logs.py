@@ -27,7 +27,11 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _OWN},
+            **{
+                name: value
+                for name, value in vars(record).items()
+                if name not in _OWN and not name.startswith("_")  # Ray marks every record
+            },
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -36,6 +36,12 @@ def test_a_json_line_has_the_message_and_what_was_given(capsys: pytest.CaptureFi
     }
 
 
+def test_marks_of_libraries_on_every_record_are_left_out() -> None:
+    record = logging.makeLogRecord({"msg": "done", "_ray_timestamp_ns": 17, "status": 200})
+    line = json.loads(JsonFormatter().format(record))
+    assert set(line) == {"time", "level", "logger", "message", "status"}
+
+
 def test_a_json_line_holds_a_traceback_and_values_that_are_no_json() -> None:
     try:
         raise ValueError("17 is wrong")
