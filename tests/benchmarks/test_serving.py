@@ -185,6 +185,7 @@ def test_images_share_engine_calls_and_keep_their_results(
     assert json.loads(model.encode(images[0], together[0]))["results"][0]["instances"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_who_is_there_and_names_who_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from tests.support.typed_graph import build_graph as build_other_graph
 SIDE_PX = 96
 STRIDE = 4
 FINE_CELLS = 8 * 8  # of the first of the two levels
-NETWORKS = ("vanilla", "decoupled", "light", "int8")
+NETWORKS = ("vanilla", "decoupled", pytest.param("light", marks=pytest.mark.slow), "int8")
 
 
 def draw_images() -> Any:
