@@ -18,6 +18,7 @@ from service.logs import configure_logging
 from service.registry import load_repository
 from service.servers import build_server
 from service.settings import Settings
+from service.workers.parent import run_workers
 
 logger = logging.getLogger("service")
 
@@ -30,6 +31,9 @@ def serve(settings: Settings) -> None:
     """
     options = settings.backend_options()
     check_device(options)
+    if settings.workers > 1:
+        run_workers(settings)
+        return
     server = build_server(settings, load_repository(settings.model_repo, options))
     server.run()
     if not server.started:

@@ -15,7 +15,6 @@ import bisect
 import contextlib
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +87,6 @@ class DynamicBatcher:
         backend: The engine; `backend.concurrency` threads of the batcher's own call it.
         max_batch: Most canvases in a call.
         max_delay_s: How long a canvas waits for company while the engine is idle.
-        divide: Whether calls that run at once share what waits, instead of one taking all.
         on_batch: Told of every engine call.
     """
 
@@ -98,7 +96,6 @@ class DynamicBatcher:
         *,
         max_batch: int,
         max_delay_s: float,
-        divide: bool = False,
         on_batch: Callable[[BatchStats], None] = lambda stats: None,
     ) -> None:
         if max_batch < 1 or max_delay_s < 0:
@@ -110,8 +107,6 @@ class DynamicBatcher:
         self._buckets: dict[Shape, list[_Item]] = {}
         self._changed = asyncio.Event()
         self._engine = RankedPool(backend.concurrency, "engine")
-        self._divide = divide
-        self._idle = backend.concurrency
         self._slots = asyncio.Semaphore(backend.concurrency)
         self._draining = False
         self._task: asyncio.Task[None] | None = None
@@ -204,7 +199,6 @@ class DynamicBatcher:
                 batch = await self._next_batch()
                 if batch is None:
                     return
-                self._idle -= 1
                 calls.create_task(self._execute_and_free(batch))
 
     async def _execute_and_free(self, batch: list[_Item]) -> None:
@@ -218,7 +212,6 @@ class DynamicBatcher:
             for item in batch:
                 self._fail(item, error)
         finally:
-            self._idle += 1
             self._slots.release()
 
     async def _next_batch(self) -> list[_Item] | None:
@@ -251,9 +244,7 @@ class DynamicBatcher:
 
     def _take(self, shape: Shape) -> list[_Item]:
         bucket = self._buckets[shape]
-        share = math.ceil(len(bucket) / self._idle) if self._divide else len(bucket)
-        size = min(share, self.max_batch)
-        batch, rest = bucket[:size], bucket[size:]
+        batch, rest = bucket[: self.max_batch], bucket[self.max_batch :]
         if rest:
             self._buckets[shape] = rest
         else:

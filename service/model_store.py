@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from service.errors import (
     UnknownModel,
     UnknownVersion,
 )
+from service.lanes import Lanes
 from service.metrics import Metrics
 from service.registry import CONFIG_FILE, LoadedModel, Repository, load_model
 from service.settings import Settings
@@ -87,7 +88,7 @@ class ModelStore:
         """Starts the batchers; needs a running event loop."""
         self._running = True
         for model in self.all_models:
-            model.batcher.start()
+            model.feeder.start()
 
     async def close(self, *, finished: bool) -> None:
         """Ends batchers and engines.
@@ -226,7 +227,7 @@ class ModelStore:
                 continue
             new[version] = self._serve(model)
             if self._running:
-                new[version].batcher.start()
+                new[version].feeder.start()
         if new:
             self.served[name] = new
             self.unavailable.pop(name, None)
@@ -252,8 +253,8 @@ class ModelStore:
         if finished and model.engine.is_alive:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_CALL_S):
-                    await model.batcher.drain()
-        await model.batcher.abort()
+                    await model.feeder.drain()
+        await model.feeder.abort()
         model.engine.close()  # nobody waits for it, or for another, any more
 
     def _set_unavailable(self, name: str, reason: str) -> None:
@@ -283,17 +284,31 @@ class ModelStore:
             timeout_s=self._settings.engine_timeout_s,
             on_restart=count_restart,
         )
-        max_batch = min(self._settings.max_batch, model.config.limits.max_batch)
+        feeder = self._build_feeder(engine, model, count_batch)
+        self._metrics.add_model(
+            name, model.version, partial(describe_engine, engine), feeder.max_batch
+        )
+        return ServedModel(model, engine, feeder)
+
+    def _build_feeder(
+        self,
+        engine: RestartingBackend,
+        model: LoadedModel,
+        on_call: Callable[[BatchStats], None],
+    ) -> DynamicBatcher | Lanes:
+        """Batches, or lanes if engine calls take turns on a CPU's cores with nothing to gain."""
+        settings, limits = self._settings, model.config.limits
         on_cpu = engine.device == "cpu"  # there a batch costs what its canvases cost one by one
-        delay_ms = self._settings.max_delay_ms
+        delay_ms = settings.max_delay_ms
+        if on_cpu and not delay_ms:
+            has_cores_of_its_own = (limits.threads or settings.threads) == 1
+            if engine.concurrency > 1 or has_cores_of_its_own:
+                return Lanes(engine, on_call=on_call)
         if delay_ms is None:
             delay_ms = 0.0 if on_cpu else GPU_DELAY_MS
-        batcher = DynamicBatcher(
+        return DynamicBatcher(
             engine,
-            max_batch=max_batch,
+            max_batch=min(settings.max_batch, limits.max_batch),
             max_delay_s=delay_ms / 1000,
-            divide=on_cpu,
-            on_batch=count_batch,
+            on_batch=on_call,
         )
-        self._metrics.add_model(name, model.version, partial(describe_engine, engine), max_batch)
-        return ServedModel(model, engine, batcher)

@@ -16,11 +16,15 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Entry:
+class Entry:
     """A step that waits; it is dropped at once when its caller leaves, or when it runs."""
 
     step: Callable[[], Any] | None
-    done: asyncio.Future[Any]
+    done: asyncio.Future[Any] | None = None
+
+    def drop(self) -> None:
+        """If it still waits it never runs, and what it holds is free."""
+        self.step = None
 
 
 class RankedPool:
@@ -42,7 +46,7 @@ class RankedPool:
         self._lock = threading.Lock()
         self._is_started = self._is_shut_down = False
         self._tokens: SimpleQueue[bool] = SimpleQueue()
-        self._waiting: list[tuple[float, int, _Entry]] = []
+        self._waiting: list[tuple[float, int, Entry]] = []
         self._arrivals = itertools.count()
 
     async def run(self, step: Callable[[], T], rank: float) -> T:
@@ -52,7 +56,37 @@ class RankedPool:
             RuntimeError: The pool has been shut down.
         """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        entry = _Entry(step, done)
+        entry = Entry(step, done)
+        self._put(entry, rank)
+        try:
+            return await done
+        except asyncio.CancelledError:
+            entry.drop()
+            raise
+
+    def submit(self, step: Callable[[], None], rank: float) -> Entry:
+        """Runs a step in a thread that nobody waits for; any thread may call it.
+
+        Args:
+            step: Must not raise.
+            rank: See `run`.
+
+        Raises:
+            RuntimeError: The pool has been shut down.
+        """
+        entry = Entry(step)
+        self._put(entry, rank)
+        return entry
+
+    def replace(self, thread: threading.Thread) -> None:
+        """Another thread takes the place of one that may never come back from its step."""
+        with self._lock:
+            place = self._threads.index(thread)
+            other = threading.Thread(target=self._run_all, name=thread.name, daemon=True)
+            self._threads[place] = other
+        other.start()
+
+    def _put(self, entry: Entry, rank: float) -> None:
         with self._lock:
             if self._is_shut_down:
                 raise RuntimeError("the pool has been shut down")
@@ -61,11 +95,6 @@ class RankedPool:
         for thread in self._threads if is_first else ():
             thread.start()
         self._tokens.put(True)
-        try:
-            return await done
-        except asyncio.CancelledError:
-            entry.step = None
-            raise
 
     def shutdown(self) -> None:
         """Drops what waits; steps that run are left to end."""
@@ -76,8 +105,8 @@ class RankedPool:
             self._tokens.put(False)
 
     def _run_all(self) -> None:
-        """In a thread: runs steps until the pool is shut down."""
-        while self._tokens.get():
+        """In a thread: runs steps until the pool is shut down, or the thread is replaced."""
+        while threading.current_thread() in self._threads and self._tokens.get():
             with self._lock:
                 entry = heapq.heappop(self._waiting)[-1] if self._waiting else None
             if entry is not None:
@@ -85,9 +114,12 @@ class RankedPool:
             del entry  # the next step may be long in coming
 
     @staticmethod
-    def _run(entry: _Entry) -> None:
+    def _run(entry: Entry) -> None:
         step, entry.step = entry.step, None
-        if step is None or entry.done.cancelled():
+        if step is None or (entry.done is not None and entry.done.cancelled()):
+            return
+        if entry.done is None:
+            step()
             return
         loop = entry.done.get_loop()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,13 +28,13 @@ class Settings(BaseSettings):
     port: Annotated[
         int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")
     ] = 8000
-    reuse_port: Annotated[
-        bool,
+    workers: Annotated[
+        PositiveInt,
         Field(
-            description="other servers may listen on the same port: the system gives each "
-            "connection to one of them; needs an admin port"
+            description="processes, each with engines of its own, which share the port, the limits "
+            "of what is in work, and /metrics"
         ),
-    ] = False
+    ] = 1
     admin_port: Annotated[
         int | None,
         Field(
@@ -181,7 +182,7 @@ class Settings(BaseSettings):
             precision=self.precision,
             threads=self.threads,
             slots=self.engine_slots,
-            divide=True,
+            divide="tiles" if self.workers == 1 else "all",
             cache=self.engine_cache,
             gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
         )
@@ -196,10 +197,18 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _shared_port_has_no_metrics(self) -> Settings:
-        if self.reuse_port and (self.admin_port is None or self.port == 0):
+    def _workers_know_nothing_of_each_other(self) -> Settings:
+        if self.workers == 1:
+            return self
+        if sys.platform == "win32":
+            raise ValueError(f"workers {self.workers}: this system cannot hand over connections")
+        if self.model_control:
+            raise ValueError("model_control would change one worker; use model_poll_s")
+        if self.keys_file is not None:
+            raise ValueError("keys_file needs workers 1: each would count a key's share for itself")
+        if self.max_queue_images < self.workers or self.max_connections < self.workers:
             raise ValueError(
-                f"reuse_port needs an admin_port, for on the shared port nobody knows whose "
-                f"metrics come, and a port other than 0; they are {self.admin_port} and {self.port}"
+                f"{self.workers} workers cannot share max_queue_images {self.max_queue_images} and "
+                f"max_connections {self.max_connections}"
             )
         return self

@@ -2,6 +2,10 @@
 
     headers -> decode (pool) -> batcher -> postprocess, encode (pool)
 
+or, where batches gain nothing,
+
+    headers -> a lane, which does all of it
+
 Every image is on its own: what fails fails for that image alone.
 """
 
@@ -18,6 +22,7 @@ from typing import Any, TypeVar
 from service.backends.restarting import RestartingBackend
 from service.batcher import DynamicBatcher
 from service.errors import describe_error
+from service.lanes import Build, Carried, Decode, Lanes
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
 from service.pipeline.types import UInt8
@@ -70,15 +75,16 @@ class Outcome:
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model with its engine, which is watched, and its batcher.
+    """A model with its engine, which is watched.
 
     Attributes:
+        feeder: Gives the engine its canvases.
         users: Requests that have it in use.
     """
 
     loaded: LoadedModel
     engine: RestartingBackend
-    batcher: DynamicBatcher
+    feeder: DynamicBatcher | Lanes
     users: int = 0
 
     @property
@@ -155,20 +161,18 @@ class Stages:
             options,
             scaled=self._settings.scaled_decode,
         )
-        decoded = await self._decoders.run(partial(timed, step), job.rank)
-        picture = TiledImage(image.file_name, decoded.result, config, options)
-        # Few tiles of an image are on their way at once: their masks are what takes memory.
-        room = asyncio.Semaphore(2 * model.batcher.max_batch)
-        calls = await gather_or_cancel(
-            self._run_tile(picture, index, job, room) for index in range(len(picture.tiles))
-        )
-        answer = picture.answer
+        build = partial(TiledImage, image.file_name, config=config, options=options)
+        if isinstance(model.feeder, Lanes):
+            carried = await model.feeder.carry(step, build, job.rank)
+        else:
+            carried = await self._hand_over(step, build, model.feeder, job.rank)
+        answer = carried.picture.answer
         assert answer is not None
         whole = (job.began_s, time.monotonic())
         stages = {
-            "decode": [decoded.ran],
-            "infer": [call for of_tile in calls for call in of_tile],
-            "postprocess": [*picture.searched, answer.merged],
+            "decode": [carried.decoded],
+            "infer": carried.calls,
+            "postprocess": [*carried.picture.searched, answer.merged],
             "encode": [answer.encoded],
         }
         timing = attribute_time(whole, **stages)
@@ -176,14 +180,33 @@ class Stages:
         self._count(model.name, timing, answer.instances)
         return Outcome(answer.payload, timing)
 
+    async def _hand_over(
+        self, decode: Decode, build: Build, batcher: DynamicBatcher, rank: float
+    ) -> Carried:
+        """From pool to batcher to pool."""
+        decoded = await self._decoders.run(partial(timed, decode), rank)
+        picture = build(decoded.result)
+        # Few tiles of an image are on their way at once: their masks are what takes memory.
+        room = asyncio.Semaphore(2 * batcher.max_batch)
+        calls = await gather_or_cancel(
+            self._run_tile(picture, index, batcher, rank, room)
+            for index in range(len(picture.tiles))
+        )
+        return Carried(decoded.ran, [call for of_tile in calls for call in of_tile], picture)
+
     async def _run_tile(
-        self, picture: TiledImage, index: int, job: Job, room: asyncio.Semaphore
+        self,
+        picture: TiledImage,
+        index: int,
+        batcher: DynamicBatcher,
+        rank: float,
+        room: asyncio.Semaphore,
     ) -> list[Interval]:
         """Finds one tile's instances; when the engine had the tile."""
         async with room:
-            inferred = await job.model.batcher.infer([picture.tiles[index]], job.rank)
+            inferred = await batcher.infer([picture.tiles[index]], rank)
             (candidates,) = inferred.candidates
-            await self._finishers.run(partial(picture.search, index, candidates), job.rank)
+            await self._finishers.run(partial(picture.search, index, candidates), rank)
             return inferred.calls
 
     def _count(self, name: str, timing: Timing, instances: int) -> None:

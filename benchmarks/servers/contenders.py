@@ -116,14 +116,14 @@ _ALL = (
         settings="an engine call for each core, with one thread; no log line for each request",
     ),
     Contender(
-        name="solo-serve-processes",
+        name="solo-serve-workers",
         environment=None,
         package="solo-serve",
         arguments=(
-            *("-m", "benchmarks.servers.solo_processes", "--model-repo", "{repo}"),
-            *("--port", "{port}", "--device", "cpu", "--log-level", "warning"),
+            *("-m", "service", "--model-repo", "{repo}", "--port", "{port}"),
+            *("--device", "cpu", "--log-level", "warning", "--workers", "{cores}"),
         ),
-        settings="a process for each core, with an engine of its own, on one port",
+        settings="a worker for each core",
     ),
     Contender(
         name="fastapi",

@@ -33,9 +33,9 @@ class BackendOptions:
         precision: Of the engine's arithmetic.
         threads: Threads of one engine call on the CPU; None takes the real cores.
         slots: Batches in the engine at once; None takes 1 on the CPU and 2 on a GPU.
-        divide: On the CPU without `slots`, whether a model that cuts images into tiles gets a call
-            of one thread for each of the `threads` instead of one call with all; for callers
-            that call it from several threads.
+        divide: On the CPU without `slots`, which models get a call of one thread for each of the
+            `threads` instead of one call with all: those that cut images into tiles, or all; for
+            callers that call it from several threads.
         cache: Folder for engines that are built here; None takes one in the version's folder.
         gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
     """
@@ -45,7 +45,7 @@ class BackendOptions:
     precision: Precision = "fp32"
     threads: int | None = None
     slots: int | None = None
-    divide: bool = False
+    divide: Literal["none", "tiles", "all"] = "none"
     cache: Path | None = None
     gpu_mem_limit_bytes: int | None = None
 

@@ -152,7 +152,8 @@ def _divide(options: BackendOptions, config: ModelConfig | None) -> tuple[int, B
     wait for each other after every operator.
     """
     has_tiles = config is not None and config.input.resize.rule == "tile"
-    if options.slots is None and options.divide and has_tiles:
+    divide = options.divide == "all" or (options.divide == "tiles" and has_tiles)
+    if options.slots is None and divide:
         return options.threads or count_cores(), replace(options, threads=1)
     return options.slots or 1, options
 

@@ -11,8 +11,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from service.backends.base import Backend, BackendError, Interruptible, Precision
@@ -64,6 +66,8 @@ class RestartingBackend:
         self._lock = threading.Lock()
         self._usable = threading.Event()
         self._closed = threading.Event()
+        self._calls: set[_Call] = set()
+        self._watch: threading.Thread | None = None
         self._take(backend)
 
     @property
@@ -109,17 +113,33 @@ class RestartingBackend:
             Exception: What the engine raised; it is alive, or it died and so did the next one
                 on the same tiles.
         """
+        return self._infer(partial(self._call, tiles))
+
+    def infer_here(self, tiles: Sequence[Tile], give_up: Callable[[], None]) -> Results:
+        """`infer` in the thread that calls, which need not be woken by another.
+
+        Args:
+            tiles: See `infer`.
+            give_up: Called in another thread if the call takes too long, or the engine is closed
+                meanwhile: the thread that is in it may never come back.
+
+        Raises:
+            EngineHung: The thread has come back, but was given up.
+            Exception: As `infer`.
+        """
+        return self._infer(partial(self._call_here, tiles, give_up))
+
+    def _infer(self, call: Callable[[Backend, Workers], Results]) -> Results:
         backend, workers = self._wait_until_usable()
         try:
-            return self._call(backend, workers, tiles)
+            return call(backend, workers)
         except EngineHung:
             raise
         except Exception as error:
             if self._closed.is_set() or (self._serves(backend) and self._answers(backend, workers)):
                 raise
             self._replace(backend, f"it raised {error!r} and fails on a harmless image too")
-        backend, workers = self._wait_until_usable()
-        return self._call(backend, workers, tiles)
+        return call(*self._wait_until_usable())
 
     def close(self) -> None:
         """See `Backend.close`; whoever waits for a new engine gets an error."""
@@ -130,6 +150,8 @@ class RestartingBackend:
             self._interrupt()
             self._workers.abandon(BackendError("the engine is closed"))
             self._backend.close()
+            calls = tuple(self._calls)
+        self._give_up(calls)
 
     def _take(self, backend: Backend) -> None:
         self._backend = backend
@@ -143,13 +165,55 @@ class RestartingBackend:
                 raise BackendError("the engine is closed")
             return self._backend, self._workers
 
-    def _call(self, backend: Backend, workers: Workers, tiles: Sequence[Tile]) -> Results:
+    def _call(self, tiles: Sequence[Tile], backend: Backend, workers: Workers) -> Results:
         call: Future[Results] = workers.run(backend.infer, tiles)
         try:
             return call.result(self._timeout_s)
         except TimeoutError as error:
-            self._replace(backend, f"a call has not come back after {self._timeout_s:g} s")
-            raise EngineHung(f"the engine took more than {self._timeout_s:g} s") from error
+            self._replace(backend, self._say_hung())
+            raise EngineHung(self._say_hung()) from error
+
+    def _call_here(
+        self,
+        tiles: Sequence[Tile],
+        give_up: Callable[[], None],
+        backend: Backend,
+        workers: Workers,
+    ) -> Results:
+        call = _Call(backend, time.monotonic() + self._timeout_s, give_up)
+        with self._lock:
+            self._calls.add(call)
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watch_calls, daemon=True)
+                self._watch.start()
+        try:
+            return backend.infer(tiles)
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+            if call.is_given_up:
+                raise EngineHung(self._say_hung())
+
+    def _watch_calls(self) -> None:
+        """In a thread of its own: gives up calls that have taken too long."""
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            now_s = time.monotonic()
+            with self._lock:
+                late = [call for call in self._calls if call.deadline_s < now_s]
+            for call in late:
+                self._replace(call.backend, self._say_hung())
+            self._give_up(late)
+
+    def _give_up(self, calls: Iterable[_Call]) -> None:
+        for call in calls:
+            with self._lock:
+                if call.is_given_up or call not in self._calls:
+                    continue
+                call.is_given_up = True
+            call.give_up()
+
+    def _say_hung(self) -> str:
+        return f"a call has not come back after {self._timeout_s:g} s"
 
     def _serves(self, backend: Backend) -> bool:
         """Whether it has not been given up for another call's sake."""
@@ -182,7 +246,11 @@ class RestartingBackend:
 
     def _rebuild(self) -> None:
         self._interrupt()
-        if self._workers.join(timeout_s=1.0):  # one that hangs still uses what would be freed
+        deadline_s = time.monotonic() + 1.0
+        ended = self._workers.join(timeout_s=1.0)
+        while self._calls and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        if ended and not self._calls:  # one that hangs still uses what would be freed
             with contextlib.suppress(Exception):
                 self._backend.close()
         pause_s = self._first_pause_s
@@ -203,6 +271,16 @@ class RestartingBackend:
             self._take(backend)
         logger.info("a new engine is ready on %s (%s)", backend.device, backend.name)
         self._on_restart(True)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call in the thread of who makes it."""
+
+    backend: Backend
+    deadline_s: float
+    give_up: Callable[[], None]
+    is_given_up: bool = False
 
 
 class Workers:

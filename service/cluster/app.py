@@ -18,11 +18,12 @@ from starlette.types import ASGIApp
 from service.app import create_app
 from service.cluster.front import FrontSegmenter
 from service.cluster.messages import Answer, Call, Description, WorkerLost
-from service.cluster.metrics import FrontMetrics, Report, report_front
+from service.cluster.metrics import FrontMetrics, report_front
 from service.cluster.settings import ClusterSettings
 from service.cluster.worker import Worker, start_segmenter
 from service.errors import StartupError
 from service.logs import configure_logging
+from service.merged_metrics import Report
 from service.settings import Settings
 
 FRONT = "Front"

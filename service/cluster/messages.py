@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from service.cluster.metrics import Report
 from service.engines import EngineState
 from service.errors import ServiceError
+from service.merged_metrics import Report
 from service.pipeline.model_config import ModelConfig
 from service.stages import ImageFile, Outcome
 from service.steps import Options

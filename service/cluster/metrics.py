@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Metric
 from prometheus_client.samples import Sample
 
+from service.merged_metrics import MergedMetrics, Report
 from service.metrics import Metrics
 
-Report = tuple[str, list[Metric]]
-"""A process's name and its metrics."""
 
-
-class FrontMetrics(Metrics):
+class FrontMetrics(MergedMetrics):
     """The instruments of a front, which shows those of all processes.
 
     Args:
@@ -29,20 +25,12 @@ class FrontMetrics(Metrics):
     """
 
     def __init__(self, collect_all: Callable[[], Awaitable[Sequence[Report]]]) -> None:
-        super().__init__()
-        self._collect_all = collect_all
+        super().__init__(collect_all)
         self.retries = Counter(
             "solo_cluster_retries_total",
             "Calls sent to another worker because one was lost or could not do it",
             registry=self._registry,
         )
-
-    async def answer(self, accept: str) -> tuple[bytes, str]:
-        """See `Metrics.answer`."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Merged(await self._collect_all()))
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
 
 
 async def report_front(metrics: Metrics) -> Report:
@@ -74,24 +62,3 @@ def _filter(metrics: Sequence[Metric], keep: Callable[[Sample], bool]) -> list[M
         if metric.samples:
             kept.append(metric)
     return kept
-
-
-class _Merged(Collector):
-    """Each family once, with the samples of all processes."""
-
-    def __init__(self, reports: Sequence[Report]) -> None:
-        self._reports = reports
-
-    def collect(self) -> Iterator[Metric]:
-        """See `Collector`."""
-        families: dict[str, Metric] = {}
-        for replica, metrics in self._reports:
-            for metric in metrics:
-                family = families.setdefault(
-                    metric.name, Metric(metric.name, metric.documentation, metric.type)
-                )
-                family.samples += [
-                    sample._replace(labels={**sample.labels, "replica": replica})
-                    for sample in metric.samples
-                ]
-        yield from families.values()

@@ -12,6 +12,7 @@ from service.settings import PositiveInt, Settings
 _ONE_SERVER_ONLY = {
     "admin_port": "Serve has one port",
     "model_control": "it would change one worker; use --model-poll-s",
+    "workers": "use --min-replicas",
 }
 """Settings that mean nothing here, and what to do instead."""
 
@@ -86,7 +87,7 @@ class ClusterSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> ClusterSettings:
         for name, instead in _ONE_SERVER_ONLY.items():
-            if getattr(self, name):
+            if getattr(self, name) != Settings.model_fields[name].default:
                 raise ValueError(f"{name} is not for a cluster: {instead}")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError(

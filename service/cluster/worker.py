@@ -9,11 +9,12 @@ from typing import Any
 
 from service.backends.build import check_device
 from service.cluster.messages import Answer, Call, Description, ModelState
-from service.cluster.metrics import Report, report_worker
+from service.cluster.metrics import report_worker
 from service.engines import describe_engine
 from service.errors import ServiceError
 from service.gpus import find_gpus
 from service.logs import configure_logging
+from service.merged_metrics import Report
 from service.metrics import Metrics
 from service.pipeline.errors import DecodeError
 from service.registry import load_repository

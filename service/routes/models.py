@@ -85,6 +85,6 @@ def describe_model(served: ServedModel, segmenter: Segmenter) -> ModelDetail:
         state="READY",
         backend=engine.name,
         device=engine.device,
-        max_batch=served.batcher.max_batch,
+        max_batch=served.feeder.max_batch,
         **config,
     )

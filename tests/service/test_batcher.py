@@ -64,11 +64,10 @@ def start_batcher(
     *,
     max_batch: int = 4,
     max_delay_s: float = 0.01,
-    divide: bool = False,
     on_batch: Callable[[BatchStats], None] = lambda stats: None,
 ) -> DynamicBatcher:
     batcher = DynamicBatcher(
-        backend, max_batch=max_batch, max_delay_s=max_delay_s, divide=divide, on_batch=on_batch
+        backend, max_batch=max_batch, max_delay_s=max_delay_s, on_batch=on_batch
     )
     batcher.start()
     return batcher
@@ -263,18 +262,6 @@ async def test_an_engine_that_takes_two_batches_gets_two() -> None:
     assert batcher.waiting == 3
     backend.go.set()
     assert await asyncio.gather(*tasks) == [1, 2, 3, 4, 5]
-    await batcher.drain()
-
-
-@pytest.mark.parametrize(
-    ("divide", "sizes"), [(False, [5]), (True, [2, 2, 1])], ids=["one takes all", "divided"]
-)
-async def test_calls_that_run_at_once_share_what_waits(divide: bool, sizes: list[int]) -> None:
-    backend = FakeBackend(concurrency=3)
-    batcher = start_batcher(backend, max_batch=8, max_delay_s=0.0, divide=divide)
-    values = list(range(1, 6))
-    assert await asyncio.gather(*(infer_one(batcher, value) for value in values)) == values
-    assert sorted(map(len, backend.batches), reverse=True) == sizes
     await batcher.drain()
 
 

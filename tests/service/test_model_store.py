@@ -323,6 +323,6 @@ def test_on_the_cpu_nobody_waits_for_company_unless_told(
             monkeypatch.setattr(model.backend, "device", device)
     asked = settings.model_copy(update={"max_delay_ms": max_delay_ms})
     store = ModelStore(asked, repository, Metrics())
-    assert {model.batcher.max_delay_s for model in store.all_models} == {expected_s}
+    assert {model.feeder.max_delay_s for model in store.all_models} == {expected_s}
     for served in store.all_models:
         served.engine.close()

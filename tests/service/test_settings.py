@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,18 @@ def test_a_wrong_variable_is_named_with_its_value(
         read_settings([])
 
 
-@pytest.mark.parametrize("flags", [["--port", "9000"], ["--port", "0", "--admin-port", "9001"]])
-def test_a_shared_port_is_known_and_needs_an_admin_port(flags: list[str]) -> None:
-    with pytest.raises(StartupError, match="reuse_port needs an admin_port"):
-        read_settings([*flags, "--reuse-port", "true"])
-    assert read_settings(["--reuse-port", "true", "--admin-port", "0"]).reuse_port
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model-control", "true"], "model_control would change one worker"),
+        (["--keys-file", "keys.json"], "keys_file needs workers 1"),
+        (["--max-queue-images", "1"], "2 workers cannot share max_queue_images 1"),
+        (["--max-connections", "1"], "max_connections 1"),
+    ],
+)
+def test_what_workers_cannot_share_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        read_settings([*flags, "--workers", "2"])
 
 
 def test_a_wrong_flag_is_named_as_a_flag() -> None:
@@ -75,7 +83,9 @@ def test_a_wrong_flag_is_named_as_a_flag() -> None:
 
 
 def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_settings([]).backend_options() == BackendOptions(threads=count_cores(), divide=True)
+    defaults = BackendOptions(threads=count_cores(), divide="tiles")
+    assert read_settings([]).backend_options() == defaults
+    assert read_settings(["--workers", "2"]).backend_options() == replace(defaults, divide="all")
     for name, value in {
         "ENGINE": "TRT",
         "PRECISION": "BF16",
@@ -91,7 +101,7 @@ def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
             precision="bf16",
             threads=2,
             slots=3,
-            divide=True,
+            divide="tiles",
             cache=Path("/var/engines"),
             gpu_mem_limit_bytes=4_000_000_000,
         )

@@ -57,11 +57,12 @@ def test_batches_and_canvases_of_any_size(batch: int, height: int, width: int) -
     ("of_model", "changes", "expected"),
     [
         ({}, {}, (3, 1)),
-        ({}, {"divide": False}, (1, 3)),
+        ({}, {"divide": "none"}, (1, 3)),
         ({}, {"slots": 2}, (2, 3)),
         ({"input": KEEP_RATIO_INPUT}, {}, (1, 3)),
+        ({"input": KEEP_RATIO_INPUT}, {"divide": "all"}, (3, 1)),
     ],
-    ids=["tiles", "one caller", "as told", "whole images"],
+    ids=["tiles", "one caller", "as told", "whole images", "whole images, all divided"],
 )
 def test_tiles_are_shared_by_calls_and_whole_images_by_threads(
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +78,7 @@ def test_tiles_are_shared_by_calls_and_whole_images_by_threads(
         return build_session(model, options, providers)
 
     monkeypatch.setattr(ort_backend, "_build_session", watch)
-    options = replace(BackendOptions(device="cpu", threads=3, divide=True), **changes)
+    options = replace(BackendOptions(device="cpu", threads=3, divide="tiles"), **changes)
     backend = build_ort_backend(build_graph(), options, read_config(**of_model))
     assert (backend.concurrency, built[0].threads) == expected
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from service.cluster.messages import Answer, Call, Description, WorkerLost
-from service.cluster.metrics import Report
 from service.cluster.settings import ClusterSettings
 from service.cluster.worker import Worker, start_segmenter
+from service.merged_metrics import Report
 
 
 @dataclass

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.cluster.metrics import FrontMetrics, Report, report_front, report_worker
+from service.cluster.metrics import FrontMetrics, report_front, report_worker
 from service.engines import EngineState
+from service.merged_metrics import Report
 from service.metrics import Metrics
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "asked for", None)
