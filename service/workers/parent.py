@@ -29,7 +29,7 @@ from service.workers.child import run_child
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-WHAT = {MAIN: "requests", ADMIN: "admin endpoints"}
+WHAT = {MAIN: "running", ADMIN: "admin endpoints"}
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 _MOST_AT_ONCE = 64

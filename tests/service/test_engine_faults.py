@@ -54,9 +54,10 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
     return fault
 
 
-@pytest.fixture
-async def watched(settings: Settings, fault: Fault) -> FastAPI:
-    quick = settings.model_copy(update={"engine_timeout_s": 0.3})
+@pytest.fixture(params=[None, 1.0], ids=["lanes", "batches"])
+async def watched(settings: Settings, fault: Fault, request: pytest.FixtureRequest) -> FastAPI:
+    update = {"engine_timeout_s": 0.3, "max_delay_ms": request.param}
+    quick = settings.model_copy(update=update)
     repository = load_repository(quick.model_repo, OPTIONS)
     backend = repository.models["blobs"][1].backend
     assert isinstance(backend, OrtBackend)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from service.app import create_app
 from service.backends.base import BackendError
 from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
 from service.keys import add_key
+from service.lanes import Lanes
 from service.metrics import Metrics
 from service.model_store import ModelStore
 from service.registry import load_repository
@@ -307,22 +309,33 @@ async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Pa
 
 
 @pytest.mark.parametrize(
-    ("device", "max_delay_ms", "expected_s"),
-    [("cpu", None, 0.0), ("cuda", None, 0.005), ("cpu", 7.0, 0.007), ("cuda", 0.0, 0.0)],
+    ("device", "threads", "slots", "max_delay_ms", "expected_s"),
+    [
+        ("cpu", 1, 1, None, None),
+        ("cpu", 4, 2, None, None),
+        ("cpu", 4, 1, None, 0.0),
+        ("cpu", 1, 1, 7.0, 0.007),
+        ("cuda", 1, 1, None, 0.005),
+        ("cuda", 1, 2, 0.0, 0.0),
+    ],
 )
-def test_on_the_cpu_nobody_waits_for_company_unless_told(
+def test_canvases_wait_for_company_where_it_gains_something_or_who_is_told_to(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
     device: str,
+    threads: int,
+    slots: int,
     max_delay_ms: float | None,
-    expected_s: float,
+    expected_s: float | None,
 ) -> None:
-    repository = load_repository(settings.model_repo, OPTIONS)
+    repository = load_repository(settings.model_repo, replace(OPTIONS, slots=slots))
     for versions in repository.models.values():
         for model in versions.values():
             monkeypatch.setattr(model.backend, "device", device)
-    asked = settings.model_copy(update={"max_delay_ms": max_delay_ms})
+    asked = settings.model_copy(update={"max_delay_ms": max_delay_ms, "threads": threads})
     store = ModelStore(asked, repository, Metrics())
-    assert {model.feeder.max_delay_s for model in store.all_models} == {expected_s}
     for served in store.all_models:
+        feeder = served.feeder
+        assert (None if isinstance(feeder, Lanes) else feeder.max_delay_s) == expected_s
+        assert feeder.max_batch == (1 if expected_s is None else 8)
         served.engine.close()

@@ -119,3 +119,39 @@ async def test_threads_end_with_their_pool() -> None:
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
+
+
+async def test_steps_that_nobody_waits_for_run_by_rank_unless_dropped() -> None:
+    pool, gate = RankedPool(1, "test"), Gate()
+    ahead = await start(pool, gate, "runs", 0)
+    while not gate.ran:
+        await asyncio.sleep(0.001)
+    ended = threading.Event()
+    pool.submit(ended.set, 3)
+    pool.submit(lambda: gate.ran.append("b"), 2)
+    dropped = pool.submit(lambda: gate.ran.append("dropped"), 1)
+    pool.submit(lambda: gate.ran.append("a"), 1)
+    dropped.drop()
+    gate.go.set()
+    assert await ahead == "runs"
+    assert await asyncio.to_thread(ended.wait, 10)
+    assert gate.ran == ["runs", "a", "b"]
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.submit(ended.set, 0)
+
+
+async def test_a_thread_that_is_replaced_ends_after_its_step_and_another_works() -> None:
+    pool, gate = RankedPool(1, "test"), Gate()
+    hangs = await start(pool, gate, "hangs", 0)
+    while not gate.ran:
+        await asyncio.sleep(0.001)
+    (stuck,) = (thread for thread in threading.enumerate() if thread.name == "test_0")
+    pool.replace(stuck)
+    assert await pool.run(threading.current_thread, 0) is not stuck
+    gate.go.set()
+    assert await hangs == "hangs"
+    await asyncio.to_thread(stuck.join, 10)
+    assert not stuck.is_alive()
+    assert await pool.run(lambda: 3, 0) == 3
+    pool.shutdown()

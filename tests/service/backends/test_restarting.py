@@ -154,7 +154,7 @@ def test_building_is_tried_until_it_succeeds_and_calls_wait() -> None:
 
 def test_a_call_that_hangs_is_given_up_and_another_engine_built() -> None:
     with open_house(timeout_s=0.05) as house:
-        with pytest.raises(EngineHung, match=r"more than 0\.05 s"):
+        with pytest.raises(EngineHung, match=r"not come back after 0\.05 s"):
             house.infer(HANGING)
         assert house.infer(GOOD) == 1
         assert not house.engines[0].closed  # its thread may still be in there
@@ -203,6 +203,64 @@ def test_two_calls_at_once_that_find_the_engine_dead_build_one() -> None:
         house.engines[0].dead = True
         assert list(pool.map(house.infer, [GOOD, GOOD])) == [1, 1]
         assert len(house.engines) == 2
+
+
+def infer_here(house: House, value: int, give_up: Callable[[], None]) -> int:
+    """Number of the engine that answered in the thread that called."""
+    (result,) = house.backend.infer_here([build_tile(value)], give_up)
+    return result.mask_hw[0]
+
+
+def refuse() -> None:
+    raise AssertionError("a call was given up")
+
+
+def test_a_call_can_be_made_in_the_callers_own_thread() -> None:
+    with open_house() as house:
+        threads: list[threading.Thread] = []
+        infer = house.engines[0].infer
+
+        def watch(tiles: Sequence[Tile]) -> list[Candidates]:
+            threads.append(threading.current_thread())
+            return infer(tiles)
+
+        house.engines[0].infer = watch  # type: ignore[method-assign]
+        assert infer_here(house, GOOD, refuse) == 0
+        assert threads == [threading.current_thread()]
+        with pytest.raises(ValueError, match="2 is not liked"):
+            infer_here(house, BAD, refuse)
+        assert house.told == []
+        house.engines[0].dead = True
+        assert infer_here(house, GOOD, refuse) == 1
+        assert house.told == [False, True]
+
+
+def test_who_hangs_in_his_own_thread_is_given_up_by_another() -> None:
+    with open_house(timeout_s=0.05) as house, ThreadPoolExecutor(1) as pool:
+        given_up = threading.Event()
+        call = pool.submit(infer_here, house, HANGING, given_up.set)
+        assert given_up.wait(10)
+        assert not call.done()  # it is still in there
+        assert infer_here(house, GOOD, refuse) == 1
+        assert house.told == [False, True]
+        assert not house.engines[0].closed
+        house.engines[0].release.set()
+        with pytest.raises(EngineHung, match=r"after 0\.05 s"):
+            call.result(10)
+
+
+def test_closing_gives_up_who_hangs_in_his_own_thread() -> None:
+    with open_house() as house, ThreadPoolExecutor(1) as pool:
+        given_up: list[bool] = []
+        call = pool.submit(infer_here, house, HANGING, lambda: given_up.append(True))
+        wait_for(lambda: HANGING in house.engines[0].calls)
+        house.backend.close()
+        assert given_up == [True]
+        house.engines[0].release.set()
+        with pytest.raises(EngineHung):
+            call.result(10)
+        with pytest.raises(BackendError, match="closed"):
+            infer_here(house, GOOD, refuse)
 
 
 class InterruptibleEngine(FakeEngine):

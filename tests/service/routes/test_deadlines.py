@@ -72,10 +72,15 @@ async def test_a_wrong_deadline_is_named(client: httpx.AsyncClient, value: str) 
         assert f"not '{value}'" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("max_delay_ms", [None, 0.001], ids=["lanes", "batches"])
 async def test_interactive_work_goes_before_batch_work(
-    settings: Settings, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    open_client: OpenClient,
+    monkeypatch: pytest.MonkeyPatch,
+    max_delay_ms: float | None,
 ) -> None:
-    alone = settings.model_copy(update={"max_batch": 1, "pool_threads": 1})
+    update = {"max_batch": 1, "pool_threads": 1, "max_delay_ms": max_delay_ms}
+    alone = settings.model_copy(update=update)
     repository = load_repository(alone.model_repo, OPTIONS)
     app = create_app(alone, repository)
     backend, go, done = repository.models["blobs"][1].backend, threading.Event(), list[str]()
