@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import pytest
 
 from service.backends.base import BackendError
@@ -14,7 +13,7 @@ from service.batcher import BatchStats
 from service.errors import Draining, EngineError
 from service.lanes import Carried, Lanes
 from service.pipeline.postprocess import TileCandidates
-from service.pipeline.types import Prepared
+from service.pipeline.types import Candidates, Prepared, Tile
 from service.steps import DecodedImage, Options, TiledImage
 from tests.service.backends.test_ort_options import read_config
 from tests.service.test_batcher import BAD, FakeBackend, build_tile
@@ -83,8 +82,17 @@ def house() -> Iterator[House]:
 async def test_an_image_is_carried_by_one_thread(house: House) -> None:
     threads: list[threading.Thread] = []
     infer, decode = house.backend.infer, house.decode
-    house.backend.infer = lambda tiles: (threads.append(threading.current_thread()), infer(tiles))[1]  # type: ignore[method-assign]
-    house.decode = lambda values: (threads.append(threading.current_thread()), decode(values))[1]  # type: ignore[method-assign]
+
+    def watch_infer(tiles: Sequence[Tile]) -> list[Candidates]:
+        threads.append(threading.current_thread())
+        return infer(tiles)
+
+    def watch_decode(values: tuple[int, ...]) -> DecodedImage:
+        threads.append(threading.current_thread())
+        return decode(values)
+
+    house.backend.infer = watch_infer  # type: ignore[method-assign]
+    house.decode = watch_decode  # type: ignore[method-assign]
     carried = await house.carry(7)
     assert len(threads) == 2 and threads[0] is threads[1]
     assert threads[0].name == "lane_0"
@@ -110,7 +118,12 @@ async def test_a_free_lane_takes_tiles_of_an_image_that_has_some() -> None:
     house = House(lanes=2)
     together = threading.Barrier(2, timeout=10)
     infer = house.backend.infer
-    house.backend.infer = lambda tiles: (together.wait(), infer(tiles))[1]  # type: ignore[method-assign]
+
+    def infer_together(tiles: Sequence[Tile]) -> list[Candidates]:
+        together.wait()
+        return infer(tiles)
+
+    house.backend.infer = infer_together  # type: ignore[method-assign]
     assert len((await house.carry(1, 2, 3, 4)).calls) == 4  # never one alone
     house.engine.close()
 

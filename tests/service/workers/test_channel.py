@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from service.workers.channel import ADMIN, MAIN, ChannelClosed, ParentEnd, WorkerEnd
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[ParentEnd, WorkerEnd]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        yield ParentEnd(ours), WorkerEnd(theirs)
+
+
+def test_connections_and_signals_arrive_in_their_order(ends: tuple[ParentEnd, WorkerEnd]) -> None:
+    parent, worker = ends
+    pairs = [socket.socketpair() for _ in range(3)]
+    for number, (ours, theirs) in zip((MAIN, ADMIN, MAIN), pairs, strict=True):
+        assert parent.pass_connection(number, theirs)
+        theirs.close()  # the worker has it
+        ours.sendall(b"%d" % number)
+    parent.pass_signal(signal.SIGTERM)
+    received = list(worker.receive())
+    assert [number for number, _ in received] == [MAIN, ADMIN, MAIN, signal.SIGTERM]
+    for number, connection in received[:3]:
+        assert connection is not None
+        with connection:
+            assert connection.recv(10) == b"%d" % number
+    assert received[3][1] is None
+    assert list(worker.receive()) == []
+    for ours, _ in pairs:
+        ours.close()
+
+
+def test_the_last_report_counts(ends: tuple[ParentEnd, WorkerEnd]) -> None:
+    parent, worker = ends
+    assert parent.read_connections() is None
+    for count in (0, 70_000, 5):
+        worker.report_connections(count)
+    assert parent.read_connections() == 5
+    assert parent.read_connections() is None
+
+
+def test_a_report_that_arrives_in_two_pieces_is_put_together(
+    ends: tuple[ParentEnd, WorkerEnd],
+) -> None:
+    parent, worker = ends
+    worker.channel.send(b"\0\0\0\7\0\0")
+    assert parent.read_connections() == 7
+    worker.channel.send(b"\0\3")
+    assert parent.read_connections() == 3
+
+
+def test_both_ends_notice_that_the_other_has_ended(ends: tuple[ParentEnd, WorkerEnd]) -> None:
+    parent, worker = ends
+    worker.channel.close()
+    with pytest.raises(ChannelClosed):
+        parent.read_connections()
+    with socket.socket() as connection:
+        assert not parent.pass_connection(MAIN, connection)
+    parent.pass_signal(signal.SIGTERM)  # no error
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.setblocking(False)
+        ours.close()
+        with pytest.raises(ChannelClosed):
+            list(WorkerEnd(theirs).receive())
+        WorkerEnd(theirs).report_connections(1)  # no error
+
+
+def test_a_worker_that_takes_nothing_is_full_at_last(ends: tuple[ParentEnd, WorkerEnd]) -> None:
+    parent, worker = ends
+    with socket.socket() as connection:
+        passed = 0
+        while parent.pass_connection(MAIN, connection):
+            passed += 1
+            assert passed < 100_000
+        assert passed > 10
+        for _, received in worker.receive():
+            assert received is not None
+            received.close()
+        assert parent.pass_connection(MAIN, connection)
