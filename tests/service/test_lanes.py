@@ -144,6 +144,7 @@ async def test_an_image_that_is_left_while_it_waits_is_never_begun(house: House)
     left, stays = house.start(2), house.start(3)
     await asyncio.sleep(0)
     left.cancel()
+    await asyncio.sleep(0)
     house.backend.go.set()
     await asyncio.gather(*held, stays)
     assert house.began == [1, 3]
