@@ -75,7 +75,7 @@ def measure(
             name: measure_server(url, body, options.requests, options.clients)
             for name, url in urls.items()
         }
-        bare = run_bare_loop(model, [body], clients=options.clients, seconds=options.bare_s)
+        bare = run_bare_loop(model, [body], threads=options.clients, seconds=options.bare_s)
         row[BARE] = bare.cpu_ms_per_image
         for name, cpu_ms in row.items() if number else ():
             rounds[name].append(cpu_ms)

@@ -44,7 +44,6 @@ from benchmarks.serving_tables import BARE, SAME, capacity, plot, render_tables
 from benchmarks.workloads import Workload, build_light, build_nuclei
 from service.cores import count_cores
 
-BARE_CLIENTS = 16
 SAME_LOAD = 0.7
 Row = dict[str, Any]
 
@@ -250,16 +249,31 @@ def visit(
     return [{"server": contender.name, **row} for row in rows]
 
 
-def run_bare(folder: Path, workload: Workload, cores: int, clients: int, seconds: float) -> Row:
-    """The bare loop, in a process of its own, with the engine as our server has it."""
+def run_bare(folder: Path, workload: Workload, cores: int, seconds: float) -> Row:
+    """The bare loop: a process of its own for each core, all at once."""
     for name, data in workload.images.items():
         (folder / name).write_bytes(data)
     command = [sys.executable, "-m", "benchmarks.bare", "--model", str(workload.model)]
-    command += ["--images", str(folder), "--clients", str(clients), "--seconds", str(seconds)]
-    command += ["--threads", "1", "--engine-slots", str(cores)]
+    command += ["--images", str(folder), "--threads", "1", "--seconds", str(seconds)]
     variables = os.environ | ONE_BLAS_THREAD
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
-    return {"server": BARE, **json.loads(done.stdout)}
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables)
+        for _ in range(cores)
+    ]
+    found = []
+    for process in started:
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the bare loop ended with exit status {process.returncode}")
+        found.append(json.loads(output))
+    images = sum(one["images"] for one in found)
+    cpu_ms = sum(one["images"] * one["cpu_ms_per_image"] for one in found)
+    return {
+        "server": BARE,
+        "clients": cores,
+        "images_per_s": sum(one["images_per_s"] for one in found),
+        "cpu_ms_per_image": cpu_ms / images,
+    }
 
 
 def check_all(
@@ -307,7 +321,7 @@ def run_round(
         if name == BARE:
             images = folder / f"{workload.name}-images"
             images.mkdir(exist_ok=True)
-            rows.append(run_bare(images, workload, cores, BARE_CLIENTS, 3 * plan.closed_s))
+            rows.append(run_bare(images, workload, cores, 3 * plan.closed_s))
         else:
             rows += visit(CONTENDERS[name], workload, plan, cores, folder / "log", same_rate)
         took_s = time.monotonic() - began_s

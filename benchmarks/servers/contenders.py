@@ -103,27 +103,24 @@ def describe_missing(contenders: Iterable[Contender]) -> list[str]:
     ]
 
 
+_SERVE = (
+    *("-m", "service", "--model-repo", "{repo}", "--port", "{port}"),
+    *("--device", "cpu", "--log-level", "warning"),
+)
 _ALL = (
     Contender(
         name=OURS,
         environment=None,
         package="solo-serve",
-        arguments=(
-            *("-m", "service", "--model-repo", "{repo}", "--port", "{port}"),
-            *("--device", "cpu", "--log-level", "warning"),
-            *("--threads", "1", "--engine-slots", "{cores}"),
-        ),
-        settings="an engine call for each core, with one thread; no log line for each request",
+        arguments=(*_SERVE, "--workers", "{cores}"),
+        settings="a worker for each core; no log line for each request",
     ),
     Contender(
-        name="solo-serve-workers",
+        name="solo-serve-single",
         environment=None,
         package="solo-serve",
-        arguments=(
-            *("-m", "service", "--model-repo", "{repo}", "--port", "{port}"),
-            *("--device", "cpu", "--log-level", "warning", "--workers", "{cores}"),
-        ),
-        settings="a worker for each core",
+        arguments=(*_SERVE, "--threads", "1", "--engine-slots", "{cores}"),
+        settings="one process, a lane for each core; no log line for each request",
     ),
     Contender(
         name="fastapi",

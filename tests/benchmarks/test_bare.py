@@ -28,19 +28,16 @@ def model(tmp_path: Path) -> Iterator[LoadedModel]:
 
 
 def test_every_image_is_finished_with_all_its_instances(model: LoadedModel) -> None:
-    run = run_bare_loop(model, [IMAGE], clients=5, seconds=0.2, pool_threads=2, max_batch=4)
-    assert run.images >= 5
+    run = run_bare_loop(model, [IMAGE], threads=2, seconds=0.2)
+    assert run.images >= 2
     assert run.instances == 2 * run.images
-    assert run.canvases == 2 * run.images  # the picture has two tiles
-    assert run.canvases / 4 <= run.calls <= run.canvases
     assert run.cpu_s > 0
     assert run.images_per_s == run.images / run.seconds
-    assert run.describe()["mean_batch"] == run.canvases / run.calls
 
 
 def test_a_broken_image_ends_the_run(model: LoadedModel) -> None:
     with pytest.raises(DecodeError):
-        run_bare_loop(model, [IMAGE, b"no image"], clients=2, seconds=60)
+        run_bare_loop(model, [IMAGE, b"no image"], threads=2, seconds=60)
 
 
 def test_an_engine_that_fails_ends_the_run(model: LoadedModel) -> None:
@@ -55,15 +52,15 @@ def test_an_engine_that_fails_ends_the_run(model: LoadedModel) -> None:
             pass
 
     with pytest.raises(RuntimeError, match="out of order"):
-        run_bare_loop(replace(model, backend=Broken()), [IMAGE], clients=3, seconds=60)
+        run_bare_loop(replace(model, backend=Broken()), [IMAGE], threads=3, seconds=60)
 
 
-@pytest.mark.parametrize(("bodies", "clients"), [([], 1), ([IMAGE], 0)])
-def test_there_must_be_images_and_clients(
-    model: LoadedModel, bodies: list[bytes], clients: int
+@pytest.mark.parametrize(("bodies", "threads"), [([], 1), ([IMAGE], 0)])
+def test_there_must_be_images_and_threads(
+    model: LoadedModel, bodies: list[bytes], threads: int
 ) -> None:
-    with pytest.raises(ValueError, match=f"{len(bodies)} images and {clients} clients"):
-        run_bare_loop(model, bodies, clients=clients, seconds=1)
+    with pytest.raises(ValueError, match=f"{len(bodies)} images and {threads} threads"):
+        run_bare_loop(model, bodies, threads=threads, seconds=1)
 
 
 def test_the_command_writes_its_numbers(
