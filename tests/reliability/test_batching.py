@@ -30,7 +30,7 @@ def test_64_sizes_fill_the_batches_and_leave_the_event_loop_free(
     publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
     pictures = [draw_picture(200 + 4 * i, 500 - 3 * i) for i in range(64)]
     bodies = [encode_picture(picture, "JPEG") for picture in pictures]
-    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS)
+    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-delay-ms", "5")
     with run_server(tmp_path / "log", *flags) as server:
         command = [sys.executable, "-m", "benchmarks.ping", server.url, "--seconds", "4"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as pinger:

@@ -48,12 +48,17 @@ async def hang_among_others(server: ServerProcess, report: Report) -> None:
         assert (await ask(client, "/segment", PICTURE)).status == 200
 
 
+@pytest.mark.parametrize(
+    ("delay", "expected_restarts"),
+    [(("--max-delay-ms", "300"), 2), ((), 1)],
+    ids=["batches: in company, and alone", "lanes"],
+)
 def test_an_engine_that_hangs_is_replaced_and_costs_one_image(
-    tmp_path: Path, report: Report
+    tmp_path: Path, report: Report, delay: tuple[str, ...], expected_restarts: int
 ) -> None:
     graph = build_slow_graph(poisoned_rounds=FOR_EVER)
     publish_graph(tmp_path / "repo", "blobs", graph, input=ONE_CANVAS)
-    limits = ("--engine-timeout-s", str(TIMEOUT_S), "--max-delay-ms", "300")
+    limits = ("--engine-timeout-s", str(TIMEOUT_S), *delay)
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, *limits)
     with run_server(tmp_path / "log", *flags) as server:
         asyncio.run(hang_among_others(server, report))
@@ -65,7 +70,7 @@ def test_an_engine_that_hangs_is_replaced_and_costs_one_image(
         assert server.wait() == 0
     report("restarts", restarts)
     report("cpu_share_afterwards", idle_s)
-    assert restarts == 2  # in company, and alone
+    assert restarts == expected_restarts
     assert idle_s < 0.3  # what hung has been ended
 
 
