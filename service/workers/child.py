@@ -135,37 +135,39 @@ class Intake:
         channel.setblocking(False)
         self._channel = WorkerEnd(channel)
         self._peers = peers
+        self._main: DrainingServer
         self._servers: dict[int, uvicorn.Server] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self, main: DrainingServer, admin: AdminServer | None) -> None:
         """Gives the servers the connections that come; needs a running event loop."""
+        self._main = main
         self._servers = {MAIN: main} if admin is None else {MAIN: main, ADMIN: admin}
         await self._peers.start()
         asyncio.get_running_loop().add_reader(self._channel.channel, self._receive)
 
     def report(self) -> None:
         """Tells the parent how many connections there are."""
-        main = self._servers[MAIN]
-        self._channel.report_connections(len(main.server_state.connections) + len(self._tasks))
+        count = len(self._main.server_state.connections) + len(self._tasks)
+        self._channel.report_connections(count)
 
     def stop(self) -> None:
-        """Takes no more."""
-        asyncio.get_running_loop().remove_reader(self._channel.channel)
-        self._channel.channel.close()
+        """Takes no more; signals are still heard."""
+        self._servers = {}
         self._peers.stop()
 
     def _receive(self) -> None:
-        main = self._servers[MAIN]
         try:
             for number, connection in self._channel.receive():
-                if connection is not None:
+                if connection is None:
+                    self._main.handle_exit(number, None)
+                elif number in self._servers:
                     self._spawn(self._serve(self._servers[number], connection))
                 else:
-                    main.handle_exit(number, None)
+                    connection.close()
         except ChannelClosed:
             asyncio.get_running_loop().remove_reader(self._channel.channel)
-            main.handle_exit(signal.SIGTERM, None)
+            self._main.handle_exit(signal.SIGTERM, None)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
