@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from tests.support.kernel_host import (
     has_compiler,
     load_gpu,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """The garbage collector leaves alone what is there when a module's tests begin.
+
+    Networks and their exported graphs are millions of objects; looking through them again and
+    again takes longer than many a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
