@@ -17,6 +17,8 @@ VENV ?= .venv
 TEST_VENV ?= .venv-test
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests of `make test`; 0 runs them one after the other in one.
+PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 # ONNX Runtime of late collects usage data unless it is told not to.
 export ORT_DISABLE_TELEMETRY ?= 1
@@ -68,7 +70,8 @@ format: install-test ## let ruff fix and format the sources
 	$(TEST_VENV)/bin/ruff format $(LINTED)
 
 test: lint ## lint, type-check, and run every test that is not slow
-	$(TEST_VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest -m "not slow" \
+		-n $(PYTEST_WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: lint ## the slow tests too
 	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,54 @@ from tests.support.kernel_host import (
     has_compiler,
     load_gpu,
 )
+
+TOGETHER = {
+    # Two clusters at once are too much for a machine.
+    "tests/integration/test_predict_on_ray.py": "ray",
+    "tests/reliability/test_cluster.py": "ray",
+    "tests/service/predict/test_ray_job.py": "ray",
+    # Exported networks, which are kept.
+    "tests/export/test_exit_graph.py": "tiny_graph",
+    "tests/export/test_exits.py": "tiny_graph",
+    "tests/export/test_onnx_graph.py": "tiny_graph",
+}
+"""Files that one process takes, where several share the tests; else each file is on its own."""
+
+
+def group_of(nodeid: str) -> str:
+    """What of the tests one process takes as a whole."""
+    file, _, test = nodeid.partition("::")
+    if file.startswith("tests/service/routes/") and "[ray" in test:
+        return "ray"
+    return TOGETHER.get(file, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Sends the groups to the processes; `--dist loadgroup` of xdist 3.8 sees none in pytest 9."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for a package index begin before all others."""
+    items.sort(key=lambda item: item.get_closest_marker("network") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """The garbage collector leaves alone what is there when a module's tests begin.
+
+    Networks and their exported graphs are millions of objects; looking through them again and
+    again takes longer than many a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,28 @@ from export.parity import Case, draw_blobs
 from export.quantize import quantize
 from service.backends.base import BackendError, split_batch
 from service.pipeline.types import Candidates
-from tests.support.tiny_graph import exported
+from tests.support.tiny_graph import Recipe, exported
 from tests.support.tiny_solo import tiny_config
 from tests.support.typed_graph import build_graph as build_other_graph
+from training.configs.schema import HeadKind
 
 SIDE_PX = 96
 STRIDE = 4
 FINE_CELLS = 8 * 8  # of the first of the two levels
-NETWORKS = ("vanilla", "decoupled", pytest.param("light", marks=pytest.mark.slow), "int8")
+NETWORKS = (
+    "vanilla",
+    "decoupled",
+    pytest.param("published decoupled", marks=pytest.mark.slow),
+    pytest.param("light", marks=pytest.mark.slow),
+    "int8",
+)
+
+EXPORTS: dict[str, tuple[HeadKind, Recipe, int]] = {
+    "vanilla": ("vanilla", "published", 18),
+    "decoupled": ("decoupled", "paper", 20),
+    "published decoupled": ("decoupled", "published", 18),
+    "light": ("decoupled_light", "paper", 18),
+}
 
 
 def draw_images() -> Any:
@@ -42,9 +56,7 @@ def plain_graph(network: str) -> bytes:
         images = draw_images()
         valid_hw = np.full((len(images), 2), SIDE_PX)
         return quantize(plain_graph("decoupled"), [Case("blobs", images, valid_hw)])
-    if network == "light":
-        return exported("decoupled_light", "paper", 18)[1]
-    return exported("vanilla" if network == "vanilla" else "decoupled", "published", 18)[1]
+    return exported(*EXPORTS[network])[1]
 
 
 def ranking_of(model: onnx.ModelProto) -> tuple[str, str]:

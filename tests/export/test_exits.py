@@ -24,7 +24,7 @@ IMAGES = ROOT / "tests" / "data" / "nuclei" / "images"
 
 @pytest.fixture(scope="module")
 def plain() -> bytes:
-    return exported("decoupled", "published", 18)[1]
+    return exported("decoupled", "paper", 20)[1]
 
 
 def cases() -> list[Case]:

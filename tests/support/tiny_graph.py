@@ -1,4 +1,7 @@
-"""Exported tiny networks; an export takes seconds, so each is made once for all tests."""
+"""Exported tiny networks; an export takes seconds, so each is made once for all tests.
+
+Where several processes share the tests, tests/conftest.py gives these modules to one of them.
+"""
 
 from __future__ import annotations
 
