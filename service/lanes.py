@@ -55,6 +55,7 @@ class Lanes:
 
     Args:
         engine: As many lanes as it takes calls at once.
+        images: Images begun at once; lanes beyond that only take tiles of those. Default: all.
         on_call: Told of every engine call, in the lane's thread.
 
     Attributes:
@@ -67,11 +68,15 @@ class Lanes:
         self,
         engine: RestartingBackend,
         *,
+        images: int | None = None,
         on_call: Callable[[BatchStats], None] = lambda stats: None,
     ) -> None:
         self._engine = engine
         self._on_call = on_call
-        self._pool = RankedPool(engine.concurrency, "lane")
+        begun = min(images or engine.concurrency, engine.concurrency)
+        self._pool = self._helpers = RankedPool(begun, "lane")
+        if begun < engine.concurrency:
+            self._helpers = RankedPool(engine.concurrency - begun, "helper")
         self._images: set[_Image] = set()
         self._draining = False
 
@@ -114,7 +119,7 @@ class Lanes:
         self._draining = True
         if self._images:
             await asyncio.wait([image.done for image in self._images])
-        self._pool.shutdown()
+        self._shut_down()
 
     async def abort(self) -> None:
         """Ends at once; whoever waits gets `Draining`."""
@@ -123,12 +128,16 @@ class Lanes:
             image.is_left = True
             if not image.done.done():
                 image.done.set_exception(Draining("the server is going down"))
-        self._pool.shutdown()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        for pool in {self._pool, self._helpers}:
+            pool.shutdown()
 
     def _share(self, image: _Image, tiles: int) -> None:
         """Lets free lanes take part of an image's tiles; in a lane."""
         for _ in range(min(tiles, self._engine.concurrency) - 1):
-            self._pool.submit(image.go_on, image.rank)
+            self._helpers.submit(image.go_on, image.rank)
 
     def _infer(self, image: _Image, tile: Tile) -> tuple[TileCandidates, Interval]:
         """One engine call, in a lane; if it hangs, another thread takes the lane's place."""
@@ -136,7 +145,8 @@ class Lanes:
 
         def give_up() -> None:
             image.fail(self._count_failure("it does not come back", started_s))
-            self._pool.replace(lane)
+            if not self._pool.replace(lane):
+                self._helpers.replace(lane)
 
         try:
             results = self._engine.infer_here([tile], give_up)

@@ -303,7 +303,7 @@ class ModelStore:
         if on_cpu and not delay_ms:
             has_cores_of_its_own = (limits.threads or settings.threads) == 1
             if engine.concurrency > 1 or has_cores_of_its_own:
-                return Lanes(engine, on_call=on_call)
+                return Lanes(engine, images=settings.pool_threads, on_call=on_call)
         if delay_ms is None:
             delay_ms = 0.0 if on_cpu else GPU_DELAY_MS
         return DynamicBatcher(

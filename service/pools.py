@@ -78,13 +78,20 @@ class RankedPool:
         self._put(entry, rank)
         return entry
 
-    def replace(self, thread: threading.Thread) -> None:
-        """Another thread takes the place of one that may never come back from its step."""
+    def replace(self, thread: threading.Thread) -> bool:
+        """Another thread takes the place of one that may never come back from its step.
+
+        Returns:
+            Whether it is the pool's.
+        """
         with self._lock:
+            if thread not in self._threads:
+                return False
             place = self._threads.index(thread)
             other = threading.Thread(target=self._run_all, name=thread.name, daemon=True)
             self._threads[place] = other
         other.start()
+        return True
 
     def _put(self, entry: Entry, rank: float) -> None:
         with self._lock:

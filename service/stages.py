@@ -35,6 +35,7 @@ from service.steps import (
     count_pixels,
     decode,
     encode_error,
+    peek,
     timed,
 )
 from service.timing import Interval, Timing, attribute_time
@@ -132,17 +133,23 @@ class Stages:
             pool.shutdown()
 
     async def read_headers(self, images: Sequence[ImageFile], job: Job) -> list[int | DecodeError]:
-        """Pixels of each image, or why it is refused; nothing is decoded yet."""
+        """Pixels of each image, or why it is refused; nothing is decoded yet.
+
+        Most are known at once; a header that must be parsed could hold the event loop.
+        """
         data = [image.data for image in images]
-        step = partial(count_pixels, data, self._settings.max_image_pixels)
-        return await self._headers.run(step, job.rank)
+        most = self._settings.max_image_pixels
+        counts = [pixels for one in data if (pixels := peek(one)) is not None and pixels <= most]
+        if len(counts) == len(data):
+            return [*counts]
+        return await self._headers.run(partial(count_pixels, data, most), job.rank)
 
     async def run(self, image: ImageFile, header: int | DecodeError, job: Job) -> Outcome:
         """One image from its bytes to its answer; cancelling it removes what still waits."""
         try:
             if isinstance(header, DecodeError):
                 raise header
-            return await self._run(image, job)
+            return await self._run(image, header, job)
         except Exception as error:
             status, detail = describe_error(error)
             if status == 500 and detail["code"] == "internal_error":
@@ -150,14 +157,14 @@ class Stages:
             self._metrics.image_errors.labels(job.model.name, detail["code"]).inc()
             return Outcome(encode_error(image.file_name, error), error=error)
 
-    async def _run(self, image: ImageFile, job: Job) -> Outcome:
+    async def _run(self, image: ImageFile, pixels: int, job: Job) -> Outcome:
         model, options = job.model, job.options
         config = model.loaded.config
         step = partial(
             decode,
             image.data,
             config,
-            self._settings.max_image_pixels,
+            pixels,  # no more than was admitted
             options,
             scaled=self._settings.scaled_decode,
         )

@@ -15,7 +15,13 @@ import orjson
 from PIL import Image
 
 from service.errors import describe_error
-from service.pipeline.decode import check_size, decode_image, read_image_hw, read_upright_hw
+from service.pipeline.decode import (
+    check_size,
+    decode_image,
+    peek_pixels,
+    read_image_hw,
+    read_upright_hw,
+)
 from service.pipeline.draw import draw_instances
 from service.pipeline.encode import encode_index_png, instance_to_coco
 from service.pipeline.errors import DecodeError
@@ -63,6 +69,14 @@ def timed(step: Callable[[], T]) -> Timed[T]:
     started_s = time.monotonic()
     result = step()
     return Timed(result, (started_s, time.monotonic()))
+
+
+def peek(image: bytes | UInt8) -> int | None:
+    """An image's pixels, if they can be told at once; see `peek_pixels`."""
+    if isinstance(image, bytes):
+        return peek_pixels(image)
+    height, width = image.shape[:2]
+    return int(height * width)
 
 
 def count_pixels(images: Sequence[bytes | UInt8], max_pixels: int) -> list[int | DecodeError]:

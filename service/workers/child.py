@@ -174,16 +174,23 @@ class Intake:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    @staticmethod
-    async def _serve(server: uvicorn.Server, connection: socket.socket) -> None:
+    async def _serve(self, server: uvicorn.Server, connection: socket.socket) -> None:
         """As uvicorn does with a connection that it has accepted itself."""
 
         def build() -> asyncio.Protocol:
-            return server.config.http_protocol_class(  # type: ignore[call-arg]
+            protocol: asyncio.Protocol = server.config.http_protocol_class(  # type: ignore[call-arg]
                 config=server.config,
                 server_state=server.server_state,
                 app_state=server.lifespan.state,
             )
+            lost = protocol.connection_lost
+
+            def connection_lost(error: Exception | None) -> None:
+                lost(error)
+                self.report()  # the parent would give others the next ones
+
+            protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
+            return protocol
 
         connection.setblocking(False)
         try:

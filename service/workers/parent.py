@@ -55,13 +55,14 @@ class _Worker:
 def share(settings: Settings) -> Settings:
     """The settings of one worker: its share of what the whole server may have in work.
 
-    Threads that nobody has set are twice the cores in all: a worker uses what another leaves.
+    Threads that nobody has set are as many as the cores in all, and the engines' twice that: a
+    worker uses what another leaves.
     """
-    count = settings.workers
-    threads = min(count_cores(), 2 * math.ceil(count_cores() / count))
-    unset = {"threads", "pool_threads"} - settings.model_fields_set
+    count, cores = settings.workers, count_cores()
+    own = math.ceil(cores / count)
+    threads = {"pool_threads": own, "threads": min(cores, 2 * own)}
     return settings.model_copy(
-        update=dict.fromkeys(unset, threads)
+        update={name: n for name, n in threads.items() if name not in settings.model_fields_set}
         | {
             "max_queue_images": math.ceil(settings.max_queue_images / count),
             "max_queue_pixels": max(

@@ -33,14 +33,14 @@ class Picture(TiledImage):
 class House:
     """Lanes with their engine."""
 
-    def __init__(self, lanes: int = 1, timeout_s: float = 10.0) -> None:
+    def __init__(self, lanes: int = 1, timeout_s: float = 10.0, images: int | None = None) -> None:
         self.backend = FakeBackend(lanes)
         self.others: list[FakeBackend] = []
         self.stats: list[BatchStats] = []
         self.engine = RestartingBackend(
             self.backend, self.build, lambda backend: None, timeout_s=timeout_s
         )
-        self.lanes = Lanes(self.engine, on_call=self.stats.append)
+        self.lanes = Lanes(self.engine, images=images, on_call=self.stats.append)
         self.began: list[int] = []
 
     def build(self) -> FakeBackend:
@@ -102,20 +102,21 @@ async def test_an_image_is_carried_by_one_thread(house: House) -> None:
     assert [(stats.size, stats.failed) for stats in house.stats] == [(1, False)]
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-async def test_every_tile_of_an_image_is_searched_once(lanes: int) -> None:
-    house = House(lanes)
-    images = await asyncio.gather(*(house.carry(*range(1, 1 + n)) for n in (1, 2, 7, 30, 1)))
-    assert [len(image.picture.searched) for image in images] == [1, 2, 7, 30, 1]
-    assert [len(image.calls) for image in images] == [1, 2, 7, 30, 1]
+@pytest.mark.parametrize(("lanes", "images"), [(1, 1), (2, 2), (3, 3), (3, 1), (1, 9)])
+async def test_every_tile_of_an_image_is_searched_once(lanes: int, images: int) -> None:
+    house = House(lanes, images=images)
+    carried = await asyncio.gather(*(house.carry(*range(1, 1 + n)) for n in (1, 2, 7, 30, 1)))
+    assert [len(image.picture.searched) for image in carried] == [1, 2, 7, 30, 1]
+    assert [len(image.calls) for image in carried] == [1, 2, 7, 30, 1]
     values = sorted(value for batch in house.backend.batches for value in batch)
     assert values == sorted(v for n in (1, 2, 7, 30, 1) for v in range(1, 1 + n))
     await house.lanes.drain()
     house.engine.close()
 
 
-async def test_a_free_lane_takes_tiles_of_an_image_that_has_some() -> None:
-    house = House(lanes=2)
+@pytest.mark.parametrize("images", [1, 2])
+async def test_a_free_lane_takes_tiles_of_an_image_that_has_some(images: int) -> None:
+    house = House(lanes=2, images=images)
     together = threading.Barrier(2, timeout=10)
     infer = house.backend.infer
 
@@ -125,6 +126,18 @@ async def test_a_free_lane_takes_tiles_of_an_image_that_has_some() -> None:
 
     house.backend.infer = infer_together  # type: ignore[method-assign]
     assert len((await house.carry(1, 2, 3, 4)).calls) == 4  # never one alone
+    house.engine.close()
+
+
+async def test_a_lane_that_only_helps_begins_no_image() -> None:
+    house = House(lanes=2, images=1)
+    house.backend.go.clear()
+    images = [house.start(1), house.start(2)]
+    assert await asyncio.to_thread(house.backend.entered.wait, 10)
+    await asyncio.sleep(0.02)
+    assert (house.began, house.lanes.waiting) == ([1], 1)
+    house.backend.go.set()
+    await asyncio.gather(*images)
     house.engine.close()
 
 
@@ -180,18 +193,19 @@ async def test_a_result_too_many_is_an_error(house: House) -> None:
     assert house.stats[0].failed
 
 
-async def test_a_lane_that_hangs_costs_its_image_and_another_takes_its_place() -> None:
-    house = House(timeout_s=0.05)
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_a_lane_that_hangs_costs_its_image_and_another_takes_its_place(lanes: int) -> None:
+    house = House(lanes, timeout_s=0.05, images=1)  # of two the other hangs on the other tile
     house.backend.go.clear()
     hung, waits = house.start(1, 2), house.start(3)
     with pytest.raises(EngineError):
         await hung
     assert len((await waits).calls) == 1
     assert house.others[0].batches == [[3]]
-    assert [stats.failed for stats in house.stats] == [True, False]
-    house.backend.go.set()  # the thread comes back, and is of no use
+    assert [stats.failed for stats in house.stats] == [True] * lanes + [False]
+    house.backend.go.set()  # the threads come back, and are of no use
     assert len((await house.carry(4)).calls) == 1
-    assert [stats.failed for stats in house.stats] == [True, False, False]
+    assert [stats.failed for stats in house.stats] == [True] * lanes + [False, False]
     house.engine.close()
 
 

@@ -147,7 +147,8 @@ async def test_a_thread_that_is_replaced_ends_after_its_step_and_another_works()
     while not gate.ran:
         await asyncio.sleep(0.001)
     (stuck,) = (thread for thread in threading.enumerate() if thread.name == "test_0")
-    pool.replace(stuck)
+    assert pool.replace(stuck)
+    assert not pool.replace(stuck)  # it is the pool's no more
     assert await pool.run(threading.current_thread, 0) is not stuck
     gate.go.set()
     assert await hangs == "hangs"

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
+from service.pipeline.decode import (
+    decode_image,
+    peek_pixels,
+    read_image_hw,
+    read_upright_hw,
+)
 from service.pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from service.pipeline.types import UInt8
 from tests.support.pictures import build_jpeg_of_scans
@@ -266,3 +271,54 @@ def test_a_jpeg_of_very_many_segments_is_refused() -> None:
     data = _encode(_gradient(), "JPEG")
     with pytest.raises(CorruptImage, match="more than 10000 segments"):
         decode_image(data[:2] + b"\xff\xfe\x00\x02" * 20_000 + data[2:])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"exif": bytes(60_000)}, {"dpi": (72, 72), "comment": b"c" * 9000}],
+    ids=["baseline", "progressive", "EXIF", "comment"],
+)
+def test_pixels_of_ordinary_jpegs_are_told_at_once(mode: str, options: dict[str, Any]) -> None:
+    data = _encode(_gradient(mode), "JPEG", **options)
+    assert peek_pixels(data) == 600
+
+
+def test_pixels_of_a_png_are_told_at_once() -> None:
+    assert peek_pixels(_encode(_gradient(), "PNG")) == 600
+    assert peek_pixels(_png_header(60_000, 50_000)) == 3_000_000_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GIF89a",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xc0\0\x11\x08\0",  # cut
+        b"\xff\xd8" + b"\xff\xe0\0\2" * 200_000,  # endless
+        b"\xff\xd8" + b"\xff\xe0\0\0" * 20,  # lengths that cannot be
+        b"\xff\xd8\xff\xda\0\x11\x08\0\1\0\1" + bytes(20),  # a scan before the size
+        b"\xff\xd8\xff\xc0\0\x11\x08\0\0\0\1" + bytes(20),  # height 0
+        _png_header(0, 7),
+        _png_header(7, 7)[:23],
+        _encode(Image.new("RGB", (4, 4)), "WEBP"),
+        _encode(Image.new("RGB", (4, 4)), "BMP"),
+    ],
+)
+def test_what_cannot_be_told_at_once_is_left_to_who_reads_headers(data: bytes) -> None:
+    assert peek_pixels(data) is None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_peek_agrees_with_the_header_or_tells_nothing_whatever_is_sent(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    good = np.frombuffer(_encode(_gradient(), kind), np.uint8)
+    for _ in range(2000):
+        damaged = good.copy()
+        damaged[rng.integers(0, min(len(good), 700), 3)] = rng.integers(0, 256, 3)
+        data = damaged.tobytes()
+        told = peek_pixels(data)
+        with contextlib.suppress(CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat):
+            height, width = read_image_hw(data, max_pixels=1 << 40)
+            assert told in (None, height * width)

@@ -150,11 +150,12 @@ def test_what_workers_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "workers", "threads"), [(2, 2, 2), (16, 16, 2), (16, 4, 8), (16, 2, 16), (1, 2, 1)]
+    ("cores", "workers", "pool_threads", "threads"),
+    [(2, 2, 1, 2), (16, 16, 1, 2), (16, 4, 4, 8), (16, 2, 8, 16), (1, 2, 1, 1)],
 )
-def test_threads_that_nobody_has_set_are_twice_the_cores_in_all(
-    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, threads: int
+def test_threads_that_nobody_has_set_follow_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, pool_threads: int, threads: int
 ) -> None:
     monkeypatch.setattr(parent_module, "count_cores", lambda: cores)
     shared = share(Settings(workers=workers))
-    assert (shared.threads, shared.pool_threads) == (threads, threads)
+    assert (shared.pool_threads, shared.threads) == (pool_threads, threads)
