@@ -197,7 +197,7 @@ class _Image:
             tiles = len(self._picture.tiles)
             if tiles > 1:
                 self.share(self, tiles)
-        except Exception as error:
+        except BaseException as error:  # nothing may end the lane
             self.fail(error)
         else:
             self.go_on()
@@ -212,10 +212,10 @@ class _Image:
                 if self._picture.search(index, candidates):
                     carried = Carried(self._decoded, self._calls, self._picture)
                     self._tell(partial(self.done.set_result, carried))
-        except Exception as error:
+        except BaseException as error:  # nothing may end the lane
             self.fail(error)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends it with an error; any thread may call it."""
         self.is_left = True
         self._tell(partial(self.done.set_exception, error))

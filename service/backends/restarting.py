@@ -184,7 +184,9 @@ class RestartingBackend:
         with self._lock:
             self._calls.add(call)
             if self._watch is None:
-                self._watch = threading.Thread(target=self._watch_calls, daemon=True)
+                self._watch = threading.Thread(
+                    target=self._watch_calls, name="engine-watch", daemon=True
+                )
                 self._watch.start()
         try:
             return backend.infer(tiles)

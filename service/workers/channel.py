@@ -14,7 +14,7 @@ from collections.abc import Iterator
 MAIN, ADMIN = 0, 1
 """Numbers of the listeners; no signal that is passed on has these."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_COUNT = struct.Struct("!I")
+_REPORT = struct.Struct("!QI")
 _MOST_AT_ONCE = 64
 
 
@@ -32,6 +32,14 @@ class ParentEnd:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self._rest = b""
+        self._passed = 0
+        self._received = 0
+        self._open = 0
+
+    @property
+    def connections(self) -> int:
+        """That the worker has, and that are on their way to it."""
+        return self._open + self._passed - self._received
 
     def pass_connection(self, listener: int, connection: socket.socket) -> bool:
         """Hands a connection over; whether the worker had room for it."""
@@ -39,6 +47,7 @@ class ParentEnd:
             socket.send_fds(self.channel, [bytes([listener])], [connection.fileno()])
         except OSError:  # too many are on the way, or the worker has ended
             return False
+        self._passed += 1
         return True
 
     def pass_signal(self, number: int) -> None:
@@ -48,8 +57,8 @@ class ParentEnd:
         except OSError:
             return  # it has ended
 
-    def read_connections(self) -> int | None:
-        """What the worker said last of its connections; None: nothing.
+    def read_reports(self) -> bool:
+        """Reads what the worker has said of its connections; whether it was anything.
 
         Raises:
             ChannelClosed: The worker has ended.
@@ -57,18 +66,18 @@ class ParentEnd:
         try:
             data = self.channel.recv(4096)
         except BlockingIOError:
-            return None
+            return False
         except OSError as error:
             raise ChannelClosed from error
         if not data:
             raise ChannelClosed
         data = self._rest + data
-        whole = len(data) - len(data) % _COUNT.size
+        whole = len(data) - len(data) % _REPORT.size
         self._rest = data[whole:]
         if not whole:
-            return None
-        (count,) = _COUNT.unpack_from(data, whole - _COUNT.size)
-        return int(count)
+            return False
+        self._received, self._open = _REPORT.unpack_from(data, whole - _REPORT.size)
+        return True
 
 
 class WorkerEnd:
@@ -80,11 +89,12 @@ class WorkerEnd:
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
+        self._received = 0
 
-    def report_connections(self, count: int) -> None:
+    def report(self, open_connections: int) -> None:
         """Tells the parent how many there are."""
         try:
-            self.channel.send(_COUNT.pack(count))
+            self.channel.send(_REPORT.pack(self._received, open_connections))
         except OSError:
             return  # full: the next report says it too; or the parent has ended
 
@@ -103,5 +113,6 @@ class WorkerEnd:
                 raise ChannelClosed from error
             if not data:
                 raise ChannelClosed
+            self._received += len(descriptors)
             connection = socket.socket(fileno=descriptors[0]) if descriptors else None
             yield data[0], connection

@@ -148,8 +148,8 @@ class Intake:
 
     def report(self) -> None:
         """Tells the parent how many connections there are."""
-        count = len(self._main.server_state.connections) + len(self._tasks)
-        self._channel.report_connections(count)
+        served = sum(len(server.server_state.connections) for server in self._servers.values())
+        self._channel.report(served + len(self._tasks))
 
     def stop(self) -> None:
         """Takes no more; signals are still heard."""

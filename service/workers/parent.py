@@ -32,6 +32,8 @@ BACKLOG = 2048
 WHAT = {MAIN: "running", ADMIN: "admin endpoints"}
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+_LAST_S = 5.0
+"""How long a worker may take to end after it has closed its channel."""
 _MOST_AT_ONCE = 64
 _PAUSE_S = 0.01
 _PAUSES = 100
@@ -43,13 +45,13 @@ class _Worker:
     """A worker's process.
 
     Attributes:
-        connections: What it said last, and what it was given since; None: it is not ready.
+        is_ready: Whether it takes connections.
     """
 
     index: int
     process: SpawnProcess
     end: ParentEnd
-    connections: int | None = None
+    is_ready: bool = False
 
 
 def share(settings: Settings) -> Settings:
@@ -135,7 +137,7 @@ class Parent:
         self._workers: dict[int, _Worker] = {}
         self._due_s: dict[int, float] = dict.fromkeys(range(settings.workers), 0.0)
         self._pauses_s = dict.fromkeys(range(settings.workers), FIRST_PAUSE_S)
-        self._listening = False
+        self._has_listened = False
         self._ending = False
         self._selector = selectors.DefaultSelector()
         self._wake, self.woken = socket.socketpair()
@@ -166,10 +168,10 @@ class Parent:
         """Passes a signal on to the workers; none is started any more."""
         self._ending = True
         for worker in self._workers.values():
-            if worker.connections is None:
-                worker.process.kill()  # it has no work yet
-            else:
+            if worker.is_ready:
                 worker.end.pass_signal(number)
+            else:
+                worker.process.kill()  # it has no work yet
 
     def _next_due(self) -> float | None:
         if self._ending or not self._due_s:
@@ -201,17 +203,15 @@ class Parent:
 
     def _hear(self, worker: _Worker) -> None:
         try:
-            connections = worker.end.read_connections()
+            is_report = worker.end.read_reports()
         except ChannelClosed:
             self._bury(worker)
             return
-        if connections is None:
-            return
-        if worker.connections is None:
+        if is_report and not worker.is_ready:
             logger.info("worker %d is ready", worker.index)
             self._pauses_s[worker.index] = FIRST_PAUSE_S
-        worker.connections = connections
-        self._listen()
+            worker.is_ready = True
+            self._listen()
 
     def _bury(self, worker: _Worker) -> None:
         """A worker has ended: another takes its place, unless all are to end.
@@ -221,12 +221,16 @@ class Parent:
         """
         self._selector.unregister(worker.end.channel)
         worker.end.channel.close()
+        worker.process.join(_LAST_S)
+        worker.process.kill()  # one that does not end though its channel is closed
         worker.process.join()
         del self._workers[worker.index]
         code = worker.process.exitcode
+        if not self._ready:
+            self._hold()
         if self._ending:
             return
-        if not self._listening:
+        if not self._has_listened:
             raise StartupError(
                 f"worker {worker.index} cannot start (exit status {code}); see above"
             )
@@ -240,15 +244,26 @@ class Parent:
             pause_s,
         )
 
+    @property
+    def _ready(self) -> list[_Worker]:
+        return [worker for worker in self._workers.values() if worker.is_ready]
+
     def _listen(self) -> None:
-        if self._listening:
-            return
-        self._listening = True
+        """Accepts connections from now on."""
         for number, listener in self._listeners.items():
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-            self._watch(listener, partial(self._accept, number))
-            log_address(listener, WHAT[number])
+            if not self._has_listened:
+                listener.listen(BACKLOG)
+                listener.setblocking(False)
+                log_address(listener, WHAT[number])
+            if listener not in self._selector.get_map():
+                self._watch(listener, partial(self._accept, number))
+        self._has_listened = True
+
+    def _hold(self) -> None:
+        """Leaves connections in the system's queue until a worker is ready."""
+        for listener in self._listeners.values():
+            if listener in self._selector.get_map():
+                self._selector.unregister(listener)
 
     def _accept(self, number: int) -> None:
         for _ in range(_MOST_AT_ONCE):
@@ -257,18 +272,18 @@ class Parent:
             except OSError:  # nobody is left; or the client is gone, or there are too many files
                 return
             with connection:
-                self._give(number, connection)
+                if not self._give(number, connection):
+                    logger.error("no worker has had room for a connection for 1 s, it is closed")
+                    return
 
-    def _give(self, number: int, connection: socket.socket) -> None:
+    def _give(self, number: int, connection: socket.socket) -> bool:
         """To the worker with the fewest connections; to the next if it has no room."""
         for _ in range(_PAUSES):
-            ready = [w for w in self._workers.values() if w.connections is not None]
-            for worker in sorted(ready, key=lambda worker: worker.connections or 0):
+            for worker in sorted(self._ready, key=lambda worker: worker.end.connections):
                 if worker.end.pass_connection(number, connection):
-                    worker.connections = (worker.connections or 0) + 1
-                    return
+                    return True
             time.sleep(_PAUSE_S)
-        logger.error("no worker has had room for a connection for 1 s, it is closed")
+        return False
 
     def _drop_wake(self) -> None:
         self._wake.recv(4096)

@@ -38,30 +38,42 @@ def test_connections_and_signals_arrive_in_their_order(ends: tuple[ParentEnd, Wo
         ours.close()
 
 
-def test_the_last_report_counts(ends: tuple[ParentEnd, WorkerEnd]) -> None:
+def test_connections_are_those_reported_and_those_on_their_way(
+    ends: tuple[ParentEnd, WorkerEnd],
+) -> None:
     parent, worker = ends
-    assert parent.read_connections() is None
-    for count in (0, 70_000, 5):
-        worker.report_connections(count)
-    assert parent.read_connections() == 5
-    assert parent.read_connections() is None
+    assert not parent.read_reports()
+    with socket.socket() as connection:
+        for _ in range(5):
+            assert parent.pass_connection(MAIN, connection)
+    assert parent.connections == 5
+    for _ in range(2):
+        _, received = next(worker.receive())
+        assert received is not None
+        received.close()
+    for count in (2, 70_000, 1):  # the last one counts: of two one is still open
+        worker.report(count)
+    assert parent.read_reports()
+    assert parent.connections == 1 + 3
+    assert not parent.read_reports()
 
 
 def test_a_report_that_arrives_in_two_pieces_is_put_together(
     ends: tuple[ParentEnd, WorkerEnd],
 ) -> None:
     parent, worker = ends
-    worker.channel.send(b"\0\0\0\7\0\0")
-    assert parent.read_connections() == 7
-    worker.channel.send(b"\0\3")
-    assert parent.read_connections() == 3
+    report = b"\0\0\0\0\0\0\0\0" + b"\0\0\0\7"
+    worker.channel.send(report + report[:9])
+    assert parent.read_reports() and parent.connections == 7
+    worker.channel.send(b"\0\0\3")
+    assert parent.read_reports() and parent.connections == 3
 
 
 def test_both_ends_notice_that_the_other_has_ended(ends: tuple[ParentEnd, WorkerEnd]) -> None:
     parent, worker = ends
     worker.channel.close()
     with pytest.raises(ChannelClosed):
-        parent.read_connections()
+        parent.read_reports()
     with socket.socket() as connection:
         assert not parent.pass_connection(MAIN, connection)
     parent.pass_signal(signal.SIGTERM)  # no error
@@ -71,7 +83,7 @@ def test_both_ends_notice_that_the_other_has_ended(ends: tuple[ParentEnd, Worker
         ours.close()
         with pytest.raises(ChannelClosed):
             list(WorkerEnd(theirs).receive())
-        WorkerEnd(theirs).report_connections(1)  # no error
+        WorkerEnd(theirs).report(1)  # no error
 
 
 def test_a_worker_that_takes_nothing_is_full_at_last(ends: tuple[ParentEnd, WorkerEnd]) -> None:
