@@ -140,10 +140,12 @@ def plot(report: Row, file: Path) -> str | None:
         left.set(
             title=f"{workload}: closed loop", xlabel="clients", ylabel="images/s", xscale="log"
         )
+        left.set_xticks(rounds.clients, labels=map(str, rounds.clients))
+        left.minorticks_off()
         left.set_ylim(bottom=0)
         left.legend(fontsize="small")
         right.set(
-            title=f"{workload}: open loop", xlabel="requests/s", ylabel="p99, ms", yscale="log"
+            title=f"{workload}: open loop", xlabel="requests/s", ylabel="p99, ms", ylim=(0, None)
         )
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
