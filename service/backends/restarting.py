@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
@@ -143,15 +144,16 @@ class RestartingBackend:
 
     def close(self) -> None:
         """See `Backend.close`; whoever waits for a new engine gets an error."""
+        self._closed.set()
+        calls = self._mark_given_up(before_s=math.inf)
         with self._lock:
-            self._closed.set()
             self._usable.set()
             self._workers.stop()
             self._interrupt()
             self._workers.abandon(BackendError("the engine is closed"))
             self._backend.close()
-            calls = tuple(self._calls)
-        self._give_up(calls)
+        for call in calls:
+            call.give_up()
 
     def _take(self, backend: Backend) -> None:
         self._backend = backend
@@ -199,20 +201,21 @@ class RestartingBackend:
     def _watch_calls(self) -> None:
         """In a thread of its own: gives up calls that have taken too long."""
         while not self._closed.wait(min(1.0, self._timeout_s / 4)):
-            now_s = time.monotonic()
-            with self._lock:
-                late = [call for call in self._calls if call.deadline_s < now_s]
-            for call in late:
+            for call in self._mark_given_up(before_s=time.monotonic()):
                 self._replace(call.backend, self._say_hung())
-            self._give_up(late)
+                call.give_up()
 
-    def _give_up(self, calls: Iterable[_Call]) -> None:
-        for call in calls:
-            with self._lock:
-                if call.is_given_up or call not in self._calls:
-                    continue
+    def _mark_given_up(self, before_s: float) -> list[_Call]:
+        """Marks the calls whose deadline was before then.
+
+        That comes before anything else: what interrupts a call must not look like its failure.
+        """
+        with self._lock:
+            calls = (call for call in self._calls if not call.is_given_up)
+            marked = [call for call in calls if call.deadline_s < before_s]
+            for call in marked:
                 call.is_given_up = True
-            call.give_up()
+        return marked
 
     def _say_hung(self) -> str:
         return f"a call has not come back after {self._timeout_s:g} s"

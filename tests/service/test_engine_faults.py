@@ -31,6 +31,8 @@ class Fault:
         self.hangs = False
         self.may_build = threading.Event()
         self.may_return = threading.Event()
+        self.may_fail = threading.Event()
+        self.may_fail.set()
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
         if self is fault.broken:
             if fault.hangs:
                 fault.may_return.wait(20)
+            assert fault.may_fail.wait(20)
             raise MemoryError("bad allocation")
         return infer(self, tiles)
 
@@ -88,9 +91,14 @@ async def wait_until_not_ready(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_dead_engine_is_replaced_and_nothing_accepted_is_lost(
-    client: httpx.AsyncClient, fault: Fault
+    client: httpx.AsyncClient, watched: FastAPI, fault: Fault
 ) -> None:
+    fault.may_fail.clear()
     accepted = [asyncio.create_task(post(client)) for _ in range(5)]
+    async with asyncio.timeout(10):
+        while watched.state.segmenter.admission.images < 5:
+            await asyncio.sleep(0.001)
+    fault.may_fail.set()
     await wait_until_not_ready(client)
     assert (await client.get("/healthz")).json() == {"status": "engine_restarting"}
     refused = await post(client)

@@ -310,3 +310,28 @@ def test_a_call_that_is_interrupted_for_anothers_sake_is_done_by_the_next_engine
         current.release.set()
         assert len(second.result(10)) == 2
     backend.close()
+
+
+def test_what_interrupts_a_call_in_its_own_thread_is_not_its_failure() -> None:
+    class Interruptible(InterruptibleEngine):
+        def infer(self, tiles: Sequence[Tile]) -> list[Candidates]:
+            result = super().infer(tiles)
+            if self.release.is_set():
+                raise RuntimeError("ended from outside")
+            return result
+
+    for _ in range(10):
+        engines = [Interruptible()]
+
+        def build(engines: list[Interruptible] = engines) -> Backend:
+            engines.append(Interruptible())
+            return engines[-1]
+
+        backend = RestartingBackend(engines[0], build, probe, timeout_s=0.02)
+        given_up = threading.Event()
+        with pytest.raises(EngineHung):
+            backend.infer_here([build_tile(HANGING)], given_up.set)
+        assert given_up.wait(10)
+        wait_for(lambda backend=backend: backend.is_alive)  # type: ignore[misc]
+        assert len(engines) == 2 and engines[1].calls == []  # it was not tried again
+        backend.close()
