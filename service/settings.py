@@ -76,7 +76,7 @@ class Settings(BaseSettings):
         PositiveInt | None,
         Field(
             description="batches in an ONNX Runtime engine at once (default: 2 on a GPU; 1 on the "
-            "CPU, but for models with tiles as many as threads, each with one)"
+            "CPU, but for models with tiles, or workers, as many as threads, each with one)"
         ),
     ] = None
     engine_cache: Annotated[
@@ -88,11 +88,18 @@ class Settings(BaseSettings):
         Field(description="most GPU memory of ONNX Runtime for each slot, bytes (default: all)"),
     ] = None
     threads: Annotated[
-        PositiveInt, Field(description="threads of an engine on the CPU (default: real cores)")
+        PositiveInt,
+        Field(
+            description="threads of an engine on the CPU (default: real cores; with workers twice "
+            "their share)"
+        ),
     ] = Field(default_factory=count_cores)
     pool_threads: Annotated[
         PositiveInt,
-        Field(description="threads for decoding, and as many for encoding (default: real cores)"),
+        Field(
+            description="threads for decoding, and as many for encoding; where one does both, "
+            "images begun at once (default: real cores, divided by the workers)"
+        ),
     ] = Field(default_factory=count_cores)
     max_batch: Annotated[
         PositiveInt, Field(description="canvases in one engine call; a model's limit also holds")
