@@ -123,10 +123,12 @@ class RankedPool:
     @staticmethod
     def _run(entry: Entry) -> None:
         step, entry.step = entry.step, None
-        if step is None or (entry.done is not None and entry.done.cancelled()):
+        if step is None:
             return
         if entry.done is None:
             step()
+            return
+        if entry.done.cancelled():
             return
         loop = entry.done.get_loop()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

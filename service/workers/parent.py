@@ -82,7 +82,7 @@ def run_workers(settings: Settings) -> None:
         StartupError: A port cannot be had, or a worker cannot start.
     """
     with ExitStack() as stack:
-        main = bind(settings.host, settings.port, WHAT[MAIN])
+        main = bind(settings.host, settings.port, "requests")
         listeners = {MAIN: stack.enter_context(main)}
         if settings.admin_port is not None:
             admin = bind(settings.admin_host, settings.admin_port, WHAT[ADMIN])
