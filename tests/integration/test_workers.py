@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ import pytest
 from benchmarks.load import read_metrics
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import ServerProcess, run_server
+from tests.support.waiting import poll_until
 
 PICTURE = encode_picture(draw_picture())
 WAIT_S = 60.0
@@ -42,11 +43,7 @@ def server(repo: Path, tmp_path: Path) -> Iterator[ServerProcess]:
         yield running
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+wait_for = partial(poll_until, timeout_s=WAIT_S, pause_s=0.05)
 
 
 def has_both(url: str) -> bool:

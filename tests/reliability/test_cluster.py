@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.support.processes import free_port
 from tests.support.ray_nodes import add_node, run_cluster, skip_without_ray
 from tests.support.server import run_server
 from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
+from tests.support.waiting import poll_until
 
 pytestmark = pytest.mark.slow
 PICTURE = encode_picture(draw_picture())
@@ -95,11 +97,7 @@ def under_load(url: str) -> Iterator[Load]:
             load.answers += running.result().answers
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it has not come"
-        time.sleep(0.2)
+wait_until = partial(poll_until, timeout_s=WAIT_S, pause_s=0.2)
 
 
 def find_workers(url: str) -> set[int]:

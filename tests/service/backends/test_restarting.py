@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from service.backends.base import Backend, BackendError, Precision
 from service.backends.restarting import EngineHung, RestartingBackend
 from service.pipeline.types import Candidates, Tile, Window
+from tests.support.waiting import poll_until
 
 GOOD, BAD, DEADLY, HANGING = 1, 2, 3, 4
 
@@ -106,11 +108,7 @@ def open_house(**options: int | float) -> Iterator[House]:
         house.backend.close()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
+wait_for = partial(poll_until, timeout_s=10, pause_s=0.001)
 
 
 def test_a_healthy_engine_is_passed_through() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from service.backends.base import BackendError, Precision
 from service.backends.switching import BuildJob, SwitchingBackend
 from service.pipeline.types import Candidates, Tile, Window
+from tests.support.waiting import poll_until
 
 TIMEOUT_S = 60.0
 DONE = "print('{\"done\": true}')"
@@ -92,11 +94,7 @@ while not pathlib.Path({str(go)!r}).exists():
     )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.005)
+wait_for = partial(poll_until, timeout_s=TIMEOUT_S, pause_s=0.005)
 
 
 def is_running(pid: int) -> bool:

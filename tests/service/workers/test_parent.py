@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.workers import parent as parent_module
 from service.workers.channel import MAIN, WorkerEnd
 from service.workers.parent import Parent, share
+from tests.support.waiting import poll_until
 
 WAIT_S = 30.0
 FAILS = "fails"
@@ -79,11 +80,7 @@ class Running:
         self.listener.close()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+wait_for = partial(poll_until, timeout_s=WAIT_S, pause_s=0.01)
 
 
 def test_connections_go_to_the_worker_with_the_fewest_and_signals_to_all(tmp_path: Path) -> None:
