@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import this_command, write_report
-from service.backends.base import BackendOptions
+from pipeline.decode import decode_image
+from pipeline.encode import instance_to_coco
+from pipeline.postprocess import TileCandidates, postprocess
+from pipeline.preprocess import prepare
+from pipeline.types import Prepared
 from service.cores import count_cores
-from service.pipeline.decode import decode_image
-from service.pipeline.encode import instance_to_coco
-from service.pipeline.postprocess import TileCandidates, postprocess
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Prepared
-from service.registry import LoadedModel, load_version
+from service.engines.base import BackendOptions
+from service.models.repository import LoadedModel, load_version
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STAGES = ("decode", "prepare", "engine", "postprocess", "encode")

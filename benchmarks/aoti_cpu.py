@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.report import this_command
 from export.to_aoti import AotiOptions, build_aoti
-from service.backends.aoti import load_runner
+from service.engines.aotinductor import load_runner
 from training.configs import get_config
 from training.model.solo import Solo
 

@@ -3,8 +3,8 @@
 python -m benchmarks.bare --model model_repo/nuclei --threads 2 --seconds 10
 
 What a server could reach at most if its own layer cost nothing: the server's functions
-(service/steps.py), each image from its bytes to its answer in one thread, with an engine call of
-one thread. No event loop, no queue, no deadlines, no metrics, no isolation of faults. Prints one
+(service/work/steps.py), each image from its bytes to its answer in one thread, with an engine
+call of one thread. No event loop, queue, deadlines, metrics or fault isolation. Prints one
 JSON object. Threads share Python's lock; for a ceiling of a server with several processes run
 several of these at once.
 """
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import describe_machine, this_command, write_report
-from service.backends.base import BackendOptions
 from service.cores import count_cores
-from service.registry import LoadedModel, load_version
-from service.steps import Options, TiledImage, decode
+from service.engines.base import BackendOptions
+from service.models.repository import LoadedModel, load_version
+from service.work.steps import Options, TiledImage, decode
 
 MAX_PIXELS = 50_000_000
 OPTIONS = Options()

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.pipeline.model_config import InputSpec, KeepRatioResize, MatrixNms, PostprocessSpec
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Float32, Prepared
+from pipeline.model_config import InputSpec, KeepRatioResize, MatrixNms, PostprocessSpec
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates, Float32, Prepared
 
 STRIDE = 4
 CLASSES = 3

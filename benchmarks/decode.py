@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import InputSpec, KeepRatioResize
-from service.pipeline.preprocess import needed_hw
+from pipeline.decode import decode_image
+from pipeline.model_config import InputSpec, KeepRatioResize
+from pipeline.preprocess import needed_hw
 
 SIZES_HW = ((480, 640), (1080, 1920), (3024, 4032))
 SOLO = InputSpec(resize=KeepRatioResize(short_side=800, long_side=1333))

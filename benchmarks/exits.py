@@ -34,11 +34,11 @@ from benchmarks.worker import ROOT
 from export.exit_graph import add_exits
 from export.exits import PLAIN_FILES, compare_bits
 from export.onnx_graph import build_onnx
-from service.backends.base import collate, split_batch
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ModelConfig
-from service.pipeline.preprocess import prepare
-from service.registry import read_config
+from pipeline.decode import decode_image
+from pipeline.model_config import ModelConfig
+from pipeline.preprocess import prepare
+from service.engines.base import collate, split_batch
+from service.models.repository import read_config
 
 NUCLEI = ROOT / "model_repo" / "nuclei"
 IMAGES = ROOT / "tests" / "data" / "nuclei" / "images"

@@ -44,8 +44,8 @@ from benchmarks.gpu_stages import (
 from benchmarks.gpu_timing import measure_ceilings
 from benchmarks.report import find_versions, this_command
 from export.errors import ExportError
-from service.backends.aoti_package import PackagePrecision
-from service.backends.base import BackendError
+from service.engines.aoti_package import PackagePrecision
+from service.engines.base import BackendError
 from service.errors import ServiceError
 
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -22,7 +22,11 @@ from export.to_aoti import (
     describe_package,
     export_program,
 )
-from service.backends.aoti import (
+from pipeline.model_config import FileSpec
+from pipeline.types import Tile
+from service.cores import count_cores
+from service.engines.aoti_package import PackagePrecision, name_package
+from service.engines.aotinductor import (
     AotiBackend,
     CudaDevice,
     HostSlot,
@@ -30,12 +34,8 @@ from service.backends.aoti import (
     build_aoti_backend,
     load_runner,
 )
-from service.backends.aoti_package import PackagePrecision, name_package
-from service.backends.base import Backend, BackendError, BackendOptions, collate
-from service.backends.ort import build_ort_backend
-from service.cores import count_cores
-from service.pipeline.model_config import FileSpec
-from service.pipeline.types import Tile
+from service.engines.base import Backend, BackendError, BackendOptions, collate
+from service.engines.onnxruntime import build_ort_backend
 
 ENGINES = ("aoti", "eager", "ort", "trt")
 Device = Literal["cpu", "cuda"]
@@ -153,7 +153,7 @@ def _serve_package(subject: Subject, data: bytes, options: BackendOptions) -> Ba
 
 def _build_trt(subject: Subject, device: Device) -> Backend:
     try:
-        trt = importlib.import_module("service.backends.trt")
+        trt = importlib.import_module("service.engines.tensorrt.engine")
     except ImportError as error:
         raise BackendError(f"there is no TensorRT backend: {error}") from error
     options = BackendOptions(device=device, engine="trt")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.decode import build_jpeg
 from export.onnx_graph import num_candidates
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ClassSpec, InputSpec, KeepRatioResize, ModelConfig
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Tile
+from pipeline.decode import decode_image
+from pipeline.model_config import ClassSpec, InputSpec, KeepRatioResize, ModelConfig
+from pipeline.preprocess import prepare
+from pipeline.types import Tile
 from training.configs import get_config
 from training.configs.schema import BackboneConfig, Config, HeadConfig
 from training.configs.schema import ModelConfig as NetworkConfig

@@ -13,12 +13,12 @@ import torch
 from benchmarks.gpu_engines import Engine
 from benchmarks.gpu_models import Subject
 from benchmarks.gpu_timing import time_ms
-from service.backends.base import collate
-from service.pipeline.decode import decode_image
-from service.pipeline.encode import instance_to_coco
-from service.pipeline.postprocess import TileCandidates, postprocess, select
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Prepared
+from pipeline.decode import decode_image
+from pipeline.encode import instance_to_coco
+from pipeline.postprocess import TileCandidates, postprocess, select
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates, Prepared
+from service.engines.base import collate
 
 
 def measure_host_stages(subject: Subject, *, seconds: float) -> dict[str, Any]:

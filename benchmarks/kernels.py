@@ -22,14 +22,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from service.backends.kernel_letterbox import letterbox
-from service.backends.kernel_select import ITEM_BYTES, MaskType
-from service.backends.kernels import CudaPostprocessor, DeviceBatch, find_obstacle
-from service.backends.launcher import CudaLauncher, Memory
-from service.backends.nvrtc import default_cache, load_cubins
-from service.pipeline.model_config import MatrixNms, PostprocessSpec
-from service.pipeline.postprocess import postprocess_tile
-from service.pipeline.types import Float32, Tile, Window
+from pipeline.model_config import MatrixNms, PostprocessSpec
+from pipeline.postprocess import postprocess_tile
+from pipeline.types import Float32, Tile, Window
+from service.engines.kernels.launcher import CudaLauncher, Memory
+from service.engines.kernels.letterbox import letterbox
+from service.engines.kernels.nvrtc import default_cache, load_cubins
+from service.engines.kernels.postprocessor import CudaPostprocessor, DeviceBatch, find_obstacle
+from service.engines.kernels.select import ITEM_BYTES, MaskType
 
 SPEC = PostprocessSpec(nms=MatrixNms(), update_threshold=0, score_threshold=0)
 STRIDE = 4

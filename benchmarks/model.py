@@ -45,10 +45,10 @@ from benchmarks.worker import ROOT, Worker
 from export.exit_graph import add_exits
 from export.onnx_graph import build_onnx, num_candidates
 from export.parity import Difference, match_candidates
-from service.backends.base import split_batch
-from service.pipeline.decode import decode_image
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates
+from pipeline.decode import decode_image
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates
+from service.engines.base import split_batch
 from training.configs import get_config
 from training.configs.schema import Config
 from training.convert import convert_key

@@ -32,8 +32,8 @@ from benchmarks.report import (
     this_command,
     write_report,
 )
-from service.backends.base import BackendOptions
-from service.registry import LoadedModel, load_version
+from service.engines.base import BackendOptions
+from service.models.repository import LoadedModel, load_version
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import run_server
 from tests.support.slow_model import ONE_CANVAS

@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.candidates import prepare_image, solo_spec
 from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
-from service.pipeline.model_config import PostprocessSpec
-from service.pipeline.postprocess import postprocess, select
-from service.pipeline.types import Candidates, Prepared
+from pipeline.model_config import PostprocessSpec
+from pipeline.postprocess import postprocess, select
+from pipeline.types import Candidates, Prepared
 
 Case = tuple[Prepared, Candidates, PostprocessSpec]
 

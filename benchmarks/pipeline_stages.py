@@ -22,17 +22,17 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.candidates import SOLO_INPUT, STRIDE, draw_candidates, solo_spec
 from benchmarks.decode import build_jpeg
-from service.artefacts import ONNX_FILE
-from service.backends.base import BackendOptions
-from service.pipeline.decode import decode_image
-from service.pipeline.encode import decode_counts
-from service.pipeline.nms import pairwise_iou
-from service.pipeline.paste import paste_masks
-from service.pipeline.postprocess import postprocess, select
-from service.pipeline.preprocess import keep_ratio_size, prepare
-from service.pipeline.runs import encode_edges
-from service.pipeline.types import Bool, Candidates, Float32, Prepared, UInt8
-from service.registry import load_version
+from pipeline.decode import decode_image
+from pipeline.encode import decode_counts
+from pipeline.nms import pairwise_iou
+from pipeline.paste import paste_masks
+from pipeline.postprocess import postprocess, select
+from pipeline.preprocess import keep_ratio_size, prepare
+from pipeline.runs import encode_edges
+from pipeline.types import Bool, Candidates, Float32, Prepared, UInt8
+from service.engines.base import BackendOptions
+from service.models.artefacts import ONNX_FILE
+from service.models.repository import load_version
 
 OURS = "ours"
 LEAST_IOU = 0.999

@@ -16,14 +16,14 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.report import ratio_quartiles, this_command, write_report
-from service.backends.base import BackendOptions
-from service.backends.ort import OrtBackend, build_ort_backend
+from pipeline.decode import decode_image
+from pipeline.model_config import ModelConfig
+from pipeline.preprocess import prepare
+from pipeline.types import Tile
 from service.cores import count_cores
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ModelConfig
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Tile
-from service.registry import ONNX_FILE, read_config
+from service.engines.base import BackendOptions
+from service.engines.onnxruntime import OrtBackend, build_ort_backend
+from service.models.repository import ONNX_FILE, read_config
 
 FULL = "fp32"
 

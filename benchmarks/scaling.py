@@ -31,7 +31,7 @@ from benchmarks.scaling_image import (
 )
 from benchmarks.scaling_plot import plot_curves
 from benchmarks.scaling_server import plan_clients, plan_models
-from service.pipeline.decode import decode_image
+from pipeline.decode import decode_image
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import run_server
 from tests.support.slow_model import ONE_CANVAS

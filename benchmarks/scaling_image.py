@@ -14,14 +14,14 @@ from benchmarks.candidates import SOLO_INPUT, STRIDE, draw_candidates, solo_spec
 from benchmarks.decode import build_jpeg
 from benchmarks.memory import added_bytes
 from benchmarks.scaling_curve import Plan
-from service.backends.base import BackendOptions
-from service.pipeline.decode import decode_image
-from service.pipeline.encode import instance_to_coco
-from service.pipeline.paste import paste_masks
-from service.pipeline.postprocess import postprocess, select
-from service.pipeline.preprocess import needed_hw, prepare
-from service.pipeline.types import Candidates
-from service.registry import LoadedModel, load_version
+from pipeline.decode import decode_image
+from pipeline.encode import instance_to_coco
+from pipeline.paste import paste_masks
+from pipeline.postprocess import postprocess, select
+from pipeline.preprocess import needed_hw, prepare
+from pipeline.types import Candidates
+from service.engines.base import BackendOptions
+from service.models.repository import LoadedModel, load_version
 from tests.support.blob_model import encode_picture
 
 TILED_SIDES = (144, 256, 480, 704, 1040)

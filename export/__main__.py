@@ -31,9 +31,9 @@ from export.publish import (
     require_free,
 )
 from export.variants import Material, build_variants
-from service.pipeline.errors import PipelineError
-from service.pipeline.model_config import FileSpec, ModelConfig
-from service.registry import CONFIG_FILE, ONNX_FILE
+from pipeline.errors import PipelineError
+from pipeline.model_config import FileSpec, ModelConfig
+from service.models.repository import CONFIG_FILE, ONNX_FILE
 from training.checkpoint import CheckpointError, load_model, load_provenance
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.errors import ParityError
 from export.parity import Case, run_onnx
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
 
 PAIR_IOU = 0.5
 """Least overlap of a pair: COCO's least for one object found."""

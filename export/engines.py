@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from export.errors import ExportError
-from export.kernels.prebuild import prebuild
 from export.publish import Artefact
 from export.to_aoti import AotiOptions, export_aoti
 from export.to_tensorrt import build_tensorrt
-from service.artefacts import ONNX_FILE
-from service.backends.aoti_package import PackagePrecision
-from service.backends.base import BackendError, Precision
-from service.backends.nvrtc import ARCHITECTURES, PREBUILT
-from service.pipeline.model_config import ModelConfig
+from pipeline.model_config import ModelConfig
+from service.engines.aoti_package import PackagePrecision
+from service.engines.base import BackendError, Precision
+from service.engines.kernels.nvrtc import ARCHITECTURES, PREBUILT
+from service.engines.kernels.prebuild import prebuild
+from service.models.artefacts import ONNX_FILE
 from training.configs.schema import Config
 from training.model.solo import Solo
 

@@ -3,7 +3,7 @@
     model.exits.onnx, parity.exits.json              of model.onnx
     model.int8.exits.onnx, parity.int8.exits.json    of model.int8.onnx
 
-ONNX Runtime takes them on the CPU (`service.backends.build`). A file whose candidates are not the
+ONNX Runtime takes them on the CPU (`service.engines.choose`). A file whose candidates are not the
 plain graph's bit for bit is refused.
 """
 
@@ -20,10 +20,10 @@ from export.errors import ParityError
 from export.exit_graph import add_exits
 from export.parity import Case, run_onnx
 from export.publish import Artefact, describe_file
-from service.artefacts import ONNX_FILE
-from service.backends.build import exits_file
-from service.pipeline.model_config import ModelConfig
-from service.pipeline.types import Candidates
+from pipeline.model_config import ModelConfig
+from pipeline.types import Candidates
+from service.engines.choose import exits_file
+from service.models.artefacts import ONNX_FILE
 
 PLAIN_FILES: dict[str, str] = {
     ONNX_FILE: exits_file("fp32"),

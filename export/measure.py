@@ -12,10 +12,10 @@ import numpy as np
 from export.errors import ExportError
 from export.parity import Case
 from export.publish import Release, describe_file, publish
-from service.backends.base import BackendOptions
-from service.pipeline.model_config import FileSpec, InputSpec, ModelConfig
-from service.pipeline.preprocess import prepare
-from service.registry import ONNX_FILE, ModelRefused, load_version
+from pipeline.model_config import FileSpec, InputSpec, ModelConfig
+from pipeline.preprocess import prepare
+from service.engines.base import BackendOptions
+from service.models.repository import ONNX_FILE, ModelRefused, load_version
 from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset
 from training.evaluate import RepositoryPredictor, predict

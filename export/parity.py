@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.errors import ParityError
-from service.pipeline.model_config import InputSpec, TileResize
-from service.pipeline.types import Candidates, Int64, UInt8
+from pipeline.model_config import InputSpec, TileResize
+from pipeline.types import Candidates, Int64, UInt8
 from training.model.solo import Solo
 
 STRIDE = 32

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import PublishError
-from service.pipeline.errors import ConfigError
-from service.pipeline.model_config import (
+from pipeline.errors import ConfigError
+from pipeline.model_config import (
     SCHEMA_VERSION,
     FileSpec,
     ModelConfig,
     RepositoryConfig,
     parse_model_config,
 )
-from service.registry import CONFIG_FILE, ONNX_FILE
+from service.models.repository import CONFIG_FILE, ONNX_FILE
 
 PARITY_FILE = "parity.json"
 ARTEFACT_NAME = re.compile(r"model(\.[a-z0-9_]+){2,}")

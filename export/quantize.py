@@ -32,8 +32,8 @@ from export.errors import ExportError
 from export.onnx_graph import check_graph
 from export.parity import Case
 from export.precision import choose_low_values, find_opset
-from service.pipeline.model_config import InputSpec
-from service.pipeline.preprocess import prepare
+from pipeline.model_config import InputSpec
+from pipeline.preprocess import prepare
 from training.data.coco import CocoDataset
 
 CALIBRATION_IMAGES = 64

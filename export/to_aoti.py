@@ -33,16 +33,16 @@ from export.parity import (
     require_parity,
     run_torch,
 )
-from service.backends.aoti import Runner, load_runner
-from service.backends.aoti_package import (
+from pipeline.model_config import InputSpec, TileResize
+from pipeline.types import Candidates
+from service.engines.aoti_package import (
     CPU_TARGET,
     PackageInfo,
     PackagePrecision,
     name_package,
     name_target,
 )
-from service.pipeline.model_config import InputSpec, TileResize
-from service.pipeline.types import Candidates
+from service.engines.aotinductor import Runner, load_runner
 from training.configs.schema import Config
 from training.model.deform import DeformConv2d
 from training.model.head import LevelOutput

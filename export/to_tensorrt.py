@@ -13,11 +13,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from export.errors import ExportError
-from service.backends.base import BackendError, Precision
-from service.backends.trt_build import choose_options, find_obstacle, obtain_engine
-from service.backends.trt_cache import EngineCache, HardwareCompatibility, choose_cache
-from service.pipeline.model_config import ModelConfig
-from service.registry import ModelRefused, read_config
+from pipeline.model_config import ModelConfig
+from service.engines.base import BackendError, Precision
+from service.engines.tensorrt.build import choose_options, find_obstacle, obtain_engine
+from service.engines.tensorrt.cache import EngineCache, HardwareCompatibility, choose_cache
+from service.models.repository import ModelRefused, read_config
 
 GRAPHS: dict[Precision, str] = {
     "fp32": "model.onnx",

@@ -25,7 +25,7 @@ from export.parity import Case, build_cases, canvas_sizes
 from export.precision import LowPrecision, lower_precision
 from export.publish import Artefact, describe_file
 from export.quantize import draw_calibration, quantize, require_apart
-from service.pipeline.model_config import ModelConfig
+from pipeline.model_config import ModelConfig
 from training.data.coco import CocoDataset
 
 VariantPrecision = Literal["fp16", "bf16", "int8"]

@@ -1,6 +1,6 @@
 """solo-serve, also `python -m service`: reads settings, loads the models, serves until SIGTERM.
 
-`solo-serve ray` does so on a Ray cluster, see `service.cluster`.
+`solo-serve ray` does so on a Ray cluster, see `service.scale.cluster`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from service.backends.build import check_device
-from service.cluster import command as cluster
+from service.engines.choose import check_device
 from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
-from service.logs import configure_logging
-from service.registry import load_repository
-from service.servers import build_server
+from service.http.servers import build_server
+from service.models.repository import load_repository
+from service.observe.logs import configure_logging
+from service.scale.cluster import command as cluster
+from service.scale.workers.parent import run_workers
 from service.settings import Settings
-from service.workers.parent import run_workers
 
 logger = logging.getLogger("service")
 

@@ -23,7 +23,7 @@
         ├── DeviceError           the device asked for is not there
         └── ModelRefused          has `file`: which file of model_repo, and why
 
-Errors of an image (`service.pipeline.errors.DecodeError`) carry a code of their own and are in the
+Errors of an image (`pipeline.errors.DecodeError`) carry a code of their own and are in the
 same table.
 """
 
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import orjson
 
-from service.pipeline.errors import DecodeError
+from pipeline.errors import DecodeError
 
 
 class ServiceError(Exception):

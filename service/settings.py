@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.backends.base import BackendOptions, EngineKind, Precision
 from service.cores import count_cores
+from service.engines.base import BackendOptions, EngineKind, Precision
 
 MIB = 1024 * 1024
 Device = Literal["auto", "cpu", "cuda"]
@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     ] = None
     keys_file: Annotated[
         Path | None,
-        Field(description="API keys, see `python -m service.keys --help` (default: none needed)"),
+        Field(description="API keys, see python -m service.http.keys --help (default: none)"),
     ] = None
     retry_after_s: Annotated[PositiveInt, Field(description="Retry-After of a 503, s")] = 1
     drain_timeout_s: Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.backends.launcher import Launcher
+from service.engines.kernels.launcher import Launcher
 from tests.support.kernel_host import (
     COMPILER,
     HostLauncher,
@@ -33,7 +33,7 @@ TOGETHER = {
 def group_of(nodeid: str) -> str:
     """What of the tests one process takes as a whole."""
     file, _, test = nodeid.partition("::")
-    if file.startswith("tests/service/routes/") and "[ray" in test:
+    if file.startswith("tests/service/http/routes/") and "[ray" in test:
         return "ray"
     return TOGETHER.get(file, file)
 

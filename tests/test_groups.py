@@ -22,10 +22,10 @@ def test_the_named_files_exist(file: str) -> None:
         ("tests/test_imports.py::test_a[ray]", "tests/test_imports.py"),
         ("tests/service/test_keys.py::TestA::test_b", "tests/service/test_keys.py"),
         (
-            "tests/service/routes/test_health.py::test_a[single]",
-            "tests/service/routes/test_health.py",
+            "tests/service/http/routes/test_health.py::test_a[single]",
+            "tests/service/http/routes/test_health.py",
         ),
-        ("tests/service/routes/test_health.py::test_a[ray-0]", "ray"),
+        ("tests/service/http/routes/test_health.py::test_a[ray-0]", "ray"),
         ("tests/service/predict/test_ray_job.py::test_a", "ray"),
         ("tests/export/test_exits.py::test_a[model.onnx]", "tiny_graph"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("service", "solo_client", "training", "export")
+ROOMS = ("pipeline", "service", "solo_client", "training", "export")
 
 # Distribution name of an import, where the two differ.
 DISTRIBUTIONS = {
@@ -29,21 +29,21 @@ DISTRIBUTIONS = {
 }
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
-    "service/backends/aoti.py",
-    "service/backends/kernels.py",
-    "service/backends/launcher.py",
-    "service/backends/nvrtc.py",
-    "service/backends/trt.py",
-    "service/backends/trt_build.py",
-    "service/backends/trt_device.py",
-    "service/backends/trt_log.py",
-    "service/backends/trt_slots.py",
-    "service/backends/trt_tensors.py",
-    "service/cluster/app.py",
-    "service/cluster/command.py",
+    "service/engines/aotinductor.py",
+    "service/engines/kernels/postprocessor.py",
+    "service/engines/kernels/launcher.py",
+    "service/engines/kernels/nvrtc.py",
+    "service/engines/tensorrt/engine.py",
+    "service/engines/tensorrt/build.py",
+    "service/engines/tensorrt/device.py",
+    "service/engines/tensorrt/log.py",
+    "service/engines/tensorrt/slots.py",
+    "service/engines/tensorrt/tensors.py",
+    "service/scale/cluster/app.py",
+    "service/scale/cluster/command.py",
     "service/predict/files.py",
     "service/predict/ray_job.py",
-    "service/tracing.py",
+    "service/observe/tracing.py",
     "solo_client/result.py",  # supervision
 }
 
@@ -107,14 +107,19 @@ def _is_allowed(item: Import) -> bool:
     if item.root not in ROOMS:
         return True
     room = item.file.split("/")[0]
-    if item.file.startswith("service/pipeline/"):
-        return is_in(item.name, "service.pipeline")
+    if room == "pipeline":
+        return item.root == "pipeline"
     if room == "solo_client":
         return item.root == "solo_client"
     if room == "service":
         remote = item.file.startswith("service/predict/") and item.root == "solo_client"
-        return item.root == "service" or remote
-    measured = ("service.pipeline", "service.artefacts", "service.registry", "service.backends")
+        return item.root in ("service", "pipeline") or remote
+    measured = (
+        "pipeline",
+        "service.models.artefacts",
+        "service.models.repository",
+        "service.engines",
+    )
     served = any(is_in(item.name, allowed) for allowed in measured)
     if room == "training":
         return item.root == "training" or served
@@ -152,7 +157,7 @@ def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:
         str(item)
         for item in imports_of("service")
         if item.root in ("torch", "torchvision")
-        and (item.file != "service/backends/aoti.py" or item.top_level)
+        and (item.file != "service/engines/aotinductor.py" or item.top_level)
     ]
     assert offences == []
 
@@ -172,7 +177,7 @@ def test_configs_import_no_torch() -> None:
 @pytest.mark.parametrize(
     ("room", "extra"),
     [
-        ("service/pipeline", None),
+        ("pipeline", None),
         ("service", "service"),
         ("solo_client", "client"),
         ("training", "training"),
@@ -213,17 +218,17 @@ def test_no_file_is_called_utils() -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("service/app.py", "import training"),
-        ("service/app.py", "from solo_client import Client"),
-        ("solo_client/client.py", "from service.schemas import SegmentResponse"),
+        ("service/http/app.py", "import training"),
+        ("service/http/app.py", "from solo_client import Client"),
+        ("solo_client/client.py", "from service.http.schemas import SegmentResponse"),
         ("training/evaluate.py", "import solo_client"),
-        ("service/app.py", "def f():\n    from export.onnx import build"),
-        ("service/pipeline/nms.py", "from service.registry import load_version"),
-        ("service/pipeline/nms.py", "from .. import registry"),
+        ("service/http/app.py", "def f():\n    from export.onnx import build"),
+        ("pipeline/nms.py", "from service.models.repository import load_version"),
+        ("pipeline/nms.py", "from service.errors import ServiceError"),
         ("training/train.py", "from service import app"),
-        ("training/train.py", "from service.batcher import DynamicBatcher"),
+        ("training/train.py", "from service.work.batcher import DynamicBatcher"),
         ("training/train.py", "from export import parity"),
-        ("export/parity.py", "from service.app import create_app"),
+        ("export/parity.py", "from service.http.app import create_app"),
     ],
 )
 def test_the_rules_see_an_offence(file: str, source: str) -> None:
@@ -234,15 +239,15 @@ def test_the_rules_see_an_offence(file: str, source: str) -> None:
     ("file", "source"),
     [
         (
-            "service/app.py",
-            "from service.pipeline import nms\nfrom . import registry",
+            "service/http/app.py",
+            "from pipeline import nms\nfrom . import routes",
         ),
-        ("service/pipeline/nms.py", "from .types import Instance"),
+        ("pipeline/nms.py", "from .types import Instance"),
         ("service/predict/predictors.py", "from solo_client import Client"),
         ("solo_client/client.py", "from .errors import SoloError"),
-        ("training/evaluate.py", "from service.registry import load_version"),
-        ("training/evaluate.py", "from service.pipeline.nms import matrix_nms"),
-        ("export/parity.py", "from training.model import solo\nfrom service.pipeline import types"),
+        ("training/evaluate.py", "from service.models.repository import load_version"),
+        ("training/evaluate.py", "from pipeline.nms import matrix_nms"),
+        ("export/parity.py", "from training.model import solo\nfrom pipeline import types"),
     ],
 )
 def test_the_rules_allow_what_is_meant(file: str, source: str) -> None:

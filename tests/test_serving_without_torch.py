@@ -32,9 +32,9 @@ SEGMENT = """
 import importlib.util, json, sys
 from pathlib import Path
 
-import service.__main__, service.app
-from service.pipeline.decode import decode_image
-from service.registry import load_version
+import service.__main__, service.http.app
+from pipeline.decode import decode_image
+from service.models.repository import load_version
 
 model = load_version(Path(sys.argv[1]))
 image = decode_image(Path(sys.argv[2]).read_bytes())

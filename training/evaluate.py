@@ -1,6 +1,6 @@
 """solo-eval: COCO mask AP of a checkpoint, of a model_repo folder or of a running server.
 
-All three run the same preprocessing and post-processing (`service.pipeline`), so what is
+All three run the same preprocessing and post-processing (`pipeline`), so what is
 reported is what is served.
 """
 
@@ -21,12 +21,12 @@ import torch
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from service.pipeline.contour import fill_contour
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ClassSpec, Task
-from service.pipeline.postprocess import postprocess
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance
+from pipeline.contour import fill_contour
+from pipeline.decode import decode_image
+from pipeline.model_config import ClassSpec, Task
+from pipeline.postprocess import postprocess
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates, Instance
 from training import distributed
 from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
@@ -123,7 +123,7 @@ class RepositoryPredictor:
     """
 
     def __init__(self, folder: Path, version: int | None, *, max_dets: int) -> None:
-        from service.registry import ModelRefused, load_version
+        from service.models.repository import ModelRefused, load_version
 
         try:
             self.loaded = load_version(folder, version)

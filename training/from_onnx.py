@@ -18,8 +18,8 @@ import torch
 from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
-from service.artefacts import ONNX_FILE, Artefacts
-from service.registry import ModelRefused, read_config
+from service.models.artefacts import ONNX_FILE, Artefacts
+from service.models.repository import ModelRefused, read_config
 from training.checkpoint import CheckpointError
 from training.model.solo import Solo
 

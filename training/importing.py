@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.pipeline.model_config import ClassSpec
+from pipeline.model_config import ClassSpec
 from training.architecture import count_classes, infer_config
 from training.catalogue import PublishedModel, find_model_of_file, get_model, list_models
 from training.checkpoint import CheckpointError, save_checkpoint

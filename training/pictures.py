@@ -14,13 +14,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from service.pipeline.contour import draw_contour, fill_instance
-from service.pipeline.draw import draw_instances
-from service.pipeline.encode import decode_box
-from service.pipeline.model_config import Task
-from service.pipeline.runs import BoxMask, build_instance
-from service.pipeline.types import Instance, UInt8
-from service.registry import LoadedModel, load_version
+from pipeline.contour import draw_contour, fill_instance
+from pipeline.draw import draw_instances
+from pipeline.encode import decode_box
+from pipeline.model_config import Task
+from pipeline.runs import BoxMask, build_instance
+from pipeline.types import Instance, UInt8
+from service.models.repository import LoadedModel, load_version
 from training.data.coco import CocoDataset, DatasetError
 
 MATCH_IOU = 0.5

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from service.pipeline.contour import draw_contour
+from pipeline.contour import draw_contour
 from training.configs.schema import HeadConfig, TargetConfig
 
 UInt8 = NDArray[np.uint8]

@@ -8,8 +8,8 @@ import litserve as ls
 from fastapi import Body, Response
 
 from benchmarks.servers.model import HOST, JSON, MAX_BATCH, Model, read_cores, read_port
-from service.pipeline.postprocess import TileCandidates
-from service.steps import DecodedImage
+from pipeline.postprocess import TileCandidates
+from service.work.steps import DecodedImage
 
 Inferred = tuple[DecodedImage, Sequence[TileCandidates]]
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import orjson
 
-from service.backends.base import BackendOptions
-from service.pipeline.postprocess import TileCandidates
-from service.pipeline.types import Tile
-from service.registry import load_version
-from service.steps import DecodedImage, Options, decode, find_in_tile, finish
+from pipeline.postprocess import TileCandidates
+from pipeline.types import Tile
+from service.engines.base import BackendOptions
+from service.models.repository import load_version
+from service.work.steps import DecodedImage, Options, decode, find_in_tile, finish
 
 MODEL, HOST, PORT, CORES = "SERVING_MODEL", "127.0.0.1", "SERVING_PORT", "SERVING_CORES"
 MAX_BATCH = 8

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from benchmarks.servers.model import HOST, JSON, MAX_BATCH, Model, read_cores, read_port
-from service.pipeline.postprocess import TileCandidates
-from service.steps import DecodedImage
+from pipeline.postprocess import TileCandidates
+from service.work.steps import DecodedImage
 
 
 @serve.deployment(

@@ -12,8 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 import solo_client
-from service.backends.base import BackendOptions
+from service.engines.base import BackendOptions
 from service.errors import StartupError
+from service.models.repository import find_models, load_version, read_config
 from service.predict.errors import ImageFailed, RunFailed
 from service.predict.files import ImageFile, as_text
 from service.predict.inputs import assign_ids, find_files
@@ -27,7 +28,6 @@ from service.predict.predictors import (
     Predictor,
     RemotePredictor,
 )
-from service.registry import find_models, load_version, read_config
 
 EPILOG = """\
 examples:

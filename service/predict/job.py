@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import orjson
 from PIL import Image
 
-from service.pipeline.decode import decode_image
-from service.pipeline.draw import draw_instances
-from service.pipeline.errors import DecodeError
-from service.pipeline.types import Instance
+from pipeline.decode import decode_image
+from pipeline.draw import draw_instances
+from pipeline.errors import DecodeError
+from pipeline.types import Instance
 from service.predict.errors import ImageFailed
 from service.predict.files import ImageFile, as_text, read_file, stamp_of
 from service.predict.journal import Journal

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import solo_client
-from service.pipeline.decode import decode_image
-from service.pipeline.encode import instance_to_coco
-from service.pipeline.errors import DecodeError
-from service.pipeline.model_config import Task
+from pipeline.decode import decode_image
+from pipeline.encode import instance_to_coco
+from pipeline.errors import DecodeError
+from pipeline.model_config import Task
+from service.models.repository import LoadedModel
 from service.predict.errors import ImageFailed, RunFailed
-from service.registry import LoadedModel
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
 TIMEOUT_S = 120.0

@@ -20,14 +20,14 @@ from typing import Any
 
 import orjson
 
-from service.backends.base import BackendOptions
+from pipeline.model_config import ModelConfig
+from service.engines.base import BackendOptions
 from service.errors import StartupError
-from service.pipeline.model_config import ModelConfig
+from service.models.repository import load_version
 from service.predict.errors import ImageFailed, RunFailed
 from service.predict.files import ImageFile, as_text, read_file, stamp_of
 from service.predict.job import Found, Item, Notes, find
 from service.predict.predictors import Bounds, LocalPredictor
-from service.registry import load_version
 
 try:
     import pyarrow as pa

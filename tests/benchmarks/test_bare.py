@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks import bare
 from benchmarks.bare import run_bare_loop
-from service.backends.base import BackendOptions, Precision
-from service.pipeline.errors import DecodeError
-from service.pipeline.postprocess import TileCandidates
-from service.pipeline.types import Tile
-from service.registry import LoadedModel, load_version
+from pipeline.errors import DecodeError
+from pipeline.postprocess import TileCandidates
+from pipeline.types import Tile
+from service.engines.base import BackendOptions, Precision
+from service.models.repository import LoadedModel, load_version
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
 IMAGE = encode_picture(draw_picture(100, 48, {"red": (4, 4, 30, 20), "blue": (4, 60, 30, 30)}))

@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu_models import MODELS, OBJECTS, build_subject, find_config
 from benchmarks.gpu_plot import plot_rates
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
 from training.configs.schema import Config
 
 COMMAND = ["--device", "cpu", "--quick", "--precision", "fp32", "--threads", "1"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import exits, model
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
 from tests.support.tiny_solo import tiny_config, tiny_network
 
 

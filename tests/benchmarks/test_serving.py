@@ -18,7 +18,7 @@ from benchmarks.servers.contenders import CONTENDERS, OURS
 from benchmarks.servers.model import Model
 from benchmarks.serving_tables import SAME, plot, render_tables
 from benchmarks.workloads import LIGHT_SIZE, Workload, build_light, build_nuclei
-from service.pipeline.decode import read_image_hw
+from pipeline.decode import read_image_hw
 
 FASTAPI = replace(CONTENDERS["fastapi"], environment=None)
 """In this environment, which has what it needs."""

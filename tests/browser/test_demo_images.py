@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.keys import add_key
+from service.http.keys import add_key
 from tests.browser.conftest import OpenDemo
 from tests.browser.demo import Demo
 from tests.browser.scene import (

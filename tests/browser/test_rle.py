@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.encode import decode_counts
+from pipeline.encode import decode_counts
 from tests.support.server import ServerProcess
 
 if TYPE_CHECKING:

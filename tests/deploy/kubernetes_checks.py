@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from service.app import create_admin_app, create_app
-from service.backends.nvrtc import default_cache
-from service.metrics import Metrics
-from service.servers import _ADMIN_END_S
+from service.engines.kernels.nvrtc import default_cache
+from service.http.app import create_admin_app, create_app
+from service.http.servers import _ADMIN_END_S
+from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.test_dockerfiles import last_stage

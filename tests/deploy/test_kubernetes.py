@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.metrics import Metrics
+from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.kubernetes_checks import CHECKS, build_settings
@@ -83,7 +83,7 @@ def manifests(
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
     keys_file = m.environment(built).get("SOLO_KEYS_FILE")
     if keys_file is not None:  # the application reads it
-        monkeypatch.setattr("service.app.KeyRing", lambda file: f"keys of {file}")
+        monkeypatch.setattr("service.http.app.KeyRing", lambda file: f"keys of {file}")
     return built
 
 

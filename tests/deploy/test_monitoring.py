@@ -12,9 +12,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.engines import EngineState
-from service.gpus import GpuCollector
-from service.metrics import Metrics
+from service.models.engine_state import EngineState
+from service.observe.gpus import GpuCollector
+from service.observe.metrics import Metrics
 from tests.deploy.queries import (
     dashboard_queries,
     label_names,
@@ -85,7 +85,7 @@ def test_every_metric_of_the_server_is_on_the_dashboard(exported: dict[str, set[
 
 
 def test_selected_label_values_exist(exported: dict[str, set[str]]) -> None:
-    from service.metrics import REJECTIONS, STAGES
+    from service.observe.metrics import REJECTIONS, STAGES
 
     text = " ".join(query for _, query in all_queries())
     assert 'stage="total"' in text
@@ -160,7 +160,7 @@ def test_every_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:
 
 
 def test_requests_are_those_of_the_routes_that_segment() -> None:
-    from service.metrics import WORK_ROUTES
+    from service.observe.metrics import WORK_ROUTES
 
     selectors = set(re.findall(r'route([=!]~?)"([^"]*)"', " ".join(q for _, q in all_queries())))
     ((operator, pattern),) = selectors

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from service.metrics import CANCELLATIONS, REJECTIONS, STAGES
-from service.pipeline.model_config import VersionPolicy
+from pipeline.model_config import VersionPolicy
+from service.observe.metrics import CANCELLATIONS, REJECTIONS, STAGES
 from service.settings import Settings
 from tests.deploy.queries import dashboard_queries, load_rules, metric_names
 
@@ -75,7 +75,7 @@ def test_version_policies_are_taken() -> None:
 
 
 def test_the_commands_for_keys_work(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```sh\n(python -m service\.keys.*?)```", TEXT, re.DOTALL)
+    (block,) = re.findall(r"```sh\n(python -m service\.http\.keys.*?)```", TEXT, re.DOTALL)
     for line in block.splitlines():
         command = [sys.executable, *shlex.split(line)[1:]]
         environment = {"PYTHONPATH": str(ROOT)}

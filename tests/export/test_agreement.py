@@ -6,7 +6,7 @@ import pytest
 from export.agreement import INT8, TYPED, Agreement, compare_graphs, judge
 from export.errors import ParityError
 from export.parity import Case
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
 from tests.support.typed_graph import build_graph, feeds_of
 
 

@@ -20,8 +20,8 @@ from export.__main__ import main
 from export.errors import GraphError
 from export.onnx_graph import TRANSLATIONS, build_onnx, choose_opset
 from export.parity import build_cases, compare, run_torch
-from service.backends.base import BackendOptions
-from service.registry import load_version
+from service.engines.base import BackendOptions
+from service.models.repository import load_version
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
 from training.configs.schema import Config, HeadKind
 from training.model.deform import DeformConv2d

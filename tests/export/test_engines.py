@@ -12,9 +12,9 @@ from export import engines
 from export.engines import build_kernels, make_packages, parse_package
 from export.errors import ExportError
 from export.to_aoti import AotiArtefact, AotiOptions
-from service.backends.base import BackendError
-from service.backends.nvrtc import ARCHITECTURES, PREBUILT
-from service.pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig, parse_model_config
+from service.engines.base import BackendError
+from service.engines.kernels.nvrtc import ARCHITECTURES, PREBUILT
 from tests.support.tiny_solo import tiny_config, tiny_network
 from training.configs.schema import Config
 

@@ -16,8 +16,8 @@ from export.errors import GraphError
 from export.exit_graph import add_exits
 from export.parity import Case, draw_blobs
 from export.quantize import quantize
-from service.backends.base import BackendError, split_batch
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
+from service.engines.base import BackendError, split_batch
 from tests.support.tiny_graph import Recipe, exported
 from tests.support.tiny_solo import tiny_config
 from tests.support.typed_graph import build_graph as build_other_graph

@@ -11,10 +11,10 @@ from export.errors import ParityError
 from export.exits import PLAIN_FILES, build_exits, require_identical
 from export.parity import Case, build_cases
 from export.publish import describe_file
-from service.pipeline.decode import decode_image
-from service.pipeline.model_config import ModelConfig
-from service.pipeline.preprocess import prepare
-from service.registry import read_config
+from pipeline.decode import decode_image
+from pipeline.model_config import ModelConfig
+from pipeline.preprocess import prepare
+from service.models.repository import read_config
 from tests.support.tiny_graph import exported
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,11 +15,11 @@ import torch
 from export.__main__ import find_measured, main
 from export.parity import draw_blobs
 from export.publish import Artefact, Release, add_artefacts, publish
-from service.backends.base import BackendOptions
-from service.pipeline.postprocess import postprocess
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance
-from service.registry import LoadedModel, load_version
+from pipeline.postprocess import postprocess
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates, Instance
+from service.engines.base import BackendOptions
+from service.models.repository import LoadedModel, load_version
 from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
 from tests.support.typed_graph import build_config, build_graph

@@ -17,8 +17,8 @@ from export.parity import (
     match_candidates,
     require_parity,
 )
-from service.pipeline.model_config import InputSpec, KeepRatioResize, TileResize
-from service.pipeline.types import Candidates
+from pipeline.model_config import InputSpec, KeepRatioResize, TileResize
+from pipeline.types import Candidates
 from tests.support.tiny_solo import tiny_config, tiny_network
 
 

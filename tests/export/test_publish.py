@@ -18,9 +18,9 @@ from export.publish import (
     read_repository,
     require_free,
 )
-from service.backends.base import BackendOptions
-from service.pipeline.model_config import ModelConfig
-from service.registry import load_version
+from pipeline.model_config import ModelConfig
+from service.engines.base import BackendOptions
+from service.models.repository import load_version
 from tests.support import blob_model
 
 PASSED = {"passed": True, "cases": []}

@@ -26,8 +26,8 @@ from export.to_aoti import (
     fold_batch_norms,
     package_cases,
 )
-from service.backends.aoti_package import METADATA_KEY, PackagePrecision
-from service.pipeline.model_config import InputSpec, KeepRatioResize, TileResize
+from pipeline.model_config import InputSpec, KeepRatioResize, TileResize
+from service.engines.aoti_package import METADATA_KEY, PackagePrecision
 from tests.support.tiny_solo import tiny_config, tiny_network
 from training.configs.schema import BackboneConfig, HeadKind
 from training.model.solo import Solo

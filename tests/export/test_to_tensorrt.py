@@ -9,9 +9,9 @@ import pytest
 from export import to_tensorrt
 from export.errors import ExportError
 from export.to_tensorrt import build_tensorrt
-from service.backends.base import BackendOptions
-from service.backends.trt import has_engine
-from service.registry import read_config
+from service.engines.base import BackendOptions
+from service.engines.tensorrt.engine import has_engine
+from service.models.repository import read_config
 from tests.support.blob_model import build_graph, publish
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import FakeTensorrt, build_error

@@ -19,7 +19,7 @@ import pytest
 import tritonclient.http as triton
 from PIL import Image
 
-from service.keys import add_key
+from service.http.keys import add_key
 from service.predict import main as predict_main
 from solo_client import (
     AsyncClient,

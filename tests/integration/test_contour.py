@@ -17,11 +17,11 @@ from pycocotools import mask as coco_mask
 
 from export.__main__ import main as export_main
 from export.parity import draw_blobs
-from service.app import create_app
-from service.backends.base import BackendOptions
-from service.pipeline.contour import draw_contour, fill_contour
+from pipeline.contour import draw_contour, fill_contour
+from service.engines.base import BackendOptions
+from service.http.app import create_app
+from service.models.repository import ModelRefused, load_repository, load_version
 from service.predict import main as predict_main
-from service.registry import ModelRefused, load_repository, load_version
 from service.settings import Settings
 from tests.support.blob_model import encode_picture, publish
 from tests.support.tiny import build_tiny_data, rle_of

@@ -12,12 +12,12 @@ import torch
 
 from export.__main__ import main as export_main
 from export.parity import draw_blobs
-from service.backends.base import BackendOptions
-from service.pipeline.decode import decode_image
-from service.pipeline.postprocess import postprocess
-from service.pipeline.preprocess import prepare
-from service.pipeline.types import Candidates, Instance, UInt8
-from service.registry import load_version
+from pipeline.decode import decode_image
+from pipeline.postprocess import postprocess
+from pipeline.preprocess import prepare
+from pipeline.types import Candidates, Instance, UInt8
+from service.engines.base import BackendOptions
+from service.models.repository import load_version
 from tests.support.file_server import serve_files
 from tests.support.published import small_config, write_published
 from tests.support.server import ROOT

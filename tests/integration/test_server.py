@@ -14,7 +14,7 @@ import httpx
 import pytest
 from pycocotools import mask as coco_mask
 
-from service.backends.driver import Gpu, find_gpu
+from service.engines.driver import Gpu, find_gpu
 from service.predict import main as predict_main
 from tests.support.blob_model import (
     KEEP_RATIO_INPUT,

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from service.pipeline.decode import decode_image, read_image_hw, read_upright_hw
-from service.pipeline.errors import DecodeError
+from pipeline.decode import decode_image, read_image_hw, read_upright_hw
+from pipeline.errors import DecodeError
 
 MAX_PIXELS = 4_000_000
 """Decoded, with a copy in another mode, this is about 30 MB."""

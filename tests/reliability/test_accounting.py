@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.load import read_metrics, run_closed_loop
-from service.metrics import STAGES
+from service.observe.metrics import STAGES
 from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.server import CPU_FLAGS, run_server

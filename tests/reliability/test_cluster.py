@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from benchmarks.load import Load, read_metrics, run_closed_loop
-from service.cluster.settings import ClusterSettings
+from service.scale.cluster.settings import ClusterSettings
 from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.processes import free_port
@@ -75,7 +75,7 @@ def port() -> int:
 
 
 def deploy(port: int, repo: Path, **changes: Any) -> str:
-    from service.cluster import app
+    from service.scale.cluster import app
 
     app.start(ClusterSettings(model_repo=repo, port=port, **changes), proxy_location="HeadOnly")
     return f"http://127.0.0.1:{port}"

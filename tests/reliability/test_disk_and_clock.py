@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from benchmarks.load import read_metrics, run_closed_loop
-from service.backends.trt_cache import BuildOptions, EngineCache, Environment, build_key
-from service.pipeline.canvases import Bucket
+from pipeline.canvases import Bucket
+from service.engines.tensorrt.cache import BuildOptions, EngineCache, Environment, build_key
 from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import CPU_FLAGS, ROOT, run_server
@@ -65,7 +65,7 @@ STORE = """
 import sys
 from pathlib import Path
 from tests.reliability.test_disk_and_clock import KEY
-from service.backends.trt_cache import EngineCache
+from service.engines.tensorrt.cache import EngineCache
 EngineCache(Path(sys.argv[1])).store(KEY, bytes(100_000), build_s=1.0)
 """
 KEY = build_key(

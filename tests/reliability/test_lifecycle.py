@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.load import NO_ANSWER, Load, read_metrics, run_closed_loop
-from service.backends.driver import Gpu, find_gpu
+from service.engines.driver import Gpu, find_gpu
 from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import CPU_FLAGS, ServerProcess, run_server

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.app import create_app
-from service.backends.base import BackendOptions
-from service.registry import load_repository
+from service.engines.base import BackendOptions
+from service.http.app import create_app
+from service.models.repository import load_repository
 from service.settings import Settings
 from tests.support.blob_model import KEEP_RATIO_INPUT, publish
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.backends.base import BackendOptions
 from service.cores import count_cores
+from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.flags import build_parser, find_unknown_variables
 from service.flags import read_settings as read_flags

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.pipeline.decode import decode_image
+from pipeline.decode import decode_image
 from solo_client.images import read_input
 
 PIXELS = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.pipeline.axis import linear_weights
-from service.pipeline.runs import BoxMask
-from service.pipeline.types import Bool, Float32, Tile
+from pipeline.axis import linear_weights
+from pipeline.runs import BoxMask
+from pipeline.types import Bool, Float32, Tile
 
 BLOCK = 64
 """Outputs along an axis that are computed at once."""

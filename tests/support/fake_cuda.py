@@ -1,6 +1,6 @@
 """A `cuda.core` whose device memory is the host's: copies are real, a graph replays what it took.
 
-Only what our sources call, which tests/service/backends/test_trt_api.py holds against the real one.
+Only what our sources call, which tests/service/engines/test_trt_api.py holds against the real one.
 """
 
 from __future__ import annotations

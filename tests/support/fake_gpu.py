@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from service.backends.driver import Gpu
-from service.backends.ort_memory import Region, Staged
-from service.backends.ort_options import CPU, CUDA
-from service.pipeline.types import Candidates
+from pipeline.types import Candidates
+from service.engines.driver import Gpu
+from service.engines.ort_memory import Region, Staged
+from service.engines.ort_options import CPU, CUDA
 
 GPU = Gpu("Test GPU", "sm_90")
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -38,7 +38,7 @@ class HostRegion:
 
 
 class HostMemory:
-    """`service.backends.ort_memory.Memory` on the host; remembers what was allocated."""
+    """`service.engines.ort_memory.Memory` on the host; remembers what was allocated."""
 
     device = "cpu"
     stream = 4711
@@ -156,13 +156,13 @@ def install(monkeypatch: Any, *, fake_kernels: bool = True) -> type[ClaimingSess
     """
     session = claiming_session()
     if fake_kernels:
-        kernels: Any = ModuleType("service.backends.kernels")
+        kernels: Any = ModuleType("service.engines.kernels.postprocessor")
         kernels.CudaPostprocessor, kernels.DeviceBatch = CudaPostprocessor, DeviceBatch
         monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr("service.backends.ort.CudaMemory", HostMemory)
-    for module in ("ort", "build"):
-        monkeypatch.setattr(f"service.backends.{module}.find_gpu", lambda: GPU)
+    monkeypatch.setattr("service.engines.onnxruntime.CudaMemory", HostMemory)
+    for module in ("onnxruntime", "choose"):
+        monkeypatch.setattr(f"service.engines.{module}.find_gpu", lambda: GPU)
     return session

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from service.backends.kernel_select import DeviceBatch, MaskType
-from service.pipeline.postprocess import mask_stride
-from service.pipeline.types import Candidates, Float32, Instance, Int64, Tile, Window
+from pipeline.postprocess import mask_stride
+from pipeline.types import Candidates, Float32, Instance, Int64, Tile, Window
+from service.engines.kernels.select import DeviceBatch, MaskType
 from tests.support.dense_paste import axis_matrix
 from tests.support.kernel_host import Uploads
 

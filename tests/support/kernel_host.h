@@ -1,4 +1,4 @@
-// Lets the host compile the CUDA sources of export/kernels and run them thread by thread.
+// Lets the host compile the CUDA sources of service/engines/kernels and run them thread by thread.
 // tests/support/kernel_host.py includes each source after this file and registers its kernels.
 #pragma once
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from service.backends.kernels import find_obstacle
-from service.backends.launcher import (
+from pipeline.types import UInt8
+from service.engines.kernels.launcher import (
     BLOCK,
     SIGNATURES,
     CudaLauncher,
@@ -28,8 +28,8 @@ from service.backends.launcher import (
     grid_of,
     typed_arguments,
 )
-from service.backends.nvrtc import KERNELS, SOURCES, default_cache, load_cubins
-from service.pipeline.types import UInt8
+from service.engines.kernels.nvrtc import KERNELS, SOURCES, default_cache, load_cubins
+from service.engines.kernels.postprocessor import find_obstacle
 
 SUPPORT = Path(__file__).parent
 COMPILER = "g++"

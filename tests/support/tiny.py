@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.model_config import (
+from pipeline.model_config import (
     ClassSpec,
     InputSpec,
     KeepRatioResize,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from service.pipeline.model_config import ClassSpec, InputSpec, TileResize
+from pipeline.model_config import ClassSpec, InputSpec, TileResize
 from training.checkpoint import save_checkpoint
 from training.configs import get_config
 from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, ModelConfig

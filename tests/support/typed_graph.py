@@ -14,7 +14,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from export.publish import describe_file
-from service.pipeline.model_config import ModelConfig
+from pipeline.model_config import ModelConfig
 
 CANDIDATES = 4
 MASKS = 6

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from service.pipeline.types import Instance
+from pipeline.types import Instance
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
 from training.checkpoint import CheckpointError, save_checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from service.pipeline.model_config import InputSpec, KeepRatioResize
+from pipeline.model_config import InputSpec, KeepRatioResize
 from training.configs.contours import as_contours
 from training.configs.schema import (
     AugmentConfig,

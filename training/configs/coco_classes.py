@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.pipeline.model_config import ClassSpec
+from pipeline.model_config import ClassSpec
 
 _UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of 1..90: planned, never annotated
 _NAMES = """

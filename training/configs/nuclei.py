@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from service.pipeline.model_config import (
+from pipeline.model_config import (
     ContrastSpec,
     InputSpec,
     MatrixNms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, get_args
 
-from service.pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec
+from pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec
 from training.configs.schema import Config
 
 Recipe = Literal["paper", "published"]

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.pipeline.model_config import (
+from pipeline.model_config import (
     ClassSpec,
     InputSpec,
     KeepRatioResize,

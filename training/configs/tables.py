@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.pipeline.model_config import InputSpec, KeepRatioResize
+from pipeline.model_config import InputSpec, KeepRatioResize
 from training.configs.schema import Config, MaskLoss
 
 Change = Callable[[Config], Config]

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.model_config import KeepRatioResize, TileResize
-from service.pipeline.preprocess import keep_ratio_size
+from pipeline.model_config import KeepRatioResize, TileResize
+from pipeline.preprocess import keep_ratio_size
 from training.configs.schema import AugmentConfig
 from training.data.coco import Annotation
 from training.targets import Objects

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.decode import decode_image
-from service.pipeline.errors import DecodeError
-from service.pipeline.model_config import ClassSpec, ContrastSpec
-from service.pipeline.preprocess import stretch_contrast
+from pipeline.decode import decode_image
+from pipeline.errors import DecodeError
+from pipeline.model_config import ClassSpec, ContrastSpec
+from pipeline.preprocess import stretch_contrast
 from training.data.coco_json import Polygons, Row, read_coco_json
 
 UInt8 = NDArray[np.uint8]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from service.pipeline.model_config import TileResize
+from pipeline.model_config import TileResize
 from training.configs.schema import Config
 from training.data.augment import Sample, random_keep_ratio, random_size, random_tile
 from training.data.coco import CocoDataset

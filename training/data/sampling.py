@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from service.pipeline.model_config import TileResize
+from pipeline.model_config import TileResize
 from training.configs.schema import Config
 
 Rng = np.random.Generator

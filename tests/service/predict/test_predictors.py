@@ -6,10 +6,10 @@ import httpx
 import pytest
 
 import solo_client
-from service.backends.base import BackendOptions
+from service.engines.base import BackendOptions
+from service.models.repository import load_version
 from service.predict.errors import ImageFailed, RunFailed
 from service.predict.predictors import Bounds, LocalPredictor, RemotePredictor
-from service.registry import load_version
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 
 EMPTY = {"model": "blobs", "version": 1, "task": "contour", "results": [], "timing_ms": {}}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from service.backends.base import BackendOptions
+from service.engines.base import BackendOptions
 from service.errors import ModelRefused, StartupError
+from service.models.repository import read_config
 from service.predict import main
 from service.predict.predictors import Bounds
-from service.registry import read_config
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 from tests.support.processes import free_port
 

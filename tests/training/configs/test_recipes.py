@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.pipeline.model_config import MaskNms, MatrixNms
+from pipeline.model_config import MaskNms, MatrixNms
 from training.configs import get_config, list_configs
 from training.configs.recipes import apply_recipe
 

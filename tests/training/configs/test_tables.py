@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.pipeline.model_config import KeepRatioResize
+from pipeline.model_config import KeepRatioResize
 from training.configs import get_config
 from training.configs.schema import PAPER_MASK_WEIGHTS, Config
 from training.configs.tables import TABLES, get_table

@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from service.pipeline.model_config import InputSpec, KeepRatioResize, TileResize
+from pipeline.model_config import InputSpec, KeepRatioResize, TileResize
 from training.configs import get_config, list_configs
 from training.configs.coco import apply_schedule
 from training.configs.schema import HeadConfig, ScheduleConfig

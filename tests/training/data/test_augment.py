@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from service.pipeline.model_config import KeepRatioResize, TileResize
-from service.pipeline.preprocess import keep_ratio_size
+from pipeline.model_config import KeepRatioResize, TileResize
+from pipeline.preprocess import keep_ratio_size
 from tests.support.tiny import UInt8, disc
 from training.configs.schema import AugmentConfig
 from training.data.augment import (

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from service.pipeline.model_config import ContrastSpec
+from pipeline.model_config import ContrastSpec
 from tests.support.tiny import (
     CLASSES,
     annotation_of,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from service.pipeline.postprocess import postprocess, select
-from service.pipeline.types import Candidates, Prepared, Tile, Window
+from pipeline.postprocess import postprocess, select
+from pipeline.types import Candidates, Prepared, Tile, Window
 from tests.support.paper import KINDS, cell_probs, paper_config, sigmoid
 from tests.support.tiny_solo import tiny_config, tiny_network
 from training.configs.recipes import apply_recipe

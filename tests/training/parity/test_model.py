@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from service.pipeline.model_config import MatrixNms, PostprocessSpec
-from service.pipeline.postprocess import postprocess, select
-from service.pipeline.types import Candidates, Instance, Prepared, Tile, Window
+from pipeline.model_config import MatrixNms, PostprocessSpec
+from pipeline.postprocess import postprocess, select
+from pipeline.types import Candidates, Instance, Prepared, Tile, Window
 from tests.support.dense_paste import axis_matrix
 from tests.support.parity import (
     ParityModel,

@@ -1,0 +1,1 @@
+"""Pure image and mask functions that serving, training and export share; no I/O."""

@@ -1,0 +1,142 @@
+"""Instances on the wire: COCO results with RLE or polygons."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.model_config import ModelConfig
+from pipeline.types import Instance, UInt8
+
+SCORE_DIGITS = 6
+
+
+def decode_counts(counts: bytes) -> NDArray[np.int64]:
+    """Run lengths of a compressed COCO RLE: zeros, ones, zeros, ... in column-major order.
+
+    Each run is the difference to the one before the last, in groups of five bits, least first;
+    a sixth bit says that more follow.
+    """
+    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((groups & 0x20) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    sizes = last - first + 1
+    place = np.arange(len(groups)) - np.repeat(first, sizes)
+    runs = np.add.reduceat((groups & 0x1F) << (5 * place), first)
+    runs -= np.where(groups[last] & 0x10, np.int64(1) << (5 * sizes), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def decode_box(instance: Instance) -> UInt8:
+    """The mask's pixels inside its box: [h, w] uint8 0/1; the full mask is never built."""
+    x, y, box_w, box_h = instance.bbox_xywh
+    height = instance.rle["size"][0]
+    edges = np.cumsum(decode_counts(instance.rle["counts"]))
+    column, row = np.divmod(edges, height)
+    # Pixels of the box before each edge, in column-major order.
+    before = (column - x) * box_h + np.clip(row - y, 0, box_h)
+    before = np.clip(before, 0, box_w * box_h)
+    lengths = np.diff(np.concatenate([[0], before, [box_w * box_h]]))
+    values = np.arange(len(lengths), dtype=np.uint8) & 1
+    return np.ascontiguousarray(np.repeat(values, lengths).reshape(box_w, box_h).T)
+
+
+def _without_straight(points: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Drops repeated vertices and those on a straight line between their neighbours."""
+    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    keep = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    return np.asarray(points[keep])
+
+
+def encode_polygons(instance: Instance) -> list[list[float]]:
+    """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per part.
+
+    The vertices lie on the pixels' corners, so that pycocotools makes the same mask of them;
+    but COCO polygons cannot say holes, and these are filled: RLE is exact.
+    """
+    x, y, _, _ = instance.bbox_xywh
+    # In the doubled mask a contour runs along the first and the last row and column of each
+    # pixel; (v + 1) // 2 maps these to the pixel's two edges.
+    doubled = decode_box(instance).repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    polygons = []
+    for contour in contours:
+        corners = (contour.reshape(-1, 2).astype(np.int64) + 1) // 2
+        points = _without_straight(corners) + np.array([x, y])
+        polygons.append([float(v) for v in points.reshape(-1)])
+    return polygons
+
+
+def count_holes(instance: Instance) -> int:
+    """Regions that the mask encloses and that polygons therefore fill."""
+    outside = np.pad(1 - decode_box(instance), 1, constant_values=1)
+    labels, _ = cv2.connectedComponents(outside, connectivity=4)
+    return labels - 2  # one label is the mask, one what lies around it
+
+
+def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -> bytes:
+    """All masks as one grey PNG: pixel value n is the n-th instance, 0 none of them.
+
+    Where masks overlap, the pixel is the earlier instance's, which is the better one.
+
+    Args:
+        instances: Best first; more than 255 make it a 16-bit PNG.
+        image_hw: Height and width of the image.
+
+    Raises:
+        ValueError: There are more than a pixel can name.
+    """
+    if len(instances) > np.iinfo(np.uint16).max:
+        raise ValueError(f"{len(instances)} instances do not fit a 16-bit image")
+    index = np.zeros(image_hw, np.uint8 if len(instances) < 256 else np.uint16)
+    for number in range(len(instances), 0, -1):
+        instance = instances[number - 1]
+        x, y, width, height = instance.bbox_xywh
+        index[y : y + height, x : x + width][decode_box(instance) > 0] = number
+    buffer = io.BytesIO()
+    Image.fromarray(index).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def encode_rle(instance: Instance) -> dict[str, Any]:
+    """COCO compressed RLE with its counts as text."""
+    return {"size": list(instance.rle["size"]), "counts": instance.rle["counts"].decode("ascii")}
+
+
+def instance_to_coco(
+    instance: Instance,
+    config: ModelConfig,
+    *,
+    masks: Literal["rle", "polygon", "png", "none"] = "rle",
+) -> dict[str, Any]:
+    """An instance as a COCO result without its image_id.
+
+    Args:
+        instance: What was found.
+        config: The model's classes.
+        masks: How `segmentation` is written; `none` leaves it out, and so does `png`, which is
+            an image's and not an instance's (`encode_index_png`).
+    """
+    category = config.classes[instance.label]
+    result: dict[str, Any] = {
+        "category_id": category.category_id,
+        "category": category.name,
+        "score": round(instance.score, SCORE_DIGITS),
+        "bbox": list(instance.bbox_xywh),
+        "area": instance.area,
+    }
+    if masks == "rle":
+        result["segmentation"] = encode_rle(instance)
+    elif masks == "polygon":
+        result["segmentation"] = encode_polygons(instance)
+        result["holes"] = count_holes(instance)
+    return result

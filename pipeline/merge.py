@@ -1,0 +1,203 @@
+"""Instances of overlapping tiles become the instances of one image.
+
+An object near an inner tile border is seen by two or more tiles: whole by one and cut by another
+(one is kept), or, if it is larger than the overlap, cut by all of them (the parts are joined).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipeline.contour import fill_instance, join_contours
+from pipeline.runs import BoxMask, encode_box_mask
+from pipeline.types import Instance, Int64, Window
+
+DUPLICATE_IOU = 0.5
+"""Two masks of different tiles are one object above this IoU."""
+CONTAINED = 0.5
+"""A cut mask is a duplicate if a kept one covers more than this share of it."""
+AGREEMENT = 0.5
+"""Two cut masks are parts of one object above this IoU inside the region both tiles see."""
+
+
+@dataclass(frozen=True)
+class TileInstance:
+    """An instance, in coordinates of the image, and the tile that it was found in.
+
+    Attributes:
+        instance: What was found.
+        window: The tile's region of the image.
+        cut: Whether the mask reaches a border of the tile behind which the image goes on.
+    """
+
+    instance: Instance
+    window: Window
+    cut: bool
+
+
+def _overlap(a: Window, b: Window) -> Window:
+    y, x = max(a.y, b.y), max(a.x, b.x)
+    height = min(a.y + a.height, b.y + b.height) - y
+    width = min(a.x + a.width, b.x + b.width) - x
+    return Window(y, x, max(height, 0), max(width, 0))
+
+
+def _find_in(region: Window, members: Int64, boxes: Int64) -> list[int]:
+    """Those of some members whose boxes [N, 4] as x, y, width, height reach a region."""
+    x, y, width, height = boxes[members].T
+    reach = (x < region.x + region.width) & (region.x < x + width)
+    reach &= (y < region.y + region.height) & (region.y < y + height)
+    found: list[int] = members[reach].tolist()
+    return found
+
+
+def _area_inside(instance: Instance, region: Window) -> int:
+    height, width = instance.rle["size"]
+    ones = np.ones((region.height, region.width), np.bool_)
+    box = encode_box_mask(BoxMask(region.y, region.x, ones), (height, width))
+    return int(coco_mask.area(coco_mask.merge([instance.rle, box], intersect=True)))
+
+
+def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
+    """Pixels shared by masks of one class and different tiles; pairs without any are absent."""
+    tiles: dict[Window, list[int]] = defaultdict(list)
+    for index, entry in enumerate(found):
+        tiles[entry.window].append(index)
+    boxes = np.array([entry.instance.bbox_xywh for entry in found])
+    indices = {window: np.array(members) for window, members in tiles.items()}
+    shared: dict[int, dict[int, int]] = defaultdict(dict)
+    for (a, in_a), (b, in_b) in combinations(indices.items(), 2):
+        region = _overlap(a, b)
+        if region.height == 0 or region.width == 0:
+            continue
+        left, right = _find_in(region, in_a, boxes), _find_in(region, in_b, boxes)
+        if not left or not right:
+            continue
+        rles: list[list[dict[str, Any]]] = [
+            [found[i].instance.rle for i in s] for s in (left, right)
+        ]
+        iou = np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(right)))
+        for row, column in np.argwhere(iou > 0):
+            i, j = left[row], right[column]
+            one, other = found[i].instance, found[j].instance
+            if one.label == other.label:
+                ratio = iou[row, column]
+                pixels = round(ratio * (one.area + other.area) / (1 + ratio))
+                shared[i][j] = shared[j][i] = pixels
+    return shared
+
+
+def _is_same(found: Sequence[TileInstance], index: int, kept: int, pixels: int) -> bool:
+    """Whether a mask shows no more than a kept one does."""
+    area, kept_area = found[index].instance.area, found[kept].instance.area
+    if pixels > DUPLICATE_IOU * (area + kept_area - pixels):
+        return True
+    return found[index].cut and pixels > CONTAINED * area
+
+
+def _agreement(found: Sequence[TileInstance], index: int, kept: int, pixels: int) -> float:
+    """IoU of two cut masks inside the region that both tiles see."""
+    region = _overlap(found[index].window, found[kept].window)
+    areas = (_area_inside(found[i].instance, region) for i in (index, kept))
+    return pixels / (sum(areas) - pixels)
+
+
+def _union(parts: Sequence[Instance]) -> Instance:
+    """One mask of all parts with the best part's score."""
+    best = max(parts, key=lambda instance: instance.score)
+    if len(parts) == 1:
+        return best
+    rle = coco_mask.merge([instance.rle for instance in parts])
+    x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
+    rle = {"size": best.rle["size"], "counts": rle["counts"]}
+    return replace(best, rle=rle, bbox_xywh=(x, y, width, height), area=int(coco_mask.area(rle)))
+
+
+class _Objects:
+    """The kept masks, grouped into objects: one mask, or parts that different tiles show."""
+
+    def __init__(self, found: Sequence[TileInstance]) -> None:
+        self.found = found
+        self.members: dict[int, list[int]] = {}
+        self.object_of: dict[int, int] = {}
+
+    def add(self, index: int) -> None:
+        """A mask that is an object of its own."""
+        self.members[index] = [index]
+        self.object_of[index] = index
+
+    def join(self, index: int, parts: Sequence[int]) -> None:
+        """Joins a mask and the objects of the kept parts that it continues, best part first.
+
+        A tile shows an object once: the mask is dropped if its tile has shown the first part's
+        object, and objects that one tile shows apart stay apart.
+        """
+        home, *others = dict.fromkeys(self.object_of[part] for part in parts)
+        seen = {self.found[i].window for i in self.members[home]}
+        if self.found[index].window in seen:
+            return
+        self.members[home].append(index)
+        self.object_of[index] = home
+        seen.add(self.found[index].window)
+        for other in others:
+            windows = {self.found[i].window for i in self.members[other]}
+            if not seen & windows:
+                seen |= windows
+                moved = self.members.pop(other)
+                self.members[home] += moved
+                self.object_of.update(dict.fromkeys(moved, home))
+
+    def groups(self) -> list[list[int]]:
+        """Indices of each object's masks."""
+        return list(self.members.values())
+
+
+def merge_tiles(
+    found: Sequence[TileInstance],
+    *,
+    max_instances: int | None = None,
+    compare: Literal["masks", "enclosed"] = "masks",
+) -> list[Instance]:
+    """Instances of all tiles, each object once.
+
+    Whole masks come first, then cut ones; each best first. Only masks of one class and of
+    different tiles are compared. A mask goes if a kept one is the same by IoU; a cut one also
+    if a kept one covers most of it. Cut masks that agree where both tiles see are joined.
+
+    Args:
+        found: Of all tiles, in any order.
+        max_instances: Most instances returned.
+        compare: `enclosed` compares the regions that the masks enclose, and of parts that are
+            joined the outline remains: for masks that are contours.
+
+    Returns:
+        By descending score.
+    """
+    masks, join = [entry.instance for entry in found], _union
+    if compare == "enclosed":
+        join = join_contours
+        found = [replace(entry, instance=fill_instance(entry.instance)) for entry in found]
+    shared = _shared_pixels(found)
+    objects = _Objects(found)
+    for index in sorted(range(len(found)), key=lambda i: (found[i].cut, -found[i].instance.score)):
+        kept = [(j, pixels) for j, pixels in shared[index].items() if j in objects.object_of]
+        parts = []
+        if found[index].cut:
+            cut = [(_agreement(found, index, j, pixels), j) for j, pixels in kept if found[j].cut]
+            parts = [j for agreement, j in sorted(cut, reverse=True) if agreement > AGREEMENT]
+        rest = [(j, pixels) for j, pixels in kept if not (parts and found[j].cut)]
+        if any(_is_same(found, index, j, pixels) for j, pixels in rest):
+            continue
+        if parts:
+            objects.join(index, parts)
+        else:
+            objects.add(index)
+    merged = (join([masks[i] for i in group]) for group in objects.groups())
+    return sorted(merged, key=lambda instance: -instance.score)[:max_instances]

@@ -1,0 +1,282 @@
+"""config.json of a model: all that the service knows of it (DESIGN: the model_repo contract).
+
+Top-level sections hold for every version; a version's entry may replace any of them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+SCHEMA_VERSION = 1
+PositiveInt = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Task = Literal["segmentation", "contour"]
+"""What an instance's mask is: the object's pixels, or its outline alone."""
+
+
+class Spec(BaseModel):
+    """Immutable; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClassSpec(Spec):
+    """A class; its position in the list is its label."""
+
+    category_id: Annotated[int, Field(ge=0)]
+    name: Annotated[str, Field(min_length=1)]
+
+
+class ContrastSpec(Spec):
+    """Linear stretch between two percentiles of the image's intensities.
+
+    Attributes:
+        low, high: Percentiles, 0..100, that become 0 and 255.
+        min_range: Least difference between them that is stretched, in grey levels.
+    """
+
+    rule: Literal["percentile"] = "percentile"
+    low: Annotated[float, Field(ge=0, le=100)]
+    high: Annotated[float, Field(ge=0, le=100)]
+    min_range: Annotated[float, Field(gt=0)] = 16.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ContrastSpec:
+        if self.low >= self.high:
+            raise ValueError(f"low percentile {self.low} is not below high {self.high}")
+        return self
+
+
+class KeepRatioResize(Spec):
+    """The published rule; the canvas is the resized image padded to a multiple.
+
+    The short side becomes `short_side` unless the long side then exceeds `long_side`.
+    """
+
+    rule: Literal["keep_ratio"] = "keep_ratio"
+    short_side: PositiveInt
+    long_side: PositiveInt
+    pad_multiple: PositiveInt = 32
+
+
+class TileResize(Spec):
+    """Fixed scale on one fixed canvas; larger images are cut into overlapping tiles.
+
+    Attributes:
+        scale: Canvas px per image px.
+        tile_hw: Tile's height and width, image px.
+        overlap_px: Least overlap of neighbouring tiles, image px.
+    """
+
+    rule: Literal["tile"] = "tile"
+    scale: Annotated[float, Field(gt=0)]
+    tile_hw: tuple[PositiveInt, PositiveInt]
+    overlap_px: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> TileResize:
+        if self.overlap_px >= min(self.tile_hw):
+            raise ValueError(f"overlap_px {self.overlap_px} is not below the tile {self.tile_hw}")
+        return self
+
+    @property
+    def canvas_hw(self) -> tuple[int, int]:
+        """Height and width of the canvas, px."""
+        return round(self.tile_hw[0] * self.scale), round(self.tile_hw[1] * self.scale)
+
+
+class InputSpec(Spec):
+    """How an image becomes canvases."""
+
+    resize: Annotated[KeepRatioResize | TileResize, Field(discriminator="rule")]
+    contrast: ContrastSpec | None = None
+
+
+class MatrixNms(Spec):
+    """Matrix NMS (SOLOv2, arXiv 2003.10152, section 3.3): scores decay with the overlap."""
+
+    kind: Literal["matrix"] = "matrix"
+    kernel: Literal["gaussian", "linear"] = "gaussian"
+    sigma: Annotated[float, Field(gt=0)] = 2.0
+
+
+class MaskNms(Spec):
+    """Greedy NMS by mask IoU (paper, section 3.4)."""
+
+    kind: Literal["mask"] = "mask"
+    iou_threshold: Probability = 0.5
+
+
+class PostprocessSpec(Spec):
+    """From candidates to instances.
+
+    Attributes:
+        nms: How duplicates are found.
+        compare: What NMS and the merging of tiles compare: the masks themselves, or the regions
+            that they enclose (for masks that are contours).
+        update_threshold: Score that a candidate must keep after NMS.
+        mask_threshold: Probability above which a pixel belongs to the mask.
+        score_threshold: Default of the responses.
+        max_instances: Default bound of the responses.
+    """
+
+    nms: Annotated[MatrixNms | MaskNms, Field(discriminator="kind")]
+    compare: Literal["masks", "enclosed"] = "masks"
+    update_threshold: Probability = 0.05
+    mask_threshold: Probability = 0.5
+    score_threshold: Probability = 0.1
+    max_instances: PositiveInt = 100
+
+
+class Limits(Spec):
+    """Bounds of the engine.
+
+    Attributes:
+        max_batch: Canvases in one call.
+        instances: Calls at once; None takes the server's `engine_slots`.
+        threads: Of one call on the CPU; None takes the server's.
+    """
+
+    max_batch: PositiveInt = 8
+    instances: PositiveInt | None = None
+    threads: PositiveInt | None = None
+
+
+class FileSpec(Spec):
+    """A file of a version."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: PositiveInt
+
+
+class ModelConfig(Spec):
+    """One version of a model."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    version: PositiveInt
+    task: Task = "segmentation"
+    description: str = ""
+    input: InputSpec
+    classes: Annotated[tuple[ClassSpec, ...], Field(min_length=1)]
+    candidates: PositiveInt
+    mask_stride: PositiveInt
+    postprocess: PostprocessSpec
+    limits: Limits = Limits()
+    files: Annotated[dict[str, FileSpec], Field(min_length=1)]
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _unique_categories(self) -> ModelConfig:
+        ids = [c.category_id for c in self.classes]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"category ids are not unique: {ids}")
+        return self
+
+
+class LatestVersions(Spec):
+    """The highest versions, as many as asked for."""
+
+    policy: Literal["latest"] = "latest"
+    count: PositiveInt = 1
+
+
+class AllVersions(Spec):
+    """Every version."""
+
+    policy: Literal["all"] = "all"
+
+
+class SpecificVersions(Spec):
+    """The versions that are named."""
+
+    policy: Literal["specific"] = "specific"
+    versions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+VersionPolicy = Annotated[
+    LatestVersions | AllVersions | SpecificVersions, Field(discriminator="policy")
+]
+
+
+class RepositoryConfig(Spec):
+    """config.json: shared sections and the versions."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    task: str = "segmentation"
+    description: str = ""
+    input: dict[str, Any] | None = None
+    classes: list[dict[str, Any]] | None = None
+    candidates: int | None = None
+    mask_stride: int | None = None
+    postprocess: dict[str, Any] | None = None
+    limits: dict[str, Any] | None = None
+    serve: VersionPolicy = LatestVersions()
+    versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]*$")], dict[str, Any]]
+
+    @property
+    def version_numbers(self) -> list[int]:
+        """Ascending."""
+        return sorted(int(v) for v in self.versions)
+
+    @property
+    def served_versions(self) -> list[int]:
+        """Those that are to be served at once, ascending.
+
+        Raises:
+            ConfigError: There is no version, or one that is named is not there.
+        """
+        present = self.version_numbers
+        if not present:
+            raise ConfigError(f"model {self.name!r} names no version")
+        if isinstance(self.serve, AllVersions):
+            return present
+        if isinstance(self.serve, LatestVersions):
+            return present[-self.serve.count :]
+        missing = sorted(set(self.serve.versions) - set(present))
+        if missing:
+            raise ConfigError(
+                f"model {self.name!r} is to be served in {missing}, but has only {present}"
+            )
+        return sorted(set(self.serve.versions))
+
+    def for_version(self, version: int) -> ModelConfig:
+        """The shared sections with what the version replaces.
+
+        Raises:
+            ConfigError: No such version, or a section that is not valid.
+        """
+        if str(version) not in self.versions:
+            raise ConfigError(
+                f"model {self.name!r} has no version {version}, only {self.version_numbers}"
+            )
+        shared = self.model_dump(exclude={"schema_version", "serve", "versions"}, exclude_none=True)
+        content = {**shared, **self.versions[str(version)], "version": version}
+        try:
+            return ModelConfig.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError(f"model {self.name!r} version {version}: {_reason(error)}") from error
+
+
+def _reason(error: ValidationError) -> str:
+    parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    return "; ".join(parts)
+
+
+def parse_model_config(text: str | bytes) -> RepositoryConfig:
+    """Parses config.json.
+
+    Raises:
+        ConfigError: Not JSON, or a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        return RepositoryConfig.model_validate(json.loads(text))
+    except ValidationError as error:
+        raise ConfigError(f"config.json: {_reason(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.json is not valid JSON: {error}") from error

@@ -1,0 +1,229 @@
+"""Candidates become instances: NMS, binarise, top N, paste, merge over tiles (paper, 3.4).
+
+The only post-processing there is: the server and the evaluation of training both call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.contour import fill_contours
+from pipeline.merge import TileInstance, merge_tiles
+from pipeline.model_config import MatrixNms, PostprocessSpec
+from pipeline.nms import mask_nms, matrix_nms
+from pipeline.paste import paste_masks
+from pipeline.types import Candidates, Float32, Instance, Int64, Prepared, Tile
+
+
+class DeviceCandidates(Protocol):
+    """One tile's graph output that stayed on an accelerator, which post-processes it itself.
+
+    Scores and labels are those of `Candidates`, on the host.
+    """
+
+    @property
+    def scores(self) -> Float32:
+        """[K] float32."""
+        ...
+
+    @property
+    def labels(self) -> Int64:
+        """[K] int64."""
+        ...
+
+    @property
+    def mask_hw(self) -> tuple[int, int]:
+        """h, w."""
+        ...
+
+    def find_instances(
+        self,
+        tile: Tile,
+        image_hw: tuple[int, int],
+        spec: PostprocessSpec,
+        *,
+        score_threshold: float,
+        max_instances: int,
+    ) -> list[Instance]:
+        """What `postprocess_tile` finds in `Candidates`, in coordinates of the image."""
+        ...
+
+
+TileCandidates = Candidates | DeviceCandidates
+
+
+def select(
+    candidates: Candidates, spec: PostprocessSpec, *, least_score: float = 0.0
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """NMS at the mask stride.
+
+    Neither NMS raises a score, and no candidate has a say about a better one: those below the
+    least score are left out from the start.
+
+    Args:
+        candidates: One tile's, best first.
+        spec: Kind of NMS and thresholds.
+        least_score: Survivors have at least this score.
+
+    Returns:
+        Scores and indices of the survivors, best first (ties: the earlier candidate).
+    """
+    least_score = max(least_score, spec.update_threshold)
+    used = (candidates.scores > 0) & (candidates.scores >= least_score)
+    count = int(used.nonzero()[0].max(initial=-1)) + 1  # empty slots come last: no copy of them
+    masks = candidates.mask_probs[:count] > spec.mask_threshold
+    filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
+    if filled.size < count:
+        masks = masks[filled]
+    if spec.compare == "enclosed":
+        masks = fill_contours(masks)
+    scores, labels = candidates.scores[filled], candidates.labels[filled]
+    if isinstance(spec.nms, MatrixNms):
+        scores = matrix_nms(scores, labels, masks, kernel=spec.nms.kernel, sigma=spec.nms.sigma)
+        kept = np.arange(len(scores))
+    else:
+        kept = mask_nms(scores, labels, masks, iou_threshold=spec.nms.iou_threshold)
+    kept = kept[scores[kept] >= least_score]
+    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    return scores[kept], filled[kept]
+
+
+def mask_stride(tile: Tile, mask_hw: tuple[int, int]) -> int:
+    """Canvas px per mask px.
+
+    Raises:
+        ValueError: The masks do not divide the canvas.
+    """
+    height, width = mask_hw
+    stride, rest = divmod(tile.image.shape[0], height)
+    if rest or width * stride != tile.image.shape[1]:
+        raise ValueError(
+            f"masks of {height}x{width} do not divide the canvas {tile.image.shape[:2]}"
+        )
+    return int(stride)
+
+
+def _is_cut(instance: Instance, tile: Tile, stride: int) -> bool:
+    """Whether a mask comes within one mask pixel of a border behind which the image goes on."""
+    x, y, width, height = instance.bbox_xywh
+    window = tile.window
+    near_y = stride * window.height / tile.valid_hw[0]
+    near_x = stride * window.width / tile.valid_hw[1]
+    top, left, bottom, right = tile.cut
+    return (
+        (top and y - window.y < near_y)
+        or (left and x - window.x < near_x)
+        or (bottom and window.y + window.height - (y + height) < near_y)
+        or (right and window.x + window.width - (x + width) < near_x)
+    )
+
+
+def _bounds(
+    spec: PostprocessSpec, score_threshold: float | None, max_instances: int | None
+) -> tuple[float, int]:
+    threshold = spec.score_threshold if score_threshold is None else score_threshold
+    bound = spec.max_instances if max_instances is None else max_instances
+    if not 0 <= threshold <= 1 or bound < 1:
+        raise ValueError(f"score_threshold {threshold} or max_instances {bound} is out of range")
+    return threshold, bound
+
+
+def postprocess_tile(
+    tile: Tile,
+    candidates: TileCandidates,
+    image_hw: tuple[int, int],
+    spec: PostprocessSpec,
+    *,
+    score_threshold: float | None = None,
+    max_instances: int | None = None,
+) -> list[TileInstance]:
+    """Instances of one tile in coordinates of the image, best first.
+
+    Args:
+        tile: What the engine saw.
+        candidates: What it answered.
+        image_hw: Height and width of the original image.
+        spec: The model's post-processing.
+        score_threshold: Least score of a returned instance; default from `spec`.
+        max_instances: Most instances returned; default from `spec`.
+
+    Raises:
+        ValueError: A bound is out of range, or the masks do not fit the canvas.
+    """
+    threshold, bound = _bounds(spec, score_threshold, max_instances)
+    stride = mask_stride(tile, candidates.mask_hw)
+    if isinstance(candidates, Candidates):
+        instances = _find_instances(candidates, tile, image_hw, spec, threshold, bound)
+    else:
+        instances = candidates.find_instances(
+            tile, image_hw, spec, score_threshold=threshold, max_instances=bound
+        )
+    return [TileInstance(i, tile.window, _is_cut(i, tile, stride)) for i in instances]
+
+
+def _find_instances(
+    candidates: Candidates,
+    tile: Tile,
+    image_hw: tuple[int, int],
+    spec: PostprocessSpec,
+    score_threshold: float,
+    max_instances: int,
+) -> list[Instance]:
+    scores, indices = select(candidates, spec, least_score=score_threshold)
+    stride = mask_stride(tile, candidates.mask_hw)
+    found: list[Instance] = []
+    for start in range(0, len(indices), max_instances):
+        some = slice(start, start + max_instances)  # rarely is any of them empty
+        masks = (candidates.mask_probs[index] for index in indices[some])
+        pasted = paste_masks(masks, tile, stride, image_hw, spec.mask_threshold)
+        found += [
+            Instance(int(candidates.labels[index]), float(score), *outline)
+            for score, index, outline in zip(scores[some], indices[some], pasted, strict=True)
+            if outline is not None
+        ]
+        if len(found) >= max_instances:
+            break
+    return found[:max_instances]
+
+
+def postprocess(
+    prepared: Prepared,
+    candidates: Sequence[TileCandidates],
+    spec: PostprocessSpec,
+    *,
+    score_threshold: float | None = None,
+    max_instances: int | None = None,
+) -> list[Instance]:
+    """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
+
+    Args:
+        prepared: The image's tiles.
+        candidates: One entry a tile, in their order.
+        spec: The model's post-processing.
+        score_threshold: Least score of a returned instance; default from `spec`.
+        max_instances: Most instances returned; default from `spec`.
+
+    Raises:
+        ValueError: The number of candidates' entries is not that of the tiles, a bound is out
+            of range, or masks do not fit their canvas.
+    """
+    threshold, bound = _bounds(spec, score_threshold, max_instances)
+    if len(candidates) != len(prepared.tiles):
+        raise ValueError(f"{len(candidates)} candidate sets for {len(prepared.tiles)} tiles")
+    found: list[TileInstance] = []
+    for tile, answer in zip(prepared.tiles, candidates, strict=True):
+        found += postprocess_tile(
+            tile,
+            answer,
+            prepared.image_hw,
+            spec,
+            score_threshold=threshold,
+            max_instances=bound,
+        )
+    if len(prepared.tiles) == 1:
+        return [entry.instance for entry in found]
+    return merge_tiles(found, max_instances=bound, compare=spec.compare)

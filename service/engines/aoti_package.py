@@ -1,0 +1,137 @@
+"""What an AOTInductor package says of itself, read without torch and without running any of it.
+
+A .pt2 file is a ZIP archive with machine code in it. Whether that code is the published one, and
+made for this machine, is known before any of it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pipeline.model_config import FileSpec
+from service.engines.base import BackendError, Precision
+
+PackagePrecision = Literal["fp32", "fp16", "bf16"]
+METADATA_KEY = "solo_serve"
+METADATA_SUFFIX = "wrapper_metadata.json"
+CPU_TARGET = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageInfo:
+    """What a package was made of and for.
+
+    Attributes:
+        config: Name of the training configuration.
+        target: "cpu", or a GPU architecture, e.g. "sm_90".
+        precision: Of the convolutions and of the masks.
+        torch: Version of the torch that made it, without its build's suffix.
+        machine: Of the host code, as `platform.machine` names it.
+        max_batch: Most canvases in a call.
+        max_canvas_hw: Largest canvas, px.
+        fixed_canvas: Whether it is the only one.
+        onnx_sha256: Of the model.onnx of the same weights; None if that is not known.
+    """
+
+    config: str
+    target: str
+    precision: PackagePrecision
+    torch: str
+    machine: str
+    max_batch: int
+    max_canvas_hw: tuple[int, int]
+    fixed_canvas: bool
+    onnx_sha256: str | None = None
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the compiler puts it into the package."""
+        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
+
+
+def name_package(target: str, precision: Precision) -> str:
+    """File name of a package in a version's folder."""
+    return f"model.{target}.{precision}.pt2"
+
+
+def name_target(capability: tuple[int, int] | None) -> str:
+    """Target of a GPU's compute capability; None is the CPU."""
+    return CPU_TARGET if capability is None else f"sm_{capability[0]}{capability[1]}"
+
+
+def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:
+    """A package's bytes, which are those that config.json describes.
+
+    Raises:
+        BackendError: config.json does not list the file, or the file is missing or another one.
+    """
+    if package.name not in files:
+        raise BackendError(f"config.json lists {sorted(files)}, but no {package.name}")
+    try:
+        data = package.read_bytes()
+    except OSError as error:
+        raise BackendError(f"{package}: {error.strerror or error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != files[package.name].sha256:
+        raise BackendError(
+            f"{package}: its SHA-256 is {digest}, config.json says {files[package.name].sha256}"
+        )
+    return data
+
+
+def read_info(data: bytes) -> PackageInfo:
+    """What a package says of itself.
+
+    Raises:
+        BackendError: It is no package, or none of `solo-export`.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [name for name in archive.namelist() if name.endswith(METADATA_SUFFIX)]
+            if len(names) != 1:
+                raise BackendError(f"the package has {len(names)} models, expected 1")
+            content: dict[str, Any] = json.loads(archive.read(names[0]))
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise BackendError(f"this is no AOTInductor package: {error}") from error
+    try:
+        fields = json.loads(content[METADATA_KEY])
+        fields["max_canvas_hw"] = tuple(fields["max_canvas_hw"])
+        info = PackageInfo(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendError(f"the package does not say what it is for: {error!r}") from error
+    if info.precision not in get_args(PackagePrecision):
+        raise BackendError(f"the package has precision {info.precision!r}")
+    return info
+
+
+def find_misfit(
+    info: PackageInfo, *, target: str, torch_version: str, cpu_capability: str
+) -> str | None:
+    """Why a package cannot run here, one sentence; None if it can.
+
+    Args:
+        info: The package's.
+        target: This machine's, as in `name_target`.
+        torch_version: Of the torch that would run it.
+        cpu_capability: What torch says of this CPU, e.g. "AVX2".
+    """
+    if info.target != target:
+        return f"the package is for {info.target}, this is {target}"
+    if _release(info.torch) != _release(torch_version):
+        return f"the package was made with torch {info.torch}, this is torch {torch_version}"
+    if info.machine != platform.machine():
+        return f"the package is for {info.machine} hosts, this is {platform.machine()}"
+    if info.machine == "x86_64" and cpu_capability[:4] != "AVX2" and "AVX512" not in cpu_capability:
+        return f"the package needs a CPU with AVX2, this one has {cpu_capability}"
+    return None
+
+
+def _release(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]

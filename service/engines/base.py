@@ -1,0 +1,151 @@
+"""What an engine is to the service.
+
+Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from pipeline.postprocess import TileCandidates
+from pipeline.types import Candidates, Float32, Int64, Tile, UInt8
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+EngineKind = Literal["auto", "ort", "trt", "aoti"]
+
+
+class BackendError(RuntimeError):
+    """The engine cannot be built, or its output is not what the graph contract says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """How an engine is built.
+
+    Attributes:
+        device: "auto" takes CUDA where it works, "cuda" raises `DeviceError` where it does not.
+        engine: "auto" takes the fastest that works; any other raises where it does not.
+        precision: Of the engine's arithmetic.
+        threads: Threads of one engine call on the CPU; None takes the real cores.
+        slots: Batches in the engine at once; None takes 1 on the CPU and 2 on a GPU.
+        divide: On the CPU without `slots`, which models get a call of one thread for each of the
+            `threads` instead of one call with all: those that cut images into tiles, or all; for
+            callers that call it from several threads.
+        cache: Folder for engines that are built here; None takes one in the version's folder.
+        gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: EngineKind = "auto"
+    precision: Precision = "fp32"
+    threads: int | None = None
+    slots: int | None = None
+    divide: Literal["none", "tiles", "all"] = "none"
+    cache: Path | None = None
+    gpu_mem_limit_bytes: int | None = None
+
+
+class Backend(Protocol):
+    """An engine that is built and ready."""
+
+    @property
+    def name(self) -> str:
+        """Kind of engine, e.g. "onnxruntime"."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """What it really runs on: "cpu" or "cuda"."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """Of its arithmetic."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this engine and this device, one sentence."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may be in `infer` at once: one batch is copied, another computed."""
+        ...
+
+    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
+        """Runs one batch.
+
+        Args:
+            tiles: B canvases of one shape.
+
+        Returns:
+            B results without their empty slots (score 0), best first.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """An engine whose calls can be ended from outside."""
+
+    def interrupt(self) -> None:
+        """Makes the calls under way raise soon; for an engine that is used no more."""
+        ...
+
+
+def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
+    """Canvases of one shape as the graph's inputs.
+
+    Returns:
+        `images` [B, H, W, 3] and `valid_hw` [B, 2].
+    """
+    images = np.stack([tile.image for tile in tiles])
+    return images, np.array([tile.valid_hw for tile in tiles], np.int64)
+
+
+def split_batch(
+    scores: Float32, labels: Int64, mask_probs: Float32, *, copy: bool = True
+) -> list[Candidates]:
+    """Checks a graph's output and cuts it into one result for each canvas, empty slots dropped.
+
+    Each result owns its memory, so that the batch's can go or be used again.
+
+    Args:
+        scores: [B, K] float32, 0 for an empty slot.
+        labels: [B, K] int64.
+        mask_probs: [B, K, h, w] float32, or float16, which is cast.
+        copy: False if nobody else writes into the arrays: results are then views of them, as long
+            as at least half of the slots are used. With fewer, copies need less memory.
+
+    Raises:
+        BackendError: Shapes that do not fit each other, or scores that are not finite.
+    """
+    if labels.shape != scores.shape or mask_probs.ndim != 4 or mask_probs.shape[:2] != scores.shape:
+        raise BackendError(
+            f"outputs do not fit: scores {scores.shape}, labels {labels.shape}, "
+            f"mask_probs {mask_probs.shape}"
+        )
+    if not np.isfinite(scores).all():
+        raise BackendError("scores are not finite")
+    used = scores > 0
+    as_views = not copy and 2 * np.count_nonzero(used) >= used.size
+    results = []
+    for item_used, *outputs in zip(used, scores, labels, mask_probs, strict=True):
+        indices = np.flatnonzero(item_used)
+        is_prefix = bool(item_used[: len(indices)].all())
+        kept = slice(len(indices)) if as_views and is_prefix else indices
+        item_scores, item_labels, item_masks = (output[kept] for output in outputs)
+        results.append(
+            Candidates(item_scores, item_labels, item_masks.astype(np.float32, copy=False))
+        )
+    return results

@@ -1,0 +1,260 @@
+"""Which engine a model gets: the fastest that works, and why the faster ones do not.
+
+On a GPU TensorRT, then AOTInductor, then ONNX Runtime; on the CPU ONNX Runtime, with the graph that
+has early exits if the version has one. What was asked for and is not there is refused. An engine's
+module is imported only when its turn comes; one that is missing counts as an engine that is not
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pipeline.model_config import ModelConfig
+from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.driver import Gpu, find_gpu
+from service.errors import DeviceError, ModelRefused
+from service.models.artefacts import ONNX_FILE, Artefacts
+
+logger = logging.getLogger(__name__)
+
+Warm = Callable[[Backend], None]
+"""Runs a backend once; raises if its output is not what the model's configuration says."""
+
+Kind = Literal["trt", "ort_trt", "aoti", "ort"]
+_TITLES: dict[Kind, str] = {
+    "trt": "TensorRT",
+    "ort_trt": "ONNX Runtime's TensorRT provider",
+    "aoti": "AOTInductor",
+    "ort": "ONNX Runtime",
+}
+_MODULES = {
+    "trt": "service.engines.tensorrt.engine",
+    "trt_cache": "service.engines.tensorrt.cache",
+    "aoti": "service.engines.aotinductor",
+    "ort": "service.engines.onnxruntime",
+}
+
+
+@dataclass(frozen=True)
+class _Route:
+    """An engine on a device, the file that it needs, and whether its graph has early exits."""
+
+    kind: Kind
+    device: Literal["cpu", "cuda"]
+    file: str
+    exits: bool = False
+
+    def __str__(self) -> str:
+        return f"{_TITLES[self.kind]} on {'CUDA' if self.device == 'cuda' else 'the CPU'}"
+
+
+class _Refused(Exception):
+    """A route cannot be taken; says why, without the route's name."""
+
+
+def check_device(options: BackendOptions) -> None:
+    """Refuses `cuda` where it cannot work, before any model is read.
+
+    Raises:
+        DeviceError: Says what is missing.
+    """
+    if options.device == "cuda":
+        gpu = find_gpu()
+        if not isinstance(gpu, Gpu):
+            raise DeviceError(f"device cuda: {gpu}")
+
+
+def build_backend(
+    artefacts: Artefacts, options: BackendOptions, config: ModelConfig, warm: Warm
+) -> Backend:
+    """Builds the engine of a model's version.
+
+    Args:
+        artefacts: The version's files; only what is loaded is read and verified.
+        options: Engine, device and precision that are asked for, or `auto`.
+        config: The version's configuration.
+        warm: Tries the backend, and one that replaces it while requests are served.
+
+    Raises:
+        ModelRefused: A file is missing, damaged, or not in the precision asked for.
+        BackendError: No engine works; says why of each.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    check_device(options)
+    refusals: list[str] = []
+    errors: list[Exception] = []
+    for route in _list_routes(options, artefacts, refusals):
+        taken = replace(options, device=route.device)
+        try:
+            backend: Any = _build(route, taken, artefacts, config, warm)
+            _try_out(backend, warm)
+        except _Refused as error:
+            refusals.append(f"{route}: {error}")
+        except (BackendError, DeviceError) as error:
+            logger.warning("%s is not taken: %s", route, error)
+            refusals.append(f"{route}: {error}")
+            errors.append(error)
+        else:
+            reason = f"{backend.reason}, early exits" if route.exits else backend.reason
+            backend.reason = _explain(reason, options, refusals)
+            built: Backend = backend
+            return built
+    raise _give_up(options, artefacts, refusals, errors)
+
+
+def _try_out(backend: Backend, warm: Warm) -> None:
+    """What fails at the first run, e.g. a library that is loaded late, is no engine to serve with.
+
+    Raises:
+        BackendError: It does.
+    """
+    try:
+        warm(backend)
+    except Exception as error:  # an engine's exceptions have no common base
+        backend.close()
+        raise BackendError(f"the first run failed: {error}") from error
+
+
+def graph_file(precision: str) -> str:
+    """Name of the ONNX file in a precision."""
+    return ONNX_FILE if precision == "fp32" else f"model.{precision}.onnx"
+
+
+def exits_file(precision: str) -> str:
+    """Name of the ONNX file with early exits in a precision; the CPU takes it if it is there."""
+    return f"{graph_file(precision).removesuffix('.onnx')}.exits.onnx"
+
+
+def package_file(target: str, precision: str) -> str:
+    """Name of the AOTInductor package for a target, "cpu" or e.g. "sm_90"."""
+    return f"model.{target}.{precision}.pt2"
+
+
+def _list_routes(
+    options: BackendOptions, artefacts: Artefacts, refusals: list[str]
+) -> Iterator[_Route]:
+    """Best first; a missing GPU is one refusal for all that need it."""
+    graph, engine = graph_file(options.precision), options.engine
+    gpu = find_gpu() if options.device != "cpu" else "device cpu was asked for"
+    if isinstance(gpu, Gpu):
+        if engine in ("auto", "trt"):
+            yield _Route("trt", "cuda", graph)
+        if engine == "trt":  # nothing serves while that provider builds, so not for `auto`
+            yield _Route("ort_trt", "cuda", graph)
+        if engine in ("auto", "aoti"):
+            yield _Route("aoti", "cuda", package_file(gpu.target, options.precision))
+        if engine in ("auto", "ort"):
+            yield _Route("ort", "cuda", graph)
+    elif options.device == "auto" or engine == "trt":
+        refusals.append(f"CUDA: {gpu}")
+    if options.device == "cuda":
+        return
+    if engine == "aoti":
+        yield _Route("aoti", "cpu", package_file("cpu", options.precision))
+    if engine in ("auto", "ort"):
+        exits = exits_file(options.precision)
+        if exits in artefacts:
+            yield _Route("ort", "cpu", exits, exits=True)
+        else:
+            yield _Route("ort", "cpu", graph)
+
+
+def _build(
+    route: _Route, options: BackendOptions, artefacts: Artefacts, config: ModelConfig, warm: Warm
+) -> Backend:
+    """Takes a route, or refuses it as early as can be known.
+
+    Raises:
+        _Refused: The engine is not installed, or has no file.
+    """
+    engine = _load("ort" if route.kind == "ort_trt" else route.kind)
+    if engine is None:
+        raise _Refused("it is not part of this installation")
+    find_obstacle = (
+        engine.find_tensorrt_obstacle if route.kind == "ort_trt" else engine.find_obstacle
+    )
+    obstacle = find_obstacle(options)
+    if obstacle is None and route.file not in artefacts:
+        obstacle = f"the version has no {route.file}"
+    if obstacle is not None:
+        raise _Refused(obstacle)
+    backend: Backend
+    if route.kind == "aoti":
+        # It verifies the file itself: it loads the very bytes that were hashed.
+        backend = engine.build_aoti_backend(artefacts.folder / route.file, options, config)
+    elif route.kind == "ort":
+        backend = engine.build_ort_backend(artefacts.read_graph(route.file), options, config)
+    else:
+        backend = _build_tensorrt(engine, route, options, artefacts, config, warm)
+    return backend
+
+
+def _build_tensorrt(
+    engine: Any,
+    route: _Route,
+    options: BackendOptions,
+    artefacts: Artefacts,
+    config: ModelConfig,
+    warm: Warm,
+) -> Backend:
+    """An engine from the cache, or one that ONNX Runtime stands in for while it is built."""
+    graph = artefacts.read_graph(route.file)
+    if not isinstance(graph, bytes):
+        raise _Refused("it takes no graph that has data files beside it")
+    trt_cache = _load("trt_cache")
+    if trt_cache is None:
+        raise _Refused("it is not part of this installation")
+    cache = trt_cache.choose_cache(artefacts.folder, options.cache).folder
+    backend: Backend
+    if route.kind == "ort_trt":
+        backend = engine.build_ort_tensorrt_backend(graph, options, config, cache)
+    elif engine.has_engine(graph, options, config, cache):
+        backend = engine.build_trt_backend(graph, options, config, cache)
+    else:
+        runtime: Any = _load("ort")
+        first = runtime.build_ort_backend(graph, replace(options, device="auto"), config)
+        backend = engine.build_in_background(first, graph, options, config, cache, warm)
+    return backend
+
+
+def _load(name: str) -> Any:
+    """An engine's module, or None if it is not there; what it imports itself must be."""
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name != _MODULES[name]:
+            raise
+        return None
+
+
+def _explain(reason: str, options: BackendOptions, refusals: list[str]) -> str:
+    asked = [
+        f"{name} {value} was asked for"
+        for name, value in (("engine", options.engine), ("device", options.device))
+        if value != "auto"
+    ]
+    return "; ".join([reason, *asked, *(f"not {refusal}" for refusal in refusals)])
+
+
+def _give_up(
+    options: BackendOptions, artefacts: Artefacts, refusals: list[str], errors: list[Exception]
+) -> Exception:
+    """The error that says best why no engine is left."""
+    graph = graph_file(options.precision)
+    if graph not in artefacts and options.engine != "aoti":
+        return ModelRefused(
+            artefacts.folder / graph,
+            f"precision {options.precision} was asked for and config.json lists no such file, only "
+            f"{sorted(artefacts.files)}; make it with: solo-export CHECKPOINT --out "
+            f"{artefacts.folder.parent.parent} --precision {options.precision}",
+        )
+    text = "; ".join(refusals)
+    asked = f"engine {options.engine}, device {options.device}, precision {options.precision}"
+    if options.device == "cuda" and not any(isinstance(e, BackendError) for e in errors):
+        return DeviceError(f"{asked}: {text}")
+    return BackendError(f"{asked}: {text}")

@@ -1,0 +1,1 @@
+"""CUDA kernels for post-processing: sources, compilation, launching."""

@@ -1,0 +1,273 @@
+"""Post-processing on the device: candidates stay there, run lengths come back.
+
+`postprocess` treats a `KernelCandidates` like `Candidates`; what the kernels do not do (comparing
+enclosed regions, another NMS than the engine was built with) it does itself on the host. NOT RUN ON
+HARDWARE: the same path runs in the tests on the host, nobody has run it on a GPU yet.
+
+Symbols: B batch, K candidates, N survivors, h w mask.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.model_config import PostprocessSpec
+from pipeline.postprocess import mask_stride, postprocess_tile
+from pipeline.types import Candidates, Float32, Instance, Int64, Tile
+from service.engines.base import BackendError
+from service.engines.kernels.launcher import CudaLauncher, Launcher
+from service.engines.kernels.nvrtc import default_cache, load_cubins
+from service.engines.kernels.paste import MaskPlane, paste_masks
+from service.engines.kernels.select import DeviceBatch, Selection, read_ranking, select_batch
+from service.engines.kernels.workspace import WorkspacePool
+
+__all__ = ["CudaPostprocessor", "DeviceBatch", "KernelCandidates", "find_obstacle"]
+
+
+class _Lease:
+    """Calls `release` when the last of some holders has gone.
+
+    The garbage collector may call `drop` in the middle of anything, so it takes no lock: a list's
+    `pop` is atomic.
+    """
+
+    def __init__(self, holders: int, release: Callable[[], None]) -> None:
+        self._tokens = list(range(holders))
+        self._release = release
+
+    def drop(self) -> None:
+        """One holder is gone; each calls this once."""
+        if self._tokens.pop() == 0:
+            self._release()
+
+
+class KernelCandidates:
+    """One tile's candidates, whose masks are on the device. Implements `DeviceCandidates`.
+
+    The masks are kept until this object is gone, whatever became of the request.
+    """
+
+    def __init__(
+        self,
+        owner: CudaPostprocessor,
+        batch: DeviceBatch,
+        image: int,
+        ranking: tuple[Float32, Int64],
+        selection: Selection | None,
+    ) -> None:
+        self._owner = owner
+        self._batch = batch
+        self._image = image
+        self._slots = np.flatnonzero(ranking[0] > 0)
+        self._labels = ranking[1]
+        self._scores = ranking[0]
+        self._selection = selection
+
+    @property
+    def scores(self) -> Float32:
+        """See `DeviceCandidates.scores`; empty slots are dropped."""
+        return self._scores[self._slots]
+
+    @property
+    def labels(self) -> Int64:
+        """See `DeviceCandidates.labels`."""
+        return self._labels[self._slots]
+
+    @property
+    def mask_hw(self) -> tuple[int, int]:
+        """See `DeviceCandidates.mask_hw`."""
+        return self._batch.mask_hw
+
+    @property
+    def _pointer(self) -> int:
+        """Address of the tile's masks [K, h, w]."""
+        batch = self._batch
+        return batch.mask_probs + self._image * batch.candidates * batch.mask_bytes
+
+    def find_instances(
+        self,
+        tile: Tile,
+        image_hw: tuple[int, int],
+        spec: PostprocessSpec,
+        *,
+        score_threshold: float,
+        max_instances: int,
+    ) -> list[Instance]:
+        """See `DeviceCandidates.find_instances`.
+
+        Raises:
+            BackendError: The device fails.
+            ValueError: The masks are not at the model's stride of the canvas.
+        """
+        if self._selection is None or not self._owner.covers(spec):
+            answers = postprocess_tile(
+                tile,
+                self.to_host(),
+                image_hw,
+                spec,
+                score_threshold=score_threshold,
+                max_instances=max_instances,
+            )
+            return [answer.instance for answer in answers]
+        if mask_stride(tile, self.mask_hw) != self._owner.stride:
+            raise ValueError(
+                f"masks of {self.mask_hw} on a canvas of {tile.image.shape[:2]}: the stride is not "
+                f"{self._owner.stride}"
+            )
+        selection = self._selection
+        wanted = int(np.count_nonzero(selection.scores >= score_threshold))
+        plane = MaskPlane(
+            self._pointer,
+            self._batch.mask_type,
+            self.mask_hw,
+            self._owner.stride,
+            spec.mask_threshold,
+        )
+        found: list[Instance] = []
+        start = 0
+        # A mask that lies in the padding gives no instance, and the next one takes its place.
+        while start < wanted and len(found) < max_instances:
+            stop = min(wanted, start + max_instances - len(found))
+            found += self._paste(plane, tile, image_hw, selection, slice(start, stop))
+            start = stop
+        return found
+
+    def _paste(
+        self,
+        plane: MaskPlane,
+        tile: Tile,
+        image_hw: tuple[int, int],
+        selection: Selection,
+        part: slice,
+    ) -> list[Instance]:
+        jobs = selection.jobs[part]
+        with self._owner.workspaces.borrow() as workspace:
+            pasted = paste_masks(self._owner.launcher, workspace, plane, tile, image_hw, jobs)
+        labels, scores = self._labels[jobs[:, 0]].tolist(), selection.scores[part].tolist()
+        return [
+            Instance(label, score, mask.rle, mask.bbox_xywh, mask.area)
+            for label, score, mask in zip(labels, scores, pasted, strict=True)
+            if mask is not None
+        ]
+
+    def to_host(self) -> Candidates:
+        """The same candidates with their masks on the host, as fp32."""
+        batch = self._batch
+        height, width = batch.mask_hw
+        used = int(self._slots.max(initial=-1)) + 1
+        if used == 0:
+            masks = np.zeros((0, height, width), np.float32)
+            return Candidates(self.scores, self.labels, masks)
+        size_bytes = used * batch.mask_bytes
+        launcher = self._owner.launcher
+        with self._owner.workspaces.borrow() as workspace:
+            host = workspace.host("masks", size_bytes)
+            launcher.copy(host.pointer, self._pointer, size_bytes, workspace.stream)
+            launcher.synchronize(workspace.stream)
+            raw = host.array[:size_bytes]
+            if batch.mask_type == "bfloat16":  # the upper half of a float32
+                masks = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            else:
+                masks = raw.view(batch.mask_type).astype(np.float32)
+        masks = masks.reshape(used, height, width)[self._slots]
+        return Candidates(self.scores, self.labels, masks)
+
+
+class CudaPostprocessor:
+    """Post-processes what an engine leaves on a device; thread-safe.
+
+    Args:
+        spec: The model's post-processing.
+        stride: Canvas px per mask px.
+        launcher: The device; default the GPU `device_id`, for which the kernels are compiled first
+            where no cubin is at hand.
+        device_id: Ordinal of the GPU.
+
+    Raises:
+        BackendError: The kernels cannot be used; the message says why.
+    """
+
+    def __init__(
+        self,
+        spec: PostprocessSpec,
+        stride: int,
+        *,
+        launcher: Launcher | None = None,
+        device_id: int = 0,
+    ) -> None:
+        self._spec = spec
+        self.stride = stride
+        self.launcher = _load_launcher(device_id) if launcher is None else launcher
+        self.workspaces = WorkspacePool(self.launcher)
+
+    def covers(self, spec: PostprocessSpec) -> bool:
+        """Whether what `select` found holds for `spec` too; defaults of responses do not matter."""
+        defaults = {"score_threshold", "max_instances"}
+        return spec is self._spec or spec.model_dump(exclude=defaults) == self._spec.model_dump(
+            exclude=defaults
+        )
+
+    def select(self, batch: DeviceBatch, stream: int) -> list[KernelCandidates]:
+        """NMS of a batch, all images at once; waits for the stream.
+
+        Contours (`compare="enclosed"`) are compared on the host, later, in `find_instances`.
+
+        Args:
+            batch: What the engine queued on `stream`. It is released when the last of the results
+                is gone; if this raises, it stays the caller's, and the stream is done with it.
+            stream: The engine's.
+
+        Returns:
+            B entries.
+
+        Raises:
+            BackendError: The device fails, or scores are not finite.
+        """
+        with self.workspaces.borrow(stream) as workspace:
+            selections: list[Selection] | list[None] = [None] * batch.batch
+            if self._spec.compare == "masks":
+                selections = select_batch(self.launcher, workspace, batch, self._spec, stream)
+            scores, labels = read_ranking(self.launcher, workspace, batch, stream)
+        lease = _Lease(batch.batch, batch.release)
+        results = []
+        for image in range(batch.batch):
+            ranking = scores[image], labels[image]
+            candidates = KernelCandidates(self, batch, image, ranking, selections[image])
+            weakref.finalize(candidates, lease.drop).atexit = False
+            results.append(candidates)
+        return results
+
+    def close(self) -> None:
+        """Frees the scratch memory; what is in use is freed when its caller is done."""
+        self.workspaces.close()
+
+
+def find_obstacle() -> str | None:
+    """Why the kernels cannot run here, in one sentence; None if they can."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "cuda-core is not installed (extra gpu-kernels)"
+    try:
+        from cuda.core import Device
+
+        devices = Device.get_all_devices()
+    except Exception as error:  # cuda-core's exceptions have no common base
+        return f"CUDA does not work: {error}"
+    return None if devices else "there is no CUDA device"
+
+
+def _load_launcher(device_id: int) -> CudaLauncher:
+    obstacle = find_obstacle()
+    if obstacle is not None:
+        raise BackendError(f"no CUDA kernels: {obstacle}")
+    from cuda.core import Device
+
+    try:
+        major, minor = Device(device_id).compute_capability
+    except Exception as error:  # cuda-core's exceptions have no common base
+        raise BackendError(f"device {device_id} cannot be used: {error}") from error
+    cubins = load_cubins((int(major), int(minor)), cache=default_cache())
+    return CudaLauncher(device_id, cubins)

@@ -1,0 +1,217 @@
+"""The application: `create_app(settings)` puts it together; there is nothing global."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from service.errors import (
+    Draining,
+    EngineRestarting,
+    InvalidParameter,
+    Overloaded,
+    QuotaExceeded,
+    Unauthorized,
+    build_error_body,
+    describe_error,
+)
+from service.http.keys import KeyRing
+from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from service.http.routes import health, inference, models, segment, web
+from service.http.routes import metrics as metrics_routes
+from service.http.routes import repository as repository_routes
+from service.http.routes.shortcut import HANDLED, ErrorAnswer, Shortcut
+from service.models.repository import Repository, load_repository
+from service.observe.gpus import find_gpus
+from service.observe.metrics import Metrics
+from service.observe.tracing import Tracer, build_tracer
+from service.settings import Settings
+from service.work.segmenter import Segmenter
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
+_FIXED_PATHS = (
+    *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
+    *("/v2/repository/index", "/metrics", "/docs", "/openapi.json"),
+)
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(
+    settings: Settings,
+    repository: Repository | None = None,
+    tracer: Tracer | None = None,
+    segmenter: Segmenter | None = None,
+) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        settings: Everything that can be set.
+        repository: Loaded models; default: loaded from `settings.model_repo` at the start.
+        tracer: Default: what the settings and OpenTelemetry's variables say; often none.
+        segmenter: Does the work, and counts it; default: one for the repository.
+
+    Raises:
+        StartupError: `settings.default_model` is not in the repository, or the keys file cannot
+            be read, or tracing is asked for and not installed.
+    """
+    tracer = tracer or build_tracer(settings.otlp_endpoint, _version())
+    built = segmenter
+    metrics = Metrics() if built is None else built.metrics
+    if built is None and settings.device != "cpu":
+        metrics.watch_gpus(find_gpus())
+    if built is None and repository is not None:
+        built = Segmenter(settings, repository, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        segmenter = built
+        if segmenter is None:
+            options = settings.backend_options()
+            loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
+            segmenter = Segmenter(settings, loaded, metrics)
+        app.state.segmenter = segmenter
+        segmenter.start()
+        try:
+            yield
+        finally:
+            await segmenter.drain()
+            if tracer is not None:
+                await tracer.close()
+
+    app = FastAPI(
+        title="solo-serve",
+        description=DESCRIPTION,
+        version=_version(),
+        lifespan=lifespan,
+        docs_url=None,  # service.http.routes.web has it, without a CDN
+        redoc_url=None,
+    )
+    app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
+    app.state.settings = settings
+    app.state.metrics = metrics
+    for module in (segment, inference, models, health, web):
+        app.include_router(module.router)
+    if settings.admin_port is None:
+        _include_admin_routes(app)
+    answer = _build_answer(settings, metrics)
+    _add_error_handlers(app, answer)
+    # The last one added is the outermost.
+    app.add_middleware(Shortcut, answer=answer)
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    _add_middleware(app, settings, metrics, tracer)
+    return app
+
+
+def create_admin_app(app: FastAPI) -> FastAPI:
+    """What the admin port serves of an application: health, metrics, the model repository.
+
+    Args:
+        app: What `create_app` made; its state is shared, and its lifespan must run.
+    """
+    admin = FastAPI(title="solo-serve admin", version=app.version, docs_url=None, redoc_url=None)
+    admin.state = app.state
+    admin.include_router(health.router)
+    _include_admin_routes(admin)
+    _add_error_handlers(admin, _build_answer(app.state.settings, app.state.metrics))
+    _add_middleware(admin, app.state.settings, app.state.metrics)
+    return admin
+
+
+def _include_admin_routes(app: FastAPI) -> None:
+    for module in (repository_routes, metrics_routes):
+        app.include_router(module.router)
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, tracer: Tracer | None = None
+) -> None:
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        metrics=metrics,
+    )
+    app.add_middleware(
+        RequestContextMiddleware, metrics=metrics, routes=_FIXED_PATHS, tracer=tracer
+    )
+
+
+def _add_error_handlers(app: FastAPI, answer: ErrorAnswer) -> None:
+    for kind in HANDLED:
+        app.add_exception_handler(kind, answer)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("solo-serve")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
+    """What answers the errors that a request may end in."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            error = InvalidParameter(_explain(error))
+        elif isinstance(error, HTTPException):
+            return _answer_http(request, error)
+        headers = {}
+        if isinstance(error, (Overloaded, Draining, EngineRestarting)):
+            reason = error.reason if isinstance(error, Overloaded) else error.code
+            metrics.rejections.labels(reason).inc()
+            headers["retry-after"] = str(settings.retry_after_s)
+        elif isinstance(error, QuotaExceeded):
+            metrics.rejections.labels(error.reason).inc()
+            headers["retry-after"] = str(error.retry_after_s)
+        elif isinstance(error, Unauthorized):
+            metrics.rejections.labels("unauthorized").inc()
+            headers["www-authenticate"] = "Bearer"
+        status, detail = describe_error(error)
+        return _error_response(request, status, detail, headers)
+
+    return answer
+
+
+def _answer_http(request: Request, error: HTTPException) -> Response:
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    detail = {"code": code, "message": message}
+    return _error_response(request, error.status_code, detail, dict(error.headers or {}))
+
+
+def _explain(error: RequestValidationError) -> str:
+    """Names each wrong parameter and its value."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"there is no parameter {name!r}")
+        else:
+            parts.append(f"{name}: {item['msg']}, not {item['input']!r}")
+    return "; ".join(parts)
+
+
+def _error_response(
+    request: Request, status: int, detail: dict[str, str], headers: dict[str, str]
+) -> Response:
+    body = build_error_body(detail, request.url.path)
+    return Response(body, status, headers, media_type="application/json")

@@ -1,0 +1,265 @@
+"""Pure ASGI middleware: request ids, counting, and the limit on bodies.
+
+Not BaseHTTPMiddleware: behind that a handler never learns that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Collection, Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ServiceError,
+    build_error_body,
+    describe_error,
+)
+from service.observe.metrics import WORK_ROUTES, Metrics
+from service.observe.timing import Interval
+from service.observe.tracing import TracedImage, TracedRequest, Tracer, collect_images
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_REQUEST_ID = REQUEST_ID.encode()
+_SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
+"""Of every response that does not set its own."""
+CLIENT_LEFT = 499
+"""Status in log and metrics of a request whose client left before the answer."""
+
+
+class RequestContextMiddleware:
+    """Outermost: gives the request its id, counts it, logs one line, answers what nobody caught.
+
+    Args:
+        app: What it wraps.
+        metrics: Where requests are counted.
+        routes: Paths that may become labels; all others but route templates are "unmatched".
+        tracer: Makes spans of the requests for segmentation.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Collection[str],
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.routes = frozenset(routes)
+        self.tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get(REQUEST_ID, "")
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = os.urandom(16).hex()
+        images = collect_images() if self.tracer is not None else []
+        began_s = time.monotonic()
+        scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
+        status = CLIENT_LEFT
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"]
+                names = {name for name, _ in headers}
+                message["headers"] = [
+                    *headers,
+                    (_REQUEST_ID, request_id.encode()),
+                    *(header for header in _SECURITY_HEADERS if header[0] not in names),
+                ]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
+            if status == CLIENT_LEFT:
+                await send_error(send_with_id, error, scope["path"])
+        finally:
+            self._count(scope, request_id, status, (began_s, time.monotonic()), images)
+
+    def _count(
+        self,
+        scope: Scope,
+        request_id: str,
+        status: int,
+        ran: Interval,
+        images: Sequence[TracedImage],
+    ) -> None:
+        seconds = ran[1] - ran[0]
+        fallback = scope["path"] if scope["path"] in self.routes else "unmatched"
+        route = getattr(scope.get("route"), "path", fallback)
+        method = scope["method"] if route != "unmatched" else "any"
+        self.metrics.requests.labels(route, method, str(status)).inc()
+        line = {
+            "request_id": request_id,
+            "method": method,
+            "path": scope["path"],
+            "status": status,
+            "duration_ms": round(seconds * 1e3, 1),
+        }
+        exemplar = None
+        if self.tracer is not None and route in WORK_ROUTES:
+            request = describe_request(scope, route, request_id, status, ran, images)
+            trace_id = self.tracer.record(request)
+            if trace_id is not None:
+                line["trace_id"] = trace_id
+                exemplar = {"trace_id": trace_id}
+        self.metrics.request_seconds.labels(route, method).observe(seconds, exemplar)
+        logger.log(
+            logging.INFO if route in WORK_ROUTES else logging.DEBUG,
+            "%s %s %d %.1f ms id=%s",
+            method,
+            scope["path"],
+            status,
+            seconds * 1e3,
+            request_id,
+            extra=line,
+        )
+
+
+def describe_request(
+    scope: Scope,
+    route: str,
+    request_id: str,
+    status: int,
+    ran: Interval,
+    images: Sequence[TracedImage],
+) -> TracedRequest:
+    """What a trace says of a request, in the words of OpenTelemetry's conventions for HTTP."""
+    method = scope["method"]
+    attributes = {
+        "http.request.method": method,
+        "http.route": route,
+        "url.path": scope["path"],
+        "url.scheme": scope.get("scheme", "http"),
+        "solo.request_id": request_id,
+    }
+    headers = dict(Headers(scope=scope))
+    return TracedRequest(headers, attributes, f"{method} {route}", ran, status, images)
+
+
+async def send_error(send: Send, error: Exception, path: str, *, close: bool = False) -> None:
+    """Sends an error's response, for where there is no framework around.
+
+    Args:
+        send: ASGI's.
+        error: Whose response.
+        path: The request's.
+        close: The body is complete for the client, but the exchange stays open for the caller
+            to end; the connection is closed then.
+    """
+    status, detail = describe_error(error)
+    body = build_error_body(detail, path)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": close})
+
+
+class BodyLimitMiddleware:
+    """Counts a body's bytes before anything parses them; 413 beyond the limit, 408 if it stalls.
+
+    A body that announces its length is refused before it is read, a chunked one as soon as it
+    has passed the limit. What the client still sends is then read and dropped for a while,
+    because closing at once could destroy the response before the client has seen it.
+
+    Args:
+        app: What it wraps.
+        max_bytes: The limit.
+        timeout_s: How long nothing of the body may come, seconds.
+        metrics: Where rejections are counted.
+    """
+
+    linger_s = 2.0
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float, metrics: Metrics) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            refused = self._too_large(f"the body has {announced} bytes")
+            await self._refuse(refused, scope, receive, send)
+            return
+        received = 0
+        more_body = True
+        started = False
+
+        async def watched_receive() -> Message:
+            nonlocal received, more_body
+            if not more_body:
+                return await receive()
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    message = await receive()
+            except TimeoutError:
+                text = f"nothing more of the body came in {self.timeout_s:g} s"
+                raise _Refused(BodyTimeout(f"{text}; {received} bytes were here")) from None
+            received += len(message.get("body", b""))
+            more_body = message.get("more_body", False)
+            if received > self.max_bytes:
+                raise self._too_large(f"the body has at least {received} bytes")
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, watched_receive, watched_send)
+        except _Refused as refused:
+            if not started:
+                await self._refuse(refused, scope, receive, send)
+
+    def _too_large(self, found: str) -> _Refused:
+        return _Refused(BodyTooLarge(f"{found}, the limit is {self.max_bytes}"))
+
+    async def _refuse(self, refused: _Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        self.metrics.rejections.labels(refused.error.code).inc()
+        await send_error(send, refused.error, scope["path"], close=True)
+        try:
+            async with asyncio.timeout(self.linger_s):
+                message = await receive()
+                while message["type"] == "http.request" and message.get("more_body", False):
+                    message = await receive()
+        except TimeoutError:
+            logger.debug("a refused body was still being sent after %s s", self.linger_s)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Refused(BaseException):
+    """Leaves the application without being taken for an error of its own."""
+
+    def __init__(self, error: ServiceError) -> None:
+        super().__init__(str(error))
+        self.error = error

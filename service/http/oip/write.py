@@ -1,0 +1,83 @@
+"""Outcomes become a body of the protocol: JSON, then the binary data of the outputs that want it.
+
+Symbols: N images of the request, n instances of all of them together.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from pipeline.types import Float32, Int64
+from service.http.oip.schemas import OUTPUTS, OutputName
+
+_LENGTH = struct.Struct("<I")
+Values = Float32 | Int64 | list[str]
+
+
+def build_tensors(entries: Sequence[Mapping[str, Any]]) -> dict[OutputName, Values]:
+    """The outputs of a request's images.
+
+    Args:
+        entries: An image's entry of `results` each (`service.http.schemas.ImageResult`).
+
+    Returns:
+        Flat or with the shape of the metadata. An image that failed has no instances, the size
+        0 x 0, and a text in `error`, where the others have an empty one.
+    """
+    found = [entry.get("instances") or [] for entry in entries]
+    instances = [instance for those in found for instance in those]
+    errors = [entry.get("error") for entry in entries]
+    return {
+        "scores": np.array([i["score"] for i in instances], np.float32),
+        "category_ids": np.array([i["category_id"] for i in instances], np.int64),
+        "bbox": np.array([i["bbox"] for i in instances], np.float32).reshape(-1, 4),
+        "rle": [i["segmentation"]["counts"] for i in instances if "segmentation" in i],
+        "image_index": np.repeat(np.arange(len(found)), [len(those) for those in found]),
+        "image_hw": np.array(
+            [(entry.get("height", 0), entry.get("width", 0)) for entry in entries], np.int64
+        ),
+        "error": ["" if e is None else f"{e['code']}: {e['message']}" for e in errors],
+    }
+
+
+def build_body(
+    answer: Mapping[str, Any],
+    tensors: Mapping[OutputName, Values],
+    outputs: Mapping[OutputName, bool],
+) -> tuple[bytes, int | None]:
+    """The body of a response.
+
+    Args:
+        answer: Its members beside `outputs`.
+        tensors: From `build_tensors`.
+        outputs: Which of them, in which order, and whether each is binary.
+
+    Returns:
+        The body, and how many of its bytes are JSON; None if there is nothing behind the JSON.
+    """
+    described, binary = [], []
+    for name, is_binary in outputs.items():
+        values = tensors[name]
+        shape = [len(values)] if isinstance(values, list) else list(values.shape)
+        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name].datatype, "shape": shape}
+        if is_binary:
+            binary.append(_to_bytes(values))
+            tensor["parameters"] = {"binary_data_size": len(binary[-1])}
+        else:
+            tensor["data"] = values if isinstance(values, list) else values.reshape(-1)
+        described.append(tensor)
+    text = orjson.dumps({**answer, "outputs": described}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join([text, *binary]), len(text) if binary else None
+
+
+def _to_bytes(values: Values) -> bytes:
+    """Little-endian numbers; texts with their length before them."""
+    if not isinstance(values, list):
+        return values.astype(values.dtype.newbyteorder("<")).tobytes()
+    encoded = [text.encode() for text in values]
+    return b"".join(_LENGTH.pack(len(text)) + text for text in encoded)

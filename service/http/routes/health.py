@@ -1,0 +1,67 @@
+"""GET /healthz, /v2/health/live, /v2/health/ready."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.http.routes.state import SegmenterDep
+from service.http.schemas import (
+    EngineBuildModel,
+    EngineModel,
+    HealthResponse,
+    LiveResponse,
+    ReadyResponse,
+)
+from service.models.engine_state import describe_engine
+from service.work.stages import ServedModel
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz(segmenter: SegmenterDep) -> HealthResponse:
+    """200 as long as the process answers; the text says whether new work is taken."""
+    if not segmenter.admission.is_open:
+        return HealthResponse(status="draining")
+    return HealthResponse(status="ok" if segmenter.is_ready else "engine_restarting")
+
+
+@router.get("/v2/health/live")
+async def live() -> LiveResponse:
+    """200 as long as the process answers."""
+    return LiveResponse(live=True)
+
+
+@router.get("/v2/health/ready", responses={503: {"model": ReadyResponse}})
+async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
+    """200 if new work is taken, else 503; says what runs where.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/health/ready
+    ```
+    """
+    if not segmenter.is_ready:
+        response.status_code = 503
+    models = segmenter.store.all_models
+    return ReadyResponse(
+        ready=segmenter.is_ready,
+        models=[f"{m.name}:{m.loaded.version} on {m.engine.device}" for m in models],
+        engines=[_describe(model) for model in models],
+        refused=sorted(set(segmenter.store.unavailable) - set(segmenter.store.served)),
+    )
+
+
+def _describe(model: ServedModel) -> EngineModel:
+    state = describe_engine(model.engine)
+    build = None
+    if state.build is not None:
+        build = EngineBuildModel(status=state.build.status, progress=state.build.progress)
+    return EngineModel(
+        model=model.name,
+        version=model.loaded.version,
+        engine=state.name,
+        device=state.device,
+        precision=state.precision,
+        reason=state.reason,
+        build=build,
+    )

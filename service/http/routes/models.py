@@ -1,0 +1,90 @@
+"""GET /v2/models, /v2/models/{name} and /v2/models/{name}/versions/{version}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
+from service.http.routes.state import SegmenterDep
+from service.http.schemas import ModelDetail, ModelList, ModelSummary
+from service.work.segmenter import Segmenter
+from service.work.stages import ServedModel
+
+router = APIRouter(tags=["models"])
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    404: {"model": ProtocolError, "description": "No such model or version"},
+    422: {"model": ProtocolError, "description": "The version is no number"},
+    503: {"model": ProtocolError, "description": "The model was refused"},
+}
+
+
+@router.get("/v2/models")
+async def list_models(segmenter: SegmenterDep) -> ModelList:
+    """Every model of the repository; of a refused one, why.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models
+    ```
+    """
+    store = segmenter.store
+    served = [
+        ModelSummary(name=name, state="READY", version=max(versions))
+        for name, versions in store.served.items()
+    ]
+    others = [
+        ModelSummary(name=name, state="UNAVAILABLE", reason=reason)
+        for name, reason in store.unavailable.items()
+        if name not in store.served
+    ]
+    return ModelList(models=sorted(served + others, key=lambda model: model.name))
+
+
+@router.get("/v2/models/{name}", responses=_FAILURES)
+async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
+    """What config.json says of a model, what it runs on, and its tensors.
+
+    ```sh
+    curl --fail-with-body localhost:8000/v2/models/nuclei
+    ```
+    """
+    return describe_model(segmenter.store.find(name, None), segmenter)
+
+
+@router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
+async def show_version(name: str, version: int, segmenter: SegmenterDep) -> ModelDetail:
+    """As `/v2/models/{name}`, of a certain version."""
+    return describe_model(segmenter.store.find(name, version), segmenter)
+
+
+def describe_model(served: ServedModel, segmenter: Segmenter) -> ModelDetail:
+    """The Open Inference Protocol's metadata and ours."""
+    loaded, engine = served.loaded, served.engine
+    versions = segmenter.store.served.get(served.name, {})
+    config = loaded.config.model_dump(
+        mode="json",
+        include={
+            "name",
+            "version",
+            "task",
+            "description",
+            "input",
+            "classes",
+            "candidates",
+            "mask_stride",
+            "postprocess",
+            "provenance",
+        },
+    )
+    return ModelDetail(
+        versions=[str(version) for version in sorted(versions)],
+        platform=engine.name,
+        inputs=[INPUT],
+        outputs=list(OUTPUTS.values()),
+        state="READY",
+        backend=engine.name,
+        device=engine.device,
+        max_batch=served.feeder.max_batch,
+        **config,
+    )

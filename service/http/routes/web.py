@@ -1,0 +1,120 @@
+"""GET /, /web/{name} and /docs: the pages for people; everything they load comes from here.
+
+The files are known by an allow-list, so no path of a request ever reaches the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
+
+router = APIRouter(include_in_schema=False)
+
+_MEDIA_TYPES = {
+    "css": "text/css; charset=utf-8",
+    "html": "text/html; charset=utf-8",
+    "jpg": "image/jpeg",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+_SCRIPTS = ("api", "app", "docs", "draw", "list", "rle", "save", "text", "viewer")
+_SAMPLES = ("crowded", "sparse", "tissue")
+WEB_FILES = frozenset(
+    (
+        *("icon.svg", "style.css"),
+        *(f"{name}.js" for name in _SCRIPTS),
+        *(f"samples/{name}.jpg" for name in _SAMPLES),
+    )
+)
+"""What GET /web/{name} answers, in service/http/web."""
+DOCS_FILES = frozenset(("swagger-ui.css", "swagger-ui-bundle.js"))
+"""What GET /docs/{name} answers, from the package fastapi_offline."""
+
+_POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self'",
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+}
+_DEMO_POLICY = _POLICY | {"require-trusted-types-for": "'script'"}
+_DOCS_POLICY = _POLICY | {"style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:"}
+"""Swagger UI sets styles of its own and shows pictures that it was answered."""
+
+_HEADERS = {
+    "cache-control": "no-cache",  # kept, but asked for again: a new version shows at once
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+"""Beside those that the middleware gives every response."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file with what HTTP says of it."""
+
+    data: bytes
+    media_type: str
+    etag: str
+
+
+@cache
+def load_asset(package: str, folder: str, name: str) -> Asset:
+    """Reads a file of an installed package, once.
+
+    Args:
+        package: Whose file.
+        folder: Its folder in the package.
+        name: Its path in the folder; never taken from a request unchecked.
+    """
+    data = resources.files(package).joinpath(folder, name).read_bytes()
+    etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    return Asset(data, _MEDIA_TYPES[name.rpartition(".")[2]], etag)
+
+
+def _answer(request: Request, asset: Asset, policy: Mapping[str, str] = _DEMO_POLICY) -> Response:
+    """The file, or 304 if the client has it already."""
+    written = "; ".join(f"{name} {value}" for name, value in policy.items())
+    headers = _HEADERS | {"content-security-policy": written, "etag": asset.etag}
+    known = request.headers.get("if-none-match", "").replace("W/", "").split(",")
+    if asset.etag in (tag.strip() for tag in known):
+        return Response(status_code=304, headers=headers)
+    return Response(asset.data, headers=headers, media_type=asset.media_type)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def demo_page(request: Request) -> Response:
+    """The demo page."""
+    return _answer(request, load_asset("service.http", "web", "index.html"))
+
+
+@router.api_route("/web/{name:path}", methods=["GET", "HEAD"])
+async def web_file(request: Request, name: str) -> Response:
+    """A file of the demo page."""
+    if name not in WEB_FILES:
+        raise HTTPException(404)
+    return _answer(request, load_asset("service.http", "web", name))
+
+
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs_page(request: Request) -> Response:
+    """The description of the API, to be tried out (Swagger UI)."""
+    return _answer(request, load_asset("service.http", "web", "docs.html"), _DOCS_POLICY)
+
+
+@router.api_route("/docs/{name}", methods=["GET", "HEAD"])
+async def docs_file(request: Request, name: str) -> Response:
+    """A file of Swagger UI."""
+    if name not in DOCS_FILES:
+        raise HTTPException(404)
+    return _answer(request, load_asset("fastapi_offline", "static", name), _DOCS_POLICY)

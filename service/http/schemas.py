@@ -1,0 +1,226 @@
+"""Request and response models: what is checked on the way in and documented on the way out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.model_config import Task
+from service.engines.base import Precision
+from service.http.oip.schemas import TensorMetadata
+
+Masks = Literal["rle", "polygon", "png", "none"]
+Priority = Literal["interactive", "batch"]
+
+
+TimeoutMs = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        le=86_400_000,
+        description="after this time the request is answered 504 and what still waits is dropped; "
+        "also as header X-Timeout-Ms; default: the server's",
+    ),
+]
+
+
+class SegmentQuery(BaseModel):
+    """Query of POST /segment; an unknown parameter is refused, so that a typing error shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str | None, Field(description="default: the server's default model")] = None
+    version: Annotated[int | None, Field(ge=1, description="default: the latest")] = None
+    score_threshold: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="least score; default: from the model's configuration"),
+    ] = None
+    max_instances: Annotated[
+        int | None,
+        Field(ge=1, le=100_000, description="default: from the model's configuration"),
+    ] = None
+    masks: Annotated[
+        Masks,
+        Field(
+            description="COCO run-length encoding; COCO polygons, which fill holes; one index "
+            "image for all instances; or boxes and scores alone"
+        ),
+    ] = "rle"
+    priority: Annotated[
+        Priority, Field(description="interactive work goes before batch work that came with it")
+    ] = "interactive"
+    timeout_ms: TimeoutMs = None
+
+
+class ErrorDetail(BaseModel):
+    """Why something was not done."""
+
+    code: Annotated[str, Field(examples=["unsupported_format"])]
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is not 2xx, but those under /v2."""
+
+    error: ErrorDetail
+
+
+class Rle(BaseModel):
+    """COCO compressed run-length encoding."""
+
+    size: Annotated[list[int], Field(description="height, width", examples=[[256, 256]])]
+    counts: str
+
+
+class InstanceModel(BaseModel):
+    """One object; together with an `image_id` it is a COCO result."""
+
+    category_id: int
+    category: str
+    score: float
+    bbox: Annotated[list[float], Field(description="x, y, width, height, px")]
+    area: Annotated[int, Field(description="mask pixels")]
+    segmentation: Annotated[
+        Rle | list[list[float]] | None,
+        Field(description="RLE, or polygons [x1, y1, x2, y2, ...]; absent with png and none"),
+    ] = None
+    holes: Annotated[
+        int | None,
+        Field(description="with masks=polygon: holes of the mask, which its polygons fill"),
+    ] = None
+
+
+class ImageResult(BaseModel):
+    """One image: width, height and instances, or an error."""
+
+    file_name: str | None
+    width: int | None = None
+    height: int | None = None
+    instances: list[InstanceModel] | None = None
+    index_png: Annotated[
+        str | None,
+        Field(
+            description="with masks=png: base64 of a grey PNG of the image's size whose pixel n "
+            "is the n-th instance, 0 none; 16-bit beyond 255 instances"
+        ),
+    ] = None
+    error: ErrorDetail | None = None
+
+
+class TimingMs(BaseModel):
+    """Milliseconds of the image that was finished last; the stages add up to `total`."""
+
+    decode: Annotated[float, Field(description="decoding, resizing, padding")]
+    queue: Annotated[float, Field(description="waiting for a thread, for company, for the engine")]
+    infer: float
+    postprocess: float
+    encode: float
+    total: Annotated[float, Field(description="since the request's body was there")]
+
+
+class SegmentResponse(BaseModel):
+    """Answer of POST /segment: one result for each image, in their order."""
+
+    model: str
+    version: int
+    task: Annotated[
+        Task, Field(description="the masks are the objects' pixels, or their contours alone")
+    ]
+    results: list[ImageResult]
+    timing_ms: TimingMs
+
+
+class HealthResponse(BaseModel):
+    """Answer of GET /healthz."""
+
+    status: Literal["ok", "draining", "engine_restarting"]
+
+
+class LiveResponse(BaseModel):
+    """Answer of GET /v2/health/live."""
+
+    live: bool
+
+
+class EngineBuildModel(BaseModel):
+    """A faster engine that is built, or was, while another one serves."""
+
+    status: Annotated[str, Field(description="what is done just now, or how it ended")]
+    progress: Annotated[float, Field(ge=0, le=1)]
+
+
+class EngineModel(BaseModel):
+    """What a model is served by."""
+
+    model: str
+    version: int
+    engine: Annotated[str, Field(examples=["onnxruntime"])]
+    device: Annotated[str, Field(examples=["cpu"])]
+    precision: Precision
+    reason: Annotated[str, Field(description="why this engine, and why no faster one")]
+    build: Annotated[
+        EngineBuildModel | None, Field(description="null if no other engine is to be built")
+    ] = None
+
+
+class ReadyResponse(BaseModel):
+    """Answer of GET /v2/health/ready."""
+
+    ready: bool
+    models: Annotated[list[str], Field(description="name:version on device")]
+    engines: Annotated[list[EngineModel], Field(description="one for each of the models")]
+    refused: Annotated[list[str], Field(description="models of the repository that are refused")]
+
+
+class ModelSummary(BaseModel):
+    """A model of the repository."""
+
+    name: str
+    state: Literal["READY", "UNAVAILABLE"]
+    version: int | None = None
+    reason: Annotated[str | None, Field(description="why it is not served")] = None
+
+
+class RepositoryEntry(BaseModel):
+    """A version of a model in the repository index, as Triton's clients expect it."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: Annotated[str, Field(description="why it is not served; empty if it is")] = ""
+
+
+class IndexQuery(BaseModel):
+    """Body of POST /v2/repository/index."""
+
+    ready: Annotated[bool, Field(description="only what is served")] = False
+
+
+class ModelList(BaseModel):
+    """Answer of GET /v2/models."""
+
+    models: list[ModelSummary]
+
+
+class ModelDetail(BaseModel):
+    """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
+
+    name: str
+    version: int
+    versions: list[str]
+    platform: Annotated[str, Field(description="the engine")]
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    state: Literal["READY"]
+    task: Task
+    description: str
+    backend: str
+    device: str
+    max_batch: int
+    input: dict[str, Any]
+    classes: list[dict[str, Any]]
+    candidates: int
+    mask_stride: int
+    postprocess: dict[str, Any]
+    provenance: dict[str, Any]

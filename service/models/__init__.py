@@ -1,0 +1,1 @@
+"""Served models: the repository on disk, the store, replacing engines."""

@@ -1,0 +1,311 @@
+"""model_repo: which models there are, which may be served, and their engines.
+
+    <model_repo>/<model>/config.json
+    <model_repo>/<model>/<version>/model.onnx and other precisions' and engines' files
+
+A file is hashed before anything is built from it, and one that is not used is left alone; what
+differs from config.json is refused with the file's name and the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.postprocess import TileCandidates, postprocess, postprocess_tile
+from pipeline.preprocess import prepare
+from pipeline.types import Instance, Prepared, UInt8
+from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.choose import build_backend
+from service.errors import ModelRefused, StartupError
+from service.models.artefacts import ONNX_FILE, Artefacts
+from service.work.tiles import merge_found
+
+__all__ = [
+    "ONNX_FILE",
+    "LoadedModel",
+    "ModelRefused",
+    "Repository",
+    "find_models",
+    "load_repository",
+    "load_version",
+    "read_config",
+]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+WARM_IMAGE_HW = (64, 64)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One version of a model with its engine, warm."""
+
+    config: ModelConfig
+    version: int
+    backend: Backend
+
+    def probe(self, backend: Backend) -> None:
+        """Runs an engine of this model on a harmless image; raises if that fails."""
+        warm_up(backend, self.config)
+
+    def segment(
+        self,
+        image: UInt8,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+    ) -> list[Instance]:
+        """Segments one image, exactly as the server does but without company.
+
+        Args:
+            image: [H, W, 3] uint8 RGB.
+            score_threshold: Least score; default from the model's configuration.
+            max_instances: Most instances; default from the model's configuration.
+        """
+        prepared = prepare(image, self.config.input)
+        found = []
+        size = self.config.limits.max_batch
+        for start in range(0, len(prepared.tiles), size):
+            tiles = prepared.tiles[start : start + size]
+            for tile, candidates in zip(tiles, self.backend.infer(tiles), strict=True):
+                found.append(
+                    postprocess_tile(
+                        tile,
+                        candidates,
+                        prepared.image_hw,
+                        self.config.postprocess,
+                        score_threshold=score_threshold,
+                        max_instances=max_instances,
+                    )
+                )
+        return merge_found(found, self.config.postprocess, max_instances)
+
+
+def load_version(
+    folder: Path, version: int | None = None, options: BackendOptions | None = None
+) -> LoadedModel:
+    """Verifies and builds one version of the model in `folder`, and runs it once.
+
+    Args:
+        folder: A model's folder of model_repo.
+        version: Default: the highest that config.json names.
+        options: Engine, device, precision and threads.
+
+    Raises:
+        ModelRefused: Names the file and says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    config = read_config(folder, version)
+    file = folder / str(config.version) / ONNX_FILE
+    artefacts = Artefacts(file.parent, config.files)
+    warm = partial(warm_up, config=config)
+    try:
+        backend = build_backend(artefacts, _options_of(config, options), config, warm)
+    except BackendError as error:
+        raise ModelRefused(file, str(error)) from error
+    return LoadedModel(config, config.version, backend)
+
+
+def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendOptions:
+    """The server's options with what the model's config.json sets for itself."""
+    options, limits = options or BackendOptions(), config.limits
+    return replace(
+        options,
+        slots=limits.instances or options.slots,
+        threads=limits.threads or options.threads,
+    )
+
+
+def read_served_versions(folder: Path) -> list[int]:
+    """Which versions config.json of a model's folder wants served, ascending.
+
+    Raises:
+        ModelRefused: It is missing or wrong, or has not what it wants served.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        return parse_model_config(file.read_bytes()).served_versions
+    except OSError as error:
+        raise ModelRefused(file, error.strerror or str(error)) from error
+    except ConfigError as error:
+        raise ModelRefused(file, str(error)) from error
+
+
+def read_config(folder: Path, version: int | None = None) -> ModelConfig:
+    """Reads config.json of a model's folder; nothing else is read.
+
+    Raises:
+        ModelRefused: It is missing or wrong, has no such version, or names another model.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        repository = parse_model_config(file.read_bytes())
+        if version is None:
+            if not repository.version_numbers:
+                raise ConfigError("it names no version")
+            version = repository.version_numbers[-1]
+        config = repository.for_version(version)
+    except OSError as error:
+        raise ModelRefused(file, error.strerror or str(error)) from error
+    except ConfigError as error:
+        raise ModelRefused(file, str(error)) from error
+    if config.name != folder.resolve().name:
+        raise ModelRefused(
+            file, f"it names the model {config.name!r}, but the folder is {folder.resolve().name!r}"
+        )
+    return config
+
+
+def warm_up(backend: Backend, config: ModelConfig) -> None:
+    """One run on a grey image: what is slow only once happens here, and so do mismatches."""
+    prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
+    candidates = backend.infer(prepared.tiles)
+    _check_output(prepared, candidates, config)
+    postprocess(prepared, candidates, config.postprocess)
+
+
+def _check_output(
+    prepared: Prepared, candidates: Sequence[TileCandidates], config: ModelConfig
+) -> None:
+    for tile, found in zip(prepared.tiles, candidates, strict=True):
+        height, width = tile.image.shape[:2]
+        wanted = (height // config.mask_stride, width // config.mask_stride)
+        if found.mask_hw != wanted:
+            raise BackendError(
+                f"masks are {found.mask_hw} on a canvas of {(height, width)}; "
+                f"config.json's mask_stride {config.mask_stride} asks for {wanted}"
+            )
+        if len(found.scores) > config.candidates:
+            raise BackendError(
+                f"{len(found.scores)} candidates, config.json says {config.candidates}"
+            )
+        wrong = (found.labels < 0) | (found.labels >= len(config.classes))
+        if wrong.any():
+            raise BackendError(f"label {found.labels[wrong][0]} for {len(config.classes)} classes")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a scan of model_repo found.
+
+    Attributes:
+        root: The repository's folder.
+        models: The models that can be served, by name and version.
+        refused: Why the others are not, by folder name.
+        options: How their engines were built, and will be again.
+    """
+
+    root: Path
+    models: Mapping[str, Mapping[int, LoadedModel]]
+    refused: Mapping[str, ModelRefused]
+    options: BackendOptions = field(default_factory=BackendOptions)
+
+    def rebuild(self, model: LoadedModel) -> Backend:
+        """Another engine for a model whose engine has died.
+
+        Raises:
+            ModelRefused: Its files have changed or are gone.
+        """
+        name, version = model.config.name, model.version
+        return load_version(self.root / name, version, self.options).backend
+
+    def close(self) -> None:
+        """Frees all engines."""
+        for versions in self.models.values():
+            for model in versions.values():
+                model.backend.close()
+
+
+def load_model(
+    folder: Path, options: BackendOptions, kept: Mapping[int, LoadedModel] | None = None
+) -> dict[int, LoadedModel]:
+    """Loads the versions of a model that its config.json wants served: all of them or none.
+
+    Args:
+        folder: A model's folder of model_repo.
+        options: How engines are built.
+        kept: Versions that are loaded already; those that have not changed are taken over.
+
+    Raises:
+        ModelRefused: Names the file and says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    loaded: dict[int, LoadedModel] = {}
+    built: list[LoadedModel] = []
+    try:
+        for version in read_served_versions(folder):
+            same = (kept or {}).get(version)
+            if same is not None and same.config == read_config(folder, version):
+                loaded[version] = same
+                continue
+            model = load_version(folder, version, options)
+            built.append(model)
+            loaded[version] = model
+            _log_loaded(model)
+    except BaseException:
+        for model in built:
+            model.backend.close()
+        raise
+    return loaded
+
+
+def _log_loaded(model: LoadedModel) -> None:
+    backend = model.backend
+    logger.info(
+        "model %s version %d is ready on %s (%s, %s): %s",
+        model.config.name,
+        model.version,
+        backend.device,
+        backend.name,
+        backend.precision,
+        backend.reason,
+    )
+
+
+def find_models(root: Path) -> list[Path]:
+    """Folders of `root` by name; hidden ones are skipped.
+
+    Raises:
+        StartupError: `root` is not a folder, or has none in it.
+    """
+    if not root.is_dir():
+        raise StartupError(f"model repository {str(root)!r} is not a folder")
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not folders:
+        raise StartupError(f"model repository {str(root)!r} has no model folders")
+    return folders
+
+
+def load_repository(root: Path, options: BackendOptions | None = None) -> Repository:
+    """Loads the versions of every model that its config.json wants served.
+
+    A broken model does not stop the others.
+
+    Raises:
+        StartupError: There is no model at all that can be served; says why.
+        DeviceError: `cuda` was asked for and does not work.
+    """
+    options = options or BackendOptions()
+    models: dict[str, dict[int, LoadedModel]] = {}
+    refused: dict[str, ModelRefused] = {}
+    for folder in find_models(root):
+        try:
+            models[folder.name] = load_model(folder, options)
+        except ModelRefused as error:
+            logger.error("model %s is refused: %s", folder.name, error)
+            refused[folder.name] = error
+    if not models:
+        reasons = "; ".join(str(error) for error in refused.values())
+        raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
+    return Repository(root, models, refused, options)

@@ -1,0 +1,249 @@
+"""Every Prometheus name in one place; seconds, pixels and counts.
+
+A `Metrics` owns its registry, so that two servers in one process do not share numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Metric,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import choose_encoder
+
+from service.models.engine_state import EngineState
+from service.observe.gpus import GpuCollector
+
+STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
+WORK_ROUTES = (
+    *("/segment", "/v2/models/{name}/infer"),
+    "/v2/models/{name}/versions/{version}/infer",
+)
+"""The routes that segment; dashboard and alert rules count requests of these alone."""
+CANCELLATIONS = ("client_left", "deadline")
+REJECTIONS = (
+    *("queue_images", "queue_pixels", "draining", "engine_restarting", "body_too_large"),
+    *("unauthorized", "key_images", "key_rate", "connections", "body_timeout"),
+)
+
+# An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
+    *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
+)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Metrics:
+    """The server's instruments; the attributes' help texts are what /metrics shows."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._engines: dict[tuple[str, int], Callable[[], EngineState]] = {}
+        self._gpus: GpuCollector | None = None
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.stage_seconds = Histogram(
+            "solo_stage_duration_seconds",
+            "Time of one image in a stage; the stages add up to total",
+            ["model", "stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "solo_request_duration_seconds",
+            "Time of one HTTP request, the upload of its body included",
+            ["route", "method"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "solo_batch_size",
+            "Canvases in one engine call",
+            ["model"],
+            buckets=_BATCH_SIZES,
+            registry=registry,
+        )
+        self._build_counters(registry)
+        self._build_gauges(registry)
+        # Series that exist from the start have a rate from the first request on.
+        for reason in REJECTIONS:
+            self.rejections.labels(reason)
+        for route in WORK_ROUTES:
+            self.requests.labels(route, "POST", "200")
+            self.request_seconds.labels(route, "POST")
+
+    def _build_counters(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "solo_requests_total",
+            "HTTP requests answered",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.images = Counter(
+            "solo_images_total", "Images answered with a result", ["model"], registry=registry
+        )
+        self.image_errors = Counter(
+            "solo_image_errors_total",
+            "Images answered with an error",
+            ["model", "code"],
+            registry=registry,
+        )
+        self.instances = Counter(
+            "solo_instances_total", "Instances returned", ["model"], registry=registry
+        )
+        self.rejections = Counter(
+            "solo_rejections_total", "Requests turned away", ["reason"], registry=registry
+        )
+        self.engine_failures = Counter(
+            "solo_engine_failures_total", "Engine calls that raised", ["model"], registry=registry
+        )
+        self.engine_restarts = Counter(
+            "solo_engine_restarts_total",
+            "Engines that died and were replaced",
+            ["model"],
+            registry=registry,
+        )
+        self.cancelled_images = Counter(
+            "solo_cancelled_images_total",
+            "Images removed because their client left, or because its deadline passed",
+            ["model", "reason"],
+            registry=registry,
+        )
+
+    def _build_gauges(self, registry: CollectorRegistry) -> None:
+        self.queue_images = Gauge(
+            "solo_queue_images", "Images admitted and not finished", registry=registry
+        )
+        self.queue_pixels = Gauge(
+            "solo_queue_pixels", "Pixels admitted and not finished", registry=registry
+        )
+        self.queue_limit_images = Gauge(
+            "solo_queue_limit_images", "Images that may be in work", registry=registry
+        )
+        self.queue_limit_pixels = Gauge(
+            "solo_queue_limit_pixels", "Pixels that may be in work", registry=registry
+        )
+        self.batch_limit = Gauge(
+            "solo_batch_limit_canvases",
+            "Canvases that may be in one engine call",
+            ["model"],
+            registry=registry,
+        )
+        self.in_flight_requests = Gauge(
+            "solo_in_flight_requests", "Requests for segmentation in work", registry=registry
+        )
+        self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
+        self.engine_up = Gauge(
+            "solo_engine_up", "1 while the model's engine answers", ["model"], registry=registry
+        )
+        self.model_info = Gauge(
+            "solo_model_info",
+            "1 for each model that is served",
+            ["model", "version", "backend", "device", "precision"],
+            registry=registry,
+        )
+        self.engine_build_progress = Gauge(
+            "solo_engine_build_progress",
+            "How much of a model's engine is built, 0..1; 1 if none is to be built",
+            ["model"],
+            registry=registry,
+        )
+        self.model_refused = Gauge(
+            "solo_model_refused",
+            "1 for each model of the repository that was refused",
+            ["model"],
+            registry=registry,
+        )
+
+    def add_model(
+        self, name: str, version: int, engine: Callable[[], EngineState], max_batch: int
+    ) -> None:
+        """Announces a served model; its series exist from now on, at 0.
+
+        Args:
+            name: The model's.
+            version: Of the model.
+            engine: What serves it; asked again whenever the metrics are.
+            max_batch: Most canvases in one call of it.
+        """
+        self._engines[name, version] = engine
+        self.batch_limit.labels(name).set(max_batch)
+        for stage in STAGES:
+            self.stage_seconds.labels(name, stage)
+        for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):
+            family.labels(name)
+        for reason in CANCELLATIONS:
+            self.cancelled_images.labels(name, reason)
+        self.batch_size.labels(name)
+
+    def remove_model(self, name: str, version: int) -> None:
+        """Forgets a version that is no longer served; what was counted stays."""
+        self._engines.pop((name, version), None)
+
+    def watch_queue(self, images: Callable[[], float], pixels: Callable[[], float]) -> None:
+        """Reads the queue's gauges from its owner whenever they are asked for."""
+        self.queue_images.set_function(images)
+        self.queue_pixels.set_function(pixels)
+
+    def watch_gpus(self, gpus: GpuCollector | None) -> None:
+        """Shows what NVML says of the GPUs, if there are any."""
+        self._gpus = gpus
+        if gpus is not None:
+            self._registry.register(gpus)
+
+    def _update_engines(self) -> None:
+        for gauge in (self.model_info, self.engine_up, self.engine_build_progress):
+            gauge.clear()
+        alive: dict[str, bool] = {}
+        for (name, version), engine in self._engines.items():
+            state = engine()
+            labels = (name, str(version), state.name, state.device, state.precision)
+            self.model_info.labels(*labels).set(1)
+            progress = 1.0 if state.build is None else state.build.progress
+            self.engine_build_progress.labels(name).set(progress)
+            alive[name] = alive.get(name, True) and state.is_alive
+        for name, all_alive in alive.items():
+            self.engine_up.labels(name).set(all_alive)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format; of the GPUs what was read last."""
+        self._update_engines()
+        return generate_latest(self._registry)
+
+    async def collect(self) -> list[Metric]:
+        """All metrics as of now, as objects."""
+        await self._update()
+        return list(self._registry.collect())
+
+    async def answer(self, accept: str) -> tuple[bytes, str]:
+        """All metrics as of now.
+
+        Args:
+            accept: The request's header.
+
+        Returns:
+            Body and content type: Prometheus' text format, or OpenMetrics if it is asked for.
+        """
+        await self._update()
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    async def _update(self) -> None:
+        if self._gpus is not None:
+            await asyncio.to_thread(self._gpus.read)  # NVML may take its time
+        self._update_engines()

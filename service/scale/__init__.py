@@ -1,0 +1,1 @@
+"""More than one process: worker processes on one port, and Ray."""

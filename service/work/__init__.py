@@ -1,0 +1,1 @@
+"""Work on images: admission, scheduling, from bytes to the answer."""

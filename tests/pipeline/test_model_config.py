@@ -1,0 +1,125 @@
+"""config.json: what is read and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.model_config import KeepRatioResize, TileResize, parse_model_config
+
+FILES = {"model.onnx": {"sha256": "a" * 64, "bytes": 10}}
+
+
+def _content(**changes: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "name": "nuclei",
+        "input": {"resize": {"rule": "keep_ratio", "short_side": 800, "long_side": 1333}},
+        "classes": [{"category_id": 1, "name": "nucleus"}],
+        "candidates": 500,
+        "mask_stride": 4,
+        "postprocess": {"nms": {"kind": "mask", "iou_threshold": 0.5}},
+        "versions": {"1": {"files": FILES}},
+    }
+    return {**content, **changes}
+
+
+def test_shared_sections_and_a_version_that_replaces_one() -> None:
+    tiles = {"resize": {"rule": "tile", "scale": 2, "tile_hw": [256, 256], "overlap_px": 64}}
+    versions = {"1": {"files": FILES}, "12": {"files": FILES, "input": tiles}}
+    repository = parse_model_config(json.dumps(_content(versions=versions)))
+    assert repository.version_numbers == [1, 12]
+    assert isinstance(repository.for_version(1).input.resize, KeepRatioResize)
+    resize = repository.for_version(12).input.resize
+    assert isinstance(resize, TileResize) and resize.canvas_hw == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"nmae": "x"}, "nmae"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"versions": {"one": {}}}, "one"),
+        ({"versions": {"0": {}}}, "versions"),
+    ],
+)
+def test_wrong_files_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse_model_config(json.dumps(_content(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"classes": []}, "classes"),
+        ({"classes": [{"category_id": 1, "name": "a"}, {"category_id": 1, "name": "b"}]}, "unique"),
+        ({"candidates": 0}, "candidates"),
+        ({"postprocess": {"nms": {"kind": "soft"}}}, "soft"),
+        ({"postprocess": {"nms": {"kind": "mask"}, "mask_threshold": 2}}, "mask_threshold"),
+        (
+            {"input": {"resize": {"rule": "tile", "scale": 1, "tile_hw": [8, 8], "overlap_px": 8}}},
+            "8",
+        ),
+        ({"input": None}, "input"),
+        ({"versions": {"1": {"files": {"model.onnx": {"sha256": "xyz", "bytes": 1}}}}}, "sha256"),
+    ],
+)
+def test_wrong_sections_are_named(changes: dict[str, Any], match: str) -> None:
+    repository = parse_model_config(json.dumps(_content(**changes)))
+    with pytest.raises(ConfigError, match=match):
+        repository.for_version(1)
+
+
+def test_missing_version_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no version 3, only \[1\]"):
+        parse_model_config(json.dumps(_content())).for_version(3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
+def test_what_is_not_a_json_object_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        parse_model_config(text)
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        (None, [4]),
+        ({"policy": "latest"}, [4]),
+        ({"policy": "latest", "count": 2}, [2, 4]),
+        ({"policy": "latest", "count": 9}, [1, 2, 4]),
+        ({"policy": "all"}, [1, 2, 4]),
+        ({"policy": "specific", "versions": [2, 1, 2]}, [1, 2]),
+    ],
+)
+def test_the_policy_says_which_versions_are_served(
+    serve: dict[str, Any] | None, expected: list[int]
+) -> None:
+    content = _content(versions={"2": {}, "1": {}, "4": {}})
+    if serve is not None:
+        content["serve"] = serve
+    repository = parse_model_config(json.dumps(content))
+    assert repository.served_versions == expected
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        *({"policy": "newest"}, {"policy": "latest", "count": 0}),
+        *({"policy": "specific", "versions": []}, {"policy": "all", "count": 1}),
+    ],
+)
+def test_a_wrong_policy_is_refused(serve: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="serve"):
+        parse_model_config(json.dumps(_content(serve=serve)))
+
+
+def test_a_version_that_is_to_be_served_and_is_not_there_is_named() -> None:
+    content = _content(versions={"1": {}}, serve={"policy": "specific", "versions": [1, 7]})
+    with pytest.raises(ConfigError, match=r"served in \[7\], but has only \[1\]"):
+        _ = parse_model_config(json.dumps(content)).served_versions
+    with pytest.raises(ConfigError, match="names no version"):
+        _ = parse_model_config(json.dumps(_content(versions={}))).served_versions

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.errors import StartupError
+from service.http.app import create_admin_app, create_app
+from service.http.servers import build_server
+from service.models.repository import load_repository
+from service.settings import Settings
+from tests.service.conftest import OPTIONS, OpenClient
+
+ADMIN_ROUTES = (("GET", "/metrics"), ("POST", "/v2/repository/index"))
+HEALTH_ROUTES = ("/healthz", "/v2/health/live", "/v2/health/ready")
+
+
+@pytest.fixture
+def split(settings: Settings) -> Settings:
+    return settings.model_copy(update={"admin_port": 0, "model_control": True})
+
+
+@pytest.fixture
+def split_app(split: Settings) -> FastAPI:
+    return create_app(split, load_repository(split.model_repo, OPTIONS))
+
+
+@pytest.fixture
+async def admin(split_app: FastAPI, open_client: OpenClient) -> AsyncIterator[httpx.AsyncClient]:
+    """Speaks to the admin port while the other one is served."""
+    async with open_client(split_app):
+        transport = httpx.ASGITransport(create_admin_app(split_app), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+            yield client
+
+
+@pytest.fixture
+async def outside(admin: httpx.AsyncClient, split_app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Speaks to the main port while the admin port is served."""
+    transport = httpx.ASGITransport(split_app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://main") as client:
+        yield client
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
+async def test_admin_routes_are_on_the_admin_port_alone(
+    admin: httpx.AsyncClient, outside: httpx.AsyncClient, method: str, path: str
+) -> None:
+    assert (await admin.request(method, path)).status_code == 200
+    refused = await outside.request(method, path)
+    assert refused.status_code == 404
+    assert "not_found" in refused.text
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
+async def test_without_an_admin_port_they_are_on_the_main_one(
+    client: httpx.AsyncClient, method: str, path: str
+) -> None:
+    assert (await client.request(method, path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", HEALTH_ROUTES)
+async def test_health_is_on_both_ports(
+    admin: httpx.AsyncClient, outside: httpx.AsyncClient, path: str
+) -> None:
+    answers = [await client.get(path) for client in (admin, outside)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+
+
+async def test_the_admin_port_segments_nothing(admin: httpx.AsyncClient) -> None:
+    answer = await admin.post("/segment", content=b"x")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_the_admin_port_changes_what_the_other_one_serves(
+    admin: httpx.AsyncClient, outside: httpx.AsyncClient
+) -> None:
+    assert (await admin.post("/v2/repository/models/blobs/unload")).status_code == 200
+    assert (await outside.get("/v2/models/blobs")).status_code == 503  # known, not served
+    assert (await outside.post("/v2/repository/models/blobs/load")).status_code == 404
+    assert (await admin.post("/v2/repository/models/blobs/load")).status_code == 200
+    assert (await outside.get("/v2/models/blobs")).status_code == 200
+
+
+async def test_requests_of_both_ports_are_counted_and_answered_alike(
+    admin: httpx.AsyncClient, outside: httpx.AsyncClient
+) -> None:
+    await outside.get("/v2/models")
+    response = await admin.get("/metrics", headers={"x-request-id": "mine"})
+    assert response.headers["x-request-id"] == "mine"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert 'solo_requests_total{method="GET",route="/v2/models",status="200"} 1.0' in response.text
+
+
+async def test_an_extension_that_is_elsewhere_is_not_announced(
+    client: httpx.AsyncClient, outside: httpx.AsyncClient
+) -> None:
+    assert "model_repository" in (await client.get("/v2")).json()["extensions"]
+    assert "model_repository" not in (await outside.get("/v2")).json()["extensions"]
+
+
+def test_an_admin_port_that_is_taken_is_named(split: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = split.model_copy(update={"admin_port": port})
+        repository = load_repository(settings.model_repo, OPTIONS)
+        with pytest.raises(StartupError, match=rf"admin endpoints on 127.0.0.1:{port}: .*in use"):
+            build_server(settings, repository)
+        repository.close()

@@ -1,0 +1,341 @@
+"""Loading, replacing and unloading models while they are served."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.engines.base import BackendError
+from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
+from service.http.app import create_app
+from service.http.keys import add_key
+from service.models.repository import load_repository
+from service.models.store import ModelStore
+from service.observe.metrics import Metrics
+from service.settings import Settings
+from service.work.lanes import Lanes
+from tests.service.conftest import OPTIONS, OpenClient
+from tests.support.blob_model import build_graph, draw_picture, encode_picture, publish
+
+PICTURE = encode_picture(draw_picture())
+
+
+def add_version(folder: Path, version: int, *, graph: bytes | None = None) -> None:
+    """Adds a version to a model as publishing does: config.json comes last, in one step."""
+    target = folder / str(version)
+    target.mkdir()
+    (target / "model.onnx").write_bytes(build_graph() if graph is None else graph)
+    edit(folder, lambda content: content["versions"].update({str(version): first_entry(content)}))
+
+
+def first_entry(content: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = next(iter(content["versions"].values()))
+    return entry
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    change(content)
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(content))
+    os.replace(partial, file)
+
+
+@pytest.fixture
+def controlled(settings: Settings) -> Settings:
+    return settings.model_copy(update={"model_control": True})
+
+
+@pytest.fixture
+async def app(controlled: Settings) -> FastAPI:
+    return create_app(controlled, load_repository(controlled.model_repo, OPTIONS))
+
+
+@pytest.fixture
+async def client(app: FastAPI, open_client: OpenClient) -> AsyncIterator[httpx.AsyncClient]:
+    async with open_client(app) as opened:
+        yield opened
+
+
+def get_store(app: FastAPI) -> ModelStore:
+    store = app.state.segmenter.store
+    assert isinstance(store, ModelStore)
+    return store
+
+
+async def segment(client: httpx.AsyncClient, **params: Any) -> httpx.Response:
+    return await client.post("/segment", params=params, content=PICTURE)
+
+
+async def load(client: httpx.AsyncClient, name: str) -> httpx.Response:
+    return await client.post(f"/v2/repository/models/{name}/load")
+
+
+async def wait_for_retirement(store: ModelStore) -> None:
+    async with asyncio.timeout(10):
+        while store._retiring:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_new_version_is_served_and_the_old_one_ends(
+    app: FastAPI, client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    store = get_store(app)
+    old = store.find("blobs", 1)
+    add_version(model_repo / "blobs", 2)
+    assert (await segment(client)).json()["version"] == 1
+    assert (await load(client, "blobs")).status_code == 200
+    assert (await segment(client)).json()["version"] == 2
+    gone = await segment(client, version=1)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "unknown_version")
+    await wait_for_retirement(store)
+    with pytest.raises(BackendError, match="closed"):
+        old.loaded.probe(old.engine)
+    metrics = (await client.get("/metrics")).text
+    assert 'solo_model_info{backend="onnxruntime",device="cpu",model="blobs"' in metrics
+    assert 'model="blobs",precision="fp32",version="2"} 1.0' in metrics
+    assert 'model="blobs",precision="fp32",version="1"}' not in metrics
+
+
+async def test_loading_under_load_loses_no_request(
+    client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    """Version 1, then 2, then a broken 3: every request is answered, and 2 goes on."""
+    versions: list[int] = []
+    statuses: set[int] = set()
+    stop = asyncio.Event()
+
+    async def ask() -> None:
+        while not stop.is_set():
+            response = await segment(client)
+            statuses.add(response.status_code)
+            versions.append(response.json().get("version"))
+
+    askers = [asyncio.create_task(ask()) for _ in range(4)]
+    while len(versions) < 8:
+        await asyncio.sleep(0.01)
+    add_version(model_repo / "blobs", 2)
+    assert (await load(client, "blobs")).status_code == 200
+    swapped = len(versions)
+    while len(versions) < swapped + 12:
+        await asyncio.sleep(0.01)
+    add_version(model_repo / "blobs", 3, graph=b"broken")
+    refused = await load(client, "blobs")
+    assert (refused.status_code, refused.json()["code"]) == (503, "model_unavailable")
+    assert "blobs/3/model.onnx" in refused.json()["error"]
+    after = len(versions)
+    while len(versions) < after + 8:
+        await asyncio.sleep(0.01)
+    stop.set()
+    await asyncio.gather(*askers)
+    assert statuses == {200}
+    assert versions[0] == 1 and set(versions[-4:]) == {2}
+    assert set(versions) == {1, 2}
+
+
+@pytest.mark.usefixtures("client")
+async def test_a_request_keeps_its_version_to_the_end(app: FastAPI, model_repo: Path) -> None:
+    store = get_store(app)
+    with store.use("blobs", None) as model:
+        add_version(model_repo / "blobs", 2)
+        assert await store.load("blobs") == [2]
+        await asyncio.sleep(0.05)
+        assert model.loaded.version == 1
+        model.loaded.probe(model.engine)
+    await wait_for_retirement(store)
+    with pytest.raises(BackendError, match="closed"):
+        model.loaded.probe(model.engine)
+
+
+async def test_several_versions_are_served_side_by_side(
+    app: FastAPI, client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    folder = model_repo / "blobs"
+    add_version(folder, 2)
+    edit(folder, lambda content: content.update(serve={"policy": "all"}))
+    kept = get_store(app).find("blobs", 1)
+    assert (await load(client, "blobs")).status_code == 200
+    assert get_store(app).find("blobs", 1) is kept  # it has not changed
+    for version in (1, 2):
+        assert (await segment(client, version=version)).json()["version"] == version
+    assert (await segment(client)).json()["version"] == 2
+    assert (await client.get("/v2/models/blobs")).json()["versions"] == ["1", "2"]
+    index = (await client.post("/v2/repository/index")).json()
+    assert [(e["name"], e["version"], e["state"]) for e in index] == [
+        ("blobs", "1", "READY"),
+        ("blobs", "2", "READY"),
+        ("broken", "", "UNAVAILABLE"),
+        ("wide", "1", "READY"),
+    ]
+    ready = (await client.post("/v2/repository/index", json={"ready": True})).json()
+    assert [entry["name"] for entry in ready] == ["blobs", "blobs", "wide"]
+
+
+async def test_a_changed_file_is_another_model(
+    app: FastAPI, client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    before = get_store(app).find("blobs", None)
+    edit(
+        model_repo / "blobs",
+        lambda c: c.update(postprocess={**c["postprocess"], "score_threshold": 0.9999}),
+    )
+    assert len((await segment(client)).json()["results"][0]["instances"]) == 1
+    await load(client, "blobs")
+    assert get_store(app).find("blobs", None) is not before
+    assert (await segment(client)).json()["results"][0]["instances"] == []
+
+
+async def test_unloading_and_loading_again(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/v2/repository/models/blobs/unload")).status_code == 200
+    assert (await client.post("/v2/repository/models/blobs/unload")).status_code == 404
+    refused = await segment(client, model="blobs")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+    listed = {m["name"]: m for m in (await client.get("/v2/models")).json()["models"]}
+    assert (listed["blobs"]["state"], listed["blobs"]["reason"]) == ("UNAVAILABLE", "unloaded")
+    assert (await segment(client)).json()["model"] == "wide"  # the first that is served
+    assert (await client.get("/v2/health/ready")).status_code == 200
+    assert (await load(client, "blobs")).status_code == 200
+    assert (await segment(client)).json()["model"] == "blobs"
+
+
+async def test_a_refused_model_that_is_mended_is_served(
+    client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    assert (await load(client, "broken")).status_code == 503
+    (model_repo / "broken" / "1" / "model.onnx").write_bytes(build_graph())
+    assert (await load(client, "broken")).status_code == 200
+    assert (await segment(client, model="broken")).status_code == 200
+    assert 'solo_model_refused{model="broken"} 0.0' in (await client.get("/metrics")).text
+
+
+@pytest.mark.parametrize("name", ["nothing", "..", ".", "%2e%2e", "blobs%2f1", ".hidden"])
+async def test_names_that_are_no_folder_are_unknown(
+    client: httpx.AsyncClient, model_repo: Path, name: str
+) -> None:
+    (model_repo / ".hidden").mkdir()
+    assert (await client.post(f"/v2/repository/models/{name}/load")).status_code in (404, 405)
+
+
+async def test_models_are_changed_only_where_that_is_switched_on(
+    settings: Settings, open_client: OpenClient
+) -> None:
+    app = create_app(settings, load_repository(settings.model_repo, OPTIONS))
+    async with open_client(app) as client:
+        for verb in ("load", "unload"):
+            response = await client.post(f"/v2/repository/models/blobs/{verb}")
+            assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+        assert (await client.post("/v2/repository/index")).status_code == 200
+
+
+async def test_only_an_administrators_key_changes_models(
+    controlled: Settings, open_client: OpenClient, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    user, admin = add_key(file, "user"), add_key(file, "admin", admin=True)
+    changed = controlled.model_copy(update={"keys_file": file})
+    app = create_app(changed, load_repository(changed.model_repo, OPTIONS))
+    async with open_client(app) as client:
+        path = "/v2/repository/models/blobs/load"
+        assert (await client.post(path)).status_code == 401
+        assert (await client.post(path, headers={"X-API-Key": user})).status_code == 403
+        assert (await client.post(path, headers={"X-API-Key": admin})).status_code == 200
+
+
+async def test_a_repository_that_is_watched_follows_its_folders(
+    settings: Settings, open_client: OpenClient, model_repo: Path
+) -> None:
+    watched = settings.model_copy(update={"model_poll_s": 0.02})
+    app = create_app(watched, load_repository(watched.model_repo, OPTIONS))
+    async with open_client(app) as client:
+        store = get_store(app)
+        add_version(model_repo / "blobs", 2)
+        async with asyncio.timeout(10):
+            while 2 not in store.served["blobs"]:
+                await asyncio.sleep(0.01)
+        publish(model_repo, "late")
+        async with asyncio.timeout(10):
+            while "late" not in store.served:
+                await asyncio.sleep(0.01)
+        add_version(model_repo / "blobs", 3, graph=b"broken")
+        async with asyncio.timeout(10):
+            while "blobs" not in store.unavailable:
+                await asyncio.sleep(0.01)
+        assert sorted(store.served["blobs"]) == [2]
+        (model_repo / "wide" / "config.json").unlink()
+        async with asyncio.timeout(10):
+            while "wide" in store.served:
+                await asyncio.sleep(0.01)
+        assert (await segment(client, model="late")).status_code == 200
+
+
+@pytest.mark.usefixtures("client")
+async def test_errors_name_what_is_there(app: FastAPI) -> None:
+    store = get_store(app)
+    with pytest.raises(UnknownModel, match=r"no model 'x', only \['blobs', 'wide'\]"):
+        store.find("x", None)
+    with pytest.raises(UnknownVersion, match="in version 1, not 9"):
+        store.find("blobs", 9)
+    with pytest.raises(ModelUnavailable, match="'broken' is not served"):
+        store.find("broken", None)
+
+
+def read_resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.usefixtures("client")
+async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Path) -> None:
+    store = get_store(app)
+    sizes = []
+    for index in range(25):
+        edit(model_repo / "blobs", lambda c, i=index: c.update(description=f"take {i}"))  # type: ignore[misc]
+        await store.load("blobs")
+        await wait_for_retirement(store)
+        gc.collect()
+        sizes.append(read_resident_bytes())
+    assert max(sizes[-5:]) - max(sizes[:5]) < 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "slots", "max_delay_ms", "expected_s"),
+    [
+        ("cpu", 1, 1, None, None),
+        ("cpu", 4, 2, None, None),
+        ("cpu", 4, 1, None, 0.0),
+        ("cpu", 1, 1, 7.0, 0.007),
+        ("cuda", 1, 1, None, 0.005),
+        ("cuda", 1, 2, 0.0, 0.0),
+    ],
+)
+def test_canvases_wait_for_company_where_it_gains_something_or_who_is_told_to(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    threads: int,
+    slots: int,
+    max_delay_ms: float | None,
+    expected_s: float | None,
+) -> None:
+    repository = load_repository(settings.model_repo, replace(OPTIONS, slots=slots))
+    for versions in repository.models.values():
+        for model in versions.values():
+            monkeypatch.setattr(model.backend, "device", device)
+    asked = settings.model_copy(update={"max_delay_ms": max_delay_ms, "threads": threads})
+    store = ModelStore(asked, repository, Metrics())
+    for served in store.all_models:
+        feeder = served.feeder
+        assert (None if isinstance(feeder, Lanes) else feeder.max_delay_s) == expected_s
+        assert feeder.max_batch == (1 if expected_s is None else 8)
+        served.engine.close()

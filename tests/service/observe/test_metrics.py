@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from service.models.engine_state import EngineBuild, EngineState
+from service.observe.metrics import STAGES, WORK_ROUTES, Metrics
+
+ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
+NAMES = {
+    "solo_stage_duration_seconds",
+    "solo_request_duration_seconds",
+    "solo_batch_size",
+    "solo_batch_limit_canvases",
+    "solo_requests_total",
+    "solo_images_total",
+    "solo_image_errors_total",
+    "solo_instances_total",
+    "solo_rejections_total",
+    "solo_engine_failures_total",
+    "solo_engine_restarts_total",
+    "solo_engine_up",
+    "solo_cancelled_images_total",
+    "solo_queue_images",
+    "solo_queue_pixels",
+    "solo_queue_limit_images",
+    "solo_queue_limit_pixels",
+    "solo_in_flight_requests",
+    "solo_ready",
+    "solo_model_info",
+    "solo_engine_build_progress",
+    "solo_model_refused",
+}
+
+
+def test_the_names_are_those_that_dashboards_rely_on() -> None:
+    text = Metrics().render().decode()
+    assert set(re.findall(r"^# TYPE (solo_\w+) ", text, re.M)) == NAMES
+
+
+def test_a_models_series_exist_before_its_first_image() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 3, lambda: ENGINE, 8)
+    text = metrics.render().decode()
+    assert 'solo_images_total{model="nuclei"} 0.0' in text
+    for stage in STAGES:
+        assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
+    assert (
+        'solo_model_info{backend="onnxruntime",device="cpu",model="nuclei",precision="fp32",'
+        'version="3"} 1.0'
+    ) in text
+
+
+def test_an_engine_that_changes_while_it_serves_is_shown_as_it_is_now() -> None:
+    metrics = Metrics()
+    states = [
+        replace(ENGINE, build=EngineBuild("building the engine", 0.5)),
+        replace(ENGINE, name="tensorrt", device="cuda", build=EngineBuild("switched", 1.0)),
+    ]
+    metrics.add_model("nuclei", 1, lambda: states.pop(0), 8)
+    for backend, progress in (("onnxruntime", 0.5), ("tensorrt", 1.0)):
+        text = metrics.render().decode()
+        (line,) = re.findall(r"^solo_model_info{.*", text, re.M)
+        assert f'backend="{backend}"' in line
+        assert f'solo_engine_build_progress{{model="nuclei"}} {progress}' in text
+
+
+def test_an_edge_stands_at_each_objective() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    for edge in (0.4, 0.5):
+        assert f'le="{edge}",model="nuclei",stage="total"' in metrics.render().decode()
+
+
+def test_how_full_batches_are_can_be_told() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    metrics.batch_size.labels("nuclei").observe(6)
+    text = metrics.render().decode()
+    assert 'solo_batch_size_sum{model="nuclei"} 6.0' in text
+    assert 'solo_batch_limit_canvases{model="nuclei"} 8.0' in text
+
+
+@pytest.mark.parametrize("route", WORK_ROUTES)
+def test_routes_that_segment_have_a_rate_from_their_first_request_on(route: str) -> None:
+    text = Metrics().render().decode()
+    assert f'solo_requests_total{{method="POST",route="{route}",status="200"}} 0.0' in text
+    assert f'solo_request_duration_seconds_count{{method="POST",route="{route}"}} 0.0' in text
+
+
+def test_two_servers_in_one_process_do_not_share_numbers() -> None:
+    one, other = Metrics(), Metrics()
+    one.images.labels("nuclei").inc()
+    assert 'solo_images_total{model="nuclei"}' not in other.render().decode()
+
+
+def test_the_queue_is_read_when_it_is_asked_for() -> None:
+    metrics = Metrics()
+    images = [3]
+    metrics.watch_queue(lambda: images[0], lambda: 100 * images[0])
+    assert "solo_queue_images 3.0" in metrics.render().decode()
+    images[0] = 4
+    assert "solo_queue_pixels 400.0" in metrics.render().decode()
+
+
+OPENMETRICS = "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        ("text/html", "text/plain"),
+        (f"{OPENMETRICS};version=1.0.0,text/plain;version=0.0.4;q=0.5", OPENMETRICS),
+    ],
+)
+async def test_openmetrics_is_written_for_those_who_ask_for_it(
+    accept: str, media_type: str
+) -> None:
+    body, content_type = await Metrics().answer(accept)
+    assert content_type.partition(";")[0] == media_type
+    assert body.endswith(b"# EOF\n") == (media_type == OPENMETRICS)
+    assert b"solo_ready 0.0" in body

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.__main__ import main
+from service.scale.cluster.settings import ClusterSettings
+
+
+def fail(*flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["ray", *flags])
+    return str(caught.value.code)
+
+
+def test_every_setting_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail("--help") == "0"
+    text = capsys.readouterr().out
+    for name, setting in ClusterSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert setting.description, name
+
+
+def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
+    reason = fail("--num-gpus", "-1")
+    assert reason.startswith("solo-serve ray: error: --num-gpus: ")
+    pytest.importorskip("ray", reason="Ray is not installed")
+    assert "model repository" in fail("--model-repo", f"{tmp_path / 'no'}")
+
+
+def test_without_ray_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'solo-serve[service,ray]'" in fail()

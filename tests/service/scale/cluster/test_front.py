@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.errors import Draining, Overloaded, TooManyImages
+from service.http.app import create_app
+from service.scale.cluster import front
+from service.scale.cluster.front import TRIES, FrontSegmenter
+from service.scale.cluster.messages import Answer, Call
+from service.scale.cluster.metrics import FrontMetrics
+from service.scale.cluster.settings import ClusterSettings
+from service.scale.cluster.worker import Worker
+from service.settings import Settings
+from tests.service.conftest import OpenClient
+from tests.service.scale.cluster.conftest import LocalWorkers, run_worker
+from tests.support.blob_model import draw_picture, encode_picture, publish
+
+PICTURE = encode_picture(draw_picture())
+LOST = None
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "BACKOFF_S", 0.0)
+
+
+async def build_front(
+    settings: ClusterSettings, workers: LocalWorkers, describing: Worker, **changes: Any
+) -> FastAPI:
+    given = Settings(**{**settings.server_settings(), **changes})
+    description = await describing.describe()
+    metrics = FrontMetrics(workers.collect)
+    return create_app(given, segmenter=FrontSegmenter(given, workers, description, metrics))
+
+
+@pytest.fixture
+def open_front(cluster_settings: ClusterSettings, worker: Worker, open_client: OpenClient) -> Any:
+    """Opens a client of a front with certain workers."""
+
+    @asynccontextmanager
+    async def open_it(*workers: Worker | Answer | None, **changes: Any) -> AsyncIterator[Any]:
+        local = LocalWorkers(workers or [worker])
+        app = await build_front(cluster_settings, local, worker, **changes)
+        async with open_client(app) as client:
+            yield client, local, app.state.segmenter
+
+    return open_it
+
+
+async def post(client: httpx.AsyncClient, path: str = "/segment", **given: Any) -> Any:
+    response = await client.post(path, content=PICTURE, **given)
+    return response.status_code, response.json()
+
+
+def code_of(answer: tuple[int, dict[str, Any]]) -> tuple[int, str]:
+    return answer[0], answer[1]["error"]["code"]
+
+
+async def test_a_lost_workers_call_goes_to_another(open_front: Any, worker: Worker) -> None:
+    async with open_front(LOST, LOST, worker) as (client, workers, segmenter):
+        status, body = await post(client)
+        assert status == 200
+        assert [i["category"] for i in body["results"][0]["instances"]] == ["red"]
+        assert len(workers.calls) == 3
+        assert segmenter.metrics.retries._value.get() == 2
+
+
+async def test_an_image_cannot_kill_all_workers(open_front: Any) -> None:
+    async with open_front(LOST) as (client, workers, _):
+        response = await client.post("/segment", content=PICTURE)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_restarting"
+        assert response.headers["retry-after"] == "1"
+        assert len(workers.calls) == TRIES
+
+
+@pytest.mark.parametrize("error", [Draining("going"), Overloaded("full", "queue_pixels")])
+async def test_a_worker_that_cannot_is_not_the_last_word(
+    open_front: Any, worker: Worker, error: Any
+) -> None:
+    async with open_front(Answer(error=error), worker) as (client, _, _):
+        assert (await post(client))[0] == 200
+    async with open_front(Answer(error=error)) as (client, _, _):
+        assert code_of(await post(client)) == (503, error.code)
+
+
+async def test_a_wrong_request_is_not_tried_again(open_front: Any) -> None:
+    refusal = Answer(error=TooManyImages("300 images"))
+    async with open_front(refusal) as (client, workers, _):
+        assert code_of(await post(client)) == (413, "too_many_images")
+        assert len(workers.calls) == 1
+
+
+async def test_during_an_upgrade_the_answer_says_which_version_it_was(
+    open_front: Any, cluster_settings: ClusterSettings, worker: Worker
+) -> None:
+    """The front knows version 1; a worker that is new has version 2 alone."""
+    new_repo = cluster_settings.model_repo.parent / "new"
+    publish(new_repo, version=2)
+    settings = cluster_settings.model_copy(update={"model_repo": new_repo})
+    async with run_worker(settings) as new, open_front(new, worker) as (client, workers, _):
+        for version in (2, 1):
+            status, body = await post(client)
+            assert (status, body["version"]) == (200, version)
+        status, body = await post(client, "/segment?version=1")
+        assert (status, body["version"], len(workers.calls)) == (200, 1, 4)
+
+
+async def test_what_is_served_is_asked_for_again(
+    open_front: Any, cluster_settings: ClusterSettings, worker: Worker, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(front, "REFRESH_S", 0.01)
+    publish(cluster_settings.model_repo, "later")
+    async with open_front() as (client, _, _):
+        assert code_of(await post(client, "/segment?model=later")) == (404, "unknown_model")
+        await worker._segmenter.store.load("later")
+        while (await post(client, "/segment?model=later"))[0] != 200:
+            await asyncio.sleep(0.01)
+        await worker._segmenter.store.unload("blobs")
+        while "blobs" in str((await client.get("/v2/health/ready")).json()["models"]):
+            await asyncio.sleep(0.01)
+        assert code_of(await post(client, "/segment?model=blobs")) == (503, "model_unavailable")
+
+
+async def test_a_front_that_no_worker_answers_is_not_ready(
+    open_front: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_front(LOST) as (client, _, _):
+        assert (await client.get("/v2/health/ready")).status_code == 200
+        monkeypatch.setattr(front, "SILENCE_S", 0.0)
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert (await client.get("/v2/health/live")).status_code == 200
+
+
+async def test_a_deadline_ends_the_work_at_the_worker(
+    open_front: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = asyncio.Event()
+
+    async def segment(call: Call) -> Answer:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+        return Answer()
+
+    monkeypatch.setattr(worker, "segment", segment)
+    async with open_front() as (client, _, segmenter):
+        answer = await post(client, headers={"x-timeout-ms": "50"})
+        assert code_of(answer) == (504, "deadline_exceeded")
+        assert cancelled.is_set()
+        assert segmenter.admission.images == 0
+
+
+async def test_the_way_to_the_worker_counts_as_waiting(
+    open_front: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = worker.segment
+
+    async def segment_later(call: Call) -> Answer:
+        await asyncio.sleep(0.2)
+        return await segment(call)
+
+    monkeypatch.setattr(worker, "segment", segment_later)
+    async with open_front() as (client, _, _):
+        timing = (await post(client))[1]["timing_ms"]
+        assert timing["queue"] > 190
+        assert sum(timing.values()) == pytest.approx(2 * timing["total"], abs=0.1)
+
+
+async def test_a_fronts_admission_is_the_single_servers(open_front: Any) -> None:
+    bounds = {"max_queue_images": 2, "max_queue_pixels": 5000, "max_image_pixels": 5000}
+    async with open_front(**bounds) as (client, workers, _):
+        files = [("images", ("a.png", PICTURE))] * 3
+        response = await client.post("/segment", files=files)
+        assert (response.status_code, len(workers.calls)) == (413, 0)
