@@ -272,11 +272,6 @@ class Collector:
         ]
         self._dropped += detections.found - len(detections.instances)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every tile has been added."""
-        return len(self._found) == self._tiles
-
     def merge(self) -> Detections:
         """Instances of the image: those of its only tile, or those of all tiles merged."""
         entries = [entry for index in sorted(self._found) for entry in self._found[index]]

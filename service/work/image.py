@@ -81,8 +81,9 @@ class ImageWork:
         canvases: Corrected by `open`.
         pixels: Of the decoded image, as admitted.
         outcome: None until the image is finished or has failed.
-        taken, created, is_opening, held: State of the work queue: canvases that threads have
-            taken and created; whether a thread is in `open`; decoded pixels counted in the budget.
+        taken, created, searched, is_opening, held: State of the work queue: canvases that threads
+            have taken, created and post-processed; whether a thread is in `open`; decoded pixels
+            counted in the budget.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class ImageWork:
         self.canvases = canvases
         self.pixels = image_hw[0] * image_hw[1]
         self.outcome: Outcome | None = None
-        self.taken = self.created = self.held = 0
+        self.taken = self.created = self.searched = self.held = 0
         self.is_opening = False
         self._file = file
         self._config = config
@@ -110,7 +111,7 @@ class ImageWork:
         self._lock = threading.Lock()
         self._decoded: list[Interval] = []
         self._calls: list[Interval] = []
-        self._searched: list[Interval] = []
+        self._searches: list[Interval] = []
         self._engine_s = 0.0
 
     def open(self) -> None:
@@ -167,8 +168,8 @@ class ImageWork:
 
     def search(
         self, index: int, tile: Tile, candidates: TileCandidates, call: Interval, share: float
-    ) -> bool:
-        """Post-processes one canvas.
+    ) -> None:
+        """Post-processes one canvas; after the last one `finish` is due.
 
         Args:
             index: The canvas.
@@ -176,9 +177,6 @@ class ImageWork:
             candidates: What the engine found.
             call: When the engine call ran.
             share: Of the call, 0..1: one over the canvases in it.
-
-        Returns:
-            Whether it was the last one: then `finish` is due.
         """
         collector = self._collector
         assert collector is not None
@@ -188,8 +186,7 @@ class ImageWork:
             collector.add(index, tile, detections, candidates.mask_hw)
             self._calls.append(call)
             self._engine_s += (call[1] - call[0]) * share
-            self._searched.append((started_s, time.monotonic()))
-            return collector.is_complete
+            self._searches.append((started_s, time.monotonic()))
 
     def finish(self, began_s: float) -> Outcome:
         """Merges the canvases' instances and encodes the answer.
@@ -218,7 +215,7 @@ class ImageWork:
         stages = {
             "decode": self._decoded,
             "infer": sorted(set(self._calls)),
-            "postprocess": [*self._searched, (started_s, merged_s)],
+            "postprocess": [*self._searches, (started_s, merged_s)],
             "encode": [(merged_s, ended_s)],
         }
         self._collector = self._picture = None

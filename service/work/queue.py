@@ -89,6 +89,9 @@ class WorkQueue:
         self._blocked: list[Job] = []
         self._seen = budget.generation
 
+    def __bool__(self) -> bool:
+        return bool(self._fair)
+
     def add(self, job: Job) -> None:
         """Queues a request."""
         job.pending.extend(job.images)
@@ -168,6 +171,12 @@ class WorkQueue:
         """A canvas has been created; whether it was the image's last."""
         image.created += 1
         return image.created == image.canvases
+
+    def searched(self, job: Job, image: ImageWork) -> bool:
+        """A canvas has been post-processed; whether it was the image's last."""
+        job.progress.done += 1
+        image.searched += 1
+        return image.searched == image.canvases
 
     def finish(self, job: Job, image: ImageWork, outcome: Outcome) -> tuple[bool, int]:
         """Sets an image's outcome, unless it has one.
