@@ -192,7 +192,11 @@ def test_a_call_that_hangs_is_given_up_and_another_engine_built() -> None:
 def test_a_probe_that_hangs_is_a_death_too() -> None:
     with open_house(timeout_s=0.05) as house, ThreadPoolExecutor(1) as pool:
         given_up = threading.Event()
-        house.backend._probe = lambda backend: backend.infer([build_tile(HANGING)])
+
+        def hang(backend: Backend) -> None:
+            backend.infer([build_tile(HANGING)])
+
+        house.backend._probe = hang
         call = pool.submit(house.infer, BAD, give_up=given_up.set)
         assert given_up.wait(10)
         house.backend._probe = probe

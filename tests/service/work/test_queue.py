@@ -109,7 +109,7 @@ async def test_a_short_request_passes_a_long_one_of_the_same_client() -> None:
 async def test_a_clients_batch_work_gets_one_canvas_of_eight(first: str) -> None:
     queue = build_queue()
     jobs = {
-        priority: build_job(build_work(*range(1, 241)), priority=priority)  # type: ignore[arg-type]
+        priority: build_job(build_work(*range(1, 241)), priority=priority)
         for priority in ("interactive", "batch")
     }
     queue.add(jobs.pop(first))
