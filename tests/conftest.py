@@ -16,6 +16,7 @@ from tests.support.kernel_host import (
     has_compiler,
     load_gpu,
 )
+from tests.support.parity_files import SHARED, WITHOUT_SHARED, has_shared
 
 TOGETHER = {
     # Two clusters at once are too much for a machine.
@@ -53,6 +54,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that wait for a package index begin before all others."""
     items.sort(key=lambda item: item.get_closest_marker("network") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in one line which parity fixtures the parity tests used."""
+    ran = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    if any("tests/training/parity/" in report.nodeid for report in ran):
+        found = f"{SHARED} was used" if has_shared() else f"only a part was used: {WITHOUT_SHARED}"
+        terminalreporter.line(f"parity fixtures: {found}")
 
 
 @pytest.fixture(autouse=True, scope="module")

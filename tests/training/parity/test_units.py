@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.parity import LOCAL, ROOT, read_npz, shared_file
+from tests.support.parity import read_npz, shared_file
+from tests.support.parity_files import LOCAL, ROOT
 from training.checkpoint import CheckpointError
 from training.coco_metrics import mask_ap
 from training.configs import get_config
