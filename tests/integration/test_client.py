@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +35,7 @@ from solo_client import (
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.processes import free_port
 from tests.support.server import ROOT, ServerProcess, run_server
+from tests.support.waiting import poll_until
 
 PIXELS = draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)})
 FILE = encode_picture(PIXELS)
@@ -195,9 +195,12 @@ def test_predict_killed_and_started_again_gives_what_one_run_gives(
     command = [sys.executable, "-m", "service.predict", *inputs, "--jobs", "2"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     journal = out.with_name("results.json.partial")
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+
+    def has_begun() -> bool:
         assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.005)
+        return journal.exists() and journal.read_bytes().count(b"\n") >= 6
+
+    poll_until(has_begun, timeout_s=60, pause_s=0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = journal.read_bytes()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from service.predict import main as predict_main
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.processes import free_port
 from tests.support.slow_model import build_slow_graph, publish_graph
+from tests.support.waiting import poll_until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra ray")
@@ -80,9 +80,11 @@ def start_on_ray(repo: Path, images: Path, out: Path, *more: str) -> subprocess.
 
 
 def wait_for_notes(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= count:
+    def are_there() -> bool:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+        return journal.exists() and journal.read_bytes().count(b"\n") > count
+
+    poll_until(are_there, timeout_s=200, pause_s=0.005)
 
 
 def spoil(file: Path) -> None:
