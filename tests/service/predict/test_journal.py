@@ -284,7 +284,9 @@ def test_remove_leaves_no_file(path: Path, tmp_path: Path) -> None:
     with Journal(path, OPTIONS) as journal:
         append(journal, "0.png")
         journal.remove()
-    assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(OSError, match="closed"):
+            append(journal, "1.png")
 
 
 def test_a_closed_journal_is_one_file(path: Path, tmp_path: Path) -> None:
