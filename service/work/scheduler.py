@@ -230,14 +230,13 @@ class Scheduler:
                 if self._queue:  # threads that found no room for more canvases
                     self._threads.wake(len(batch))
                 return partial(self._call_batch, batch)
-        ahead = batches.waiting + batches.preparing
-        picked = None
-        if ahead < 2 * policy.max_batch * policy.calls or not policy.batch:
+        if not policy.batch:
             picked = self._queue.pick()
+            return self._seconds_until_ripe() if picked is None else partial(self._carry, *picked)
+        ahead = batches.waiting + batches.preparing
+        picked = self._queue.pick() if ahead < 2 * policy.max_batch * policy.calls else None
         if picked is None:
             return self._seconds_until_ripe()
-        if not policy.batch:
-            return partial(self._carry, *picked)
         batches.preparing += 1
         return partial(self._prepare, *picked)
 
@@ -314,10 +313,8 @@ class Scheduler:
                 if more:
                     self._threads.wake(more)
                     self._helpers.wake(more)
-        tile = image.make_canvas(index)
-        with self._lock:
-            is_last = self._queue.created(image)
-        if is_last and image.free_pixels():
+        tile, is_freed = image.make_canvas(index)
+        if is_freed:
             with self._lock:
                 freed = self._queue.release(image)
             self._release(freed)

@@ -64,7 +64,7 @@ def run(work: ImageWork, order: list[int] | None = None) -> Outcome:
     """Takes an image through all of its steps."""
     work.open()
     for index in order or range(work.canvases):
-        tile = work.make_canvas(index)
+        tile, _ = work.make_canvas(index)
         work.search(index, tile, find_colours(tile), (1.0, 2.0), 0.5)
     return work.finish(0.0)
 
@@ -108,7 +108,7 @@ class TestOpen:
             work.open()
         assert works[0].canvases == works[1].canvases > 1
         for index in range(works[0].canvases):
-            a, b = (work.make_canvas(index) for work in works)
+            (a, _), (b, _) = (work.make_canvas(index) for work in works)
             assert (a.image == b.image).all() and a.window == b.window
 
     def test_scaled_decoding_gives_nearly_the_same_canvas(self) -> None:
@@ -117,7 +117,7 @@ class TestOpen:
         for scaled in (False, True):
             work = build(data, WHOLE, scaled=scaled)
             work.open()
-            tiles.append(work.make_canvas(0))
+            tiles.append(work.make_canvas(0)[0])
         a, b = tiles
         assert (a.window, a.valid_hw, a.image.shape) == (b.window, b.valid_hw, b.image.shape)
         assert (a.window.height, a.window.width) == (900, 1200)
@@ -179,8 +179,8 @@ class TestAnswer:
         for overlay in (False, True):
             work = build(draw_picture(70, 100), overlay=overlay)
             work.open()
-            tiles = [work.make_canvas(index) for index in range(work.canvases)]
-            assert work.free_pixels() is not overlay
+            tiles, freed = zip(*map(work.make_canvas, range(work.canvases)), strict=True)
+            assert freed == (*[False] * (work.canvases - 1), not overlay)
             with pytest.raises(IndexError):
                 work.make_canvas(0)
             for index, tile in enumerate(tiles):
@@ -201,7 +201,7 @@ class TestFailures:
     def test_a_dropped_image_holds_nothing_and_cannot_go_on(self) -> None:
         work = build(draw_picture(70, 100))
         work.open()
-        tile = work.make_canvas(0)
+        tile, _ = work.make_canvas(0)
         work.drop()
         with pytest.raises(Dropped):
             work.make_canvas(1)

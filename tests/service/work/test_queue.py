@@ -234,10 +234,9 @@ async def test_images_wait_until_the_pixels_of_others_are_given_back() -> None:
     assert budget.held == 0
 
 
-async def test_the_last_canvas_created_and_post_processed_is_told() -> None:
+async def test_the_last_canvas_post_processed_is_told() -> None:
     queue = build_queue()
     job = build_job(build_work(1, 2))
     (image,) = job.images
-    assert [queue.created(image), queue.created(image)] == [False, True]
     assert [queue.searched(job, image), queue.searched(job, image)] == [False, True]
     assert job.progress.done == 2
