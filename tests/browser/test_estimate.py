@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +47,7 @@ async ([name, calls]) => {
 """
 
 
-def describe(page: Page, name: str, *calls: list[Any]) -> list[str]:
+def describe(page: Page, name: str, *calls: Sequence[Any]) -> list[str]:
     """Texts of a function of text.js, one for each list of arguments."""
     texts: list[str] = page.evaluate(_DESCRIBE, [name, calls])
     return texts
