@@ -181,6 +181,9 @@ def test_a_large_image_is_sent_after_a_question(open_tiled: OpenTiled) -> None:
     dialog.wait_for()
     text = dialog.locator("p").inner_text()
     assert re.fullmatch(r"This image needs 420 tiles \(about \d+ (s|minutes?)\)", text), text
+    demo.page.keyboard.press("Escape")  # is not taken for the answer to the first question
+    demo.page.wait_for_selector("body[data-state=empty]")
+    assert count_segmentations(demo) == 1
 
 
 @pytest.mark.parametrize("way", ["button", "Escape"])
@@ -217,6 +220,27 @@ def test_another_image_withdraws_the_question(open_tiled: OpenTiled) -> None:
     assert dialog.is_hidden()
     assert demo.by_id("about").inner_text().startswith("small.png")
     assert count_segmentations(demo) == 2
+
+
+_ASK_TWICE = """
+async () => {
+  const { confirmSending } = await import("/web/busy.js");
+  const first = new AbortController();
+  const answers = [];
+  const keep = (name) => [(send) => answers.push([name, send]), () => answers.push([name, null])];
+  confirmSending("first", first.signal).then(...keep("first"));
+  first.abort();
+  confirmSending("second", new AbortController().signal).then(...keep("second"));
+  for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+  document.getElementById("estimate-send").click();
+  for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+  return answers;
+}
+"""
+
+
+def test_a_withdrawn_question_does_not_answer_the_next_one(open_tiled: OpenTiled) -> None:
+    assert open_tiled("fast").page.evaluate(_ASK_TWICE) == [["first", None], ["second", True]]
 
 
 def test_an_image_of_a_hundred_tiles_is_sent_at_once(open_tiled: OpenTiled) -> None:

@@ -119,11 +119,12 @@ def test_durations_are_rounded(page: Page) -> None:
 
 
 def test_texts_of_an_estimate_and_of_progress(page: Page) -> None:
-    assert describe(page, "describeEstimate", [2116, 180], [101, None]) == [
+    estimates: list[list[Any]] = [[2116, 180], [101, None]]
+    assert describe(page, "describeEstimate", *estimates) == [
         "This image needs 2,116 tiles (about 3 minutes)",
         "This image needs 101 tiles",
     ]
-    calls = [[12, 441, 20], [0, 441, None], [1000, 2116, 80], [441, 441, 0]]
+    calls: list[list[Any]] = [[12, 441, 20], [0, 441, None], [1000, 2116, 80], [441, 441, 0]]
     assert describe(page, "describeProgress", *calls) == [
         "12 of 441 tiles, about 20 s left",
         "0 of 441 tiles",
