@@ -7,12 +7,16 @@ import re
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from pipeline.types import UInt8
+
+# OpenCV would report damaged files on standard error.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _JPEG_FORMATS = ("JPEG", "MPO")
@@ -33,6 +37,8 @@ _END, _SCAN = b"\xd9", b"\xda"
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of a JPEG that its height and width follow."""
 _PEEKED_SEGMENTS = 32
+_STRIPE_PIXELS = 1 << 18
+"""Pixels that are converted at once."""
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
@@ -73,23 +79,37 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparency is drawn on black.
+def _to_rgb(image: Image.Image) -> UInt8:
+    """The pixels [H, W, 3] of an image of any mode; transparency is drawn on black.
 
     A 16-bit grey image is scaled by the range of the least camera depth that holds its values:
-    a 12-bit camera's picture does not come out all but black.
+    a 12-bit camera's picture does not come out all but black. Works in stripes, because Pillow's
+    conversions copy.
     """
+    depth = 16
+    if image.mode in _SIXTEEN_BIT_MODES:
+        bits = int(max(image.getextrema())).bit_length()  # type: ignore[type-var, arg-type]
+        depth = next((depth for depth in _CAMERA_BITS if depth >= bits), 16)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIPE_PIXELS // image.width)
+    for y in range(0, image.height, rows):
+        stripe = image.crop((0, y, image.width, min(y + rows, image.height)))
+        stripe.info = image.info
+        pixels[y : y + rows] = np.asarray(_stripe_to_rgb(stripe, depth))
+    return pixels
+
+
+def _stripe_to_rgb(image: Image.Image, depth: int) -> Image.Image:
+    """Rows of an image as RGB; 16-bit values are of `depth` bits."""
     if image.mode in _SIXTEEN_BIT_MODES:
         values = np.asarray(image).astype(np.float32)
-        bits = int(values.max()).bit_length()
-        depth = next((depth for depth in _CAMERA_BITS if depth >= bits), 16)
         scaled = np.clip(values * (255 / (2**depth - 1)) + 0.5, 0, 255).astype(np.uint8)
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -184,6 +204,25 @@ def _decode_jpeg(data: bytes, image: Image.Image, least_hw: tuple[int, int]) -> 
     return pixels if reduce or pixels.shape[:2] == (image.height, image.width) else None
 
 
+def _decode_webp(data: bytes, image: Image.Image) -> UInt8 | None:
+    """The pixels of a WebP without transparency, which Pillow would hold three times.
+
+    Returns:
+        [H, W, 3], the same as Pillow's, or None for what is left to Pillow: other formats,
+        transparency, and damage, so that one library alone judges it.
+    """
+    if image.format != "WEBP" or image.mode != "RGB":
+        return None
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    if pixels is None or pixels.shape != (image.height, image.width, 3):
+        return None
+    return np.asarray(pixels, np.uint8)
+
+
 def _turn(pixels: UInt8, orientation: int) -> UInt8:
     """Stored pixels as EXIF says they are to be seen."""
     if orientation in _SIDEWAYS:
@@ -222,8 +261,10 @@ def decode_image(
     try:
         pixels = _decode_jpeg(data, image, least_hw)
         if pixels is None:
+            pixels = _decode_webp(data, image)
+        if pixels is None:
             image.load()
-            pixels = np.array(_to_rgb(image), np.uint8)
+            pixels = _to_rgb(image)
         return _turn(pixels, _orientation(image))
     except _DAMAGE as error:
         raise CorruptImage(f"the image is damaged or truncated: {error}") from error

@@ -97,8 +97,8 @@ class LocalSegmenter:
         admitted = [work for work in works if isinstance(work, ImageWork)]
         costs = [work.canvases for work in admitted]
         with self.admission.admit(client, costs):
-            progress.admit(sum(costs))
             if admitted:
+                progress.admit(sum(costs))
                 job = Job(
                     client=client,
                     images=admitted,

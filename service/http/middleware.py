@@ -96,6 +96,7 @@ class RequestContextMiddleware:
             if status == CLIENT_LEFT:
                 await send_error(send_with_id, error, scope["path"])
         finally:
+            status = scope["state"].get("status", status)  # of a stream that its client left
             self._count(scope, request_id, status, (began_s, time.monotonic()), images)
 
     def _count(

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import describe_error
+from service.http.middleware import CLIENT_LEFT
 from service.protocol import Segmented
 from service.work.request import Progress
 
@@ -23,6 +24,10 @@ EVERY_S = 0.5
 """Time between progress lines."""
 HEARTBEAT_S = 5.0
 """Longest time without a line, also when there is no progress."""
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection."""
 
 
 class ProgressResponse(Response):
@@ -53,6 +58,7 @@ class ProgressResponse(Response):
         self._build_body = build_body
         self._progress = progress
         self._stack = ExitStack()
+        self._scope: Scope = {}
 
     def closes(self, stack: ExitStack) -> None:
         """Hands over what is closed after the last line."""
@@ -67,8 +73,8 @@ class ProgressResponse(Response):
         admission = asyncio.ensure_future(self._progress.admitted.wait())
         try:
             await asyncio.wait({self._task, admission}, return_when=asyncio.FIRST_COMPLETED)
-            if self._task.done():
-                self._task.result()
+            if self._task.done():  # a single image may have been refused by itself
+                self._build_body(self._task.result())
         except asyncio.CancelledError:
             self._task.cancel()
             raise
@@ -77,6 +83,7 @@ class ProgressResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the lines; the work is cancelled if they cannot be sent."""
+        self._scope = scope
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for line in self._lines():
@@ -98,6 +105,8 @@ class ProgressResponse(Response):
             yield b'{"result":' + self._build_body(self._task.result()) + b"}\n"
         except asyncio.CancelledError:
             raise
+        except ClientLeft:
+            self._scope["state"]["status"] = CLIENT_LEFT
         except Exception as error:
             status, detail = describe_error(error)
             if detail["code"] == "internal_error":

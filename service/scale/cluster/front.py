@@ -154,8 +154,10 @@ class ClusterSegmenter:
         counts = [cost for cost in costs if isinstance(cost, int)]
         began_s = time.monotonic()
         with self.admission.admit(client, counts):
-            progress.admit(sum(counts))
-            answer = await self._ask(call) if admitted else Answer()
+            answer = Answer()
+            if admitted:
+                progress.admit(sum(counts))
+                answer = await self._ask(call)
         whole_s = time.monotonic() - began_s
         answered = iter([_add_transfer(outcome, whole_s) for outcome in answer.outcomes])
         outcomes = [cost if isinstance(cost, Outcome) else next(answered) for cost in costs]
