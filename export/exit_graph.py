@@ -209,13 +209,13 @@ class _Rewriter(_Branch):
         self._keep_used_slots(ranking, thresholds[0].input[1], known)
         replaced: set[str] = set()
         for number, (level, region) in enumerate(zip(levels, regions, strict=True)):
-            need = self._find_need(level_of, thresholds[0].output[0], number)
+            need = self._add_need(level_of, thresholds[0].output[0], number)
             replaced.update(self._add_level(number, level, region, need))
         kept = [n for n in self.graph.nodes if not replaced.intersection(n.output)]
         _replace_nodes(self.model.graph, [*kept, *self.nodes], self.weights)
 
     def _find_mask_hw(self, finest: list[NodeProto]) -> None:
-        """Takes the masks' sides from the canvas, not from the finest level, which may not run."""
+        """Computes the mask size from the canvas, because the finest level may be skipped."""
         maps = {name for node in finest for name in node.output}
         for node in self.graph.nodes:
             sides = {a.name: a.i for a in node.attribute} if node.op_type == "Shape" else {}
@@ -228,9 +228,10 @@ class _Rewriter(_Branch):
                 )
 
     def _keep_used_slots(self, ranking: NodeProto, threshold: str, known: Collection[str]) -> None:
-        """Cuts the ranking after the last slot that any canvas uses, but keeps two.
+        """Truncates the ranking after the last slot used by any canvas, but keeps at least two.
 
-        ONNX Runtime multiplies a single row by another kernel, which adds in another order.
+        ONNX Runtime has another kernel for products with a single row, which sums in another
+        order.
         """
         scores, index = ranking.output
         slots = self.graph.array(ranking.input[1])
@@ -239,7 +240,7 @@ class _Rewriter(_Branch):
         (candidates,) = slots.tolist()
         all_scores, all_index = self.prefix + scores, self.prefix + index
         ranking.output[:] = [all_scores, all_index]
-        # Not "above": what is not a number counts as used, so that it reaches whoever refuses it.
+        # "Not below" instead of "above": NaN counts as used, so that the server can reject it.
         below = self.add("LessOrEqual", [all_scores, threshold], "below")
         used = self.add("Not", [below], "used")
         used = self.add("Cast", [used], "used_int", to=TensorProto.INT64)
@@ -250,21 +251,24 @@ class _Rewriter(_Branch):
         self.count = self.add("Reshape", [last, self.constant("vector", [1])], "count")
         start, axis = self.constant("start", [0]), self.constant("axis", [1])
         for given, kept in ((all_scores, scores), (all_index, index)):
-            cut = helper.make_node("Slice", [given, start, self.count, axis], [kept], name=kept)
-            self.nodes.append(cut)
+            self.nodes.append(
+                helper.make_node("Slice", [given, start, self.count, axis], [kept], name=kept)
+            )
         for node in self.graph.nodes:
             if node.output[0] not in {*known, all_scores}:
-                node.input[:] = [self.count if self._is(n, candidates) else n for n in node.input]
+                node.input[:] = [
+                    self.count if self._is_constant(n, candidates) else n for n in node.input
+                ]
 
-    def _is(self, name: str, count: int) -> bool:
+    def _is_constant(self, name: str, count: int) -> bool:
         """Whether a value is the constant [count]."""
         weight = self.graph.weights.get(name)
         if weight is None or weight.data_type != TensorProto.INT64 or list(weight.dims) != [1]:
             return False
         return bool(numpy_helper.to_array(weight)[0] == count)
 
-    def _find_need(self, level_of: str, used: str, level: int) -> str:
-        """[B] bool: whether a canvas has a candidate at a level."""
+    def _add_need(self, level_of: str, used: str, level: int) -> str:
+        """Adds the value [B] bool: whether a canvas has a candidate at a level."""
         own = self.add("Equal", [level_of, self.constant(f"level{level}", level)], f"own{level}")
         own = self.add("And", [own, used], f"candidates{level}")
         own = self.add("Cast", [own], f"candidates{level}_int", to=TensorProto.INT32)
