@@ -1,4 +1,4 @@
-"""Exit status 0 if the server in this container is ready for requests, else 1 (with the reason)."""
+"""Exits with 0 if the server in this container is ready, else with 1 and the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> int:
-    """Asks the server on SOLO_PORT; goes round any proxy, since it is on this host."""
+    """Requests /v2/health/ready on SOLO_PORT, without a proxy; returns the exit status."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", int(os.environ.get("SOLO_PORT", "8000")), timeout=2.5
     )

@@ -1,1 +1,1 @@
-"""Export: a checkpoint becomes an ONNX graph, is compared with PyTorch and enters model_repo."""
+"""Exports checkpoints to ONNX, verifies the graphs against PyTorch and publishes them."""

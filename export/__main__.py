@@ -1,4 +1,4 @@
-"""solo-export: a checkpoint becomes a version in model_repo, proven against PyTorch."""
+"""solo-export: publishes a checkpoint in model_repo, verified against PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from export.publish import (
     read_version,
     require_free,
 )
-from export.variants import Material, build_variants
+from export.variants import VariantInputs, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE
@@ -39,14 +39,15 @@ from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
 from training.model.solo import Solo
 
-PENDING = {"sha256": "0" * 64, "bytes": 1}
+PLACEHOLDER = {"sha256": "0" * 64, "bytes": 1}
+"""The graph's file entry until the graph is built."""
 DATA_IMAGES = 4
-"""Images of the data set that join the comparison with PyTorch."""
+"""Images of the data set used in the comparison with PyTorch."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint that is to be exported."""
+class LoadedCheckpoint:
+    """A checkpoint file with its configuration and network."""
 
     file: Path
     config: Config
@@ -54,7 +55,11 @@ class Source:
 
 
 def choose_version(config: Config, options: argparse.Namespace) -> tuple[str, int]:
-    """Name and version to publish, refused now rather than after the work if they are taken."""
+    """Name and version to publish.
+
+    Raises:
+        PublishError: The version exists; checked before the export, which takes long.
+    """
     name = options.name or config.name
     if options.version is None:
         return name, next_version(options.out / name)
@@ -62,17 +67,17 @@ def choose_version(config: Config, options: argparse.Namespace) -> tuple[str, in
     return name, options.version
 
 
-def describe_model(source: Source, options: argparse.Namespace) -> ModelConfig:
-    """The version's part of config.json; its file and provenance are not known yet.
+def describe_model(source: LoadedCheckpoint, options: argparse.Namespace) -> ModelConfig:
+    """The version's configuration, with placeholders for its files and without provenance.
 
     Raises:
-        ExportError: The checkpoint names no classes, or an option has a wrong value.
+        ExportError: The checkpoint has no class names, or an option has an invalid value.
     """
     config = source.config
     if len(config.classes) != config.num_classes:
         raise ExportError(
-            f"{source.file} names {len(config.classes)} classes, but its network has "
-            f"{config.num_classes}; solo-train writes the data set's"
+            f"{source.file} has {len(config.classes)} class names, but its network has "
+            f"{config.num_classes} classes; solo-train stores the names of the data set"
         )
     changes = {"score_threshold": options.score_threshold, "max_instances": options.max_instances}
     postprocess = config.postprocess.model_dump()
@@ -91,18 +96,18 @@ def describe_model(source: Source, options: argparse.Namespace) -> ModelConfig:
                 "mask_stride": min(config.model.head.mask_strides),
                 "postprocess": postprocess,
                 "limits": {"max_batch": options.max_batch},
-                "files": {ONNX_FILE: PENDING},
+                "files": {ONNX_FILE: PLACEHOLDER},
             }
         )
     except ValueError as error:
-        raise ExportError(f"config.json would not be valid: {error}") from error
+        raise ExportError(f"config.json would be invalid: {error}") from error
 
 
 def read_provenance(file: Path | None) -> dict[str, Any]:
-    """What the caller knows about the model.
+    """Reads the file of --provenance-json.
 
     Raises:
-        ExportError: The file is missing or no JSON object.
+        ExportError: The file cannot be read or is not a JSON object.
     """
     if file is None:
         return {}
@@ -111,12 +116,12 @@ def read_provenance(file: Path | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ExportError(f"{file} cannot be read as provenance: {error}") from error
     if not isinstance(content, dict):
-        raise ExportError(f"{file} holds a {type(content).__name__}, expected a JSON object")
+        raise ExportError(f"{file} contains a {type(content).__name__}, expected a JSON object")
     return content
 
 
 def find_commit() -> str | None:
-    """The commit of the sources, with a mark if they are changed; None outside a checkout."""
+    """Commit of the sources, with "-dirty" if modified; None outside a git checkout."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
@@ -129,28 +134,28 @@ def find_commit() -> str | None:
 
 
 def export(options: argparse.Namespace, command: str) -> list[Path]:
-    """Exports, compares and publishes a checkpoint.
+    """Exports a checkpoint, compares the graph with PyTorch and publishes it.
 
     Returns:
-        The published files.
+        The published graphs and packages.
     """
     config, network = load_model(options.checkpoint)
-    source = Source(options.checkpoint, config, network)
-    given = read_provenance(options.provenance_json)
+    source = LoadedCheckpoint(options.checkpoint, config, network)
+    extra_provenance = read_provenance(options.provenance_json)
     model = describe_model(source, options)
     opset = choose_opset(network, options.opset)
     data = CocoDataset(options.data, options.split) if options.data else None
-    _say(f"exporting {options.checkpoint} ({config.name}) with opset {opset}")
+    _print_progress(f"exporting {options.checkpoint} ({config.name}) with opset {opset}")
     graph = build_onnx(network, opset=opset)
     file = describe_file(graph)
     model = model.model_copy(update={"files": {ONNX_FILE: FileSpec.model_validate(file)}})
-    _say(f"{len(graph) / 1e6:.1f} MB; comparing with PyTorch")
+    _print_progress(f"{len(graph) / 1e6:.1f} MB; comparing with PyTorch")
     cases = [*build_cases(canvas_sizes(config.input))]
     if data is not None:
         cases += data_cases(data, config.input, DATA_IMAGES)
     parity = {"graph": file, **compare(network, graph, cases)}
     require_parity(parity)
-    _say_parity(parity)
+    _print_parity(parity)
     provenance: dict[str, Any] = {
         "config": config.name,
         "commit": find_commit(),
@@ -166,27 +171,27 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         head = {"split": options.split, "images": len(data)}
         max_dets = model.postprocess.max_instances
         provenance["measured"] = {**head, "max_dets": max_dets, **measured}
-    material = build_material(model, graph, options, data, measured)
-    variants = make_variants(material, options, command)
+    inputs = build_inputs(model, graph, options, data, measured)
+    variants = make_variants(inputs, options, command)
     if options.exits:
         variants += make_exits(model, {ONNX_FILE: graph}, variants, cases, command)
-    variants += make_packages(network, config, model, options.aoti, _say)
-    model = model.model_copy(update={"provenance": {**provenance, **given}})
+    variants += make_packages(network, config, model, options.aoti, _print_progress)
+    model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
     release = Release(model, graph, parity, tuple(variants))
     target = publish(options.out, release, force=options.force)
     return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
 
 
-def build_material(
+def build_inputs(
     model: ModelConfig,
     graph: bytes,
     options: argparse.Namespace,
     data: CocoDataset | None,
     measured: dict[str, float] | None = None,
-) -> Material:
-    """What the variants of a version are made of and measured on."""
+) -> VariantInputs:
+    """The graph and data sets from which the variants of a version are built."""
     calibrated = "int8" in options.precision and options.data is not None
-    return Material(
+    return VariantInputs(
         model=model,
         graph=graph,
         evaluation=data,
@@ -196,14 +201,16 @@ def build_material(
     )
 
 
-def make_variants(material: Material, options: argparse.Namespace, command: str) -> list[Artefact]:
-    """The graphs of other precisions that were asked for, compared and judged."""
+def make_variants(
+    inputs: VariantInputs, options: argparse.Namespace, command: str
+) -> list[Artefact]:
+    """The graphs of the requested precisions, verified against float32."""
     return build_variants(
         options.precision,
-        material,
+        inputs,
         provenance={"command": command, "commit": find_commit()},
         accept_unrun=options.accept_unrun,
-        say=_say,
+        progress=_print_progress,
     )
 
 
@@ -214,26 +221,22 @@ def make_exits(
     cases: Sequence[Case],
     command: str,
 ) -> list[Artefact]:
-    """Graphs with early exits, of those that are published and of new ones that the CPU runs."""
+    """Graphs with early exits for `graphs` and for those of `variants` that run on the CPU."""
     new = {v.name: v.data for v in variants if v.name in PLAIN_FILES}
     made = build_exits(
         model, {**graphs, **new}, cases, {"command": command, "commit": find_commit()}
     )
     for artefact in made:
         found = artefact.parity["comparison"]
-        _say(
+        _print_progress(
             f"{artefact.name}: the {found['candidates']} candidates of {found['canvases']} "
-            "canvases are the same bit for bit"
+            "canvases are bit-identical"
         )
     return made
 
 
 def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str, float] | None:
-    """The AP of a published version from its provenance, if it is of such a split.
-
-    The entry also names the graph by its hash, so it is that graph's; the split is known by name
-    and size.
-    """
+    """The AP in a version's provenance; None if the split, its size or `max_dets` differ."""
     found = model.provenance.get("measured")
     wanted = {"split": split, "images": len(data), "max_dets": model.postprocess.max_instances}
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in wanted.items()):
@@ -242,26 +245,26 @@ def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str
 
 
 def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
-    """Adds graphs of other precisions to a version that is published.
+    """Adds graphs of other precisions to a published version.
 
     Returns:
         The added files.
 
     Raises:
-        PublishError: The folder is no published version, or its graph has another hash.
+        PublishError: The folder is not a published version, or its graph has another hash.
     """
     target = options.variants_of
     folder = target.parent
     if not target.name.isdecimal():
-        raise PublishError(f"{target} is no version: expected <model_repo>/<name>/<number>")
+        raise PublishError(f"{target} is not a version: expected <model_repo>/<name>/<number>")
     model = read_version(folder, int(target.name))
-    _refuse_listed(target, model, options)
+    _require_replaceable(target, model, options)
     plain = [ONNX_FILE, *(name for name in PLAIN_FILES if name in model.files and options.exits)]
     graphs = {name: _read_graph(target, model, name) for name in plain}
     data = CocoDataset(options.data, options.split) if options.data else None
     measured = find_measured(model, data, options.split) if data else None
-    material = build_material(model, graphs[ONNX_FILE], options, data, measured)
-    variants = make_variants(material, options, command)
+    inputs = build_inputs(model, graphs[ONNX_FILE], options, data, measured)
+    variants = make_variants(inputs, options, command)
     if options.exits:
         cases = [*build_cases(canvas_sizes(model.input))]
         if data is not None:
@@ -271,11 +274,12 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     return [target / v.name for v in variants]
 
 
-def _refuse_listed(target: Path, model: ModelConfig, options: argparse.Namespace) -> None:
-    """Refuses to replace files without --force, or a graph without the one made of it.
+def _require_replaceable(target: Path, model: ModelConfig, options: argparse.Namespace) -> None:
+    """Checks that the files to be written may be replaced.
 
     Raises:
-        PublishError: Names the file.
+        PublishError: A file exists and --force is not given, or a graph would be replaced but not
+            its graph with early exits.
     """
     wanted = {f"model.{p}.onnx" for p in options.precision}
     stale = {PLAIN_FILES.get(name, "") for name in wanted} & set(model.files)
@@ -283,17 +287,17 @@ def _refuse_listed(target: Path, model: ModelConfig, options: argparse.Namespace
         wanted |= {PLAIN_FILES[name] for name in PLAIN_FILES if name in {*model.files, *wanted}}
     listed = sorted(wanted & set(model.files))
     if listed and not options.force:
-        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
+        raise PublishError(f"{target / listed[0]} already exists; --force replaces it")
     if stale and not options.exits:
         raise PublishError(
-            f"{target / stale.pop()} is made of a graph that would be replaced; add --exits"
+            f"{target / stale.pop()} is built from a graph that would be replaced; add --exits"
         )
 
 
 def _read_graph(target: Path, model: ModelConfig, name: str) -> bytes:
     graph = (target / name).read_bytes()
     if describe_file(graph) != model.files[name].model_dump():
-        raise PublishError(f"{target / name} is not the file that {CONFIG_FILE} describes")
+        raise PublishError(f"{target / name} differs from its entry in {CONFIG_FILE}")
     return graph
 
 
@@ -301,13 +305,13 @@ def _hash(file: Path) -> dict[str, Any]:
     return describe_file(file.read_bytes())
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(f"solo-export: {text}", flush=True)
 
 
-def _say_parity(report: dict[str, Any]) -> None:
+def _print_parity(report: dict[str, Any]) -> None:
     total = report["total"]
-    _say(
+    _print_progress(
         f"{total['candidates_torch']} candidates in {len(report['cases'])} batches: "
         f"{total['unmatched']} unmatched, scores within {total['max_score_difference']:.1e}, "
         f"masks within {total['max_mask_difference']:.1e}"
@@ -327,18 +331,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Makes everything that was asked for: kernels, a version or its variants, engines."""
+    """Builds what the options request: kernels, then a version or variants, then engines."""
     if options.kernels is not None:
-        files = build_kernels(options.kernels, _say)
-        _say(f"{len(files)} files are in {files[0].parent}")
+        files = build_kernels(options.kernels, _print_progress)
+        _print_progress(f"{len(files)} files are in {files[0].parent}")
     target = options.variants_of
     if options.checkpoint is not None or options.precision or options.exits:
         files = export(options, command) if target is None else add_variants(options, command)
         target = files[0].parent
         names = ", ".join(file.name for file in files)
-        _say(f"published {names}, each with its parity report, in {target}")
-    for file in build_engines(target, options.tensorrt, _say) if options.tensorrt else []:
-        _say(f"the engine is {file}")
+        _print_progress(f"published {names}, each with its parity report, in {target}")
+    if options.tensorrt:
+        for file in build_engines(target, options.tensorrt, _print_progress):
+            _print_progress(f"the engine is {file}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How far a variant of another precision is from the float32 graph, and whether that is too far.
+"""Compares a variant of another precision with the float32 graph.
 
-The tolerances of `export.parity` are those of two runtimes that compute the same; a rounded network
-computes something else. So masks are compared by their overlap, pairs are formed by mask and
-score, and the last word has the AP.
+The tolerances of `export.parity` are for two runtimes of the same graph; lower precision deviates
+more. Here, candidates are matched by mask IoU and score, and the AP must not drop by more than a
+threshold.
 
 Symbols: K candidates, h w mask.
 """
@@ -22,21 +22,22 @@ from export.parity import Case, run_onnx
 from pipeline.types import Candidates
 
 PAIR_IOU = 0.5
-"""Least overlap of a pair: COCO's least for one object found."""
+"""Minimum mask IoU of a match; COCO's lowest threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """How far a variant may be from float32.
+    """Allowed deviation of a variant from float32.
 
-    AP loss and mask IoU are the project's aims. The two others catch what the AP of a small split
-    cannot show; they are a few times what the bundled model has (docs/precision.md).
+    The limits of AP and mask IoU are project requirements. The other two detect what the AP of a
+    small split does not show; they are a few times the bundled model's values
+    (docs/precision.md).
 
     Attributes:
-        ap_loss: AP of float32 less AP of the variant.
-        mask_iou: Least mean IoU of the pairs' masks.
-        matched_share: Least share of the candidates that have a partner.
-        score: Greatest mean difference of the pairs' scores.
+        ap_loss: Most AP of float32 minus AP of the variant.
+        mask_iou: Least mean mask IoU of matched candidates.
+        matched_share: Least share of candidates that are matched.
+        score: Most mean absolute score difference of matched candidates.
     """
 
     ap_loss: float
@@ -51,13 +52,13 @@ INT8 = Thresholds(ap_loss=0.01, mask_iou=0.95, matched_share=0.9, score=0.02)
 
 @dataclass
 class Agreement:
-    """Candidates of the two, paired.
+    """Statistics of matched candidates of two graphs.
 
     Attributes:
-        candidates: Those of either that an answer could contain.
-        unmatched: Of these, the ones without a partner.
-        ious: Of the pairs' masks.
-        score_differences: Of the pairs, absolute.
+        candidates: Candidates of both graphs that a response could contain.
+        unmatched: Those of them without a match.
+        ious: Mask IoU of each match.
+        score_differences: Absolute score difference of each match.
     """
 
     candidates: int = 0
@@ -66,15 +67,16 @@ class Agreement:
     score_differences: list[float] = field(default_factory=list)
 
     def add(self, expected: Candidates, found: Candidates, least_score: float) -> None:
-        """Pairs the candidates of one image.
+        """Matches the candidates of one image.
 
-        Best first, each takes the free candidate of its label whose mask and score are nearest.
-        Only what has `least_score` on either side counts; the partner may lie below.
+        Greedy, in descending order of score: each candidate is matched with the unmatched one of
+        its label with the greatest IoU minus score difference. Matches count if either score
+        reaches `least_score`.
 
         Args:
-            expected: Of float32.
-            found: Of the variant.
-            least_score: Below it a candidate never reaches an answer.
+            expected: Candidates of the float32 graph.
+            found: Candidates of the variant.
+            least_score: Minimum score of candidates that a response can contain.
         """
         ious = _mask_ious(expected.mask_probs, found.mask_probs)
         gaps = np.abs(expected.scores[:, None] - found.scores[None])
@@ -99,15 +101,15 @@ class Agreement:
         self.unmatched += alone
 
     def summarise(self) -> dict[str, float | int]:
-        """Counts, shares and extremes; without any pair, IoU 0 and score difference 1.
+        """Totals, means and extremes; without a match, IoU 0 and score difference 1.
 
         Raises:
-            ParityError: There is no candidate at all.
+            ParityError: There are no candidates.
         """
         if not self.candidates:
             raise ParityError(
-                "no candidate was found on the test images, so nothing could be compared; --data "
-                "gives images that show what the network was trained for"
+                "no candidate was found on the test images, so nothing could be compared; use "
+                "--data to add images with objects of the trained classes"
             )
         ious, differences = self.ious or [0.0], self.score_differences or [1.0]
         return {
@@ -135,16 +137,19 @@ def _mask_ious(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.flo
 def compare_graphs(
     reference: bytes, variant: bytes, cases: Iterable[Case], least_score: float
 ) -> dict[str, float | int]:
-    """Runs both graphs on every case.
+    """Runs both graphs on every case and matches their candidates.
 
     Args:
         reference: The float32 graph.
-        variant: A graph with the same outputs, float32 too.
-        cases: What to run.
-        least_score: See `Agreement.add`.
+        variant: A graph with the same float32 outputs.
+        cases: Batches to run.
+        least_score: Minimum score of candidates that count.
+
+    Returns:
+        `Agreement.summarise`.
 
     Raises:
-        ParityError: A graph cannot be run, or neither finds anything.
+        ParityError: A graph cannot be run, or neither finds a candidate.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -164,18 +169,18 @@ def compare_graphs(
     return agreement.summarise()
 
 
-def judge(
+def check_thresholds(
     numbers: dict[str, float | int], ap: dict[str, float] | None, thresholds: Thresholds
 ) -> dict[str, Any]:
-    """The verdict.
+    """Checks the result of a comparison.
 
     Args:
-        numbers: Of `compare_graphs`.
-        ap: `fp32` and `variant`, if they were measured.
-        thresholds: What may differ.
+        numbers: From `compare_graphs`.
+        ap: AP of `fp32` and `variant`; None if not measured.
+        thresholds: The limits.
 
     Returns:
-        `passed`, `failures` in words, `thresholds`.
+        `passed`, `failures` as text, `thresholds`.
     """
     checks = [
         ("mean mask IoU", numbers["mean_mask_iou"], ">=", thresholds.mask_iou),

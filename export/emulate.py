@@ -1,10 +1,9 @@
-"""A typed low-precision graph as a float32 graph that rounds where the engine would round.
+"""Emulates a typed low-precision graph by a float32 graph that rounds every low-precision result.
 
-ONNX Runtime's CPU provider has few low-precision operators. Those of bfloat16 it refuses; a float16
-graph it runs, but in float32 from end to end, so that nothing is ever rounded and nothing
-overflows. Here every low-precision result is rounded to its type and widened again: products are
-summed in float32 and the sum is rounded once, as tensor cores do it. An engine that fuses
-operators rounds less often.
+ONNX Runtime's CPU provider has no bfloat16 operators, and runs float16 graphs in float32
+throughout, without rounding or overflow. In the emulation every low-precision result is rounded to
+its type and widened again: sums of products accumulate in float32 and are rounded once, as on
+tensor cores. Engines that fuse operators round less often.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ SELECTING = frozenset(
         *("MaxPool", "Relu", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"),
     }
 )
-"""Their results are values that they were given, which are rounded already."""
+"""Operators whose outputs are values of their inputs, which are already rounded."""
 
 
 def emulate(graph: bytes, precision: LowPrecision) -> bytes:
-    """A float32 graph that computes what the typed graph says.
+    """The float32 emulation of a typed graph.
 
     Args:
-        graph: Of `lower_precision`.
-        precision: Its precision.
+        graph: From `lower_precision`.
+        precision: Precision of the graph.
 
     Returns:
-        A graph with the inputs and outputs of the float32 one.
+        A graph with the inputs and outputs of the original float32 graph.
     """
     model = onnx.load_from_string(graph)
     low = LOW_TYPES[precision].elem_type
@@ -51,11 +50,11 @@ def emulate(graph: bytes, precision: LowPrecision) -> bytes:
 
 
 def _emulate_node(node: NodeProto, low_values: set[str], low: int) -> list[NodeProto]:
-    """A node whose low-precision results are rounded; all its values are float32."""
+    """The node in float32, followed by casts that round its low-precision outputs."""
     emulated = NodeProto()
     emulated.CopyFrom(node)
     if node.op_type == "Cast" and node.input[0] in low_values and node.output[0] not in low_values:
-        return [emulated]  # from float32, as it is here, to float32
+        return [emulated]  # its input is float32 here, so it has no effect
     if node.op_type == "Cast" and node.output[0] in low_values:
         set_cast_type(emulated, TensorProto.FLOAT)
     outputs = [name for name in node.output if name in low_values]

@@ -1,4 +1,4 @@
-"""What can go wrong in an export; the messages say which file or value and why."""
+"""Errors of solo-export; messages name the file or value."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ class ExportError(Exception):
 
 
 class GraphError(ExportError):
-    """The exported graph is not what the graph contract says."""
+    """The graph violates the graph contract."""
 
 
 class ParityError(ExportError):
-    """The exported graph and PyTorch do not agree."""
+    """A graph's results differ too much from the reference, or could not be compared."""
 
 
 class PublishError(ExportError):
-    """model_repo cannot take the version."""
+    """The version cannot be written to model_repo."""

@@ -1,20 +1,20 @@
-"""Early exits for the CPU: the same graph, which leaves out the masks that no candidate has.
+"""Early exits for the CPU: rewrites a graph to skip the masks of levels without candidates.
 
-The mask branch of a pyramid level serves candidates that may not be there. Here it runs inside an
-ONNX `If`, on those canvases of the batch alone that have a candidate at the level; and what
-follows works on the slots that the fullest canvas of the batch fills, not on all K. What is
-computed is computed by the same operators from the same numbers, so with one thread the candidates
-are the plain graph's bit for bit; only the number of empty slots differs. With several threads
-ONNX Runtime divides a product by its shape, and a batch between threads: where a level's map is
-small (fewer pixels than a vanilla head's candidates, or no multiple of 16) last bits may depend on
-the company, as they do in the plain graph. `export.exits` compares with as many threads as serve.
+The mask branch of each pyramid level is moved into an ONNX `If` and runs only on the canvases of
+the batch that have a candidate at that level. Later operators process only the slots used by the
+fullest canvas of the batch, not all K. The operators and their inputs are unchanged, so with one
+thread the candidates are bit-identical to the plain graph's; only the number of empty slots
+differs. With several threads ONNX Runtime partitions a matrix product by its shape, and a batch by
+threads: where a level's map is small (fewer pixels than a vanilla head has candidates, or not a
+multiple of 16), the last bits may depend on the rest of the batch, as in the plain graph.
+`export.exits` compares with the number of threads used for serving.
 
-The graph's own threshold decides what a candidate is. Requests choose among the candidates that
-the graph gives, so no request's threshold has to be known here.
+Candidates are determined by the graph's own threshold. Requests only filter the graph's
+candidates, so their thresholds need not be known here.
 
-ONNX Runtime prepares the weights of an operator inside an `If` only if they are inside, too; so
-each level has a copy of the weights that the levels share. Engines that record or fuse whole
-graphs (CUDA graphs, TensorRT) want fixed shapes and keep the plain graph.
+ONNX Runtime prepacks the weights of an operator in an `If` only if they are in the same subgraph,
+so weights shared between levels are copied for each level. Engines that capture or fuse whole
+graphs (CUDA graphs, TensorRT) need fixed shapes and use the plain graph.
 
 Symbols: B batch, b canvases of it with a candidate at a level, K slots, k used slots, S grid,
 h w mask.
@@ -40,84 +40,84 @@ MASKS = "mask_probs"
 
 
 def add_exits(graph: bytes, mask_stride: int) -> bytes:
-    """The graph with early exits of a plain graph, float32 or int8.
+    """Adds early exits to a plain graph, float32 or int8.
 
     Args:
-        graph: Of `build_onnx` or `quantize`.
+        graph: From `build_onnx` or `quantize`.
         mask_stride: Canvas px per mask px.
 
     Raises:
-        GraphError: The graph has not the structure that is expected, or the result is not valid.
+        GraphError: The graph does not have the expected structure, or the result is invalid.
     """
     model = onnx.load_from_string(graph)
-    _Rewriting(model, mask_stride).run()
+    _Rewriter(model, mask_stride).run()
     check_graph(model, find_opset(model))
     return bytes(model.SerializeToString(deterministic=True))
 
 
 class Graph:
-    """A graph's values by name.
+    """Index of a graph's nodes and values.
 
     Attributes:
-        nodes: As they are in the model.
-        makers: The node that gives a value.
-        weights: The initializers.
+        nodes: In the model's order.
+        producers: Node by name of its output.
+        weights: Initializers by name.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.nodes = list(model.graph.node)
-        self.makers: dict[str, NodeProto] = {
+        self.producers: dict[str, NodeProto] = {
             name: node for node in self.nodes for name in node.output
         }
         self.weights: dict[str, TensorProto] = {w.name: w for w in model.graph.initializer}
 
     def array(self, name: str) -> NDArray[np.generic] | None:
-        """A weight as an array; None if the value is no weight."""
+        """A weight as an array; None if the value is not a weight."""
         weight = self.weights.get(name)
         return None if weight is None else numpy_helper.to_array(weight)
 
-    def maker(self, name: str, *op_types: str) -> NodeProto:
-        """The node that gives a value.
+    def producer(self, name: str, *op_types: str) -> NodeProto:
+        """The node that produces a value.
 
         Raises:
             GraphError: It is not of one of these types.
         """
-        node: NodeProto | None = self.makers.get(name)
+        node: NodeProto | None = self.producers.get(name)
         if node is None or node.op_type not in op_types:
             found = "nothing" if node is None else node.op_type
-            raise GraphError(f"{name} is made by {found}, expected {' or '.join(op_types)}")
+            raise GraphError(f"{name} is produced by {found}, expected {' or '.join(op_types)}")
         return node
 
-    def readers(self, name: str, op_type: str) -> list[NodeProto]:
-        """Nodes of a type that read a value."""
+    def consumers(self, name: str, op_type: str) -> list[NodeProto]:
+        """Nodes of a type with a value as input."""
         return [node for node in self.nodes if node.op_type == op_type and name in node.input]
 
-    def behind(self, names: Iterable[str], known: Collection[str] = ()) -> list[NodeProto]:
-        """Nodes that values are made of, in order; not the makers of `known`, nor what is behind.
+    def ancestors(self, names: Iterable[str], known: Collection[str] = ()) -> list[NodeProto]:
+        """Nodes that values depend on, in the graph's order; the search stops at `known`.
 
         Args:
             names: Values.
-            known: First outputs of nodes.
+            known: First outputs of nodes to exclude.
         """
         found: set[str] = set()
-        left = list(names)
-        while left:
-            node = self.makers.get(left.pop())
+        pending = list(names)
+        while pending:
+            node = self.producers.get(pending.pop())
             if node is not None and node.output[0] not in found and node.output[0] not in known:
                 found.add(node.output[0])
-                left += node.input
+                pending += node.input
         return [node for node in self.nodes if node.output[0] in found]
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a pyramid level gives to the masks.
+    """The outputs of a pyramid level's mask branch.
 
     Attributes:
-        maps: Decoupled: X and Y, [B, S, h, w] each. Vanilla: the candidates' masks [B, K, h, w],
-            right for the candidates of this level.
-        merge: Vanilla, not the first level: the `Where` that puts them over those of the levels
-            before.
+        maps: Decoupled: X and Y, [B, S, h, w] each. Vanilla: masks [B, K, h, w], valid for the
+            candidates of this level.
+        merge: Vanilla, except the first level: the `Where` that merges them with the masks of the
+            previous levels.
     """
 
     maps: list[str]
@@ -128,30 +128,30 @@ def find_levels(graph: Graph) -> list[Level]:
     """The levels, finest first.
 
     Raises:
-        GraphError: The masks are made in another way than by our heads.
+        GraphError: The masks are not computed as by this project's heads.
     """
     masks = MASKS
-    while graph.maker(masks, "GatherND", "Mul", "Where").op_type == "GatherND":
-        masks = graph.makers[masks].input[0]
-    last = graph.makers[masks]
+    while graph.producer(masks, "GatherND", "Mul", "Where").op_type == "GatherND":
+        masks = graph.producers[masks].input[0]
+    last = graph.producers[masks]
     if last.op_type == "Mul":
-        gathers = [graph.maker(name, "GatherND") for name in last.input]
-        x, y = (graph.maker(gather.input[0], "Concat") for gather in gathers)
+        gathers = [graph.producer(name, "GatherND") for name in last.input]
+        x, y = (graph.producer(gather.input[0], "Concat") for gather in gathers)
         return [Level(list(maps)) for maps in zip(x.input, y.input, strict=True)]
     levels: list[Level] = []
     node: NodeProto | None = last
     while node is not None and node.op_type == "Where":
         _, own, masks = node.input
         levels.append(Level([own], node))
-        node = graph.makers.get(masks)
+        node = graph.producers.get(masks)
     return [Level([masks]), *reversed(levels)]
 
 
 def find_candidate_level(graph: Graph, num_levels: int) -> str:
-    """The value [B, K] that has each candidate's level.
+    """Name of the value [B, K] with each candidate's level.
 
     Raises:
-        GraphError: There is none.
+        GraphError: The graph has no such value.
     """
     for node in graph.nodes:
         table = graph.array(node.input[0]) if node.op_type == "GatherND" else None
@@ -159,12 +159,12 @@ def find_candidate_level(graph: Graph, num_levels: int) -> str:
             continue
         if list(np.unique(table)) == list(range(num_levels)) and (np.diff(table) >= 0).all():
             return str(node.output[0])
-    raise GraphError(f"no table in the graph gives candidates one of {num_levels} levels")
+    raise GraphError(f"no table in the graph maps candidates to {num_levels} levels")
 
 
 @dataclass
 class _Branch:
-    """The body of an `If` while it is built; its names start with `prefix`."""
+    """A subgraph under construction, the body of an `If`; all names start with `prefix`."""
 
     prefix: str
     nodes: list[NodeProto] = field(default_factory=list)
@@ -186,8 +186,8 @@ class _Branch:
         return helper.make_graph(self.nodes, name, [], results, list(self.weights.values()))
 
 
-class _Rewriting(_Branch):
-    """One rewriting of a model in place; as a branch it is the model's own new nodes."""
+class _Rewriter(_Branch):
+    """Rewrites a model in place; as a `_Branch` it holds the new nodes of the main graph."""
 
     def __init__(self, model: onnx.ModelProto, mask_stride: int) -> None:
         super().__init__("exits/")
@@ -200,22 +200,22 @@ class _Rewriting(_Branch):
         levels = find_levels(self.graph)
         level_of = find_candidate_level(self.graph, len(levels))
         ranking = next(node for node in self.graph.nodes if node.op_type == "TopK")
-        thresholds = self.graph.readers(ranking.output[0], "Greater")
+        thresholds = self.graph.consumers(ranking.output[0], "Greater")
         if len(thresholds) != 1:
             raise GraphError(f"the ranked scores are compared {len(thresholds)} times, not once")
-        known = {node.output[0] for node in self.graph.behind(ranking.output)}
-        self._find_mask_hw(self.graph.behind(levels[0].maps, known))
-        regions = [self.graph.behind(level.maps, known) for level in levels]
+        known = {node.output[0] for node in self.graph.ancestors(ranking.output)}
+        self._find_mask_hw(self.graph.ancestors(levels[0].maps, known))
+        regions = [self.graph.ancestors(level.maps, known) for level in levels]
         self._keep_used_slots(ranking, thresholds[0].input[1], known)
         replaced: set[str] = set()
         for number, (level, region) in enumerate(zip(levels, regions, strict=True)):
-            need = self._find_need(level_of, thresholds[0].output[0], number)
+            need = self._add_need(level_of, thresholds[0].output[0], number)
             replaced.update(self._add_level(number, level, region, need))
         kept = [n for n in self.graph.nodes if not replaced.intersection(n.output)]
         _replace_nodes(self.model.graph, [*kept, *self.nodes], self.weights)
 
     def _find_mask_hw(self, finest: list[NodeProto]) -> None:
-        """Takes the masks' sides from the canvas, not from the finest level, which may not run."""
+        """Computes the mask size from the canvas, because the finest level may be skipped."""
         maps = {name for node in finest for name in node.output}
         for node in self.graph.nodes:
             sides = {a.name: a.i for a in node.attribute} if node.op_type == "Shape" else {}
@@ -228,9 +228,10 @@ class _Rewriting(_Branch):
                 )
 
     def _keep_used_slots(self, ranking: NodeProto, threshold: str, known: Collection[str]) -> None:
-        """Cuts the ranking after the last slot that any canvas uses, but keeps two.
+        """Truncates the ranking after the last slot used by any canvas, but keeps at least two.
 
-        ONNX Runtime multiplies a single row by another kernel, which adds in another order.
+        ONNX Runtime has another kernel for products with a single row, which sums in another
+        order.
         """
         scores, index = ranking.output
         slots = self.graph.array(ranking.input[1])
@@ -239,7 +240,7 @@ class _Rewriting(_Branch):
         (candidates,) = slots.tolist()
         all_scores, all_index = self.prefix + scores, self.prefix + index
         ranking.output[:] = [all_scores, all_index]
-        # Not "above": what is not a number counts as used, so that it reaches whoever refuses it.
+        # "Not below" instead of "above": NaN counts as used, so that the server can reject it.
         below = self.add("LessOrEqual", [all_scores, threshold], "below")
         used = self.add("Not", [below], "used")
         used = self.add("Cast", [used], "used_int", to=TensorProto.INT64)
@@ -250,21 +251,24 @@ class _Rewriting(_Branch):
         self.count = self.add("Reshape", [last, self.constant("vector", [1])], "count")
         start, axis = self.constant("start", [0]), self.constant("axis", [1])
         for given, kept in ((all_scores, scores), (all_index, index)):
-            cut = helper.make_node("Slice", [given, start, self.count, axis], [kept], name=kept)
-            self.nodes.append(cut)
+            self.nodes.append(
+                helper.make_node("Slice", [given, start, self.count, axis], [kept], name=kept)
+            )
         for node in self.graph.nodes:
             if node.output[0] not in {*known, all_scores}:
-                node.input[:] = [self.count if self._is(n, candidates) else n for n in node.input]
+                node.input[:] = [
+                    self.count if self._is_constant(n, candidates) else n for n in node.input
+                ]
 
-    def _is(self, name: str, count: int) -> bool:
+    def _is_constant(self, name: str, count: int) -> bool:
         """Whether a value is the constant [count]."""
         weight = self.graph.weights.get(name)
         if weight is None or weight.data_type != TensorProto.INT64 or list(weight.dims) != [1]:
             return False
         return bool(numpy_helper.to_array(weight)[0] == count)
 
-    def _find_need(self, level_of: str, used: str, level: int) -> str:
-        """[B] bool: whether a canvas has a candidate at a level."""
+    def _add_need(self, level_of: str, used: str, level: int) -> str:
+        """Adds the value [B] bool: whether a canvas has a candidate at a level."""
         own = self.add("Equal", [level_of, self.constant(f"level{level}", level)], f"own{level}")
         own = self.add("And", [own, used], f"candidates{level}")
         own = self.add("Cast", [own], f"candidates{level}_int", to=TensorProto.INT32)
@@ -275,22 +279,22 @@ class _Rewriting(_Branch):
     def _add_level(
         self, number: int, level: Level, region: list[NodeProto], need: str
     ) -> list[str]:
-        """Adds a level's `If`; returns the values that it gives instead of their makers."""
+        """Adds a level's `If`; returns its outputs, whose former producers it replaces."""
         some = self.add("Cast", [need], f"need{number}_int", to=TensorProto.INT32)
         some = self.add("ReduceMax", [some], f"need{number}_any", keepdims=0)
         some = self.add("Cast", [some], f"enter{number}", to=TensorProto.BOOL)
-        taken = _Branch(f"level{number}/")
-        maps = self._copy(region, level.maps, need, taken)
-        skipped = _Branch(f"no_level{number}/")
+        then_branch = _Branch(f"level{number}/")
+        maps = self._copy(region, level.maps, need, then_branch)
+        else_branch = _Branch(f"no_level{number}/")
         if level.merge is not None:
             here, _, before = level.merge.input
-            maps = [taken.add("Where", [here, maps[0], before], "merged")]
-            empty = [skipped.add("Identity", [before], "before")]
+            maps = [then_branch.add("Where", [here, maps[0], before], "merged")]
+            empty = [else_branch.add("Identity", [before], "before")]
             outputs = list(level.merge.output)
         else:
             outputs = level.maps
             decoupled = len(outputs) > 1
-            empty = [self._zeros(name, skipped, decoupled) for name in outputs]
+            empty = [self._zeros(name, else_branch, decoupled) for name in outputs]
         float_type = int(TensorProto.FLOAT)
         self.nodes.append(
             helper.make_node(
@@ -298,14 +302,14 @@ class _Rewriting(_Branch):
                 [some],
                 outputs,
                 name=f"{self.prefix}level{number}",
-                then_branch=taken.close(maps, float_type),
-                else_branch=skipped.close(empty, float_type),
+                then_branch=then_branch.close(maps, float_type),
+                else_branch=else_branch.close(empty, float_type),
             )
         )
         return outputs
 
     def _zeros(self, name: str, branch: _Branch, decoupled: bool) -> str:
-        """Zeros in the place of a level's maps: [B, S, h, w] if decoupled, else [B, k, h, w]."""
+        """Zeros in place of a level's maps: [B, S, h, w] if decoupled, else [B, k, h, w]."""
         batch = branch.add("Shape", ["images"], f"{name}/batch", start=0, end=1)
         width = self.count
         if decoupled:
@@ -317,18 +321,18 @@ class _Rewriting(_Branch):
         return branch.add("ConstantOfShape", [shape], f"{name}/zeros")
 
     def _count_channels(self, name: str) -> int:
-        """S of a decoupled head's map, from the convolution that makes it."""
-        while self.graph.makers[name].op_type != "Conv":
-            name = self.graph.makers[name].input[0]
-        weight = self.graph.makers[name].input[1]
+        """S of a decoupled head's map, from the convolution that produces it."""
+        while self.graph.producers[name].op_type != "Conv":
+            name = self.graph.producers[name].input[0]
+        weight = self.graph.producers[name].input[1]
         while weight not in self.graph.weights:  # int8
-            weight = self.graph.maker(weight, "DequantizeLinear").input[0]
+            weight = self.graph.producer(weight, "DequantizeLinear").input[0]
         return int(self.graph.weights[weight].dims[0])
 
     def _copy(
         self, region: list[NodeProto], maps: list[str], need: str, branch: _Branch
     ) -> list[str]:
-        """Copies a level's nodes into a branch, where they run on b of the B canvases."""
+        """Copies a level's nodes into a branch, to run on b of the B canvases."""
         inside = {name for node in region for name in node.output}
         names = {name: branch.prefix + name for name in inside}
         outer = [(node, name) for node in region for name in node.input if name not in inside]
@@ -365,16 +369,16 @@ class _Rewriting(_Branch):
 def _replace_nodes(
     graph: onnx.GraphProto, nodes: list[NodeProto], weights: dict[str, TensorProto]
 ) -> None:
-    """Gives a graph other nodes, in an order that is valid, without those that nothing reads."""
-    makers = {name: number for number, node in enumerate(nodes) for name in node.output}
+    """Replaces a graph's nodes and weights, sorted topologically and without unused ones."""
+    producers = {name: number for number, node in enumerate(nodes) for name in node.output}
     reads = [_find_reads(node) for node in nodes]
     needed: dict[int, set[int]] = {}
-    left = [makers[output.name] for output in graph.output]
-    while left:
-        number = left.pop()
+    pending = [producers[output.name] for output in graph.output]
+    while pending:
+        number = pending.pop()
         if number not in needed:
-            needed[number] = {makers[name] for name in reads[number] if name in makers}
-            left += sorted(needed[number])
+            needed[number] = {producers[name] for name in reads[number] if name in producers}
+            pending += sorted(needed[number])
     order = TopologicalSorter({n: sorted(needed[n]) for n in sorted(needed)}).static_order()
     del graph.node[:]
     used: set[str] = set()
@@ -387,7 +391,7 @@ def _replace_nodes(
 
 
 def _find_reads(node: NodeProto) -> set[str]:
-    """Values that a node reads, and those of the outer graph that its branches read."""
+    """Inputs of a node, including outer values read by its subgraphs."""
     found = set(node.input)
     for attribute in node.attribute:
         for inner in attribute.g.node:

@@ -1,10 +1,10 @@
-"""Graphs with early exits as files of a version: built, run beside the plain ones, compared.
+"""Builds graphs with early exits as files of a version, and verifies them.
 
-    model.exits.onnx, parity.exits.json              of model.onnx
-    model.int8.exits.onnx, parity.int8.exits.json    of model.int8.onnx
+    model.exits.onnx, parity.exits.json              from model.onnx
+    model.int8.exits.onnx, parity.int8.exits.json    from model.int8.onnx
 
-ONNX Runtime takes them on the CPU (`service.engines.choose`). A file whose candidates are not the
-plain graph's bit for bit is refused.
+They are used by ONNX Runtime on the CPU (`service.engines.choose`). Their candidates must be
+bit-identical to those of the plain graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLAIN_FILES: dict[str, str] = {
     ONNX_FILE: exits_file("fp32"),
     "model.int8.onnx": exits_file("int8"),
 }
-"""Graphs of a version that the CPU runs, and the names of those with exits."""
+"""File names of a version's CPU graphs, and of their graphs with early exits."""
 
 
 def build_exits(
@@ -38,17 +38,17 @@ def build_exits(
     cases: Sequence[Case],
     provenance: dict[str, Any] | None = None,
 ) -> list[Artefact]:
-    """Builds and compares graphs with early exits; the files may be published.
+    """Builds graphs with early exits and verifies them.
 
     Args:
         model: The version's configuration.
-        graphs: Plain graphs by file name, of `PLAIN_FILES`.
-        cases: What both graphs run.
-        provenance: Joins every report.
+        graphs: Plain graphs by file name; keys of `PLAIN_FILES`.
+        cases: Batches to run on both graphs.
+        provenance: Added to every report.
 
     Raises:
-        GraphError: A graph has not the structure that is expected.
-        ParityError: A graph's candidates are not those of the plain one, or there are none.
+        GraphError: A graph does not have the expected structure.
+        ParityError: Candidates differ from those of the plain graph, or there are none.
     """
     built = []
     for name, plain in graphs.items():
@@ -66,10 +66,13 @@ def build_exits(
 
 
 def require_identical(plain: bytes, exits: bytes, cases: Sequence[Case]) -> dict[str, Any]:
-    """Runs both graphs on the same canvases; returns what was compared.
+    """Runs both graphs on the same canvases.
+
+    Returns:
+        Entry `comparison` of the report.
 
     Raises:
-        ParityError: A candidate differs in any bit, or there is no candidate at all.
+        ParityError: Any candidate differs, or there are no candidates.
     """
     sessions = [_build_session(graph) for graph in (plain, exits)]
     candidates = 0
@@ -79,14 +82,14 @@ def require_identical(plain: bytes, exits: bytes, cases: Sequence[Case]) -> dict
             same = compare_bits(one, other)
             if not all(same):
                 raise ParityError(
-                    f"with early exits, batch {number} ({case.content}) has other candidates: "
+                    f"with early exits, batch {number} ({case.content}) has different candidates: "
                     f"{len(one.scores)} and {len(other.scores)}, scores, labels and masks equal: "
                     f"{same}"
                 )
     if not candidates:
         raise ParityError(
-            "no candidate was found on the test images, so early exits could not be compared; "
-            "--data gives images that show what the network was trained for"
+            "no candidate was found on the test images, so early exits could not be compared; use "
+            "--data to add images with objects of the trained classes"
         )
     return {
         "identical": True,
@@ -97,7 +100,7 @@ def require_identical(plain: bytes, exits: bytes, cases: Sequence[Case]) -> dict
 
 
 def compare_bits(one: Candidates, other: Candidates) -> list[bool]:
-    """Whether the scores, the labels and the masks of two sides are equal, in this order."""
+    """Whether scores, labels and masks are equal, in this order."""
     return [
         np.array_equal(one.scores, other.scores),
         np.array_equal(one.labels, other.labels),

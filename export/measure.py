@@ -1,4 +1,4 @@
-"""What an export is measured on: canvases of a data set, and its AP as it would be served."""
+"""Canvases of a data set for comparisons, and the AP of a graph as the server runs it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ from training.data.coco import CocoDataset
 from training.evaluate import RepositoryPredictor, predict
 
 CASE_TILES = 2
-"""Most canvases of one image in a comparison."""
+"""Maximum number of canvases per image in a comparison."""
 
 
 def data_cases(data: CocoDataset, spec: InputSpec, count: int) -> list[Case]:
-    """Canvases of the first images of a data set, as the server would prepare them."""
+    """One case per image, with its first canvases as preprocessed by the server.
+
+    Args:
+        data: The data set.
+        spec: Input specification of the model.
+        count: Number of images, from the first.
+    """
     cases = []
     for index in range(min(count, len(data))):
         tiles = prepare(data.image(index), spec).tiles[:CASE_TILES]
@@ -36,7 +42,7 @@ def data_cases(data: CocoDataset, spec: InputSpec, count: int) -> list[Case]:
 
 @contextmanager
 def _staged(model: ModelConfig, graph: bytes) -> Iterator[Path]:
-    """A model_repo folder with one version of one graph."""
+    """A temporary model folder with one version of one graph."""
     files = {ONNX_FILE: FileSpec.model_validate(describe_file(graph))}
     with tempfile.TemporaryDirectory() as name:
         release = Release(model.model_copy(update={"files": files}), graph, {"passed": True})
@@ -44,21 +50,21 @@ def _staged(model: ModelConfig, graph: bytes) -> Iterator[Path]:
 
 
 def check_served(model: ModelConfig, graph: bytes) -> None:
-    """Loads a graph as the server will.
+    """Loads a graph with the server's loader.
 
     Raises:
-        ExportError: The server would refuse it.
+        ExportError: The loader rejects it.
     """
     with _staged(model, graph) as folder:
         try:
             loaded = load_version(folder, model.version, BackendOptions(device="cpu"))
         except ModelRefused as error:
-            raise ExportError(f"the server would refuse the export: {error}") from error
+            raise ExportError(f"the server would reject the export: {error}") from error
         loaded.backend.close()
 
 
 def measure_ap(model: ModelConfig, graph: bytes, data: CocoDataset) -> dict[str, float]:
-    """AP and its kin of a graph, through the loader, engine and pipeline that serve it."""
+    """COCO mask metrics of a graph, run by the server's loader, engine and pipeline."""
     max_dets = model.postprocess.max_instances
     with _staged(model, graph) as folder:
         predictor = RepositoryPredictor(folder, model.version, max_dets=max_dets)

@@ -1,4 +1,4 @@
-"""The network as one ONNX graph: uint8 canvases in, ranked candidates out.
+"""Exports the network as one ONNX graph from uint8 canvases to ranked candidates.
 
 Symbols: B batch, K candidates, H W canvas (multiples of 32), h w mask at the finest stride.
 """
@@ -23,13 +23,13 @@ from training.model.deform import DeformConv2d
 from training.model.solo import Solo
 
 OPSETS = (18, 19, 20)
-"""From opset 21 on GroupNorm stays one operator, for which ONNX Runtime's CPU code is about three
-times slower than for the InstanceNormalization that it becomes here."""
+"""From opset 21, GroupNorm is exported as one operator, whose CPU kernel in ONNX Runtime is about
+three times slower than that of InstanceNormalization, to which lower opsets decompose it."""
 DEFAULT_OPSET = 18
 DEFORM_OPSET = 19
-"""The first that has DeformConv."""
+"""First opset with DeformConv."""
 EXAMPLE_HW = (128, 192)
-"""Two sides that differ, so that none of the graph's sizes can stand for both."""
+"""Height and width differ, so that the exporter cannot unify their symbolic sizes."""
 
 INPUT_DIMS: dict[str, tuple[str | int, ...]] = {
     "images": ("batch", "height", "width", 3),
@@ -43,7 +43,7 @@ OUTPUT_DIMS: dict[str, tuple[str | int, ...]] = {
 
 
 class CandidateGraph(nn.Module):
-    """A network whose `forward` is the exported graph, `Solo.candidates`."""
+    """Wraps a network so that `forward` is the exported function, `Solo.candidates`."""
 
     def __init__(self, network: Solo) -> None:
         super().__init__()
@@ -55,20 +55,20 @@ class CandidateGraph(nn.Module):
 
 
 def num_candidates(network: Solo) -> int:
-    """K: as configured, or every cell and class where there are fewer."""
+    """K: the configured number, at most one per grid cell and class."""
     cells = sum(s * s for s in network.config.head.num_grids)
     return min(network.config.candidates, cells * network.num_classes)
 
 
 def choose_opset(network: Solo, opset: int | None = None) -> int:
-    """The operator set of a network's graph.
+    """The opset for a network's graph.
 
     Args:
         network: May have deformable convolutions.
-        opset: What the caller wants; None takes the lowest that has what the network needs.
+        opset: Requested opset; None for the lowest that has all operators.
 
     Raises:
-        GraphError: The opset is not supported, or has no deformable convolution.
+        GraphError: The opset is not supported, or lacks an operator of the network.
     """
     deformable = any(isinstance(module, DeformConv2d) for module in network.modules())
     lowest = DEFORM_OPSET if deformable else DEFAULT_OPSET
@@ -79,23 +79,23 @@ def choose_opset(network: Solo, opset: int | None = None) -> int:
     if opset < lowest:
         raise GraphError(
             f"opset is {opset}, but the network has deformable convolutions and DeformConv "
-            f"exists from opset {lowest} on"
+            f"requires opset {lowest}"
         )
     return opset
 
 
 def build_onnx(network: Solo, *, opset: int | None = None) -> bytes:
-    """Exports a network; the same weights give the same bytes.
+    """Exports a network; deterministic, so the same weights give the same bytes.
 
     Args:
         network: In evaluation mode, on the CPU.
-        opset: 18 to 20; see `choose_opset`.
+        opset: 18 to 20; None for the lowest possible.
 
     Returns:
-        The serialised graph, weights inside.
+        The serialised graph with its weights.
 
     Raises:
-        GraphError: The opset does not fit, or the graph breaks its contract.
+        GraphError: The opset is not supported, or the graph violates its contract.
     """
     opset = choose_opset(network, opset)
     if network.training:
@@ -113,14 +113,14 @@ def _stable_sort(
     dim: int = -1,
     descending: bool = False,
 ) -> Any:
-    """A stable sort: TopK of all entries, which puts the lower index first among equals."""
+    """A stable sort by TopK of all entries, which orders equal values by index."""
     axis: Any = op.Constant(value_ints=[dim])
     count = op.Gather(op.Shape(x), axis)
     return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
 
 
 def _deform_conv(x: Any, offset: Any, weight: Any, stride: int, padding: int, dilation: int) -> Any:
-    """`solo::deform_conv2d`; ONNX orders the offsets in the same way."""
+    """Translates `solo::deform_conv2d`; ONNX has the same order of offsets."""
     strides, pads, dilations = [stride] * 2, [padding] * 4, [dilation] * 2
     return opset19.DeformConv(x, weight, offset, strides=strides, pads=pads, dilations=dilations)
 
@@ -137,7 +137,7 @@ def _export(network: Solo, opset: int) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
     height = 32 * torch.export.Dim("height32", min=1)
     width = 32 * torch.export.Dim("width32", min=1)
-    # It says on every run which operators of libraries that are not used here are missing.
+    # It warns on every run about missing operators of libraries that are not used here.
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
@@ -165,7 +165,7 @@ def _export(network: Solo, opset: int) -> onnx.ModelProto:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Removes what no runtime needs: stack traces, file paths, scopes, inferred shapes."""
+    """Removes metadata: stack traces, file paths, scopes, inferred shapes."""
     model.producer_name = "solo-serve"
     model.ClearField("producer_version")
     graph = model.graph
@@ -182,16 +182,16 @@ def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
 
 
 def _name_dims(model: onnx.ModelProto, candidates: int) -> None:
-    """Gives the symbolic dimensions the names of the contract.
+    """Names the symbolic dimensions as in the contract.
 
     Raises:
-        GraphError: An input or output is missing, or a dimension that must be symbolic has a
-            number, or the other way round.
+        GraphError: An input or output is missing, or a dimension is fixed instead of symbolic or
+            vice versa.
     """
     graph = model.graph
     for values, contract in ((graph.input, INPUT_DIMS), (graph.output, OUTPUT_DIMS)):
         if [v.name for v in values] != list(contract):
-            raise GraphError(f"the graph has {[v.name for v in values]}, not {list(contract)}")
+            raise GraphError(f"the graph has {[v.name for v in values]}, expected {list(contract)}")
         for value in values:
             wanted = [candidates if d == "K" else d for d in contract[value.name]]
             dims = _dims(value)
@@ -208,10 +208,10 @@ def _name_dims(model: onnx.ModelProto, candidates: int) -> None:
 
 
 def check_graph(model: onnx.ModelProto, opset: int) -> None:
-    """Checks that a graph is valid, self-contained ONNX of one opset.
+    """Checks that a graph is valid ONNX of one opset, without functions or external data.
 
     Raises:
-        GraphError: Says what is wrong.
+        GraphError: Names the violation.
     """
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -225,4 +225,4 @@ def check_graph(model: onnx.ModelProto, opset: int) -> None:
         raise GraphError(f"the exported graph uses operators of other domains: {foreign}")
     outside = [t.name for t in model.graph.initializer if t.external_data]
     if outside:
-        raise GraphError(f"weights outside the file: {', '.join(outside[:5])}")
+        raise GraphError(f"the graph has external weights: {', '.join(outside[:5])}")

@@ -16,44 +16,56 @@ CHECKPOINT_ONLY = (
     *("out", "name", "version", "opset", "description", "score_threshold", "max_instances"),
     "provenance_json",
 )
-"""Options that describe a new version; one that exists keeps what it has."""
+"""Options that define a new version; not allowed with --variants-of."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; `parse_arguments` also checks what belongs together."""
+    """The parser; `parse_arguments` also checks combinations of options."""
     parser = argparse.ArgumentParser(
         prog="solo-export",
         description="Exports a checkpoint to ONNX, compares the graph with PyTorch and publishes "
-        "it as a version of a model_repo: <out>/<name>/<version>/model.onnx with its parity.json, "
-        "and config.json with the file's SHA-256. A graph that disagrees is not published. "
+        "it as a version in a model_repo: <out>/<name>/<version>/model.onnx with parity.json, and "
+        "config.json with its SHA-256. A graph that differs from PyTorch is not published. "
         "--precision adds graphs of other precisions, each compared with the float32 graph; "
-        "--exits adds graphs that save the CPU work.",
+        "--exits adds graphs with early exits, which are faster on the CPU.",
         epilog="Examples: solo-export runs/nuclei/best.pt --out model_repo --data datasets/nuclei "
         "--precision int8 | solo-export --variants-of model_repo/nuclei/2 --precision fp16 bf16",
     )
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", help="checkpoint of solo-train or solo-import"
     )
-    parser.add_argument("--out", type=Path, help="the model_repo to publish into")
-    parser.add_argument("--name", help="name of the model (default: its configuration's)")
-    parser.add_argument("--version", type=int, help="number of the version (default: the next)")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--out", type=Path, help="model_repo to publish to")
+    parser.add_argument("--name", help="model name (default: from the configuration)")
+    parser.add_argument("--version", type=int, help="version number (default: the next)")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--opset",
         type=int,
         choices=OPSETS,
         help=f"ONNX operator set (default: {DEFAULT_OPSET}, or {DEFORM_OPSET} for a network with "
-        "deformable convolutions, which lower ones do not have)",
+        "deformable convolutions, which lower opsets lack)",
     )
-    parser.add_argument("--description", help="one line (default: the configuration's)")
-    parser.add_argument("--max-batch", type=int, default=8, help="most canvases a run (default: 8)")
-    parser.add_argument("--score-threshold", type=float, help="least score of a response's objects")
-    parser.add_argument("--max-instances", type=int, help="most objects of a response")
+    parser.add_argument(
+        "--description", help="description, one line (default: from the configuration)"
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, help="maximum canvases per engine call (default: 8)"
+    )
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        help="minimum score of instances in a response (default: from the configuration)",
+    )
+    parser.add_argument(
+        "--max-instances",
+        type=int,
+        help="maximum instances in a response (default: from the configuration)",
+    )
     parser.add_argument(
         "--provenance-json",
         type=Path,
         metavar="FILE",
-        help="JSON object to add to the provenance, e.g. training data and its licence",
+        help="JSON object to add to the provenance, e.g. the training data and their licence",
     )
     _add_data(parser)
     _add_variants(parser)
@@ -66,8 +78,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="COCO-format folder: some of its images join the comparisons, and the AP that the "
-        "published graph reaches on it goes into the provenance",
+        help="COCO-format folder: some of its images are used in the comparisons, and the AP of "
+        "the published graph on it is recorded in the provenance",
     )
     parser.add_argument("--split", default="val", help="annotation file of --data (default: val)")
 
@@ -79,38 +91,40 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=PRECISIONS,
         default=[],
-        help="add model.<precision>.onnx: fp16 and bf16 for GPUs, int8 for the CPU (needs --data)",
+        help="add model.<precision>.onnx: fp16 and bf16 for GPUs, int8 for the CPU (requires "
+        "--data)",
     )
     group.add_argument(
         "--variants-of",
         type=Path,
         metavar="VERSION_DIR",
-        help="add them to this published version, <model_repo>/<name>/<version>; no checkpoint",
+        help="add variants to this published version, <model_repo>/<name>/<version>, instead of "
+        "exporting a checkpoint",
     )
     group.add_argument(
         "--calibration-split",
         default="train",
         metavar="SPLIT",
-        help="annotation file of --data whose images give int8 its ranges (default: train)",
+        help="annotation file of --data with the images for int8 calibration (default: train)",
     )
     group.add_argument(
         "--calibration-images",
         type=int,
         default=CALIBRATION_IMAGES,
         metavar="N",
-        help=f"how many of them (default: {CALIBRATION_IMAGES})",
+        help=f"number of calibration images (default: {CALIBRATION_IMAGES})",
     )
     group.add_argument(
         "--exits",
         action="store_true",
-        help="add model.exits.onnx, for the CPU: it skips the masks of pyramid levels without "
-        "candidates, with the same result bit for bit; one of the int8 graph too, if there is one",
+        help="add model.exits.onnx for the CPU: it skips the masks of pyramid levels without "
+        "candidates, with bit-identical results; also for the int8 graph, if there is one",
     )
     group.add_argument(
         "--accept-unrun",
         action="store_true",
-        help="publish a precision whose file no engine of this machine can run; its emulation is "
-        "compared all the same",
+        help="publish precisions that no engine on this machine can run, after comparing their "
+        "emulation only",
     )
 
 
@@ -129,26 +143,26 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
         type=_package,
         default=[],
         metavar="DEVICE:PRECISION",
-        help="add AOTInductor packages, e.g. cuda:fp16 for the GPU of this machine, or cpu:fp32",
+        help="add AOTInductor packages, e.g. cuda:fp16 for this machine's GPU, or cpu:fp32",
     )
     group.add_argument(
         "--tensorrt",
         nargs="+",
         choices=("fp32", "fp16", "bf16"),
         default=[],
-        help="build TensorRT engines of these graphs into the engine cache of this machine",
+        help="build TensorRT engines of these precisions in this machine's engine cache",
     )
     group.add_argument(
         "--kernels",
         nargs="*",
         metavar="SM",
-        help="compile the CUDA kernels, e.g. for sm_90 (default: all known architectures); "
-        "needs no GPU and no checkpoint",
+        help="compile the CUDA kernels for these architectures, e.g. sm_90 (default: all known); "
+        "requires neither a GPU nor a checkpoint",
     )
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parsed options; ends the process with a message where they do not fit each other."""
+    """Parses the options; exits with a usage error if they cannot be combined."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.calibration_images < 1:
@@ -157,24 +171,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         if options.checkpoint is None and options.kernels is not None and not options.tensorrt:
             return options
         if options.checkpoint is None:
-            parser.error("a checkpoint is needed, or --variants-of a published version")
+            parser.error("a checkpoint or --variants-of is required")
         if options.out is None:
-            parser.error("--out is needed: the model_repo to publish into")
+            parser.error("--out is required: the model_repo to publish to")
         return options
     if options.checkpoint is not None:
-        parser.error(f"--variants-of takes no checkpoint, got {options.checkpoint}")
+        parser.error(f"--variants-of does not accept a checkpoint, got {options.checkpoint}")
     if options.aoti:
-        parser.error("--aoti needs the checkpoint: a package is compiled from the network")
+        parser.error("--aoti requires a checkpoint: packages are compiled from the network")
     if not options.precision and not options.tensorrt and not options.exits:
-        parser.error("--variants-of needs --precision, --exits or --tensorrt")
+        parser.error("--variants-of requires --precision, --exits or --tensorrt")
     given = [name for name in CHECKPOINT_ONLY if getattr(options, name) is not None]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        parser.error(f"{names}: the version that --variants-of names keeps what it has")
+        parser.error(f"{names}: not allowed with --variants-of")
     return options
 
 
 def describe_command(arguments: list[str]) -> str:
-    """The command without the folders of one machine."""
+    """The command as text, with absolute paths reduced to file names."""
     parts = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return shlex.join(["solo-export", *parts])

@@ -1,9 +1,9 @@
-"""PyTorch against ONNX Runtime, candidate by candidate.
+"""Compares PyTorch and ONNX Runtime, candidate by candidate.
 
-Two runtimes round differently, so a near-tie may be decided differently: which of two cells
-survives points NMS, which candidate comes first or is the last to fit, whether a pixel lies above
-0.5. Candidates are therefore matched by label, score and mask, not by rank, and a small share of
-them may stay without a partner.
+The runtimes round differently, so near-ties may be decided differently: which of two cells survives
+points NMS, the order of candidates, which one is the last of the top K, whether a pixel is above
+0.5. Candidates are therefore matched by label, score and mask, not by rank, and a small share may
+remain unmatched.
 
 Symbols: B batch, K candidates, N filled slots, H W canvas, h w mask.
 """
@@ -29,19 +29,19 @@ from training.model.solo import Solo
 STRIDE = 32
 BATCHES = (1, 3)
 LARGEST_SIDE_PX = 512
-"""Bound of the canvases; a larger one shows nothing more and takes minutes on a CPU."""
-LISTED = 5
+"""Maximum canvas side in comparisons; larger ones take minutes on a CPU and test nothing more."""
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerances:
-    """What the two may differ by.
+    """Allowed differences between two runtimes.
 
     Attributes:
-        score: Absolute difference of a matched pair's scores. A pixel on the other side of 0.5
-            changes the mean probability of a small mask by more than rounding would.
-        mask: Greatest absolute difference of a matched pair's mask probabilities.
-        unmatched_share: Share of all candidates that may stay without a partner.
+        score: Maximum score difference of a match. Larger than rounding, because one pixel on the
+            other side of 0.5 changes the mean probability of a small mask.
+        mask: Maximum difference of any mask probability of a match.
+        unmatched_share: Maximum share of unmatched candidates.
     """
 
     score: float = 1e-3
@@ -51,10 +51,10 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Case:
-    """One batch that both run.
+    """One test batch.
 
     Attributes:
-        content: What the images show: noise, blobs or data.
+        content: Kind of images: noise, blobs or data.
         images: [B, H, W, 3] uint8.
         valid_hw: [B, 2] int64.
     """
@@ -66,13 +66,13 @@ class Case:
 
 @dataclass
 class Difference:
-    """How two sets of candidates differ.
+    """Difference between two sets of candidates.
 
     Attributes:
-        candidates_torch, candidates_onnx: Filled slots.
-        unmatched: Candidates of either without a partner.
-        max_score_difference, max_mask_difference: Over the matched pairs.
-        examples: Some of the unmatched, with the nearest candidate of their label.
+        candidates_torch, candidates_onnx: Number of candidates.
+        unmatched: Candidates of either set without a match.
+        max_score_difference, max_mask_difference: Maxima over the matches.
+        examples: Descriptions of some unmatched candidates.
     """
 
     candidates_torch: int = 0
@@ -83,24 +83,24 @@ class Difference:
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: Difference) -> None:
-        """Takes in the difference of another image or case."""
+        """Accumulates the difference of another image or case."""
         self.candidates_torch += other.candidates_torch
         self.candidates_onnx += other.candidates_onnx
         self.unmatched += other.unmatched
         self.max_score_difference = max(self.max_score_difference, other.max_score_difference)
         self.max_mask_difference = max(self.max_mask_difference, other.max_mask_difference)
-        self.examples = (self.examples + other.examples)[:LISTED]
+        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
 
 def match_candidates(
     expected: Candidates, found: Candidates, tolerances: Tolerances = Tolerances()
 ) -> Difference:
-    """Pairs the candidates of one image, each with the most similar mask within the tolerances.
+    """Matches the candidates of one image, each to the most similar mask within the tolerances.
 
     Args:
-        expected: PyTorch's, empty slots dropped.
-        found: ONNX Runtime's, empty slots dropped.
-        tolerances: Bounds of a pair's differences.
+        expected: PyTorch's candidates, without empty slots.
+        found: ONNX Runtime's candidates, without empty slots.
+        tolerances: Allowed differences of a match.
     """
     result = Difference(len(expected.scores), len(found.scores))
     free = np.ones(len(found.scores), bool)
@@ -112,9 +112,9 @@ def match_candidates(
         mask_gaps = np.array([_mask_gap(mask, found.mask_probs[i]) for i in near])
         if not near.size or mask_gaps.min() > tolerances.mask:
             closest = (
-                f"nearest mask within it differs by {mask_gaps.min():.2g}"
+                f"nearest mask within the score tolerance differs by {mask_gaps.min():.2g}"
                 if near.size
-                else ("no candidate of the label within the score's tolerance")
+                else "no candidate of this label within the score tolerance"
             )
             result.examples.append(f"label {label}, score {score:.6f}: {closest}")
             continue
@@ -124,7 +124,7 @@ def match_candidates(
         result.max_mask_difference = max(result.max_mask_difference, float(mask_gaps.min()))
     pairs = len(free) - int(free.sum())
     result.unmatched = len(expected.scores) + len(found.scores) - 2 * pairs
-    result.examples = result.examples[:LISTED]
+    result.examples = result.examples[:MAX_EXAMPLES]
     return result
 
 
@@ -140,7 +140,7 @@ def draw_noise(rng: np.random.Generator, hw: tuple[int, int]) -> UInt8:
 
 
 def draw_blobs(rng: np.random.Generator, hw: tuple[int, int]) -> UInt8:
-    """Soft coloured ellipses on a plain background with a little noise, [H, W, 3]."""
+    """Blurred coloured ellipses on a uniform background with a little noise, [H, W, 3]."""
     image = np.full((*hw, 3), rng.integers(0, 80, 3), np.uint8)
     largest = max(6, min(hw) // 6)
     for _ in range(max(6, hw[0] * hw[1] // 4096)):
@@ -153,23 +153,23 @@ def draw_blobs(rng: np.random.Generator, hw: tuple[int, int]) -> UInt8:
 
 
 def canvas_sizes(spec: InputSpec) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two canvases, multiples of 32: like the served one, and a smaller one of another shape."""
+    """Two canvas sizes, multiples of 32: near the served one, and a smaller one."""
     if isinstance(spec.resize, TileResize):
         height, width = spec.resize.canvas_hw
     else:
         height, width = spec.resize.short_side, spec.resize.short_side * 4 // 3
-    height, width = (_round(min(side, LARGEST_SIDE_PX)) for side in (height, width))
-    return (height, width), (_round(height * 3 // 4), _round(width // 2))
+    height, width = (_round_to_stride(min(side, LARGEST_SIDE_PX)) for side in (height, width))
+    return (height, width), (_round_to_stride(height * 3 // 4), _round_to_stride(width // 2))
 
 
-def _round(side: int) -> int:
+def _round_to_stride(side: int) -> int:
     return max(2, round(side / STRIDE)) * STRIDE
 
 
 def build_cases(
     sizes: Sequence[tuple[int, int]], batches: Sequence[int] = BATCHES, *, seed: int = 0
 ) -> Iterator[Case]:
-    """Noise and blobs at every size and batch; every second image is padded."""
+    """Noise and blobs at every canvas size and batch size; every second image is padded."""
     rng = np.random.default_rng(seed)
     for height, width in sizes:
         for batch in batches:
@@ -182,29 +182,29 @@ def build_cases(
                 yield Case(content, images, valid_hw)
 
 
-def _filled(scores: Any, labels: Any, mask_probs: Any) -> list[Candidates]:
+def _drop_empty_slots(scores: Any, labels: Any, mask_probs: Any) -> list[Candidates]:
     arrays = zip(scores, labels, mask_probs, strict=True)
     return [Candidates(s[s > 0], c[s > 0], m[s > 0]) for s, c, m in arrays]
 
 
 @torch.inference_mode()
 def run_torch(network: Solo, case: Case) -> list[Candidates]:
-    """Candidates of each image, empty slots dropped."""
+    """Candidates of each image, without empty slots."""
     outputs = network.candidates(torch.from_numpy(case.images), torch.from_numpy(case.valid_hw))
-    return _filled(*(output.numpy() for output in outputs))
+    return _drop_empty_slots(*(output.numpy() for output in outputs))
 
 
 def run_onnx(session: ort.InferenceSession, case: Case) -> list[Candidates]:
-    """Candidates of each image, empty slots dropped."""
+    """Candidates of each image, without empty slots."""
     feeds = {"images": case.images, "valid_hw": case.valid_hw}
-    return _filled(*session.run(["scores", "labels", "mask_probs"], feeds))
+    return _drop_empty_slots(*session.run(["scores", "labels", "mask_probs"], feeds))
 
 
 class Comparison:
-    """What two engines found, case by case, and the report of it.
+    """Accumulates the differences of all cases into a report.
 
     Args:
-        tolerances: Bounds of the differences.
+        tolerances: Allowed differences.
     """
 
     def __init__(self, tolerances: Tolerances) -> None:
@@ -213,17 +213,23 @@ class Comparison:
         self._total = Difference()
 
     def add(self, case: Case, expected: Sequence[Candidates], found: Sequence[Candidates]) -> None:
-        """Compares the canvases of a case, PyTorch's candidates first."""
+        """Compares the candidates of each canvas of a case.
+
+        Args:
+            case: The batch.
+            expected: PyTorch's candidates.
+            found: The other engine's candidates.
+        """
         difference = Difference()
-        for ours, theirs in zip(expected, found, strict=True):
-            difference.add(match_candidates(ours, theirs, self._tolerances))
+        for pair in zip(expected, found, strict=True):
+            difference.add(match_candidates(*pair, self._tolerances))
         batch, height, width, _ = case.images.shape
         head = {"content": case.content, "batch": batch, "canvas_hw": [height, width]}
         self._rows.append({**head, **asdict(difference)})
         self._total.add(difference)
 
     def report(self, runtimes: dict[str, str]) -> dict[str, Any]:
-        """JSON types; `passed` says whether what was compared may be published."""
+        """The parity report in JSON types; `passed` tells whether the file may be published."""
         compared = self._total.candidates_torch + self._total.candidates_onnx
         share = self._total.unmatched / compared if compared else 0.0
         return {
@@ -242,19 +248,19 @@ def compare(
     cases: Sequence[Case] | Iterator[Case],
     tolerances: Tolerances = Tolerances(),
 ) -> dict[str, Any]:
-    """Runs both on every case.
+    """Runs PyTorch and ONNX Runtime on every case and compares their candidates.
 
     Args:
         network: In evaluation mode, on the CPU.
         graph: Its exported graph.
-        cases: What to run.
-        tolerances: Bounds of the differences.
+        cases: Batches to run.
+        tolerances: Allowed differences.
 
     Returns:
-        The report, JSON types; `passed` says whether the graph may be published.
+        `Comparison.report`.
 
     Raises:
-        ParityError: ONNX Runtime refuses the graph or a batch.
+        ParityError: ONNX Runtime cannot load the graph or run a batch.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -278,10 +284,10 @@ def compare(
 
 
 def require_parity(report: dict[str, Any]) -> None:
-    """Refuses a report that has not passed.
+    """Checks that a report has passed.
 
     Raises:
-        ParityError: Says by how much the two differ, or that nothing was compared.
+        ParityError: The two differ too much, or there was nothing to compare.
     """
     if report["passed"]:
         return

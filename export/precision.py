@@ -1,16 +1,15 @@
-"""Typed low-precision graphs: fp16 or bf16 where the pixels go, float32 where it would hurt.
+"""Typed mixed-precision graphs: fp16 or bf16 for convolutions, float32 where precision matters.
 
-A strongly typed engine (TensorRT 11) takes the precision of every value from the file, so the file
-decides. The rule follows from what a value is for:
+A strongly typed engine (TensorRT 11) takes the precision of every value from the graph. The rule:
 
-- low precision: convolutions and what lies between them, up to the mask probabilities;
-- float32: what does not come from a convolution (normalisation of the input, coordinates, the
-  scales of a resize), the statistics of a group normalisation, and what serves the scores alone:
-  the category logits with the convolution that makes them, their sigmoid and points NMS, the
-  ranking, a mask's area and sum. An area overflows float16 above 65504 pixels and is rounded above
-  2048; logits in bfloat16 tie where points NMS must tell neighbours apart.
+- low precision: convolutions and the operators between them, up to the mask probabilities;
+- float32: values that do not depend on a convolution (input normalisation, coordinates, scales of
+  a resize), the statistics of group normalisation, and values used only for the scores: the
+  category logits including their convolution, sigmoid and points NMS, the ranking, area and sum of
+  a mask. In float16 an area overflows above 65504 pixels and is rounded above 2048; bfloat16
+  logits have ties that points NMS cannot resolve.
 
-Casts stand at the borders alone, one for each value and type.
+Casts are inserted only at the boundaries, at most one per value and type.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ MASKS = "mask_probs"
 CONVOLUTIONS = frozenset({"Conv", "DeformConv"})
 STATISTICS = frozenset({"InstanceNormalization", "GroupNormalization"})
 LOOKUPS = frozenset({"Gather", "GatherND"})
-"""Of a weight, in the vanilla head: the rows of the last convolution that the candidates need."""
-TYPE_BLIND = frozenset({"Shape", "Size"})
-"""They read no value, so its precision is all the same to them."""
+"""Applied to a weight, in the vanilla head: the candidates' rows of the last convolution."""
+TYPE_INDEPENDENT = frozenset({"Shape", "Size"})
+"""Operators that read only the shape of their input, so no cast is needed."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class LowType:
     """A low-precision type.
 
     Attributes:
-        elem_type: ONNX's number of it.
-        least_opset: The first in which all operators of our graphs take it.
+        elem_type: Its `TensorProto` data type.
+        least_opset: First opset in which all operators of our graphs support it.
     """
 
     elem_type: int
@@ -56,31 +55,31 @@ LOW_TYPES: dict[LowPrecision, LowType] = {
 
 
 def lower_precision(graph: bytes, precision: LowPrecision) -> bytes:
-    """The typed low-precision graph of a float32 graph.
+    """Converts a float32 graph to a typed low-precision graph.
 
-    Inputs, `scores` and `labels` keep their types; `mask_probs` is of the low precision, so that
-    whoever reads them on a GPU reads half the bytes.
+    Inputs, `scores` and `labels` keep their types; `mask_probs` becomes low precision, which
+    halves the memory traffic of postprocessing on a GPU.
 
     Args:
-        graph: Of `build_onnx`.
+        graph: From `build_onnx`.
         precision: fp16 or bf16.
 
     Raises:
-        GraphError: A weight is too large for the type, or the result is not valid.
+        GraphError: A weight exceeds the type's range, or the result is invalid.
     """
     low = LOW_TYPES[precision]
     model = onnx.load_from_string(graph)
     opset = max(find_opset(model), low.least_opset)
     if opset > find_opset(model):
         model = version_converter.convert_version(model, opset)
-        model.graph.ClearField("value_info")  # the converter's; it holds the old types
+        model.graph.ClearField("value_info")  # added by the converter, with the float32 types
     lowered = _Lowering(model, low.elem_type).run()
     check_graph(lowered, opset)
     return bytes(lowered.SerializeToString(deterministic=True))
 
 
 def find_opset(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators."""
+    """The opset version of ONNX's default domain."""
     return next(int(o.version) for o in model.opset_import if not o.domain)
 
 
@@ -88,7 +87,7 @@ def find_values(model: onnx.ModelProto, elem_type: int) -> set[str]:
     """Names of all values of a type, weights included.
 
     Raises:
-        GraphError: The graph's types do not fit each other.
+        GraphError: The graph's types are inconsistent.
     """
     try:
         typed = shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
@@ -100,21 +99,21 @@ def find_values(model: onnx.ModelProto, elem_type: int) -> set[str]:
 
 
 def choose_low_values(model: onnx.ModelProto) -> set[str]:
-    """Values that nodes may give in low precision, by the rule at the top.
+    """Outputs of nodes that become low precision by the rule in the module's docstring.
 
     Args:
-        model: Float32.
+        model: A float32 graph.
     """
     nodes = list(model.graph.node)
     floats = find_values(model, FLOAT)
     weights = {weight.name for weight in model.graph.initializer}
-    from_pixels: set[str] = set()  # values with a convolution, or its weights, behind them
+    from_pixels: set[str] = set()  # values that depend on a convolution or its weights
     for node in nodes:
         starts = node.op_type in CONVOLUTIONS
         starts |= node.op_type in LOOKUPS and node.input[0] in weights
         if starts or from_pixels.intersection(node.input):
             from_pixels.update(floats.intersection(node.output))
-    to_pixels = {MASKS}  # values that a convolution or the masks are made of
+    to_pixels = {MASKS}  # values that a convolution or the masks depend on
     for node in reversed(nodes):
         if node.op_type in CONVOLUTIONS or to_pixels.intersection(node.output):
             to_pixels.update(floats.intersection(node.input))
@@ -123,24 +122,25 @@ def choose_low_values(model: onnx.ModelProto) -> set[str]:
 
 
 def find_typed_inputs(node: NodeProto, opset: int) -> list[int]:
-    """Positions of the inputs that must have the type of the first output.
+    """Positions of inputs that must have the same type as the first output.
 
-    The scales of a Resize, for example, are float32 whatever the type of its image.
+    Not all do: the scales of a Resize, for example, are always float32.
     """
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     formal = [parameter.type_str for parameter in schema.inputs]
-    given = [formal[min(i, len(formal) - 1)] for i in range(len(node.input))]  # the last repeats
-    return [i for i, type_str in enumerate(given) if type_str == schema.outputs[0].type_str]
+    # The last formal parameter may be variadic.
+    actual = [formal[min(i, len(formal) - 1)] for i in range(len(node.input))]
+    return [i for i, type_str in enumerate(actual) if type_str == schema.outputs[0].type_str]
 
 
 def set_cast_type(node: NodeProto, elem_type: int) -> None:
-    """Makes a Cast give another type."""
+    """Sets the output type of a Cast."""
     del node.attribute[:]
     node.attribute.append(helper.make_attribute("to", elem_type))
 
 
 class _Lowering:
-    """One pass over the nodes of a copy of a float32 graph."""
+    """Rewrites the nodes of a copy of a float32 graph in one pass."""
 
     def __init__(self, model: onnx.ModelProto, low: int) -> None:
         self.model = onnx.ModelProto()
@@ -150,7 +150,7 @@ class _Lowering:
         self.low_values = choose_low_values(model)
         self.weights = {t.name: t for t in self.model.graph.initializer}
         self.low_weights: dict[str, TensorProto] = {}
-        self.casts: dict[str, str] = {}  # a value -> its name in the other precision
+        self.casts: dict[str, str] = {}  # value -> its cast to the other precision
         self.nodes: list[NodeProto] = []
 
     def run(self) -> onnx.ModelProto:
@@ -174,15 +174,15 @@ class _Lowering:
         lowered = node.output[0] in self.low_values
         if lowered and node.op_type == "Cast":
             set_cast_type(node, self.low)
-        if node.op_type not in TYPE_BLIND:
+        if node.op_type not in TYPE_INDEPENDENT:
             typed = find_typed_inputs(node, self.opset) if lowered else range(len(node.input))
             for position in typed:
                 if node.input[position] in self.floats:
-                    node.input[position] = self._name_of(node.input[position], lowered)
+                    node.input[position] = self._cast_value(node.input[position], lowered)
         self.nodes.append(node)
 
-    def _name_of(self, name: str, lowered: bool) -> str:
-        """What a float value is called in the precision that its reader wants."""
+    def _cast_value(self, name: str, lowered: bool) -> str:
+        """Name of a float value in the wanted precision; adds a Cast if there is none yet."""
         if lowered and name in self.weights:
             return self._lower_weight(name)
         if lowered == (name in self.low_values):
@@ -201,6 +201,6 @@ class _Lowering:
                 rounded = values.astype(helper.tensor_dtype_to_np_dtype(self.low))
             if not np.isfinite(rounded.astype(np.float32)).all():
                 largest = float(np.abs(values).max())
-                raise GraphError(f"{name} holds {largest:.6g}, too large for the low precision")
+                raise GraphError(f"{name} contains {largest:.6g}, too large for the low precision")
             self.low_weights[name] = numpy_helper.from_array(rounded, f"{name}_low")
         return self.low_weights[name].name

@@ -1,11 +1,11 @@
-"""Enters a version into model_repo: its files, and config.json with their SHA-256.
+"""Publishes a version in model_repo: its files, and config.json with their SHA-256.
 
     <model_repo>/<name>/config.json
     <model_repo>/<name>/<version>/model.onnx, parity.json
     <model_repo>/<name>/<version>/model.<variant>.<ext>, parity.<variant>.json
 
-Files are written beside their place and renamed. The version's folder comes first and
-config.json last: until it names the version, or the further file, no server sees it.
+Files are written under a temporary name and renamed. config.json is written last, so servers never
+see a version or file before it is complete.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ SECTIONS = (
     "postprocess",
     "limits",
 )
-"""What the versions of a model can share, in config.json's order."""
+"""Sections that versions can share at the top level of config.json, in its order."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file of a version beside model.onnx, with its report.
+    """A file of a version other than model.onnx, with its report.
 
     Attributes:
         name: model.<variant>.<ext>, e.g. model.int8.onnx.
-        data: Its content.
-        parity: The report, which must have passed.
+        data: Content of the file.
+        parity: Parity report; must have passed.
 
     Raises:
-        PublishError: The name is not of that form.
+        PublishError: The name does not have this form.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Artefact:
 
     def __post_init__(self) -> None:
         if ARTEFACT_NAME.fullmatch(self.name) is None:
-            raise PublishError(f"{self.name!r} is not named model.<variant>.<ext>")
+            raise PublishError(f"{self.name!r} does not have the form model.<variant>.<ext>")
 
     @property
     def parity_name(self) -> str:
@@ -75,13 +75,13 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Release:
-    """What is published.
+    """A version to publish.
 
     Attributes:
-        config: With the version's number, the graph's hash and the provenance.
-        graph: model.onnx.
-        parity: The report, which must have passed.
-        artefacts: Further files, which `config` need not name.
+        config: Includes version number, graph hash and provenance.
+        graph: Content of model.onnx.
+        parity: Its parity report; must have passed.
+        artefacts: Additional files; added to `config` by `publish`.
     """
 
     config: ModelConfig
@@ -91,7 +91,7 @@ class Release:
 
     @property
     def version(self) -> int:
-        """Number of the version and name of its folder."""
+        """The version number, also the name of its folder."""
         return self.config.version
 
 
@@ -101,10 +101,10 @@ def describe_file(data: bytes) -> dict[str, Any]:
 
 
 def read_repository(folder: Path) -> RepositoryConfig | None:
-    """config.json of a model's folder, None if there is none yet.
+    """Reads config.json of a model folder; None if it does not exist.
 
     Raises:
-        PublishError: It cannot be read, or is another model's.
+        PublishError: It is invalid, or belongs to another model.
     """
     file = folder / CONFIG_FILE
     try:
@@ -114,40 +114,40 @@ def read_repository(folder: Path) -> RepositoryConfig | None:
     except (OSError, ConfigError) as error:
         raise PublishError(f"{file} cannot be extended: {error}") from error
     if repository.name != folder.name:
-        raise PublishError(f"{file} is that of the model {repository.name!r}")
+        raise PublishError(f"{file} belongs to the model {repository.name!r}")
     return repository
 
 
 def next_version(folder: Path) -> int:
-    """The number after the highest that config.json names or that has a folder."""
+    """One more than the highest version in config.json or as a folder."""
     repository = read_repository(folder)
-    taken = list(repository.version_numbers) if repository else []
+    existing = list(repository.version_numbers) if repository else []
     if folder.is_dir():
-        taken += [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()]
-    return max(taken, default=0) + 1
+        existing += [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()]
+    return max(existing, default=0) + 1
 
 
 def require_free(root: Path, name: str, version: int, *, force: bool = False) -> None:
     """Checks that a version may be written.
 
     Raises:
-        PublishError: It is there already and `force` is not given.
+        PublishError: It already exists and `force` is False.
     """
     repository = read_repository(root / name)
     listed = repository is not None and version in repository.version_numbers
     target = root / name / str(version)
     if (listed or target.exists()) and not force:
-        raise PublishError(f"{target} exists already; choose another version, or --force")
+        raise PublishError(f"{target} already exists; choose another version or use --force")
 
 
 def merge_config(repository: RepositoryConfig | None, new: ModelConfig) -> dict[str, Any]:
-    """config.json with a version added or replaced.
+    """Returns config.json with a version added or replaced.
 
-    The new version's sections stand at the top; where another version has a different one, that
-    version's entry gets it, so that every other version means what it meant before.
+    The new version's sections become the shared ones. Other versions with different sections get
+    their own in their entries, so their meaning does not change.
 
     Raises:
-        PublishError: A version that is there is not valid.
+        PublishError: An existing version is invalid.
     """
     shared = _sections(new)
     versions: dict[int, dict[str, Any]] = {}
@@ -170,7 +170,7 @@ def merge_config(repository: RepositoryConfig | None, new: ModelConfig) -> dict[
 
 
 def _policy(repository: RepositoryConfig | None) -> dict[str, Any]:
-    """Which versions are served, where that was written into config.json."""
+    """The `serve` section, if config.json has one."""
     if repository is None or "serve" not in repository.model_fields_set:
         return {}
     return {"serve": repository.serve.model_dump(mode="json")}
@@ -188,19 +188,19 @@ def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish(root: Path, release: Release, *, force: bool = False) -> Path:
-    """Writes a release.
+    """Writes a version.
 
     Args:
-        root: model_repo; made if it is not there.
-        release: Its files.
-        force: Replace the version if it is there.
+        root: model_repo; created if necessary.
+        release: The version.
+        force: Replace the version if it exists.
 
     Returns:
         The version's folder.
 
     Raises:
-        PublishError: The parity report has not passed, the version is there already, or the
-            existing config.json is not valid. Nothing is changed then.
+        PublishError: A parity report has not passed, the version already exists, or the existing
+            config.json is invalid. Nothing is changed then.
     """
     folder = root / release.config.name
     target = folder / str(release.version)
@@ -208,7 +208,9 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
     for artefact in release.artefacts:
         _require_passed(target / artefact.name, artefact.parity)
     if describe_file(release.graph) != release.config.files[ONNX_FILE].model_dump():
-        raise PublishError(f"{target} is not published: config.json describes another {ONNX_FILE}")
+        raise PublishError(
+            f"{target} is not published: {ONNX_FILE} differs from its entry in config.json"
+        )
     require_free(root, release.config.name, release.version, force=force)
     repository = read_repository(folder)
     listed = _list_artefacts(release.config, release.artefacts)
@@ -223,20 +225,20 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
 def add_artefacts(
     folder: Path, version: int, artefacts: Sequence[Artefact], *, force: bool = False
 ) -> None:
-    """Adds files to a version that is there.
+    """Adds files to a published version.
 
-    A file that is replaced is first taken off config.json, so that at no time the file and its
-    hash disagree. Stopped half-way, the same call completes it.
+    A file to be replaced is first removed from config.json, so that a listed hash never differs
+    from its file. If interrupted, the same call can be repeated.
 
     Args:
-        folder: The model's, of model_repo.
-        version: Its number.
+        folder: The model's folder in model_repo.
+        version: Version number.
         artefacts: The files.
-        force: Replace those that config.json names already.
+        force: Replace files that config.json already lists.
 
     Raises:
-        PublishError: There is no such version, a report has not passed, or a file is listed
-            already. Nothing is changed then.
+        PublishError: The version does not exist, a report has not passed, or a file is already
+            listed. Nothing is changed then.
     """
     target = folder / str(version)
     current = read_version(folder, version)
@@ -244,7 +246,7 @@ def add_artefacts(
         _require_passed(target / artefact.name, artefact.parity)
     listed = sorted({artefact.name for artefact in artefacts} & set(current.files))
     if listed and not force:
-        raise PublishError(f"{target / listed[0]} exists already; --force replaces it")
+        raise PublishError(f"{target / listed[0]} already exists; --force replaces it")
     if listed:
         kept = {name: spec for name, spec in current.files.items() if name not in listed}
         current = current.model_copy(update={"files": kept})
@@ -256,14 +258,14 @@ def add_artefacts(
 
 
 def read_version(folder: Path, version: int) -> ModelConfig:
-    """A published version's configuration.
+    """The configuration of a published version.
 
     Raises:
-        PublishError: There is none, or it is not valid.
+        PublishError: It does not exist or is invalid.
     """
     repository = read_repository(folder)
     if repository is None:
-        raise PublishError(f"{folder} has no {CONFIG_FILE}; is it a model's folder of model_repo?")
+        raise PublishError(f"{folder} has no {CONFIG_FILE}; is it a model folder in model_repo?")
     try:
         return repository.for_version(version)
     except ConfigError as error:
@@ -281,7 +283,7 @@ def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> Model
 
 
 def _replace_entry(folder: Path, version: ModelConfig) -> None:
-    """Writes the files of a version into config.json and leaves every other line as it is."""
+    """Replaces a version's `files` in config.json; everything else is unchanged."""
     content = json.loads((folder / CONFIG_FILE).read_bytes())
     files = version.model_dump(mode="json")["files"]
     content["versions"][str(version.version)]["files"] = files
@@ -292,7 +294,7 @@ def _replace_entry(folder: Path, version: ModelConfig) -> None:
 def _check_unchanged(
     repository: RepositoryConfig | None, config: dict[str, Any], version: ModelConfig
 ) -> None:
-    """What is about to be written reads back as what it was made of."""
+    """Asserts that a new config.json parses to `version` and to the other existing versions."""
     merged = parse_model_config(json.dumps(config))
     assert merged.for_version(version.version) == version
     for number in repository.version_numbers if repository else []:

@@ -1,13 +1,13 @@
-"""int8 for the CPU: QDQ graphs by ONNX Runtime's static quantisation.
+"""int8 graphs for the CPU in QDQ format, by ONNX Runtime's static quantisation.
 
-Convolutions alone are quantised: activations uint8 for the tensor, weights int8 for each channel
-and of 7 bits (`reduce_range`), because CPUs with AVX2 but no VNNI add two products in 16 bits and
-saturate with 8. The convolutions that make the category logits stay float32, as in
-`export.precision`: they are small, and all ranking rests on them.
+Only convolutions are quantised: activations to uint8 per tensor, weights to int8 per channel with
+7 bits (`reduce_range`), because on CPUs with AVX2 but without VNNI the sum of two 8-bit products
+saturates in 16 bits. The convolutions of the category logits stay float32, as in
+`export.precision`: they are small, and the ranking depends on them.
 
-The ranges come from images of a training split, prepared as the server prepares them, as the
-smallest and largest value seen: the histogram methods keep every activation of every image in
-memory, and did not give a better AP (docs/precision.md).
+Calibration uses the minimum and maximum of each activation over images of a training split,
+preprocessed as by the server. The histogram methods keep all activations of all images in memory
+and did not improve the AP (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from training.data.coco import CocoDataset
 CALIBRATION_IMAGES = 64
 
 
-def draw_calibration(
+def sample_calibration(
     data: CocoDataset, spec: InputSpec, count: int = CALIBRATION_IMAGES, *, seed: int = 0
 ) -> list[Case]:
-    """One random canvas of each of `count` random images, or of all if there are fewer."""
+    """One random canvas from each of up to `count` random images."""
     rng = np.random.default_rng(seed)
     cases = []
     for index in rng.permutation(len(data))[:count]:
@@ -52,11 +52,11 @@ def draw_calibration(
     return cases
 
 
-def require_apart(calibration: CocoDataset, evaluation: CocoDataset) -> None:
-    """Refuses a calibration with images that are evaluated afterwards.
+def require_disjoint(calibration: CocoDataset, evaluation: CocoDataset) -> None:
+    """Checks that calibration and evaluation have no images in common.
 
     Raises:
-        ExportError: Says how many and names one.
+        ExportError: They do; the message has their number and an example.
     """
     files = {record.file_name for record in calibration.records}
     shared = sorted(files & {record.file_name for record in evaluation.records})
@@ -64,30 +64,30 @@ def require_apart(calibration: CocoDataset, evaluation: CocoDataset) -> None:
         raise ExportError(
             f"{len(shared)} images of {evaluation.annotation_file.name} are also in "
             f"{calibration.annotation_file.name}, for example {shared[0]}; int8 must not be "
-            "calibrated on what it is evaluated on"
+            "calibrated on evaluation images"
         )
 
 
 def quantize(graph: bytes, cases: Sequence[Case]) -> bytes:
-    """The int8 graph of a float32 graph; inputs and outputs stay as they are.
+    """Quantises a float32 graph; inputs and outputs keep their types.
 
     Args:
-        graph: Of `build_onnx`.
-        cases: Canvases for the calibration.
+        graph: From `build_onnx`.
+        cases: Calibration canvases.
 
     Raises:
-        ExportError: There are no canvases, or the quantisation fails.
-        GraphError: The result is not valid.
+        ExportError: `cases` is empty, or the quantisation fails.
+        GraphError: The result is invalid.
     """
     if not cases:
-        raise ExportError("int8 needs images for its calibration, there are none")
+        raise ExportError("int8 requires calibration images, there are none")
     source = onnx.load_from_string(graph)
     low = choose_low_values(source)
     convs = [n for n in source.graph.node if n.op_type == "Conv"]
     with tempfile.TemporaryDirectory() as name:
         given, made = Path(name) / "fp32.onnx", Path(name) / "int8.onnx"
         given.write_bytes(graph)
-        logging.disable(logging.WARNING)  # it advises a preparation that our graphs do not need
+        logging.disable(logging.WARNING)  # it recommends preprocessing that our graphs do not need
         try:
             quantize_static(
                 given,
@@ -115,12 +115,12 @@ def quantize(graph: bytes, cases: Sequence[Case]) -> bytes:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Canvases in the form that the library asks for."""
+    """Feeds cases to `quantize_static`."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         self._cases: Iterator[Case] = iter(cases)
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next batch; None after the last."""
+        """The next batch by input name; None after the last."""
         case = next(self._cases, None)
         return None if case is None else {"images": case.images, "valid_hw": case.valid_hw}

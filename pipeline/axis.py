@@ -1,8 +1,8 @@
-"""The way from the mask stride to the original image along one axis: bilinear resize, twice.
+"""Mask stride to original image along one axis: two bilinear resizes composed into one.
 
-The published code enlarges a mask to the canvas, crops the padding and resizes to the original,
-each bilinearly with half-pixel centres. Together that is a mean of at most three neighbouring
-inputs for each output.
+The published code upsamples a mask to the canvas, crops the padding and resizes to the original
+size, both bilinearly with half-pixel centres. The composition is a weighted mean of at most three
+adjacent inputs per output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def linear_weights(in_size: int, out_size: int) -> tuple[Int64, Float32]:
     """Bilinear resize along one axis, half-pixel centres (`align_corners=False`).
 
     Returns:
-        Index of the lower neighbour [out_size] and the weight of the upper one [out_size].
+        Index of the lower neighbour [out_size] and weight of the upper neighbour [out_size].
     """
     scale = np.float32(in_size) / np.float32(out_size)
     centre = (np.arange(out_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
@@ -30,14 +30,14 @@ def linear_weights(in_size: int, out_size: int) -> tuple[Int64, Float32]:
 
 @dataclass(frozen=True)
 class Axis:
-    """The resize along one axis; outputs ascend with their inputs.
+    """The composed resize along one axis; output order follows input order.
 
     Attributes:
-        inputs: [3, outputs] indices, ascending; the last one is repeated at the border.
-        weights: [3, outputs], of the inputs; some are 0.
-        before: [inputs + 1]; entry i is how many outputs depend on inputs below i alone.
+        inputs: [3, outputs] input indices, ascending; the last index is repeated at the border.
+        weights: [3, outputs] weights of `inputs`; some are 0.
+        before: [inputs + 1]; entry i is the number of outputs that depend only on inputs below i.
         after: [inputs + 1]; entry i is the first output that depends on no input below i.
-        scale: Outputs for one input.
+        scale: Outputs per input.
     """
 
     inputs: Int64
@@ -47,35 +47,35 @@ class Axis:
     scale: float
 
     def outputs_of(self, start: int, stop: int) -> slice:
-        """Outputs that depend on any input of a range; may be empty."""
+        """Outputs that depend on any input in [start, stop); may be empty."""
         return slice(int(self.before[start]), int(self.after[stop]))
 
     def inputs_of(self, outputs: slice) -> tuple[int, int]:
-        """First and last input, exclusive, of a range of outputs that is not empty."""
+        """First input and end of inputs (exclusive) of a non-empty range of outputs."""
         return int(self.inputs[0, outputs.start]), int(self.inputs[2, outputs.stop - 1]) + 1
 
 
 def _enlarge(mask_size: int, stride: int, valid: int) -> tuple[Int64, Float32]:
-    """Lower input [valid] and three weights [3, valid] of the canvas's px that show the image."""
+    """First input [valid] and three weights [3, valid] of each valid canvas px."""
     low, weight = linear_weights(mask_size, mask_size * stride)
     return low[:valid], np.stack([1 - weight, weight, np.zeros_like(weight)])[:, :valid]
 
 
 @lru_cache(maxsize=64)
 def build_axis(mask_size: int, stride: int, valid: int, original: int) -> Axis:
-    """Upsampling by `stride`, cropping and resizing along one axis.
+    """Composes upsampling by `stride`, cropping to `valid` and resizing to `original`.
 
     Args:
-        mask_size: Mask's extent at the mask stride.
+        mask_size: Mask size at the mask stride, px.
         stride: Canvas px per mask px.
-        valid: Canvas px that show the image.
-        original: Extent in the original image, px.
+        valid: Canvas px covered by the image.
+        original: Size in the original image, px.
     """
     base, weights = _enlarge(mask_size, stride, valid)
     if valid != original:
         low, share = linear_weights(valid, original)
         upper = np.minimum(low + 1, valid - 1)
-        shift = base[upper] - base[low]  # 0 or 1: neighbouring px of the canvas
+        shift = base[upper] - base[low]  # 0 or 1: the canvas px are adjacent
         added = weights[:, upper] * share
         moved = np.concatenate([np.zeros((1, original), np.float32), added[:2]])
         weights = weights[:, low] * (1 - share) + np.where(shift == 0, added, moved)

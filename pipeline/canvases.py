@@ -1,4 +1,4 @@
-"""Which canvases a model's images can have, and the few shape ranges that an engine is built for.
+"""The canvas shapes a model can receive, and the optimisation profiles that cover them.
 
 Symbols: H W canvas.
 """
@@ -15,16 +15,16 @@ Canvas = tuple[int, int]
 """Height and width, px."""
 
 AREA_SPREAD = 1.5
-"""Largest to smallest area of the canvases that share a bucket."""
+"""Greatest ratio of areas within one bucket."""
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A range of canvases that one optimisation profile serves.
+    """The range of canvas shapes of one optimisation profile.
 
     Attributes:
-        min_hw, max_hw: Least and greatest height and width, each side by itself.
-        opt_hw: The canvas that the engine is tuned for, one that does occur.
+        min_hw, max_hw: Minimum and maximum of height and width, per side.
+        opt_hw: The shape the engine is tuned for; one of the actual canvases.
     """
 
     min_hw: Canvas
@@ -32,26 +32,26 @@ class Bucket:
     max_hw: Canvas
 
     def holds(self, canvas: Canvas) -> bool:
-        """Whether both sides lie in the range."""
+        """Whether both sides are within the range."""
         sides = zip(self.min_hw, canvas, self.max_hw, strict=True)
         return all(low <= side <= high for low, side, high in sides)
 
 
 def list_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
-    """Every canvas that an image of any size can get, ascending.
+    """Every canvas shape that images of any size can produce, ascending.
 
-    Tiles have one. Under the published rule either the short side reaches `short_side` and the
-    long side is anything up to `long_side`, or the long side is `long_side` and the short side is
-    anything up to `short_side`; both are then padded, and the image may lie or stand.
+    Tiles have a single shape. Under the published resize rule either the short side equals
+    `short_side` and the long side is at most `long_side`, or the long side equals `long_side` and
+    the short side is at most `short_side`; both sides are then padded, in either orientation.
     """
     if isinstance(spec.resize, TileResize):
         return (spec.resize.canvas_hw,)
-    lying = {_pad(short, long, spec.resize) for short, long in _sides(spec.resize)}
-    return tuple(sorted(lying | {(width, height) for height, width in lying}))
+    landscape = {_pad(short, long, spec.resize) for short, long in _list_sides(spec.resize)}
+    return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
 
 
-def _sides(resize: KeepRatioResize) -> list[tuple[int, int]]:
-    """Short and long side after the resize, before padding."""
+def _list_sides(resize: KeepRatioResize) -> list[tuple[int, int]]:
+    """Possible short and long sides after the resize, before padding."""
     short_side, long_side = resize.short_side, resize.long_side
     reached = [(short_side, long) for long in range(short_side, long_side + 1)]
     bounded = [(short, long_side) for short in range(1, min(short_side, long_side) + 1)]
@@ -64,20 +64,20 @@ def _pad(height: int, width: int, resize: KeepRatioResize) -> Canvas:
 
 
 def cover_canvases(canvases: Collection[Canvas], max_buckets: int = 8) -> tuple[Bucket, ...]:
-    """Few buckets that together hold every canvas.
+    """At most `max_buckets` buckets that together contain every canvas.
 
-    Lying and standing canvases are kept apart, for a range that holds both would also hold the
-    square of their long side, and an engine's memory is that of its greatest shape. Within each,
-    canvases of like area share a bucket; the smallest, which only very long images get, share the
-    last one.
+    Landscape and portrait canvases get separate buckets: a range that contains both would also
+    contain the square of their long side, and an engine allocates memory for its largest shape.
+    Within an orientation, canvases of similar area share a bucket; the last bucket takes all
+    smaller ones, which only very elongated images produce.
 
     Args:
         canvases: At least one.
-        max_buckets: Most buckets; each costs time to build and memory. Two at least, unless all
-            canvases lie or all stand.
+        max_buckets: Each bucket costs build time and memory. At least 2 if both orientations
+            occur.
 
     Raises:
-        ValueError: There is no canvas, or `max_buckets` is too low.
+        ValueError: `canvases` is empty, or `max_buckets` is too low.
     """
     groups = [
         sorted(group, key=lambda hw: (-hw[0] * hw[1], hw))
@@ -93,12 +93,12 @@ def cover_canvases(canvases: Collection[Canvas], max_buckets: int = 8) -> tuple[
     return tuple(sorted(_enclose(run) for run in runs))
 
 
-def _split(canvases: Sequence[Canvas], most: int) -> list[Sequence[Canvas]]:
-    """Cuts canvases, largest first, into at most `most` runs of like area; the last takes all."""
+def _split(canvases: Sequence[Canvas], limit: int) -> list[Sequence[Canvas]]:
+    """Splits canvases, largest first, into at most `limit` runs of similar area."""
     starts = [0]
     for index, (height, width) in enumerate(canvases):
         first = canvases[starts[-1]]
-        if len(starts) < most and height * width * AREA_SPREAD < first[0] * first[1]:
+        if len(starts) < limit and height * width * AREA_SPREAD < first[0] * first[1]:
             starts.append(index)
     return [canvases[start:end] for start, end in pairwise([*starts, len(canvases)])]
 
@@ -109,14 +109,14 @@ def _enclose(run: Sequence[Canvas]) -> Bucket:
 
 
 def find_bucket(buckets: Sequence[Bucket], canvas: Canvas) -> int:
-    """Index of the bucket that is tuned for the most similar canvas, of those that hold this one.
+    """Index of the bucket that contains the canvas and whose `opt_hw` is closest to it.
 
     Raises:
-        ValueError: None does.
+        ValueError: No bucket contains it.
     """
     holding = [index for index, bucket in enumerate(buckets) if bucket.holds(canvas)]
     if not holding:
-        raise ValueError(f"no bucket holds the canvas {canvas}")
+        raise ValueError(f"no bucket contains the canvas {canvas}")
 
     def distance(index: int) -> int:
         height, width = buckets[index].opt_hw

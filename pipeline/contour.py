@@ -1,8 +1,8 @@
-"""Instance contours: thin curves around objects, and the regions that they enclose.
+"""Instance contours: thin curves around objects, and the regions they enclose.
 
 The paper's instance contour detection (section 5): a mask is the object's outline instead of its
-area. Two thin curves around one object share few pixels, so whatever compares instances - NMS,
-merging of tiles, average precision - compares what the curves enclose.
+area. Two thin curves around one object share few pixels, so NMS, tile merging and average
+precision compare the enclosed regions.
 
 Symbols: N masks, H W image, h w box or mask plane.
 """
@@ -19,37 +19,37 @@ from pipeline.runs import BoxMask, build_instance
 from pipeline.types import Bool, Instance, UInt8
 
 CLOSING = np.ones((3, 3), np.uint8)
-"""Closes gaps of up to two pixels in a curve before it is filled."""
+"""Kernel of the morphological closing before a fill; closes gaps of up to two pixels."""
 
 
 def draw_contour(mask: UInt8) -> UInt8:
-    """The outline of a mask as OpenCV's findContours has it, one pixel wide.
+    """The outline of a mask, one pixel wide, as found by OpenCV's findContours.
 
-    The curve runs on the mask's own border pixels, holes included. What lies outside the array
-    is background, so an object that is cut off there is closed along the cut; an object of one
-    pixel is its own contour.
+    The curve consists of the mask's border pixels, including those of holes. Everything outside
+    the array is background, so an object truncated at the array's edge has an outline along that
+    edge.
 
     Args:
         mask: [h, w] uint8 0/1.
 
     Returns:
-        [h, w] uint8 0/1, a subset of the mask; empty only if the mask is.
+        [h, w] uint8 0/1, a subset of the mask; all zero only if the mask is.
     """
     contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    outline = np.zeros(mask.shape, np.uint8)  # C order, whatever that of the mask
+    outline = np.zeros(mask.shape, np.uint8)  # OpenCV needs C order, whatever the mask has
     cv2.drawContours(outline, contours, -1, 1, 1)
     return outline
 
 
 def _close(curve: UInt8) -> UInt8:
-    """Closes small gaps; the result stays inside the array, and is a superset of the curve."""
+    """Closes small gaps; the result is a superset of the curve."""
     padded = cv2.copyMakeBorder(curve, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, CLOSING)
     return np.ascontiguousarray(closed[1:-1, 1:-1], np.uint8)
 
 
 def _fill(closed: UInt8) -> UInt8:
-    """Everything inside the outer border of each connected part."""
+    """Fills the outer border of each connected component."""
     contours, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     filled = np.zeros(closed.shape, np.uint8)
     cv2.drawContours(filled, contours, -1, 1, cv2.FILLED)
@@ -57,7 +57,7 @@ def _fill(closed: UInt8) -> UInt8:
 
 
 def fill_contour(curve: UInt8) -> UInt8:
-    """What a curve encloses, the curve included; a curve that stays open encloses itself alone.
+    """The region enclosed by a curve, including the curve; an open curve is returned as it is.
 
     Args:
         curve: [h, w] uint8 0/1.
@@ -80,7 +80,7 @@ def fill_contours(curves: Bool) -> Bool:
 
 
 def fill_instance(instance: Instance) -> Instance:
-    """The region that an instance's curve encloses, with the same class, score and box."""
+    """Replaces an instance's curve by the enclosed region; class, score and box are kept."""
     x, y, _, _ = instance.bbox_xywh
     filled = fill_contour(decode_box(instance)).astype(np.bool_)
     height, width = instance.rle["size"]
@@ -88,13 +88,13 @@ def fill_instance(instance: Instance) -> Instance:
 
 
 def join_contours(parts: Sequence[Instance]) -> Instance:
-    """The outline of what several curves enclose together, with the best part's score.
+    """Merges curves into the outline of the union of their regions, with the highest score.
 
-    Of each curve remains what is not inside another: parts of an object that two tiles cut
-    differently lose the lines along the cuts.
+    Curve pixels strictly inside another curve are removed, so parts of an object from adjacent
+    tiles lose their outlines along the tile borders.
 
     Args:
-        parts: One or more, of one image.
+        parts: One or more instances of one image.
     """
     best = max(parts, key=lambda instance: instance.score)
     if len(parts) == 1:
@@ -111,7 +111,7 @@ def join_contours(parts: Sequence[Instance]) -> Instance:
         closed = _close(curve)
         curves[here] |= curve
         inside[here] |= _fill(closed) & ~closed
-    # A pixel at the extreme left is on the border of all that encloses it: something remains.
+    # Never empty: the leftmost curve pixel is not strictly inside any curve.
     outline = curves & ~inside
     x, y, width, height = cv2.boundingRect(outline)
     pixels = outline[y : y + height, x : x + width].astype(np.bool_)

@@ -1,4 +1,4 @@
-"""Instances drawn on their image, for people to look at."""
+"""Overlays of instances on their image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.model_config import Task
 from pipeline.types import Instance, UInt8
 
 GOLDEN_RATIO = 0.618033988749895
-FILL = 0.4
-OUTLINE_SHARE = 600
-"""The outline is one pixel wider for each of these in the image's short side."""
+FILL_ALPHA = 0.4
+PX_PER_OUTLINE_PX = 600
+"""The outline gets one pixel wider for every this many px of the image's short side."""
 
 
 def instance_colour(index: int) -> tuple[int, int, int]:
-    """A bright RGB colour; neighbouring indices get distant hues."""
+    """A bright RGB colour, 0..255; consecutive indices get distant hues."""
     hue = (index * GOLDEN_RATIO) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if index % 2 else 0.6, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -28,18 +28,18 @@ def instance_colour(index: int) -> tuple[int, int, int]:
 def draw_instances(
     image: UInt8, instances: Sequence[Instance], task: Task = "segmentation"
 ) -> UInt8:
-    """Fills each mask with a translucent colour and draws its outline; contours are lines.
+    """Draws each mask with a translucent fill and an opaque outline.
 
     Args:
-        image: [H, W, 3] uint8 RGB; left as it is.
-        instances: Drawn from the least to the best score, so that the best lie on top.
-        task: What the masks are: of `contour`, each pixel gets the full colour.
+        image: [H, W, 3] uint8 RGB; not modified.
+        instances: Best first; drawn in reverse order, so that better ones are on top.
+        task: `contour` masks are drawn opaque, without fill and outline.
 
     Returns:
         [H, W, 3] uint8 RGB.
     """
     canvas = image.copy()
-    thickness = 1 + min(image.shape[:2]) // OUTLINE_SHARE
+    thickness = 1 + min(image.shape[:2]) // PX_PER_OUTLINE_PX
     for index in range(len(instances) - 1, -1, -1):
         x, y, width, height = instances[index].bbox_xywh
         mask = decode_box(instances[index])
@@ -49,7 +49,8 @@ def draw_instances(
             part[mask > 0] = colour.astype(np.uint8)
             continue
         levels = np.arange(256, dtype=np.float32)[:, None, None]
-        filled = cv2.LUT(part, (levels * (1 - FILL) + colour * FILL).astype(np.uint8))
+        blended = levels * (1 - FILL_ALPHA) + colour * FILL_ALPHA
+        filled = cv2.LUT(part, blended.astype(np.uint8))
         cv2.copyTo(filled, mask, part)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         outline = np.zeros_like(mask)

@@ -1,4 +1,4 @@
-"""Instances on the wire: COCO results with RLE or polygons."""
+"""Instances as COCO results: masks as RLE, polygons or an index PNG."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SCORE_DIGITS = 6
 def decode_counts(counts: bytes) -> NDArray[np.int64]:
     """Run lengths of a compressed COCO RLE: zeros, ones, zeros, ... in column-major order.
 
-    Each run is the difference to the one before the last, in groups of five bits, least first;
-    a sixth bit says that more follow.
+    Each run is stored as the difference to the run two before it, in groups of five bits, least
+    significant first; the sixth bit of a group is the continuation flag.
     """
     groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((groups & 0x20) == 0)
@@ -36,12 +36,12 @@ def decode_counts(counts: bytes) -> NDArray[np.int64]:
 
 
 def decode_box(instance: Instance) -> UInt8:
-    """The mask's pixels inside its box: [h, w] uint8 0/1; the full mask is never built."""
+    """The mask's pixels inside its box: [h, w] uint8 0/1, without building the full mask."""
     x, y, box_w, box_h = instance.bbox_xywh
     height = instance.rle["size"][0]
     edges = np.cumsum(decode_counts(instance.rle["counts"]))
     column, row = np.divmod(edges, height)
-    # Pixels of the box before each edge, in column-major order.
+    # Number of box pixels before each edge, in column-major order.
     before = (column - x) * box_h + np.clip(row - y, 0, box_h)
     before = np.clip(before, 0, box_w * box_h)
     lengths = np.diff(np.concatenate([[0], before, [box_w * box_h]]))
@@ -49,8 +49,8 @@ def decode_box(instance: Instance) -> UInt8:
     return np.ascontiguousarray(np.repeat(values, lengths).reshape(box_w, box_h).T)
 
 
-def _without_straight(points: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Drops repeated vertices and those on a straight line between their neighbours."""
+def _drop_collinear(points: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Drops repeated vertices and those on the line between their neighbours; [n, 2]."""
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
     before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
     keep = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
@@ -58,10 +58,10 @@ def _without_straight(points: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def encode_polygons(instance: Instance) -> list[list[float]]:
-    """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per part.
+    """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per connected component.
 
-    The vertices lie on the pixels' corners, so that pycocotools makes the same mask of them;
-    but COCO polygons cannot say holes, and these are filled: RLE is exact.
+    Vertices are pixel corners, so pycocotools rasterises them to the same mask; only holes are
+    lost, because COCO polygons cannot represent them.
     """
     x, y, _, _ = instance.bbox_xywh
     # In the doubled mask a contour runs along the first and the last row and column of each
@@ -71,29 +71,29 @@ def encode_polygons(instance: Instance) -> list[list[float]]:
     polygons = []
     for contour in contours:
         corners = (contour.reshape(-1, 2).astype(np.int64) + 1) // 2
-        points = _without_straight(corners) + np.array([x, y])
+        points = _drop_collinear(corners) + np.array([x, y])
         polygons.append([float(v) for v in points.reshape(-1)])
     return polygons
 
 
 def count_holes(instance: Instance) -> int:
-    """Regions that the mask encloses and that polygons therefore fill."""
+    """Number of holes in the mask; `encode_polygons` fills them."""
     outside = np.pad(1 - decode_box(instance), 1, constant_values=1)
     labels, _ = cv2.connectedComponents(outside, connectivity=4)
-    return labels - 2  # one label is the mask, one what lies around it
+    return labels - 2  # without the labels of the mask and of its surroundings
 
 
 def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -> bytes:
-    """All masks as one grey PNG: pixel value n is the n-th instance, 0 none of them.
+    """All masks as one greyscale PNG: pixel value n is the n-th instance (from 1), 0 background.
 
-    Where masks overlap, the pixel is the earlier instance's, which is the better one.
+    Where masks overlap, the earlier instance wins.
 
     Args:
-        instances: Best first; more than 255 make it a 16-bit PNG.
+        instances: Best first; more than 255 give a 16-bit PNG.
         image_hw: Height and width of the image.
 
     Raises:
-        ValueError: There are more than a pixel can name.
+        ValueError: There are more than 65535 instances.
     """
     if len(instances) > np.iinfo(np.uint16).max:
         raise ValueError(f"{len(instances)} instances do not fit a 16-bit image")
@@ -108,7 +108,7 @@ def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -
 
 
 def encode_rle(instance: Instance) -> dict[str, Any]:
-    """COCO compressed RLE with its counts as text."""
+    """COCO compressed RLE with `counts` as text, for JSON."""
     return {"size": list(instance.rle["size"]), "counts": instance.rle["counts"].decode("ascii")}
 
 
@@ -118,13 +118,13 @@ def instance_to_coco(
     *,
     masks: Literal["rle", "polygon", "png", "none"] = "rle",
 ) -> dict[str, Any]:
-    """An instance as a COCO result without its image_id.
+    """An instance as a COCO result without `image_id`.
 
     Args:
-        instance: What was found.
-        config: The model's classes.
-        masks: How `segmentation` is written; `none` leaves it out, and so does `png`, which is
-            an image's and not an instance's (`encode_index_png`).
+        instance: The instance.
+        config: Its model, for the class names.
+        masks: Format of `segmentation`; omitted for `none`, and for `png`, which is one per image
+            (`encode_index_png`).
     """
     category = config.classes[instance.label]
     result: dict[str, Any] = {

@@ -1,11 +1,11 @@
 """Errors of the pipeline.
 
 PipelineError
-    ConfigError            config.json is not what it should be
-    DecodeError            an image is refused; `code` says why
+    ConfigError            config.json is invalid
+    DecodeError            an image is rejected; `code` gives the reason
         EmptyImage         no bytes
         UnsupportedFormat  not JPEG, PNG, WebP or BMP
-        ImageTooLarge      more bytes or pixels than allowed
+        ImageTooLarge      more pixels than allowed
         CorruptImage       damaged or truncated
 """
 
@@ -17,23 +17,23 @@ class PipelineError(ValueError):
 
 
 class ConfigError(PipelineError):
-    """A model's config.json cannot be used; the message names the field."""
+    """A model's config.json is invalid; the message names the field."""
 
 
 class DecodeError(PipelineError):
-    """An image is refused."""
+    """An image is rejected."""
 
     code = "corrupt_image"
 
 
 class EmptyImage(DecodeError):
-    """There are no bytes."""
+    """The image has no bytes."""
 
     code = "empty_image"
 
 
 class UnsupportedFormat(DecodeError):
-    """The content is not an image of an allowed format."""
+    """The bytes are not an image of a supported format."""
 
     code = "unsupported_format"
 
@@ -45,6 +45,6 @@ class ImageTooLarge(DecodeError):
 
 
 class CorruptImage(DecodeError):
-    """The image cannot be decoded to its end."""
+    """The image is damaged or truncated."""
 
     code = "corrupt_image"

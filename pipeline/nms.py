@@ -12,20 +12,20 @@ import numpy as np
 from pipeline.types import Bool, Float32, Int64
 
 BLOCK = 32
-"""Side of the blocks in which masks are compared, px at the mask stride."""
+"""Side of the blocks in which intersections are computed, px at the mask stride."""
 
 
 def pairwise_intersections(masks: Bool) -> Float32:
-    """Shared pixels of every pair.
+    """Intersection area of every pair of masks, px.
 
-    The plane is cut into blocks, and in each block only the masks that reach it are multiplied:
-    many small objects cost little, and no float copy of all masks exists.
+    The plane is divided into blocks, and in each block only the masks with pixels in it are
+    multiplied. Many small objects are therefore cheap, and there is no float copy of all masks.
 
     Args:
         masks: [N, h, w] bool.
 
     Returns:
-        [N, N] float32, whole numbers.
+        [N, N] float32, integral.
     """
     count, height, width = masks.shape
     shared = np.zeros(count * count, np.float32)
@@ -43,7 +43,7 @@ def pairwise_intersections(masks: Bool) -> Float32:
 
 
 def pairwise_iou(masks: Bool) -> Float32:
-    """Mask IoU of every pair.
+    """Mask IoU of every pair of masks.
 
     Args:
         masks: [N, h, w] bool.
@@ -69,16 +69,16 @@ def matrix_nms(
 ) -> Float32:
     """Decayed scores of Matrix NMS (SOLOv2, arXiv 2003.10152, section 3.3).
 
-    Mask j is decayed by min_i f(iou_ij) / f(iou_i*) over the better masks i of its class,
-    where iou_i* is the largest IoU of i with a mask better than i; f(x) = exp(-sigma x^2) or
-    1 - x.
+    The score of mask j is multiplied by min_i f(iou_ij) / f(iou_i*) over the higher-scored masks
+    i of its class, where iou_i* is the largest IoU of i with a mask scored above i;
+    f(x) = exp(-sigma x^2) or 1 - x.
 
     Args:
         scores: [N] descending.
         labels: [N].
         masks: [N, h, w] bool.
-        kernel: f.
-        sigma: Of the Gaussian.
+        kernel: f, the decay function.
+        sigma: Parameter of the Gaussian.
 
     Returns:
         [N] float32, in the given order.
@@ -88,7 +88,7 @@ def matrix_nms(
         return np.zeros(0, np.float32)
     better = np.triu(np.ones((count, count), bool), 1) & (labels[:, None] == labels[None, :])
     iou = np.where(better, pairwise_iou(masks), np.float32(0))
-    compensate = iou.max(axis=0)[:, None]  # of the better mask i, along j
+    compensate = iou.max(axis=0)[:, None]  # [i, 1], broadcast along j
     if kernel == "gaussian":
         decay = np.exp(-sigma * iou**2) / np.exp(-sigma * compensate**2)
     else:
@@ -97,13 +97,13 @@ def matrix_nms(
 
 
 def mask_nms(scores: Float32, labels: Int64, masks: Bool, *, iou_threshold: float = 0.5) -> Int64:
-    """Greedy NMS: a mask is dropped if a kept better mask of its class overlaps it too much.
+    """Greedy NMS: drops masks that overlap a kept, higher-scored mask of their class.
 
     Args:
         scores: [N] descending.
         labels: [N].
         masks: [N, h, w] bool.
-        iou_threshold: IoU above which the lesser mask is dropped.
+        iou_threshold: IoU above which the lower-scored mask is dropped.
 
     Returns:
         Indices of the kept masks, best first.

@@ -1,14 +1,14 @@
-"""Soft masks at the mask stride become run lengths of the original image; no full-size mask exists.
+"""Soft masks at the mask stride to RLE of the original image, without building full-size masks.
 
-The published code enlarges a mask to the canvas bilinearly, crops the padding, resizes to the
-original bilinearly and thresholds. Both steps are linear and separable: each output row and column
-is a mean of at most three neighbouring rows and columns of the mask. Run lengths are kept column
-by column, so a mask is first enlarged along its rows, inside its own box; then, down each column,
-only the places where the threshold is crossed are computed, all columns of many masks at once.
-Between two mask rows on one side of the threshold no output lies on the other side.
+The published code upsamples a mask to the canvas, crops the padding, resizes to the original size
+(both bilinearly) and thresholds. Both resizes are linear and separable: each output row and column
+is a weighted mean of at most three adjacent rows and columns of the mask. RLE is column-major, so
+a mask is first upsampled horizontally, inside its own box; then, in each column, only the outputs
+near a threshold crossing are computed, for all columns of many masks at once. Outputs between
+adjacent mask rows on the same side of the threshold are on that side too.
 
-Symbols: H W original, h w mask at the mask stride, X output columns of a mask's box, I rows of
-the mask that its box depends on, N crossings.
+Symbols: H W original, h w mask at the mask stride, X output columns of a mask's box, I mask rows
+that the box depends on, N crossings.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import cv2
 import numpy as np
 
 from pipeline.axis import Axis, build_axis
-from pipeline.runs import Outline, encode_edges
+from pipeline.runs import EncodedMask, encode_edges
 from pipeline.types import Bool, Float32, Int64, Tile
 
 CHUNK = 1 << 18
-"""Numbers of enlarged masks, or outputs, that are held at once, unless one mask alone has more."""
+"""Values of upsampled masks, or outputs, processed at once; a single mask may exceed it."""
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """A mask enlarged along its rows, inside its box.
+    """A mask upsampled horizontally, inside its box.
 
     Attributes:
         values: [X, I].
-        x: The box's first column in the window.
-        top: First of the I rows in the mask.
-        column, row: [N] where the threshold is crossed: in which of the X columns, and before
-            which row of the mask.
+        x: First column of the box in the window.
+        top: First of the I mask rows.
+        column, row: [N] crossings of the threshold: index into the X columns, and the mask row
+            after the crossing.
     """
 
     values: Float32
@@ -53,54 +53,54 @@ def paste_masks(
     stride: int,
     image_hw: tuple[int, int],
     threshold: float = 0.5,
-) -> Iterator[Outline | None]:
-    """Soft masks as run lengths of the original image.
+) -> Iterator[EncodedMask | None]:
+    """Encodes soft masks as RLE of the original image.
 
     Args:
         masks: [h, w] each, at the mask stride of the tile's canvas.
-        tile: Where the canvas came from.
+        tile: The canvas and its window in the original.
         stride: Canvas px per mask px.
         image_hw: Height and width of the original.
-        threshold: A pixel belongs to a mask above this.
+        threshold: Pixels above it belong to the mask.
 
     Yields:
-        One entry a mask, in their order; None if it has no pixel.
+        One entry per mask, in order; None if it has no pixels.
     """
-    waiting: list[_Strip | None] = []
+    pending: list[_Strip | None] = []
     size = 0
     for mask in masks:
         height, width = mask.shape
         down = build_axis(height, stride, tile.valid_hw[0], tile.window.height)
         across = build_axis(width, stride, tile.valid_hw[1], tile.window.width)
         strip = _enlarge(mask, down, across, threshold)
-        waiting.append(strip)
+        pending.append(strip)
         size += 0 if strip is None else strip.values.size
         if size >= CHUNK:
-            yield from _encode(waiting, down, tile, image_hw, threshold)
-            waiting, size = [], 0
-    if waiting:
-        yield from _encode(waiting, down, tile, image_hw, threshold)
+            yield from _encode(pending, down, tile, image_hw, threshold)
+            pending, size = [], 0
+    if pending:
+        yield from _encode(pending, down, tile, image_hw, threshold)
 
 
 def _enlarge(mask: Float32, down: Axis, across: Axis, threshold: float) -> _Strip | None:
-    """The mask along its rows; None if no output depends on what is above the threshold."""
+    """Upsamples a mask horizontally; None if no output depends on a pixel above the threshold."""
     x, y, width, height = cv2.boundingRect((mask > threshold).view(np.uint8))
     rows, columns = down.outputs_of(y, y + height), across.outputs_of(x, x + width)
     if rows.start >= rows.stop or columns.start >= columns.stop:
         return None
     top, bottom = down.inputs_of(rows)
     left, right = across.inputs_of(columns)
-    turned = np.ascontiguousarray(mask[top:bottom, left:right].T)
+    transposed = np.ascontiguousarray(mask[top:bottom, left:right].T)
     inputs = across.inputs[:, columns] - left
     weights = across.weights[:, columns, None]
-    values = turned.take(inputs[0], axis=0, mode="clip")
+    values = transposed.take(inputs[0], axis=0, mode="clip")
     values *= weights[0]
-    more = np.empty_like(values)
+    term = np.empty_like(values)
     for k in (1, 2):
-        turned.take(inputs[k], axis=0, mode="clip", out=more)
-        more *= weights[k]
-        values += more
-    first, last = max(y, top), min(y + height, bottom)  # rows that outputs skip have no say
+        transposed.take(inputs[k], axis=0, mode="clip", out=term)
+        term *= weights[k]
+        values += term
+    first, last = max(y, top), min(y + height, bottom)  # without rows that no output depends on
     above = np.zeros((len(values), last - first + 2), np.bool_)
     np.greater(values[:, first - top : last - top], threshold, out=above[:, 1:-1])
     flat = above.reshape(-1)
@@ -110,17 +110,17 @@ def _enlarge(mask: Float32, down: Axis, across: Axis, threshold: float) -> _Stri
 
 @dataclass(frozen=True)
 class _Crossings:
-    """Where the columns of many strips cross the threshold, ascending by strip, column and row.
+    """Threshold crossings of the columns of many strips, ascending by strip, column and row.
 
     Attributes:
-        origin: [N] where row 0 of the mask would be in all strips' values, of the column.
-        row: [N] the row before lies on the other side of the threshold.
-        place: [N] first pixel of the column, counted column by column through one image a strip.
-        before: [N] outputs before this one depend on the rows before alone.
-        after: [N] outputs from this one on depend on `row` and the rows after alone.
+        origin: [N] index, in the concatenated values of all strips, of mask row 0 of the column.
+        row: [N] mask row after the crossing.
+        place: [N] column-major index of the column's first pixel, with one image per strip.
+        before: [N] outputs below this index depend only on rows before `row`.
+        after: [N] outputs from this index on depend only on `row` and later rows.
         inside: [N] whether `row` is above the threshold.
-        follows: [N] whether there is no output between this crossing's and those of the one
-            before it in the column.
+        follows: [N] whether the crossing's output range is contiguous with that of the previous
+            crossing in the same column.
     """
 
     origin: Int64
@@ -131,21 +131,21 @@ class _Crossings:
     inside: Bool
     follows: Bool
 
-    def pick(self, which: Int64 | Bool | slice) -> _Crossings:
-        """Some of them."""
-        return _Crossings(*(getattr(self, field.name)[which] for field in fields(self)))
+    def select(self, index: Int64 | Bool | slice) -> _Crossings:
+        """The crossings at an index."""
+        return _Crossings(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What outputs are computed from: all strips' values [n] and the weights down the columns."""
+    """Inputs of the vertical resize: the concatenated values [n] of all strips and its weights."""
 
     values: Float32
     down: Axis
     threshold: float
 
     def are_inside(self, origin: Int64, output: Int64) -> Bool:
-        """Whether outputs of columns are above the threshold; beyond the last one it stands."""
+        """Whether outputs are above the threshold; indices past the end are clipped."""
         total = np.float32(0)
         for inputs, weights in zip(self.down.inputs, self.down.weights, strict=True):
             row = inputs.take(output, mode="clip")
@@ -162,8 +162,8 @@ def _encode(
     tile: Tile,
     image_hw: tuple[int, int],
     threshold: float,
-) -> list[Outline | None]:
-    """Run lengths of strips' masks."""
+) -> list[EncodedMask | None]:
+    """RLE of the strips' masks; None for a None."""
     kept = [strip for strip in strips if strip is not None]
     if not kept:
         return [None] * len(strips)
@@ -171,7 +171,7 @@ def _encode(
     outputs = _Outputs(values, down, threshold)
     crossings = _gather(kept, down, tile, image_hw)
     edges = _find_edges(outputs, crossings)
-    period = image_hw[0] * image_hw[1] + 1  # one more: an edge may lie behind the last pixel
+    period = image_hw[0] * image_hw[1] + 1  # + 1: an edge may follow the last pixel
     starts = period * np.arange(len(kept) + 1)
     splits = np.searchsorted(edges, starts)
     edges -= np.repeat(starts[:-1], np.diff(splits))
@@ -210,34 +210,34 @@ def _gather(
 
 def _find_edges(outputs: _Outputs, crossings: _Crossings) -> Int64:
     """Edges of all strips' masks, ascending."""
-    # Of a crossing alone the outputs change sides once: a guess that both neighbours confirm is
-    # right. The rest is computed output by output.
-    alone = ~crossings.follows
-    alone[:-1] &= ~crossings.follows[1:]
-    edge = _guess_edge(outputs, crossings)
-    found = alone & _confirm(outputs, crossings, edge)
+    # The outputs of an isolated crossing change sides exactly once, so an estimate confirmed by
+    # the outputs on both sides is exact. The others are evaluated output by output.
+    isolated = ~crossings.follows
+    isolated[:-1] &= ~crossings.follows[1:]
+    edge = _estimate_edge(outputs, crossings)
+    found = isolated & _confirm(outputs, crossings, edge)
     edges = [crossings.place[found] + edge[found]]
-    rest = crossings.pick(~found)
+    rest = crossings.select(~found)
     for part in _split(rest):
-        edges.append(_walk(outputs, rest.pick(part)))
+        edges.append(_evaluate_edges(outputs, rest.select(part)))
     return edges[0] if len(edges) == 1 else np.sort(np.concatenate(edges))
 
 
-def _guess_edge(outputs: _Outputs, crossings: _Crossings) -> Int64:
-    """First output behind each crossing, if outputs lay on straight lines between the rows."""
+def _estimate_edge(outputs: _Outputs, crossings: _Crossings) -> Int64:
+    """First output after each crossing, by linear interpolation between the two rows."""
     place = crossings.origin + crossings.row
     low = outputs.values.take(place - 1, mode="clip")
     high = outputs.values.take(place, mode="clip")
     with np.errstate(divide="ignore", invalid="ignore"):
         share = (outputs.threshold - low) / (high - low)
-    # Where a row of another column was taken there is no output to find: any guess will do.
+    # Where a row of another column was read, no output depends on both rows: any value will do.
     share = np.nan_to_num(np.clip(share, 0, 1))
     guess = np.ceil((crossings.row + share - 0.5) * outputs.down.scale - 0.5).astype(np.int64)
     return np.asarray(np.clip(guess, crossings.before, crossings.after))
 
 
 def _confirm(outputs: _Outputs, crossings: _Crossings, edge: Int64) -> Bool:
-    """Whether outputs before and at an edge lie on the sides where the rows around it lie."""
+    """Whether the outputs before and at an edge are on the sides of the rows around it."""
     earlier = outputs.are_inside(crossings.origin, edge - 1) != crossings.inside
     later = outputs.are_inside(crossings.origin, edge) == crossings.inside
     earlier |= edge == crossings.before
@@ -246,7 +246,7 @@ def _confirm(outputs: _Outputs, crossings: _Crossings, edge: Int64) -> Bool:
 
 
 def _split(crossings: _Crossings) -> Iterator[slice]:
-    """Runs of crossings with about `CHUNK` outputs, cut where a crossing follows none."""
+    """Splits crossings into runs of about `CHUNK` outputs, at crossings that follow no other."""
     heads = np.flatnonzero(~crossings.follows)
     if heads.size == 0:
         return
@@ -257,11 +257,11 @@ def _split(crossings: _Crossings) -> Iterator[slice]:
         yield slice(start, stop)
 
 
-def _walk(outputs: _Outputs, crossings: _Crossings) -> Int64:
-    """Edges around crossings, from every output that depends on rows of both sides."""
+def _evaluate_edges(outputs: _Outputs, crossings: _Crossings) -> Int64:
+    """Edges around crossings, by evaluating every output that depends on rows of both sides."""
     before, after = crossings.before.copy(), crossings.after
     before[1:] = np.where(crossings.follows[1:], np.maximum(before[1:], after[:-1]), before[1:])
-    # The output behind the last one of a group stands for the rows that follow.
+    # One more output after each group represents the rows that follow it.
     closes = np.append(~crossings.follows[1:], True)
     lengths = after - before + closes
     starts = np.cumsum(lengths) - lengths

@@ -1,7 +1,7 @@
-"""COCO run lengths of masks, from their pixels inside a box or from the edges of their runs.
+"""COCO RLE from a mask's pixels inside a box, or from the edges of its runs.
 
-An edge is a place of the image, in column-major order, whose pixel differs from the one before: in
-turn the start of a run of the mask's pixels and what comes after its end.
+An edge is a column-major pixel index where the mask's value changes: alternately the start of a
+run of mask pixels and its exclusive end.
 
 Symbols: H W image, M masks, E edges of all masks.
 """
@@ -19,20 +19,20 @@ from pipeline.types import Bool, Instance, Int64
 
 @dataclass(frozen=True)
 class BoxMask:
-    """A mask inside its box: pixels [bh, bw], top-left corner y, x in the image."""
+    """A mask cropped to its box: pixels [bh, bw], top-left corner y, x in the image."""
 
     y: int
     x: int
     pixels: Bool
 
 
-class Outline(NamedTuple):
-    """A mask of the image as run lengths.
+class EncodedMask(NamedTuple):
+    """A mask of the full image as RLE.
 
     Attributes:
         rle: COCO compressed RLE, {"size": [H, W], "counts": bytes}.
-        bbox_xywh: Box of the mask, px.
-        area: Mask pixels.
+        bbox_xywh: Bounding box, px.
+        area: Number of mask pixels.
     """
 
     rle: dict[str, Any]
@@ -40,25 +40,25 @@ class Outline(NamedTuple):
     area: int
 
 
-def encode_edges(edges: Int64, splits: Int64, image_hw: tuple[int, int]) -> list[Outline | None]:
-    """Edges to run lengths, many masks at once.
-
-    Equal, byte for byte, to pycocotools' encoding of the full-size masks.
+def encode_edges(
+    edges: Int64, splits: Int64, image_hw: tuple[int, int]
+) -> list[EncodedMask | None]:
+    """Encodes many masks at once, byte for byte as pycocotools encodes the full-size masks.
 
     Args:
-        edges: [E] ascending within each mask; each run lies within one column, so that one run
-            may end where the next one starts.
-        splits: [M + 1] where the masks' edges begin and end.
+        edges: [E] ascending within each mask; no run spans two columns, so a run may end where
+            the next one starts.
+        splits: [M + 1] bounds of each mask's edges in `edges`.
         image_hw: Height and width of the image.
 
     Returns:
-        One entry a mask; None if it has no edges.
+        One entry per mask; None if it has no edges.
     """
     height, width = image_hw
-    outlines: list[Outline | None] = [None] * (len(splits) - 1)
+    encoded: list[EncodedMask | None] = [None] * (len(splits) - 1)
     filled = np.flatnonzero(splits[1:] > splits[:-1])
     if filled.size == 0:
-        return outlines
+        return encoded
     splits = np.append(splits[filled], splits[-1])
     boxes, areas = _measure(edges, splits, height)
     counts, bounds = _count(*_join_runs(edges, splits), height * width)
@@ -67,12 +67,14 @@ def encode_edges(edges: Int64, splits: Int64, image_hw: tuple[int, int]) -> list
         [{"size": size, "counts": counts[a:b]} for a, b in bounds.tolist()], height, width
     )
     for place, rle, box, area in zip(filled, rles, boxes.tolist(), areas.tolist(), strict=True):
-        outlines[place] = Outline({"size": list(size), "counts": rle["counts"]}, tuple(box), area)
-    return outlines
+        encoded[place] = EncodedMask(
+            {"size": list(size), "counts": rle["counts"]}, tuple(box), area
+        )
+    return encoded
 
 
 def _measure(edges: Int64, splits: Int64, height: int) -> tuple[Int64, Int64]:
-    """Boxes [M, 4] as x, y, width, height and areas [M] of masks that are not empty."""
+    """Boxes [M, 4] as x, y, width, height and areas [M] of non-empty masks."""
     starts, last = edges[0::2], edges[1::2] - 1
     first_run = splits[:-1] // 2
     top = np.minimum.reduceat(starts % height, first_run)
@@ -83,9 +85,9 @@ def _measure(edges: Int64, splits: Int64, height: int) -> tuple[Int64, Int64]:
 
 
 def _join_runs(edges: Int64, splits: Int64) -> tuple[Int64, Int64]:
-    """Runs of one mask that touch across a column's border are one run."""
+    """Joins runs of a mask that are contiguous across the end of a column."""
     touching = edges[1:] == edges[:-1]
-    touching[splits[1:-1] - 1] = False  # the next mask may begin where this one ends
+    touching[splits[1:-1] - 1] = False  # the next mask may start where this one ends
     if not touching.any():
         return edges, splits
     kept = np.ones(len(edges), np.bool_)
@@ -95,7 +97,7 @@ def _join_runs(edges: Int64, splits: Int64) -> tuple[Int64, Int64]:
 
 
 def _count(edges: Int64, splits: Int64, pixels: int) -> tuple[Int64, Int64]:
-    """Run lengths of all masks, in turn unset and set, and where each mask's are: [M, 2]."""
+    """Run lengths of all masks, alternately of zeros and ones, and each mask's bounds [M, 2]."""
     closed = np.insert(edges, splits[1:], pixels)
     starts = splits[:-1] + np.arange(len(splits) - 1)
     stops = splits[1:] + np.arange(1, len(splits))
@@ -104,34 +106,34 @@ def _count(edges: Int64, splits: Int64, pixels: int) -> tuple[Int64, Int64]:
     return counts, np.stack([starts, stops - (counts[stops - 1] == 0)], axis=1)
 
 
-def _outline_box(mask: BoxMask, image_hw: tuple[int, int]) -> Outline:
+def _encode_box(mask: BoxMask, image_hw: tuple[int, int]) -> EncodedMask:
     height, _ = image_hw
     box_h, box_w = mask.pixels.shape
-    # Column-major with one empty pixel below each column and one before all: then a change of
-    # value is in turn a start and a stop.
+    # Column-major, with one zero after each column and one at the front, so that changes of value
+    # are alternately starts and ends of runs.
     padded = np.zeros(box_w * (box_h + 1) + 1, np.bool_)
     padded[1:].reshape(box_w, box_h + 1)[:, :box_h] = mask.pixels.T
     column, row = np.divmod(np.flatnonzero(padded[1:] != padded[:-1]), box_h + 1)
     edges = (mask.x + column) * height + mask.y + row
-    (outline,) = encode_edges(edges, np.array([0, len(edges)]), image_hw)
-    if outline is None:
+    (encoded,) = encode_edges(edges, np.array([0, len(edges)]), image_hw)
+    if encoded is None:
         raise ValueError(f"the mask of {box_h}x{box_w} px at y {mask.y}, x {mask.x} is empty")
-    return outline
+    return encoded
 
 
 def encode_box_mask(mask: BoxMask, image_hw: tuple[int, int]) -> dict[str, Any]:
-    """COCO compressed RLE of a mask inside an image of [H, W], without building the image.
+    """COCO compressed RLE in an image of [H, W], without building the full-size mask.
 
     Raises:
-        ValueError: The mask has no pixel.
+        ValueError: The mask has no pixels.
     """
-    return _outline_box(mask, image_hw).rle
+    return _encode_box(mask, image_hw).rle
 
 
 def build_instance(mask: BoxMask, image_hw: tuple[int, int], label: int, score: float) -> Instance:
-    """An instance from its pixels; its box is theirs, tight or not.
+    """An instance with the tight bounding box of the mask's pixels.
 
     Raises:
-        ValueError: The mask has no pixel.
+        ValueError: The mask has no pixels.
     """
-    return Instance(label, score, *_outline_box(mask, image_hw))
+    return Instance(label, score, *_encode_box(mask, image_hw))

@@ -1,4 +1,4 @@
-"""How many cores this process really has: for the engine's threads and the pools."""
+"""Number of CPU cores available to this process; the default size of thread pools."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def count_cores() -> int:
-    """Physical cores that this process may run on, within its cgroup's quota; at least 1.
+    """Physical cores in the CPU affinity mask, limited by the cgroup's CPU quota; at least 1.
 
-    Two hardware threads of one core count once: a matrix product gains nothing from the second.
+    Hyper-threads of one core count once: matrix products do not gain from the second.
     """
     allowed = _allowed_cpus()
     siblings = {_siblings(cpu) for cpu in allowed}
@@ -39,7 +39,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Cores that the cgroup grants (v2, or v1 as containers mount it), None if unbounded."""
+    """CPU quota of the cgroup in cores (v2, or v1 as mounted in containers); None if unlimited."""
     try:
         quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

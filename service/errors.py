@@ -1,31 +1,30 @@
-"""The service's errors and their one table to HTTP status.
+"""The service's errors, and the table that maps their codes to HTTP status.
 
-    ServiceError                  `code` names it in responses, the text says what was wrong
-    ├── InvalidRequest            the request cannot be understood
+    ServiceError                  `code` is sent in responses, the message names the fault
+    ├── InvalidRequest            the request cannot be parsed
     │   ├── EmptyBody
-    │   ├── InvalidMultipart      broken, or without a file part named `images`
-    │   ├── InvalidParameter      a query parameter
-    │   ├── TooManyImages         more than the server can ever hold
+    │   ├── InvalidMultipart      malformed, or without a file part named `images`
+    │   ├── InvalidParameter      an invalid parameter or field
+    │   ├── TooManyImages         more images than the server can ever admit
     │   └── TooManyCanvases       an image that needs more canvases than allowed
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
-    ├── BodyTimeout               the body has stopped coming
-    ├── Unauthorized              no API key, or one that is not known
-    ├── Forbidden                 the key may not do this
-    ├── QuotaExceeded             the key's share is used up; has `reason` and `retry_after_s`
+    ├── BodyTimeout               the client stopped sending the body
+    ├── Unauthorized              no API key, or an unknown one
+    ├── Forbidden                 the API key lacks the permission
+    ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
     ├── UnknownModel
     ├── UnknownVersion
-    ├── ModelUnavailable          it is in model_repo, but was refused
-    ├── Overloaded                admission is full; has `reason` and `retry_after_s`
-    ├── Draining                  the server is going down
-    ├── EngineRestarting          the engine has died and another is being built
-    ├── DeadlineExceeded          the time that the client gave is over
-    ├── EngineError               the engine failed on this very image
+    ├── ModelUnavailable          in model_repo, but not loaded
+    ├── Overloaded                a limit of the server is reached; has `reason`
+    ├── Draining                  the server is shutting down
+    ├── EngineRestarting          the engine has failed and is being rebuilt
+    ├── DeadlineExceeded          the request's deadline has passed
+    ├── EngineError               the engine failed on this image
     └── StartupError              the server cannot start; never sent
-        ├── DeviceError           the device asked for is not there
-        └── ModelRefused          has `file`: which file of model_repo, and why
+        ├── DeviceError           the requested device is not available
+        └── ModelRefused          a model cannot be loaded; has `file` and `reason`
 
-Errors of an image (`pipeline.errors.DecodeError`) carry a code of their own and are in the
-same table.
+Errors of single images (`pipeline.errors.DecodeError`) have codes of their own in the same table.
 """
 
 from __future__ import annotations
@@ -45,31 +44,31 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """The request cannot be understood."""
+    """The request cannot be parsed."""
 
     code = "invalid_request"
 
 
 class EmptyBody(InvalidRequest):
-    """The body has no bytes."""
+    """The request has no body."""
 
     code = "empty_body"
 
 
 class InvalidMultipart(InvalidRequest):
-    """The multipart body is broken or has no image."""
+    """The multipart body is malformed or has no image."""
 
     code = "invalid_multipart"
 
 
 class InvalidParameter(InvalidRequest):
-    """A query parameter has a value it cannot have."""
+    """A parameter or field has an invalid value."""
 
     code = "invalid_parameter"
 
 
 class TooManyImages(InvalidRequest):
-    """One request holds more than the server may ever have in work."""
+    """One request has more images than the server's limit of images in flight."""
 
     code = "too_many_images"
 
@@ -81,35 +80,35 @@ class TooManyCanvases(InvalidRequest):
 
 
 class BodyTooLarge(ServiceError):
-    """The body has more bytes than allowed."""
+    """The body exceeds the size limit."""
 
     code = "body_too_large"
 
 
 class BodyTimeout(ServiceError):
-    """No more of the body has come for too long."""
+    """No data of the body arrived within the timeout."""
 
     code = "body_timeout"
 
 
 class Unauthorized(ServiceError):
-    """The request has no API key, or one that is not known."""
+    """The request has no API key, or an unknown one."""
 
     code = "unauthorized"
 
 
 class Forbidden(ServiceError):
-    """The request's API key may not do this."""
+    """The request's API key lacks the permission."""
 
     code = "forbidden"
 
 
 class QuotaExceeded(ServiceError):
-    """The share of an API key is used up.
+    """A limit of the API key is reached.
 
     Attributes:
-        reason: Which bound: "key_canvases" or "key_rate".
-        retry_after_s: When it may be worth another try.
+        reason: The limit: "key_canvases" or "key_rate".
+        retry_after_s: Value of the Retry-After header, seconds.
     """
 
     code = "quota_exceeded"
@@ -121,28 +120,28 @@ class QuotaExceeded(ServiceError):
 
 
 class UnknownModel(ServiceError):
-    """There is no such model."""
+    """No model has this name."""
 
     code = "unknown_model"
 
 
 class UnknownVersion(ServiceError):
-    """The model has no such version, or it is not served."""
+    """The model has no such version, or the version is not served."""
 
     code = "unknown_version"
 
 
 class ModelUnavailable(ServiceError):
-    """The model is in model_repo but was refused."""
+    """The model is in model_repo but not loaded."""
 
     code = "model_unavailable"
 
 
 class Overloaded(ServiceError):
-    """Admission is full.
+    """A limit of the server is reached.
 
     Attributes:
-        reason: Which bound: "queue_canvases", "client_share" or "connections".
+        reason: The limit: "queue_canvases", "client_share" or "connections".
     """
 
     code = "overloaded"
@@ -152,30 +151,30 @@ class Overloaded(ServiceError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[Overloaded], tuple[str, str]]:
-        """How it travels from a worker of a cluster to its front."""
+        """Makes the error picklable, with its `reason`, between processes of a cluster."""
         return type(self), (str(self), self.reason)
 
 
 class Draining(ServiceError):
-    """The server is going down and takes nothing new."""
+    """The server is shutting down and accepts no new work."""
 
     code = "draining"
 
 
 class EngineRestarting(ServiceError):
-    """The model's engine has died and another is being built."""
+    """The model's engine has failed and is being rebuilt."""
 
     code = "engine_restarting"
 
 
 class DeadlineExceeded(ServiceError):
-    """The request was not done within the time that its client gave it."""
+    """The request was not finished before its deadline."""
 
     code = "deadline_exceeded"
 
 
 class EngineError(ServiceError):
-    """The engine failed on this image, also when it was alone."""
+    """The engine failed on this image, also in a batch of its own."""
 
     code = "engine_error"
 
@@ -185,14 +184,15 @@ class StartupError(ServiceError):
 
 
 class DeviceError(StartupError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 class ModelRefused(StartupError):
-    """A model cannot be served.
+    """A model cannot be loaded.
 
     Attributes:
         file: The file or folder at fault.
+        reason: What is wrong with it.
     """
 
     def __init__(self, file: Path, reason: str) -> None:
@@ -229,13 +229,13 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "engine_restarting": 503,
     "deadline_exceeded": 504,
 }
-"""Every code that a response can carry."""
+"""Every error code that a response can contain."""
 
 
 def describe_error(error: Exception) -> tuple[int, dict[str, str]]:
-    """HTTP status and the `{code, message}` object of an error.
+    """HTTP status and `{code, message}` of an error.
 
-    An error that is not ours becomes `internal_error` and tells nothing of itself.
+    Unexpected exceptions become `internal_error`, without details.
     """
     if isinstance(error, (ServiceError, DecodeError)) and not isinstance(error, StartupError):
         return STATUS_BY_CODE[error.code], {"code": error.code, "message": str(error)}
@@ -247,8 +247,8 @@ def build_error_body(detail: Mapping[str, str], path: str) -> bytes:
 
     Args:
         detail: Its `code` and `message`.
-        path: Whose answer it is. Under /v2 the Open Inference Protocol wants `error` to be a text;
-            `code` stands beside it.
+        path: Path of the request. Under /v2, `error` is the message and `code` a field beside it,
+            as the Open Inference Protocol requires a string.
     """
     if path == "/v2" or path.startswith("/v2/"):
         return orjson.dumps({"error": detail["message"], "code": detail["code"]})

@@ -1,4 +1,4 @@
-"""Settings from the command line: one flag for each, before its SOLO_* variable."""
+"""Command-line flags of the settings; a flag takes precedence over its SOLO_* variable."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ SERVES = "Serves the models of a repository over HTTP."
 def build_parser(
     kind: type[Settings] = Settings, prog: str = "solo-serve", description: str = SERVES
 ) -> argparse.ArgumentParser:
-    """One flag for each setting.
+    """Builds a parser with one flag per setting.
 
     Args:
-        kind: The settings.
-        prog: The command's name.
-        description: What it does, for its help.
+        kind: Settings class.
+        prog: Command name in the help.
+        description: Description in the help.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog="A flag goes before its SOLO_* variable, and that before the default.",
+        epilog="A flag takes precedence over its SOLO_* variable, and that over the default.",
     )
     for name, setting in kind.model_fields.items():
-        unnamed = setting.default_factory is not None or setting.default is None
-        shown = "" if unnamed else f", default {setting.default}"
+        computed = setting.default_factory is not None or setting.default is None
+        default = "" if computed else f", default {setting.default}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
             metavar=name.rpartition("_")[2].upper(),
-            help=f"{setting.description} ({PREFIX}{name.upper()}{shown})".replace("%", "%%"),
+            help=f"{setting.description} ({PREFIX}{name.upper()}{default})".replace("%", "%%"),
         )
     return parser
 
 
 def read_settings(kind: type[S], parser: argparse.ArgumentParser, arguments: Sequence[str]) -> S:
-    """Settings from flags, variables and defaults.
+    """Reads the settings from flags, environment variables and defaults.
 
     Args:
-        kind: The settings.
-        parser: Of `build_parser`.
-        arguments: The command line, without the command.
+        kind: Settings class.
+        parser: From `build_parser`.
+        arguments: Command-line arguments, without the command.
 
     Raises:
-        StartupError: Names each wrong setting and its value.
+        StartupError: Names the flag or variable of each invalid setting, and its value.
     """
     flags = vars(parser.parse_args(arguments))
     try:
@@ -74,12 +74,12 @@ def read_settings(kind: type[S], parser: argparse.ArgumentParser, arguments: Seq
 def find_unknown_variables(
     environment: Mapping[str, str], kind: type[Settings] = Settings
 ) -> list[str]:
-    """A warning for each SOLO_* variable that is no setting: most are typing errors."""
+    """One warning per SOLO_* variable that is no setting, with the closest setting's name."""
     known = [PREFIX + name.upper() for name in kind.model_fields]
     warnings = []
     for name in sorted(environment):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             close = difflib.get_close_matches(name.upper(), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            warnings.append(f"{name} is no setting and is ignored{hint}")
+            warnings.append(f"{name} is not a setting and is ignored{hint}")
     return warnings

@@ -1,8 +1,8 @@
-"""Connections: how many at once, and how long one may stay without a request.
+"""Limits the number of connections, and closes those that send no request.
 
-Beyond the limit a connection costs almost nothing: it is answered 503 as soon as its first bytes
-are here, without an HTTP parser, a task or the application. Only who asks for the server's health
-or metrics is served all the same, for an overloaded server must not look like a dead one.
+A connection above the limit is cheap: its first bytes are answered with 503, without an HTTP
+parser, a task or the application. Health and metrics routes are exempt, so that an overloaded
+server does not look like a dead one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from service.observe.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 REASON = "connections"
-_ALWAYS_SERVED = (b"GET /healthz ", b"GET /v2/health/", b"GET /metrics ")
+_EXEMPT = (b"GET /healthz ", b"GET /v2/health/", b"GET /metrics ")
 _LINGER_S = 2.0
-"""How long a connection that was turned away may still send, so that its client sees the answer."""
-_SPARE_FILES = 200
-"""Files that the process needs besides its connections."""
+"""Lifetime of a rejected connection: closing earlier could reset it before the response is read."""
+_RESERVED_FILES = 200
+"""File descriptors needed besides connections."""
 
 
 class ConnectionLimit:
-    """What uvicorn makes a protocol with: its own up to the limit, beyond it one that refuses.
+    """Protocol factory for uvicorn: its own protocol up to the limit, above it `Rejection`.
 
     Args:
-        max_connections: Connections served at once. As many more may be waiting to be turned
-            away; what comes on top of these is closed without an answer.
-        retry_after_s: What a refusal says, seconds.
-        metrics: Where rejections are counted.
-        serve: Makes the protocol that serves; default: uvicorn's.
+        max_connections: Most connections served at once. The same number may be in rejection at
+            once; further ones are closed without a response.
+        retry_after_s: Retry-After of a rejection, seconds.
+        metrics: Counts rejections.
+        serve: Factory of the serving protocol; default: uvicorn's.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ConnectionLimit:
         serve: Callable[..., asyncio.Protocol] = AutoHTTPProtocol,
     ) -> None:
         self.max_connections = max_connections
-        self.refusals: set[Refusal] = set()
+        self.rejected: set[Rejection] = set()
         self._serve = serve
         self._rejections = metrics.rejections.labels(REASON)
         self._retry_after_s = retry_after_s
@@ -63,7 +63,7 @@ class ConnectionLimit:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> asyncio.Protocol:
-        """The protocol of a new connection; called by uvicorn."""
+        """Returns the protocol of a new connection; called by uvicorn."""
         self._connections = server_state.connections
 
         def build() -> asyncio.Protocol:
@@ -71,12 +71,12 @@ class ConnectionLimit:
 
         if len(self._connections) < self.max_connections:
             return build()
-        return Refusal(self, build)
+        return Rejection(self, build)
 
-    def refuse(self, path: str) -> bytes:
-        """Counts a rejection; the whole response to a request for that path."""
+    def reject(self, path: str) -> bytes:
+        """Counts a rejection and returns the complete response to a request for that path."""
         self._rejections.inc()
-        text = f"{self.max_connections} connections are open, the server takes no more"
+        text = f"the limit of {self.max_connections} connections is reached"
         status, detail = describe_error(Overloaded(text, REASON))
         body = build_error_body(detail, path)
         head = (
@@ -90,10 +90,10 @@ class ConnectionLimit:
         return head.encode() + body
 
     def close_silent(self) -> None:
-        """Closes the connections that have had no request since the last call.
+        """Closes the connections without a request since the last call.
 
-        Keep-alive connections are closed sooner, by uvicorn; these have sent nothing or only a
-        part of a request's head, and would hold their place for ever.
+        uvicorn has a timeout for idle keep-alive connections, but none for connections that have
+        sent nothing or only part of a request's head.
         """
         silent = {
             connection: connection.cycle
@@ -106,12 +106,12 @@ class ConnectionLimit:
         self._silent = silent
 
 
-class Refusal(asyncio.Protocol):
-    """Answers the first bytes 503 and drops what follows, or hands health routes over.
+class Rejection(asyncio.Protocol):
+    """Answers the first bytes with 503 and drops the rest; passes exempt routes to `serve`.
 
     Args:
-        limit: Has made it; knows the answer, and the others of its kind.
-        serve: Makes the protocol that serves.
+        limit: Creates the response and tracks the rejected connections.
+        serve: Factory of the serving protocol.
     """
 
     def __init__(self, limit: ConnectionLimit, serve: Callable[[], asyncio.Protocol]) -> None:
@@ -122,21 +122,22 @@ class Refusal(asyncio.Protocol):
         self._answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Waits for the request, but not for long."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
-        if len(self._limit.refusals) >= self._limit.max_connections:
-            self._limit.refuse("")
+        """Starts the timeout; aborts if too many connections are in rejection."""
+        # The cast is needed because uvloop's transport is no subclass of asyncio.Transport.
+        self._transport = cast(asyncio.Transport, transport)
+        if len(self._limit.rejected) >= self._limit.max_connections:
+            self._limit.reject("")
             self._transport.abort()
             return
-        self._limit.refusals.add(self)
+        self._limit.rejected.add(self)
         self._timer = asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Decides by the first bytes; the rest is dropped."""
+        """Rejects or serves, depending on the first bytes; later data are dropped."""
         if self._answered:
             return
-        if data.startswith(_ALWAYS_SERVED):
-            self._leave()
+        if data.startswith(_EXEMPT):
+            self._release()
             protocol = self._serve()
             self._transport.set_protocol(protocol)
             protocol.connection_made(self._transport)
@@ -144,26 +145,26 @@ class Refusal(asyncio.Protocol):
         else:
             self._answered = True
             path = data.split(b" ", 2)[1:2]
-            answer = self._limit.refuse(path[0].decode("latin-1") if path else "")
-            self._transport.write(answer)
+            response = self._limit.reject(path[0].decode("latin-1") if path else "")
+            self._transport.write(response)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the connection."""
-        self._leave()
+        """Releases the connection and cancels its timeout."""
+        self._release()
 
-    def _leave(self) -> None:
-        self._limit.refusals.discard(self)
+    def _release(self) -> None:
+        self._limit.rejected.discard(self)
         if self._timer is not None:
             self._timer.cancel()
 
 
-def allow_files(max_connections: int) -> None:
-    """Raises the process's limit of open files to what that many connections need, if it may."""
+def raise_file_limit(max_connections: int) -> None:
+    """Raises RLIMIT_NOFILE to what `max_connections` need; warns if the hard limit is lower."""
     if sys.platform == "win32":
         return
-    import resource  # not everywhere
+    import resource  # Unix only
 
-    needed = 2 * max_connections + _SPARE_FILES  # served, and waiting to be turned away
+    needed = 2 * max_connections + _RESERVED_FILES  # served and rejected
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
@@ -171,7 +172,7 @@ def allow_files(max_connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         logger.warning(
-            "%d connections may need %d open files, the system allows %d",
+            "%d connections may need %d open files, but the hard limit is %d",
             max_connections,
             needed,
             allowed,

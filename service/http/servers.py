@@ -1,4 +1,4 @@
-"""The servers of one process: the main one, and beside it one for the admin endpoints."""
+"""The HTTP servers of one process: the main server and the optional admin server."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ import uvicorn
 
 from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
-from service.http.connections import ConnectionLimit, allow_files
+from service.http.connections import ConnectionLimit, raise_file_limit
 from service.models.repository import Repository
 from service.protocol import Segmenter
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_ADMIN_END_S = 1
-"""How long an admin request may take that is still in work when accepted images are finished."""
+_ADMIN_SHUTDOWN_S = 1
+"""Timeout of admin requests still in flight when the drain has finished."""
 
-_TICKS_OF_SILENCE = 300
-"""After this many tenths of a second a connection that has sent no request may be closed."""
+_CLOSE_SILENT_TICKS = 300
+"""Interval of `ConnectionLimit.close_silent`, in ticks of 0.1 s."""
 
 
-class Intake(Protocol):
-    """Where connections come from if not from a socket that listens."""
+class ConnectionSource(Protocol):
+    """Provides connections to the servers instead of listening sockets."""
 
     async def start(self, main: DrainingServer, admin: AdminServer | None) -> None:
-        """Gives the servers the connections that come; needs a running event loop."""
+        """Starts passing connections to the servers; called in the event loop."""
 
     def report(self) -> None:
-        """Called ten times a second."""
+        """Called every 0.1 s."""
 
     def stop(self) -> None:
-        """Takes no more."""
+        """Stops accepting connections."""
 
 
 class AdminServer(uvicorn.Server):
-    """Serves in the event loop of another server, which alone hears signals and ends this one.
+    """Serves the admin endpoints in the event loop of the main server, which controls it.
 
     Args:
-        config: Without a lifespan: the application's is the other server's.
-        listeners: Its sockets.
+        config: With `lifespan="off"`: the main server runs the application's lifespan.
+        listeners: Bound sockets.
     """
 
     def __init__(self, config: uvicorn.Config, listeners: list[socket.socket]) -> None:
@@ -57,32 +57,33 @@ class AdminServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """See uvicorn; the other server has them."""
+        """Leaves signals to the main server."""
         yield
 
     def begin(self) -> None:
-        """Starts serving."""
+        """Starts serving in a task of the running event loop."""
         serving = self.serve(sockets=self._listeners)
         self._task = asyncio.get_running_loop().create_task(serving, name="admin")
 
     async def end(self) -> None:
-        """Answers what is in work and closes the socket."""
+        """Finishes requests in flight and closes the sockets."""
         self.should_exit = True
         if self._task is not None:
             await self._task
 
 
 class DrainingServer(uvicorn.Server):
-    """On the first SIGTERM or SIGINT accepted work is finished before the sockets close.
+    """Drains on the first SIGTERM or SIGINT: accepted work is finished before the sockets close.
 
-    Until then new work is answered 503 and the health routes go on to answer; a second signal
-    does not wait.
+    While draining, new work is answered 503 and the health routes still answer. A second signal
+    shuts down immediately.
 
     Args:
-        config: The server's.
-        limit: What its connections are made with.
-        admin: Serves as long as this one does.
-        intake: Gives both their connections, and hears the signals; None: the system does.
+        config: Configuration of the main server.
+        limit: The protocol factory in `config`.
+        admin: Started and stopped with this server.
+        source: Provides the connections of both servers and handles signals; None: the sockets of
+            `config`, and signal handlers of this process.
     """
 
     def __init__(
@@ -90,51 +91,51 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn.Config,
         limit: ConnectionLimit,
         admin: AdminServer | None = None,
-        intake: Intake | None = None,
+        source: ConnectionSource | None = None,
     ) -> None:
         super().__init__(config)
         self._limit = limit
         self._admin = admin
-        self._intake = intake
+        self._source = source
         self._drain_task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
+        """Starts this server, then the admin server, then the connection source."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets if self._intake is None else [])
+        await super().startup(sockets if self._source is None else [])
         if self._admin is not None:
-            self._admin.begin()  # what it serves is there now
-        if self._intake is not None:
-            await self._intake.start(self, self._admin)
+            self._admin.begin()  # after the application's startup, which it depends on
+        if self._source is not None:
+            await self._source.start(self, self._admin)
 
     async def on_tick(self, counter: int) -> bool:
-        """See uvicorn, which calls this ten times a second."""
-        if counter % _TICKS_OF_SILENCE == 0:
+        """Closes silent connections; called by uvicorn every 0.1 s."""
+        if counter % _CLOSE_SILENT_TICKS == 0:
             self._limit.close_silent()
-        if self._intake is not None:
-            self._intake.report()
+        if self._source is not None:
+            self._source.report()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
-        if self._intake is not None:
-            self._intake.stop()
+        """Stops the connection source, then the admin server, then this server."""
+        if self._source is not None:
+            self._source.stop()
         if self._admin is not None:
             await self._admin.end()
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """See uvicorn."""
-        if self._intake is not None:
+        """Installs uvicorn's signal handlers, unless the connection source handles signals."""
+        if self._source is not None:
             yield
             return
         with super().capture_signals():
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Starts draining; called by a signal, so it only schedules."""
+        """Schedules the drain; called in a signal handler."""
         if self._loop is None or self._drain_task is not None:
             super().handle_exit(sig, frame)
         else:
@@ -148,7 +149,7 @@ class DrainingServer(uvicorn.Server):
         app = self.config.app
         segmenter = getattr(getattr(app, "state", None), "segmenter", None)
         if segmenter is not None:
-            logger.info("draining: %d images are in flight", segmenter.admission.images)
+            logger.info("draining: %d images in flight", segmenter.admission.images)
             if not await segmenter.finish_accepted():
                 await segmenter.give_up()
         self.should_exit = True
@@ -158,25 +159,25 @@ def build_server(
     settings: Settings,
     repository: Repository,
     segmenter: Segmenter | None = None,
-    intake: Intake | None = None,
+    source: ConnectionSource | None = None,
 ) -> DrainingServer:
-    """The process's server, with another one for the admin endpoints if they have a port.
+    """Builds the main server, and the admin server if `admin_port` is set.
 
     Args:
-        settings: Everything that can be set.
+        settings: The server's settings.
         repository: Loaded models.
-        segmenter: Does the work; default: one for the repository.
-        intake: Where connections come from; default: the ports of the settings.
+        segmenter: Default: one for the repository.
+        source: Provides the connections; default: the ports of the settings.
 
     Raises:
-        StartupError: A port cannot be had, or the application cannot be built.
+        StartupError: A port cannot be bound, or the application cannot be built.
     """
     app = create_app(settings, repository, segmenter=segmenter)
     limit = ConnectionLimit(settings.max_connections, settings.retry_after_s, app.state.metrics)
-    allow_files(settings.max_connections)
+    raise_file_limit(settings.max_connections)
     config = uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], limit),  # it is only ever called
+        http=cast(type[asyncio.Protocol], limit),  # uvicorn only calls it
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -186,37 +187,37 @@ def build_server(
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
     if settings.admin_port is None:
-        return DrainingServer(config, limit, intake=intake)
+        return DrainingServer(config, limit, source=source)
     admin_config = uvicorn.Config(
         create_admin_app(app),
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=_ADMIN_END_S,
+        timeout_graceful_shutdown=_ADMIN_SHUTDOWN_S,
     )
     listeners = []
-    if intake is None:
+    if source is None:
         listeners.append(bind(settings.admin_host, settings.admin_port, "admin endpoints"))
         log_address(listeners[0], "admin endpoints")
-    return DrainingServer(config, limit, AdminServer(admin_config, listeners), intake)
+    return DrainingServer(config, limit, AdminServer(admin_config, listeners), source)
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
-    """A TCP socket that does not listen yet.
+    """Binds a TCP socket, without listening yet.
 
     Args:
         host: Address.
-        port: 0 takes a free one.
-        what: Is served there, for the error.
+        port: 0 for a free port.
+        what: Named in the error, e.g. "admin endpoints".
 
     Raises:
-        StartupError: The port cannot be had.
+        StartupError: The address or port is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if sys.platform != "win32":  # there it would let two servers have one port
+        if sys.platform != "win32":  # on Windows it would allow two servers on one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
@@ -226,7 +227,7 @@ def bind(host: str, port: int, what: str) -> socket.socket:
 
 
 def log_address(listener: socket.socket, what: str) -> None:
-    """Says where something is served."""
+    """Logs the URL at which something is served."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logger.info("%s on http://%s:%d", what, shown, port)

@@ -1,4 +1,4 @@
-"""The files of a model's version: each is verified when it is used, the others are left alone."""
+"""The files of a model version, each verified against its SHA-256 when it is read."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from service.errors import ModelRefused
 
 ONNX_FILE = "model.onnx"
 _CHUNK_BYTES = 1 << 20
-# Whatever else a version has is data that its graphs keep in files of their own.
+# Files with other suffixes are external data of the graphs.
 _ARTEFACT_SUFFIXES = (".onnx", ".pt2", ".json")
 
 
 @dataclass(frozen=True)
 class Artefacts:
-    """A version's folder and what config.json says of its files.
+    """A version's folder and the files listed in config.json.
 
     Attributes:
         folder: The version's folder.
         files: Size and SHA-256 by file name.
 
     Raises:
-        ModelRefused: There is no model.onnx among the files, or a name is a path.
+        ModelRefused: model.onnx is not listed, or a file name is a path.
     """
 
     folder: Path
@@ -35,7 +35,7 @@ class Artefacts:
         for name in self.files:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ModelRefused(
-                    self.folder / name, "a file's name in config.json must not be a path"
+                    self.folder / name, "a file name in config.json must not be a path"
                 )
         if ONNX_FILE not in self.files:
             raise ModelRefused(
@@ -46,11 +46,11 @@ class Artefacts:
         return name in self.files
 
     def read_graph(self, name: str) -> bytes | Path:
-        """A verified graph.
+        """Verifies a graph and returns it.
 
         Returns:
-            Its bytes, the very ones that were hashed; or its path if it has data files beside it,
-            which the engine must read by itself.
+            The verified bytes; or the path if the version has external data files, which the
+            engine has to read itself.
 
         Raises:
             ModelRefused: A file is missing or differs from config.json.
@@ -71,13 +71,13 @@ class Artefacts:
         return data
 
     def _verify(self, name: str) -> None:
-        """Compares a file in pieces: it may be large, and nobody needs its bytes here."""
+        """Verifies a file in chunks, without holding it in memory."""
         path, digest, size = self.folder / name, hashlib.sha256(), 0
         try:
             with path.open("rb") as file:
-                while piece := file.read(_CHUNK_BYTES):
-                    digest.update(piece)
-                    size += len(piece)
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
         except OSError as error:
             raise ModelRefused(path, error.strerror or str(error)) from error
         self._compare(name, size, digest.hexdigest())
@@ -86,7 +86,7 @@ class Artefacts:
         path, spec = self.folder / name, self.files[name]
         if size != spec.bytes:
             raise ModelRefused(
-                path, f"it has {size} bytes, config.json says {spec.bytes}: cut short or changed"
+                path, f"has {size} bytes, config.json says {spec.bytes}: truncated or modified"
             )
         if digest != spec.sha256:
             raise ModelRefused(path, f"its SHA-256 is {digest}, config.json says {spec.sha256}")

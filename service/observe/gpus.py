@@ -1,7 +1,7 @@
-"""What NVML says of the machine's GPUs, for the metrics: memory, utilisation, power, temperature.
+"""GPU metrics from NVML: memory, utilisation, power, temperature.
 
-The package nvidia-ml-py is imported only where it is asked for, and nothing is read before
-somebody asks for the metrics. Not run on hardware.
+nvidia-ml-py is optional, and the GPUs are queried only when the metrics are scraped. Not run on
+hardware.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Sensor:
-    """A number of a GPU: `read(nvml, handle)` gives it in the name's unit."""
+    """A metric of a GPU: `read(nvml, handle)` returns it in the unit of the name."""
 
     name: str
     text: str
@@ -30,12 +30,12 @@ class _Sensor:
 _SENSORS = (
     _Sensor(
         "solo_gpu_memory_used_bytes",
-        "Memory of the GPU in use, by whichever process",
+        "GPU memory in use by all processes",
         lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
     ),
     _Sensor(
         "solo_gpu_memory_total_bytes",
-        "Memory of the GPU",
+        "Total memory of the GPU",
         lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).total,
     ),
     _Sensor(
@@ -45,7 +45,7 @@ _SENSORS = (
     ),
     _Sensor(
         "solo_gpu_power_watts",
-        "Power that the GPU draws",
+        "Power draw of the GPU",
         lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
     ),
     _Sensor(
@@ -57,10 +57,10 @@ _SENSORS = (
 
 
 class GpuCollector(Collector):
-    """Shows what was `read` last, for each GPU by its index and uuid.
+    """Exports the values of the last `read`, labelled with index and UUID of the GPU.
 
     Args:
-        nvml: The module pynvml, initialised.
+        nvml: The module `pynvml`, initialised.
     """
 
     def __init__(self, nvml: Any) -> None:
@@ -68,7 +68,7 @@ class GpuCollector(Collector):
         self._values: dict[str, dict[tuple[str, str], float]] = {}
 
     def read(self) -> None:
-        """Asks every GPU; what one cannot tell is left out. May take milliseconds."""
+        """Queries every GPU; values a GPU does not support are omitted. May take milliseconds."""
         nvml = self._nvml
         values: dict[str, dict[tuple[str, str], float]] = {}
         try:
@@ -77,20 +77,20 @@ class GpuCollector(Collector):
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 gpus.append((handle, (str(index), nvml.nvmlDeviceGetUUID(handle))))
         except nvml.NVMLError as error:
-            logger.debug("NVML does not answer: %s", error)
+            logger.debug("NVML failed: %s", error)
             gpus = []
         for handle, labels in gpus:
             for sensor in _SENSORS:
                 try:
                     value = sensor.read(nvml, handle)
-                except nvml.NVMLError as error:  # e.g. no utilisation of a GPU that is split
-                    logger.debug("GPU %s has no %s: %s", labels[0], sensor.name, error)
+                except nvml.NVMLError as error:  # e.g. utilisation of a GPU with MIG enabled
+                    logger.debug("GPU %s does not report %s: %s", labels[0], sensor.name, error)
                 else:
                     values.setdefault(sensor.name, {})[labels] = value
         self._values = values
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """See prometheus_client."""
+        """Yields one gauge family per sensor that has values."""
         values = self._values
         for sensor in _SENSORS:
             if sensor.name in values:
@@ -101,14 +101,14 @@ class GpuCollector(Collector):
 
 
 def find_gpus() -> GpuCollector | None:
-    """The collector, or None where there is no GPU, no driver or no nvidia-ml-py."""
+    """The collector, or None without a driver or without nvidia-ml-py."""
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except ImportError:
-        logger.debug("no metrics of GPUs: nvidia-ml-py is not installed")
+        logger.debug("no GPU metrics: nvidia-ml-py is not installed")
         return None
     except nvml.NVMLError as error:
-        logger.debug("no metrics of GPUs: %s", error)
+        logger.debug("no GPU metrics: %s", error)
         return None
     return GpuCollector(nvml)

@@ -1,4 +1,4 @@
-"""Log lines: text for people, or one JSON object a line for log collectors."""
+"""Logging to standard error: as text, or as one JSON object per line for log collectors."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Literal
 import orjson
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     *("message", "asctime", "taskName"),
-    "color_message",  # the same text once more, for terminals
+    "color_message",  # uvicorn's copy of the message with terminal colours
 }
-"""Attributes that every record has; any other was given as `extra`."""
+"""Attributes of every record; all others were passed as `extra`."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the call's `extra`, a traceback."""
+    """Formats a record as JSON: time, level, logger, message, `extra` fields, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
+        """Returns the record as one line of JSON; values JSON lacks are written with `str`."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {
             "time": time,
@@ -30,7 +30,8 @@ class JsonFormatter(logging.Formatter):
             **{
                 name: value
                 for name, value in vars(record).items()
-                if name not in _OWN and not name.startswith("_")  # Ray marks every record
+                # Ray adds private attributes to every record.
+                if name not in _STANDARD_ATTRIBUTES and not name.startswith("_")
             },
         }
         if record.exc_info:
@@ -39,13 +40,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, style: Literal["text", "json"]) -> None:
-    """Sends all log lines to standard error.
+    """Configures the root logger to write to standard error.
 
     Args:
-        level: Least level, e.g. "info".
-        style: How a line looks.
+        level: Minimum level, e.g. "info".
+        style: Format of a line.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad bodies are answered
+    # Malformed bodies are reported to the client; its warnings would only repeat that.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Where the time of one image went."""
+"""Time of one image, attributed to stages."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Interval = tuple[float, float]
-"""Start and end, seconds of `time.monotonic`: an event loop's own time may count milliseconds only,
-as uvloop's does, and then stages are longer than all of it."""
+"""Start and end, seconds of `time.monotonic`. Not of `loop.time()`: uvloop's has a resolution of
+1 ms, so stages could appear longer than the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one image; the stages add up to `total`."""
+    """Seconds per stage of one image; the stages add up to `total`."""
 
     decode: float
     queue: float
@@ -33,17 +33,17 @@ def attribute_time(
     postprocess: Sequence[Interval],
     encode: Sequence[Interval],
 ) -> Timing:
-    """Gives every moment to one stage.
+    """Attributes every moment of `whole` to exactly one stage.
 
-    While the engine has one tile of an image, another may be in post-processing: such a moment
-    counts as `infer`. A moment in which nothing was done for the image is `queue`.
+    Stages of different tiles overlap; where they do, the earlier parameter takes precedence, in
+    the order decode, infer, postprocess, encode. Time in no stage is `queue`.
 
     Args:
-        whole: From the request's body being there to the image's answer.
-        decode: When the image was decoded.
-        infer: When the engine had one of its tiles.
-        postprocess: When its candidates were processed.
-        encode: When its answer was written.
+        whole: From the end of the request's body to the image's result.
+        decode: Intervals of decoding and preprocessing.
+        infer: Intervals in which the engine ran a canvas of the image.
+        postprocess: Intervals of postprocessing.
+        encode: Intervals of encoding the result.
     """
     seconds: list[float] = []
     counted: list[Interval] = []
@@ -65,7 +65,7 @@ def attribute_time(
 
 
 def measure_union(intervals: Sequence[Interval]) -> float:
-    """Seconds that at least one interval covers."""
+    """Total seconds covered by at least one interval."""
     seconds, covered_s = 0.0, float("-inf")
     for start_s, end_s in sorted(intervals):
         if end_s > covered_s:
@@ -75,7 +75,7 @@ def measure_union(intervals: Sequence[Interval]) -> float:
 
 
 def merge_intervals(intervals: Sequence[Interval]) -> list[Interval]:
-    """The stretches that at least one interval covers, in their order."""
+    """The union of intervals, as disjoint intervals in ascending order."""
     merged: list[Interval] = []
     for start_s, end_s in sorted(intervals):
         if merged and start_s <= merged[-1][1]:

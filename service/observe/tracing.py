@@ -1,9 +1,9 @@
-"""OpenTelemetry traces, off unless a collector is named.
+"""OpenTelemetry traces; disabled unless a collector endpoint is configured.
 
-A request's spans are made when it has been answered, from the times that were taken anyway: a
-server span, below it one for each image, below that one for each stretch in which the image was
-in a stage. What no stage covers was spent in queues. OpenTelemetry's SDK and exporter are imported
-only where tracing is asked for.
+A request's spans are created after it has been answered, from the timestamps recorded for the
+metrics: a server span, a child span per image, and below it a span per interval in a stage. Time
+not covered by a stage was spent in queues. OpenTelemetry's SDK and exporter are imported only if
+tracing is enabled.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_FLUSH_S = 3.0
-"""How long the end of the server waits for a collector."""
+_FLUSH_TIMEOUT_S = 3.0
+"""How long the shutdown waits for the last spans to be exported."""
 
 
 @dataclass(frozen=True)
 class TracedImage:
-    """When one image was where.
+    """Timestamps of one image.
 
     Attributes:
-        model: Who segmented it.
-        whole: From the request's body being there to the image's answer.
-        stages: By stage, when the image was in it.
+        model: Name of the model.
+        whole: From the end of the request's body to the image's result.
+        stages: Intervals by stage.
     """
 
     model: str
@@ -49,15 +49,15 @@ class TracedImage:
 
 @dataclass(frozen=True)
 class TracedRequest:
-    """A request that was answered.
+    """An answered request.
 
     Attributes:
-        headers: Its own; `traceparent` names the span of the client.
-        attributes: Of its span.
-        name: Of its span.
-        ran: When it came and when it was answered.
-        status: Of the answer.
-        images: Those that got a result.
+        headers: Request headers; `traceparent` gives the parent span.
+        attributes: Span attributes.
+        name: Span name.
+        ran: Arrival and end of the response.
+        status: HTTP status.
+        images: Images that got a result.
     """
 
     headers: Mapping[str, str]
@@ -72,24 +72,24 @@ _images: ContextVar[list[TracedImage] | None] = ContextVar("traced_images", defa
 
 
 def collect_images() -> list[TracedImage]:
-    """A list that gets the images noted from now on in this task and those that it starts."""
+    """A list that receives the images noted from now on in this task and its child tasks."""
     images: list[TracedImage] = []
     _images.set(images)
     return images
 
 
 def note_image(model: str, whole: Interval, stages: Mapping[str, Sequence[Interval]]) -> None:
-    """Notes an image for the request's trace; nothing happens where nobody collects."""
+    """Adds an image to the current request's trace; no-op without `collect_images`."""
     images = _images.get()
     if images is not None:
         images.append(TracedImage(model, whole, stages))
 
 
 class Tracer:
-    """Makes spans of requests.
+    """Records requests as spans.
 
     Args:
-        provider: Of OpenTelemetry's SDK; the tracer shuts it down.
+        provider: OpenTelemetry's provider; `close` shuts it down.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -100,15 +100,15 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, request: TracedRequest) -> str | None:
-        """Makes a request's spans.
+        """Creates the spans of a request.
 
         Returns:
-            The trace's id; None if the trace is not kept.
+            The trace id in hexadecimal; None if the trace is not sampled.
         """
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
-        # Spans want the time of day; the clock that was used for the times cannot jump.
+        # Spans need wall-clock times; the intervals are of the monotonic clock.
         epoch_ns = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(
             request.name,
@@ -146,12 +146,12 @@ class Tracer:
         span.end(_to_ns(image.whole[1], epoch_ns))
 
     async def close(self) -> None:
-        """Sends what is left; a collector that does not answer is not waited for long."""
-        ending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
-        ending.start()
-        await asyncio.to_thread(ending.join, _FLUSH_S)
-        if ending.is_alive():
-            logger.warning("the last traces could not be sent within %s s", _FLUSH_S)
+        """Exports the remaining spans; gives up after a timeout if the collector is down."""
+        thread = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        thread.start()
+        await asyncio.to_thread(thread.join, _FLUSH_TIMEOUT_S)
+        if thread.is_alive():
+            logger.warning("the last traces could not be exported within %s s", _FLUSH_TIMEOUT_S)
 
 
 def _to_ns(monotonic_s: float, epoch_ns: int) -> int:
@@ -159,15 +159,15 @@ def _to_ns(monotonic_s: float, epoch_ns: int) -> int:
 
 
 def build_tracer(endpoint: str | None, version: str) -> Tracer | None:
-    """The tracer, or None if no collector is named.
+    """Builds the tracer, or returns None if no collector is configured.
 
     Args:
-        endpoint: The collector's address, without a path of its own; None takes that of
-            OpenTelemetry's own variables, which also give everything else.
-        version: Of the server.
+        endpoint: Base URL of the collector, without a path; None uses OpenTelemetry's OTEL_*
+            variables, which also configure everything else.
+        version: Version of the server.
 
     Raises:
-        StartupError: There is an endpoint, but the extra `tracing` is not installed.
+        StartupError: `endpoint` is set, but the extra `tracing` is not installed.
     """
     if endpoint is None and not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
         return None
@@ -177,14 +177,15 @@ def build_tracer(endpoint: str | None, version: str) -> Tracer | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        reason = f"tracing needs pip install 'solo-serve[tracing]': {error}"
+        reason = f"tracing requires pip install 'solo-serve[tracing]': {error}"
         if endpoint is not None:
             raise StartupError(reason) from error
-        logger.warning("no traces are sent: %s", reason)  # the variables may be meant for others
+        # Only a warning: OTEL_* variables may be set for other processes.
+        logger.warning("tracing is disabled: %s", reason)
         return None
     url = None if endpoint is None else endpoint.rstrip("/") + "/v1/traces"
     own = Resource.create({"service.name": "solo-serve", "service.version": version})
-    # Ending is the server's, which does not wait for ever.
+    # `close` shuts the provider down, with a timeout.
     provider = TracerProvider(
         resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.agreement import INT8, TYPED, Agreement, compare_graphs, judge
+from export.agreement import INT8, TYPED, Agreement, check_thresholds, compare_graphs
 from export.errors import ParityError
 from export.parity import Case
 from pipeline.types import Candidates
@@ -11,7 +11,7 @@ from tests.support.typed_graph import build_graph, feeds_of
 
 
 def squares(count: int = 5, shift: int = 0) -> Candidates:
-    """Masks of 8x8 px on a row, scores 0.9, 0.8, ..., labels 0 and 1 in turn."""
+    """Masks of 8x8 px in a row, scores 0.9, 0.8, ..., labels alternately 0 and 1."""
     masks = np.zeros((count, 16, 128), np.float32)
     for index, mask in enumerate(masks):
         start = index * 20 + shift
@@ -26,7 +26,7 @@ def compared(expected: Candidates, found: Candidates, least: float = 0.05) -> Ag
     return agreement
 
 
-def test_equal_candidates_agree_in_everything() -> None:
+def test_equal_candidates_agree() -> None:
     assert compared(squares(), squares()).summarise() == {
         "candidates": 10,
         "unmatched": 0,
@@ -38,34 +38,34 @@ def test_equal_candidates_agree_in_everything() -> None:
     }
 
 
-def test_shifted_masks_are_paired_and_their_overlap_is_measured() -> None:
+def test_shifted_masks_match_and_their_iou_is_measured() -> None:
     numbers = compared(squares(), squares(shift=1)).summarise()
     assert numbers["unmatched"] == 0
     assert numbers["mean_mask_iou"] == pytest.approx(56 / 72)
 
 
-def test_masks_that_overlap_less_than_half_are_no_pair() -> None:
+def test_masks_with_iou_below_half_do_not_match() -> None:
     agreement = compared(squares(), squares(shift=4))
     assert (agreement.candidates, agreement.unmatched, agreement.ious) == (10, 10, [])
     numbers = agreement.summarise()
     assert (numbers["matched_share"], numbers["mean_mask_iou"]) == (0, 0)
-    assert judge(numbers, None, INT8)["passed"] is False
+    assert check_thresholds(numbers, None, INT8)["passed"] is False
 
 
-def test_nothing_found_is_nothing_compared() -> None:
+def test_no_candidates_is_an_error() -> None:
     with pytest.raises(ParityError, match="no candidate was found on the test images"):
         compared(squares(0), squares(0)).summarise()
     assert compared(squares(2), squares(0)).unmatched == 2
     assert compared(squares(0), squares(2)).unmatched == 2
 
 
-def test_another_label_is_no_partner() -> None:
+def test_candidates_of_different_labels_do_not_match() -> None:
     found = squares()
     found.labels[2] = 1
     assert compared(squares(), found).unmatched == 2
 
 
-def test_of_two_equal_masks_the_one_with_the_nearer_score_is_taken() -> None:
+def test_of_two_equal_masks_the_one_with_the_closer_score_matches() -> None:
     expected = squares(1)
     masks = np.repeat(expected.mask_probs, 2, axis=0)
     found = Candidates(np.array([0.95, 0.89], np.float32), np.zeros(2, np.int64), masks)
@@ -74,7 +74,7 @@ def test_of_two_equal_masks_the_one_with_the_nearer_score_is_taken() -> None:
     assert agreement.unmatched == 1
 
 
-def test_what_never_reaches_an_answer_does_not_count_unless_its_partner_does() -> None:
+def test_low_scores_only_count_if_their_match_has_a_high_score() -> None:
     one, other = squares(3), squares(3)
     one.scores[:] = 0.9, 0.06, 0.04
     other.scores[:] = 0.9, 0.04, 0.03
@@ -84,18 +84,18 @@ def test_what_never_reaches_an_answer_does_not_count_unless_its_partner_does() -
     assert compared(one, few).unmatched == 1
 
 
-def test_masks_of_another_size_are_an_error() -> None:
+def test_different_mask_sizes_are_an_error() -> None:
     other = Candidates(np.ones(1, np.float32), np.zeros(1, np.int64), np.zeros((1, 8, 8), "f4"))
     with pytest.raises(ParityError, match=r"\(16, 128\) in float32 and \(8, 8\)"):
         compared(squares(), other)
 
 
-def test_the_verdict_names_every_number_that_is_out_of_bounds() -> None:
+def test_every_violated_threshold_is_named() -> None:
     good = compared(squares(), squares()).summarise()
-    assert judge(good, None, TYPED)["passed"] is True
-    assert judge(good, {"fp32": 0.485, "variant": 0.483}, TYPED)["passed"] is True
+    assert check_thresholds(good, None, TYPED)["passed"] is True
+    assert check_thresholds(good, {"fp32": 0.485, "variant": 0.483}, TYPED)["passed"] is True
     bad = {**good, "mean_mask_iou": 0.98, "matched_share": 0.5, "mean_score_difference": 0.1}
-    verdict = judge(bad, {"fp32": 0.485, "variant": 0.4745}, INT8)
+    verdict = check_thresholds(bad, {"fp32": 0.485, "variant": 0.4745}, INT8)
     assert verdict["passed"] is False
     assert verdict["failures"] == [
         "matched share 0.5000, must be >= 0.9",
@@ -104,9 +104,9 @@ def test_the_verdict_names_every_number_that_is_out_of_bounds() -> None:
     ]
 
 
-def test_scores_that_are_not_numbers_do_not_pass() -> None:
+def test_nan_scores_do_not_pass() -> None:
     good = compared(squares(), squares()).summarise()
-    assert judge({**good, "mean_mask_iou": float("nan")}, None, INT8)["passed"] is False
+    assert check_thresholds({**good, "mean_mask_iou": float("nan")}, None, INT8)["passed"] is False
 
 
 def test_a_graph_agrees_with_itself_and_a_broken_one_is_an_error() -> None:

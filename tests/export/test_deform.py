@@ -1,4 +1,4 @@
-"""Networks with deformable convolutions: ONNX's DeformConv, run by two other implementations."""
+"""Exported deformable convolutions, run by ONNX Runtime and by ONNX's reference evaluator."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def operators(graph: bytes) -> list[str]:
     return [node.op_type for node in onnx.load_from_string(graph).graph.node]
 
 
-def test_the_offsets_of_these_networks_move_some_pixels() -> None:
+def test_the_offsets_of_these_networks_are_not_zero() -> None:
     network, _ = exported("decoupled_light")
     convs = [module for module in network.modules() if isinstance(module, DeformConv2d)]
     assert len(convs) == 2, "the last convolution of the category and of the mask tower"
@@ -79,7 +79,7 @@ def test_onnx_runtime_agrees_with_pytorch_on_the_network(kind: HeadKind) -> None
 
 
 class TwoConvolutions(nn.Module):
-    """Deformable convolutions in a row, of stride 2 and of dilation 2."""
+    """Two consecutive deformable convolutions, with stride 2 and with dilation 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def run_reference(graph: bytes, feed: Mapping[str, Any]) -> Any:
 
 @pytest.mark.parametrize("run", [run_reference, run_onnx_runtime])
 @pytest.mark.parametrize("shape", [(1, 3, 7, 10), (2, 3, 6, 4)])
-def test_exported_convolutions_give_pytorchs_numbers(run: Any, shape: tuple[int, ...]) -> None:
+def test_exported_convolutions_equal_pytorch(run: Any, shape: tuple[int, ...]) -> None:
     network, graph = exported_convolutions()
     assert operators(graph).count("DeformConv") == 2
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -135,14 +135,14 @@ def test_exported_convolutions_give_pytorchs_numbers(run: Any, shape: tuple[int,
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
-def test_the_opset_is_the_lowest_that_has_what_the_network_needs() -> None:
+def test_the_opset_is_the_lowest_with_all_operators() -> None:
     deformable, _ = exported("decoupled_light")
     plain = tiny_network(tiny_config())
     assert (choose_opset(plain), choose_opset(plain, 20)) == (18, 20)
     assert (choose_opset(deformable), choose_opset(deformable, 20)) == (19, 20)
 
 
-def test_an_opset_without_deformable_convolution_is_refused(
+def test_an_opset_without_deformable_convolution_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = "opset is 18, but the network has deformable convolutions and DeformConv"

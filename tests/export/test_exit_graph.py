@@ -1,4 +1,4 @@
-"""Graphs with early exits beside the plain ones, at thresholds that empty and fill the levels."""
+"""Graphs with early exits against the plain ones, at thresholds that empty and fill levels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXPORTS: dict[str, tuple[HeadKind, Recipe, int]] = {
 
 
 def draw_images() -> Any:
-    """[3, H, W, 3]: blobs, a plain one, other blobs."""
+    """[3, H, W, 3]: blobs, a uniform image, other blobs."""
     rng = np.random.default_rng(5)
     plain = np.full((SIDE_PX, SIDE_PX, 3), 90, np.uint8)
     hw = (SIDE_PX, SIDE_PX)
@@ -60,7 +60,7 @@ def plain_graph(network: str) -> bytes:
 
 
 def ranking_of(model: onnx.ModelProto) -> tuple[str, str]:
-    """Names of the ranked category scores and of the constant that they are compared with."""
+    """Names of the ranked category scores and of the threshold constant."""
     scores = next(n for n in model.graph.node if n.op_type == "TopK").output[0]
     comparison = next(n for n in model.graph.node if n.op_type == "Greater" and scores in n.input)
     return scores, comparison.input[1]
@@ -75,7 +75,7 @@ def with_threshold(graph: bytes, threshold: float) -> bytes:
 
 
 def run(graph: bytes, images: Any, extra: dict[str, int] | None = None) -> list[Any]:
-    """Outputs, and values from inside by their name and type."""
+    """Outputs, and intermediate values given by name and type."""
     model = onnx.load_from_string(graph)
     for name, elem_type in (extra or {}).items():
         model.graph.output.append(helper.make_tensor_value_info(name, elem_type, None))
@@ -101,7 +101,7 @@ def ranked(network: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def compare(network: str, threshold: float) -> tuple[list[Candidates], list[list[bool]]]:
-    """The candidates, which both graphs must give, and of each level which canvases it ran on."""
+    """The candidates, identical for both graphs, and per level the canvases it ran on."""
     plain = with_threshold(plain_graph(network), threshold)
     images = draw_images()
     needs = {f"exits/need{level}": int(TensorProto.BOOL) for level in range(2)}
@@ -118,14 +118,14 @@ def compare(network: str, threshold: float) -> tuple[list[Candidates], list[list
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_where_every_level_is_empty_nothing_runs(network: str) -> None:
+def test_no_level_runs_if_all_are_empty(network: str) -> None:
     found, ran_on = compare(network, 2.0)
     assert ran_on == [[False] * 3] * 2
     assert [len(candidates.scores) for candidates in found] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_where_every_slot_and_level_is_full_all_runs(network: str) -> None:
+def test_all_levels_run_if_every_slot_and_level_is_used(network: str) -> None:
     found, ran_on = compare(network, -1.0)
     assert ran_on == [[True] * 3] * 2
     assert sum(len(candidates.scores) for candidates in found) > 30
@@ -133,7 +133,7 @@ def test_where_every_slot_and_level_is_full_all_runs(network: str) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("slots", [1, 2, 12])
-def test_a_level_runs_on_the_canvases_that_have_a_candidate_there(network: str, slots: int) -> None:
+def test_a_level_runs_only_on_canvases_with_a_candidate_at_it(network: str, slots: int) -> None:
     values, levels = ranked(network)
     threshold = float(np.sort(values, axis=None)[-slots - 1])
     above = values > threshold
@@ -142,14 +142,14 @@ def test_a_level_runs_on_the_canvases_that_have_a_candidate_there(network: str, 
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_one_canvas_of_a_batch_alone_can_have_candidates(network: str) -> None:
+def test_a_single_canvas_of_a_batch_has_candidates(network: str) -> None:
     best = np.sort(ranked(network)[0].max(1))
     assert best[1] < best[2]
     _, ran_on = compare(network, float(best[1]))
     assert np.any(ran_on, axis=0).sum() == 1
 
 
-def test_scores_that_are_no_numbers_are_refused_as_without_exits() -> None:
+def test_nan_scores_are_rejected_as_without_exits() -> None:
     model = onnx.load_from_string(plain_graph("decoupled"))
     name = "network.head.category_out.weight"
     weight = next(w for w in model.graph.initializer if w.name == name)
@@ -166,11 +166,11 @@ def test_the_same_graph_gives_the_same_bytes() -> None:
     assert add_exits(graph, STRIDE) == add_exits(graph, STRIDE)
 
 
-def test_a_graph_of_another_head_is_refused() -> None:
-    with pytest.raises(GraphError, match=r"is made by .*, expected"):
+def test_a_graph_of_an_unknown_head_is_rejected() -> None:
+    with pytest.raises(GraphError, match=r"is produced by .*, expected"):
         add_exits(build_other_graph(), 2)
 
 
-def test_a_graph_with_exits_gets_no_second_ones() -> None:
+def test_exits_are_not_added_twice() -> None:
     with pytest.raises(GraphError, match="the ranked scores are compared 0 times, not once"):
         add_exits(add_exits(plain_graph("decoupled"), STRIDE), STRIDE)

@@ -35,7 +35,7 @@ def bundled() -> ModelConfig:
     return read_config(NUCLEI, None)
 
 
-def test_a_graph_and_its_report_are_made_of_a_version(plain: bytes) -> None:
+def test_a_graph_and_its_report_are_built(plain: bytes) -> None:
     (made,) = build_exits(bundled(), {"model.onnx": plain}, cases(), {"commit": "abc"})
     assert (made.name, made.parity_name) == ("model.exits.onnx", "parity.exits.json")
     assert made.parity["graph"] == describe_file(made.data) != describe_file(plain)
@@ -45,17 +45,17 @@ def test_a_graph_and_its_report_are_made_of_a_version(plain: bytes) -> None:
     assert found["identical"] and found["canvases"] == 8 and found["candidates"] > 100
 
 
-def test_another_bit_anywhere_is_refused(plain: bytes) -> None:
+def test_any_different_bit_is_rejected(plain: bytes) -> None:
     model = onnx.load_from_string(plain)
     name = "network.head.mask_out_x.0.weight"
     weight = next(w for w in model.graph.initializer if w.name == name)
     values = np.nextafter(numpy_helper.to_array(weight), np.float32(1))
     weight.CopyFrom(numpy_helper.from_array(values, name))
-    with pytest.raises(ParityError, match=r"batch 0 \(noise\) has other candidates: "):
+    with pytest.raises(ParityError, match=r"batch 0 \(noise\) has different candidates: "):
         require_identical(plain, model.SerializeToString(), cases())
 
 
-def test_nothing_to_compare_is_an_error(plain: bytes) -> None:
+def test_no_candidates_is_an_error(plain: bytes) -> None:
     with pytest.raises(ParityError, match="no candidate was found on the test images"):
         require_identical(plain, plain, [])
 

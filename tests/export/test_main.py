@@ -91,7 +91,7 @@ def test_the_served_instances_are_pytorchs(
     )
 
 
-def test_config_json_says_what_the_checkpoint_and_the_command_say(loaded: LoadedModel) -> None:
+def test_config_json_follows_the_checkpoint_and_the_options(loaded: LoadedModel) -> None:
     config, wanted = loaded.config, tiny_config()
     assert (config.name, config.version) == ("discs", 2)
     assert config.input == wanted.input and config.classes == wanted.classes
@@ -100,9 +100,7 @@ def test_config_json_says_what_the_checkpoint_and_the_command_say(loaded: Loaded
     assert config.postprocess.nms == wanted.postprocess.nms
 
 
-def test_provenance_names_the_run_but_no_folder_of_the_machine(
-    folder: Path, loaded: LoadedModel
-) -> None:
+def test_provenance_has_the_run_but_no_local_paths(folder: Path, loaded: LoadedModel) -> None:
     provenance = loaded.config.provenance
     assert provenance["config"] == "tiny"
     assert provenance["training_data"] == "drawn discs"
@@ -112,7 +110,9 @@ def test_provenance_names_the_run_but_no_folder_of_the_machine(
     assert str(folder) not in json.dumps(provenance)
 
 
-def test_the_parity_report_lies_beside_the_graph(published: Path, loaded: LoadedModel) -> None:
+def test_the_parity_report_is_published_with_the_graph(
+    published: Path, loaded: LoadedModel
+) -> None:
     report = json.loads((published / "parity.json").read_text())
     assert report["passed"] is True
     assert report["graph"] == loaded.config.files["model.onnx"].model_dump()
@@ -122,21 +122,21 @@ def test_the_parity_report_lies_beside_the_graph(published: Path, loaded: Loaded
     assert report["total"]["candidates_torch"] > 100
 
 
-def test_the_same_version_again_is_refused_before_any_work(
+def test_an_existing_version_is_rejected_before_the_export(
     folder: Path, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (published / "model.onnx").stat().st_mtime_ns
     again = [str(folder / "best.pt"), "--out", str(folder / "repo"), "--name", "discs"]
     assert main([*again, "--version", "2"]) == 1
     captured = capsys.readouterr()
-    assert "2 exists already; choose another version, or --force" in captured.err
+    assert "2 already exists; choose another version or use --force" in captured.err
     assert "exporting" not in captured.out
     assert (published / "model.onnx").stat().st_mtime_ns == before
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the export is reached: the error must come first."""
+    """Fails if the export starts: the error must be raised first."""
 
     def unreachable(*_: Any, **__: Any) -> bytes:
         raise AssertionError("the export was started")
@@ -145,7 +145,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_bad_arguments_end_with_a_message(
+def test_invalid_arguments_are_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "repo")]
@@ -157,14 +157,14 @@ def test_bad_arguments_end_with_a_message(
     for arguments, reason in (
         ([str(tmp_path / "none.pt")], "no checkpoint at"),
         ([str(tmp_path / "list.json")], "cannot be read as a checkpoint"),
-        ([str(checkpoint), "--provenance-json", str(tmp_path / "list.json")], "holds a list"),
+        ([str(checkpoint), "--provenance-json", str(tmp_path / "list.json")], "contains a list"),
         ([str(checkpoint), "--provenance-json", str(tmp_path / "no.json")], "no.json cannot be"),
         ([str(checkpoint), "--data", str(tmp_path)], "no annotations of split 'val'"),
         ([str(checkpoint), "--version", "0"], "version"),
         ([str(checkpoint), "--max-batch", "0"], "max_batch"),
         ([str(checkpoint), "--score-threshold", "1.5"], "score_threshold"),
         ([str(checkpoint), "--name", "../x"], "name"),
-        ([str(nameless)], "names 0 classes, but its network has 2"),
+        ([str(nameless)], "has 0 class names, but its network has 2 classes"),
     ):
         assert main([*arguments, *out]) == 1, arguments
         error = capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_bad_arguments_end_with_a_message(
     assert not (tmp_path / "repo").exists()
 
 
-def test_a_graph_that_disagrees_is_not_published(
+def test_a_graph_that_differs_from_pytorch_is_not_published(
     folder: Path, network: Solo, tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tiny_config()
@@ -183,7 +183,7 @@ def test_a_graph_that_disagrees_is_not_published(
     assert not (tmp_path / "repo").exists()
 
 
-def test_data_adds_images_to_the_comparison_and_the_measured_ap(
+def test_data_adds_images_to_the_comparison_and_an_ap(
     folder: Path, network: Solo, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
@@ -225,7 +225,7 @@ def version(tmp_path: Path) -> Path:
     return publish(tmp_path / "repo", Release(build_config(graph), graph, {"passed": True}))
 
 
-def test_variants_join_a_published_version_and_it_is_served_as_before(
+def test_variants_are_added_and_the_version_is_served_as_before(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--variants-of", str(version), "--precision", "fp16"]) == 0
@@ -238,7 +238,7 @@ def test_variants_join_a_published_version_and_it_is_served_as_before(
     loaded.backend.close()
 
 
-def test_a_variant_that_is_there_is_replaced_by_force_alone(
+def test_an_existing_variant_is_only_replaced_with_force(
     version: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--variants-of", str(version), "--precision", "fp16"]
@@ -246,10 +246,10 @@ def test_a_variant_that_is_there_is_replaced_by_force_alone(
     assert main([*arguments, "--force"]) == 0
     monkeypatch.setattr("export.__main__.build_variants", lambda *_, **__: pytest.fail("too late"))
     assert main(arguments) == 1
-    assert "model.fp16.onnx exists already; --force replaces it" in capsys.readouterr().err
+    assert "model.fp16.onnx already exists; --force replaces it" in capsys.readouterr().err
 
 
-def test_variants_of_what_is_no_version_end_with_a_message(
+def test_variants_of_an_invalid_version_are_explained(
     version: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty" / "1").mkdir(parents=True)
@@ -257,54 +257,54 @@ def test_variants_of_what_is_no_version_end_with_a_message(
     shutil.copytree(version.parent, changed / "typed")
     (changed / "typed" / "1" / "model.onnx").write_bytes(b"other")
     for target, reason in (
-        (version.parent, "typed is no version: expected <model_repo>/<name>/<number>"),
+        (version.parent, "typed is not a version: expected <model_repo>/<name>/<number>"),
         (version.parent / "7", "has no version 7, only [1]"),
-        (tmp_path / "empty" / "1", "has no config.json; is it a model's folder"),
-        (changed / "typed" / "1", "is not the file that config.json describes"),
+        (tmp_path / "empty" / "1", "has no config.json; is it a model folder"),
+        (changed / "typed" / "1", "differs from its entry in config.json"),
     ):
         assert main(["--variants-of", str(target), "--precision", "fp16"]) == 1, target
         error = capsys.readouterr().err
         assert error.startswith("solo-export: ") and reason in error, error
 
 
-def test_a_refused_variant_changes_nothing(
+def test_a_rejected_variant_changes_nothing(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
     assert main(["--variants-of", str(version), "--precision", "int8"]) == 1
-    assert "int8 needs --data" in capsys.readouterr().err
+    assert "int8 requires --data" in capsys.readouterr().err
     assert main(["--variants-of", str(version), "--precision", "bf16"]) == 1
-    assert "--accept-unrun publishes it all the same" in capsys.readouterr().err
+    assert "--accept-unrun publishes it nevertheless" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in version.parent.rglob("*") if p.is_file()}
 
 
-def test_exits_join_a_published_version_and_the_cpu_takes_them(
+def test_exits_are_added_and_the_cpu_uses_them(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(published.parent, tmp_path / "discs")
     arguments = ["--variants-of", str(folder / "2"), "--exits"]
     assert main(arguments) == 0
-    assert "canvases are the same bit for bit" in capsys.readouterr().out
+    assert "canvases are bit-identical" in capsys.readouterr().out
     assert json.loads((folder / "2" / "parity.exits.json").read_text())["passed"] is True
     loaded = load_version(folder, 2, BackendOptions(device="cpu", threads=1))
     assert loaded.backend.reason.startswith("CPU provider, early exits")
     loaded.backend.close()
     assert main(arguments) == 1
-    assert "model.exits.onnx exists already; --force replaces it" in capsys.readouterr().err
+    assert "model.exits.onnx already exists; --force replaces it" in capsys.readouterr().err
 
 
-def test_a_graph_is_not_replaced_without_the_one_with_exits(
+def test_a_graph_is_not_replaced_without_its_graph_with_exits(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("model.int8.onnx", "model.int8.exits.onnx")
     files = [Artefact(name, b"int8", {"passed": True}) for name in names]
     add_artefacts(version.parent, 1, files)
     assert main(["--variants-of", str(version), "--precision", "int8", "--force"]) == 1
-    expected = "model.int8.exits.onnx is made of a graph that would be replaced; add --exits"
+    expected = "model.int8.exits.onnx is built from a graph that would be replaced; add --exits"
     assert expected in capsys.readouterr().err
 
 
-def test_the_ap_of_a_published_version_counts_only_on_such_a_split(tmp_path: Path) -> None:
+def test_a_recorded_ap_is_only_reused_for_the_same_split(tmp_path: Path) -> None:
     data = CocoDataset(build_tiny_data(tmp_path), "val")
     model = build_config(build_graph())
     entry = {"split": "val", "images": 3, "max_dets": model.postprocess.max_instances, "AP": 0.5}

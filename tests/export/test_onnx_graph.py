@@ -1,4 +1,4 @@
-"""The exported graph of every kind of head; each really runs at several sizes and batches."""
+"""The exported graph of every head, run at several canvas and batch sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS = [
 
 
 def strings_of(message: onnx.ModelProto) -> str:
-    """The file as text, weights left out."""
+    """The graph as text, without weights."""
     copy = onnx.ModelProto()
     copy.CopyFrom(message)
     for tensor in copy.graph.initializer:
@@ -68,7 +68,9 @@ def test_the_graph_is_a_self_contained_model_with_symbolic_dimensions(
 
 
 @pytest.mark.parametrize(("kind", "recipe", "opset"), VARIANTS)
-def test_the_graph_tells_nothing_of_the_machine(kind: HeadKind, recipe: Recipe, opset: int) -> None:
+def test_the_graph_has_no_metadata_of_the_machine(
+    kind: HeadKind, recipe: Recipe, opset: int
+) -> None:
     model = onnx.load_from_string(exported(kind, recipe, opset)[1])
     text = strings_of(model)
     for trace in (".py", "site-packages", "stack_trace", "metadata_props", "doc_string", "/home"):
@@ -101,7 +103,7 @@ def test_an_image_does_not_depend_on_its_batch(kind: HeadKind, recipe: Recipe, o
             np.testing.assert_allclose(together[part], single, rtol=0, atol=1e-5)
 
 
-def test_the_graph_ends_ranked_and_ignores_what_lies_outside_the_image() -> None:
+def test_candidates_are_ranked_and_padding_is_ignored() -> None:
     network, data = exported("vanilla", "published", 18)
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     case = next(build_cases([(96, 128)], (2,)))
@@ -139,7 +141,7 @@ def ablation_config(name: str) -> Config:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adaptive_max_pool", "region_grid", "single"])
 def test_the_papers_ablations_agree_at_every_size(name: str) -> None:
-    """32x32: the features, 4x4, are smaller than the grid; 160x128: the grid divides neither."""
+    """32x32: the 4x4 features are smaller than the grid; 160x128: not divisible by the grid."""
     network = tiny_network(ablation_config(name))
     data = build_onnx(network)
     sizes = ((32, 32), (64, 96), (160, 128))
@@ -150,19 +152,19 @@ def test_the_papers_ablations_agree_at_every_size(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_weights_give_the_same_file() -> None:
+def test_the_export_is_deterministic() -> None:
     _, first = exported("vanilla", "published", 18)
     second = build_onnx(tiny_network(tiny_config("vanilla", "published")), opset=18)
     assert first == second
 
 
 @pytest.mark.parametrize("opset", [11, 17, 21])
-def test_other_opsets_are_refused(opset: int) -> None:
+def test_other_opsets_are_rejected(opset: int) -> None:
     with pytest.raises(GraphError, match=f"opset is {opset}, expected one of 18, 19, 20"):
         build_onnx(tiny_network(tiny_config()), opset=opset)
 
 
-def test_a_network_in_training_mode_is_refused() -> None:
+def test_a_network_in_training_mode_is_rejected() -> None:
     with pytest.raises(GraphError, match="training mode"):
         build_onnx(tiny_network(tiny_config()).train())
 
@@ -178,11 +180,11 @@ def minimal_model(dims: tuple[str | int, ...]) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
 
 
-def test_check_graph_takes_a_valid_model() -> None:
+def test_check_graph_accepts_a_valid_model() -> None:
     check_graph(minimal_model(("batch", 3)), 18)
 
 
-def test_check_graph_names_what_is_wrong() -> None:
+def test_check_graph_names_the_violation() -> None:
     model = minimal_model(("batch", 3))
     with pytest.raises(GraphError, match="expected 20"):
         check_graph(model, 20)
@@ -191,7 +193,7 @@ def test_check_graph_names_what_is_wrong() -> None:
         check_graph(model, 18)
 
 
-def test_a_fixed_dimension_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fixed_dimension_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def fixed(network: Solo, opset: int) -> onnx.ModelProto:
         model = minimal_model((1, 64, 64, 3))
         model.graph.input[0].name = model.graph.node[0].input[0] = "images"

@@ -10,21 +10,24 @@ from export.options import describe_command, parse_arguments
     [
         ("a.pt --out repo --opset 21", "--opset: invalid choice: 21"),
         ("a.pt --out repo --precision fp8", "--precision: invalid choice: 'fp8'"),
-        ("--out repo", "a checkpoint is needed, or --variants-of"),
-        ("a.pt", "--out is needed"),
-        ("a.pt --variants-of repo/a/1 --precision fp16", "takes no checkpoint, got a.pt"),
-        ("--variants-of repo/a/1", "--variants-of needs --precision, --exits"),
-        ("--variants-of repo/a/1 --precision fp16 --name b --out c", "--out, --name: the version"),
-        ("--tensorrt fp16", "a checkpoint is needed"),
-        ("--kernels sm_90 --tensorrt fp16", "a checkpoint is needed"),
+        ("--out repo", "a checkpoint or --variants-of is required"),
+        ("a.pt", "--out is required"),
+        ("a.pt --variants-of repo/a/1 --precision fp16", "does not accept a checkpoint, got a.pt"),
+        ("--variants-of repo/a/1", "--variants-of requires --precision, --exits"),
+        (
+            "--variants-of repo/a/1 --precision fp16 --name b --out c",
+            "--out, --name: not allowed with --variants-of",
+        ),
+        ("--tensorrt fp16", "a checkpoint or --variants-of is required"),
+        ("--kernels sm_90 --tensorrt fp16", "a checkpoint or --variants-of is required"),
         ("a.pt --out repo --tensorrt int8", "--tensorrt: invalid choice: 'int8'"),
         ("a.pt --out repo --aoti cuda:int8", "'cuda:int8' is not cpu or cuda"),
         ("a.pt --out repo --aoti fp16", "'fp16' is not cpu or cuda"),
-        ("--variants-of repo/a/1 --aoti cpu:fp32", "--aoti needs the checkpoint"),
+        ("--variants-of repo/a/1 --aoti cpu:fp32", "--aoti requires a checkpoint"),
         ("a.pt --out repo --calibration-images 0", "--calibration-images is 0"),
     ],
 )
-def test_options_that_do_not_fit_end_with_a_message(
+def test_invalid_combinations_are_usage_errors(
     arguments: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -32,13 +35,13 @@ def test_options_that_do_not_fit_end_with_a_message(
     assert reason in capsys.readouterr().err
 
 
-def test_no_other_precision_is_built_unless_asked_for() -> None:
+def test_by_default_no_other_precision_is_built() -> None:
     options = parse_arguments(["a.pt", "--out", "repo"])
     assert options.precision == [] and options.accept_unrun is False
     assert options.calibration_split != options.split
 
 
-def test_kernels_need_no_checkpoint_and_engines_a_version() -> None:
+def test_kernels_require_no_checkpoint_and_engines_a_version() -> None:
     assert parse_arguments(["--kernels"]).kernels == []
     assert parse_arguments(["--kernels", "sm_90"]).kernels == ["sm_90"]
     options = parse_arguments(["--variants-of", "repo/a/1", "--tensorrt", "fp16", "bf16"])

@@ -64,7 +64,7 @@ def test_small_differences_are_measured() -> None:
 
 
 @pytest.mark.parametrize("what", ["score", "label", "mask"])
-def test_a_larger_difference_leaves_both_without_a_partner(what: str) -> None:
+def test_a_larger_difference_leaves_both_unmatched(what: str) -> None:
     one, other = some_candidates(), some_candidates()
     if what == "score":
         other.scores[4] += 0.01
@@ -77,14 +77,14 @@ def test_a_larger_difference_leaves_both_without_a_partner(what: str) -> None:
     assert len(found.examples) == 1 and "score 0." in found.examples[0]
 
 
-def test_a_missing_candidate_counts_once_and_each_has_one_partner() -> None:
+def test_a_missing_candidate_counts_once_and_matches_are_unique() -> None:
     one = some_candidates()
     assert match_candidates(one, reordered(one, list(range(11)))).unmatched == 1
     assert match_candidates(reordered(one, [0, 0]), reordered(one, [0])).unmatched == 1
     assert match_candidates(reordered(one, []), reordered(one, [])).unmatched == 0
 
 
-def test_masks_of_another_size_are_an_error() -> None:
+def test_different_mask_sizes_are_an_error() -> None:
     one = some_candidates(1)
     other = Candidates(one.scores, one.labels, np.zeros((1, 4, 8), np.float32))
     with pytest.raises(ParityError, match=r"\(8, 8\) in PyTorch and \(4, 8\) in ONNX Runtime"):
@@ -129,7 +129,7 @@ def test_canvases_follow_the_served_ones(
 
 
 class FakeSession:
-    """Answers as the network does, but for one error."""
+    """Returns the network's results with an error added to the masks."""
 
     def __init__(self, error: float) -> None:
         self.network = tiny_network(tiny_config())
@@ -155,7 +155,7 @@ def compare_with(error: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     return compare(tiny_network(tiny_config()), b"", cases())
 
 
-def test_a_good_report_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_results_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     report = compare_with(1e-5, monkeypatch)
     require_parity(report)
     assert report["passed"] and report["unmatched_share"] == 0
@@ -168,7 +168,7 @@ def test_a_good_report_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_a_bad_report_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     report = compare_with(0.01, monkeypatch)
     assert not report["passed"]
     with pytest.raises(ParityError, match=r"disagree on \d+ of \d+ candidates .* for example"):

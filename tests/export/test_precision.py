@@ -55,7 +55,7 @@ def test_inputs_scores_and_labels_keep_their_types(
     }
 
 
-def test_the_islands_are_float32_and_the_rest_is_not(
+def test_only_the_parts_named_by_the_rule_are_float32(
     typed: onnx.ModelProto, precision: LowPrecision
 ) -> None:
     low = find_values(typed, LOW_TYPES[precision].elem_type)
@@ -66,7 +66,7 @@ def test_the_islands_are_float32_and_the_rest_is_not(
     assert {*pixels, "rows", "all_masks", "mask_probs"} <= low
 
 
-def test_weights_are_stored_low_but_for_the_category_convolution(
+def test_weights_are_low_precision_except_for_the_category_convolution(
     typed: onnx.ModelProto, precision: LowPrecision
 ) -> None:
     types = {t.name: t.data_type for t in typed.graph.initializer}
@@ -76,7 +76,7 @@ def test_weights_are_stored_low_but_for_the_category_convolution(
     assert "stem_weight" not in types and "mask_weight" not in types
 
 
-def test_no_cast_follows_a_cast_and_none_stands_twice(typed: onnx.ModelProto) -> None:
+def test_casts_are_neither_chained_nor_duplicated(typed: onnx.ModelProto) -> None:
     made_by = producers(typed)
     casts = [node for node in typed.graph.node if node.op_type == "Cast"]
     sources = [cast.input[0] for cast in casts]
@@ -87,8 +87,8 @@ def test_no_cast_follows_a_cast_and_none_stands_twice(typed: onnx.ModelProto) ->
     assert all(cast.output[0] in read for cast in casts)
 
 
-def test_the_emulation_is_what_onnxs_reference_computes(precision: LowPrecision) -> None:
-    """Two independent evaluations of the typed graph; a sum may round to the neighbour."""
+def test_the_emulation_equals_onnxs_reference_evaluator(precision: LowPrecision) -> None:
+    """Two independent evaluations of the typed graph; sums may differ by one rounding step."""
     graph = lower_precision(build_graph(), precision)
     feeds = feeds_of((16, 32))
     reference = ReferenceEvaluator(onnx.load_from_string(graph))
@@ -101,7 +101,7 @@ def test_the_emulation_is_what_onnxs_reference_computes(precision: LowPrecision)
     np.testing.assert_array_equal(found[1], labels)
 
 
-def test_the_emulation_rounds_what_the_cpu_provider_does_not(precision: LowPrecision) -> None:
+def test_the_emulation_rounds_where_the_cpu_provider_does_not(precision: LowPrecision) -> None:
     graph = lower_precision(build_graph(), precision)
     masks = run(emulate(graph, precision), feeds_of((16, 32)))[2]
     rounded = masks.astype(NUMPY_TYPES[precision]).astype(np.float32)
@@ -114,7 +114,7 @@ def test_the_emulation_rounds_what_the_cpu_provider_does_not(precision: LowPreci
 def test_areas_above_2048_and_65504_pixels_are_exact(
     precision: LowPrecision, image_hw: tuple[int, int]
 ) -> None:
-    """One candidate's mask covers everything: its area is a number that fp16 does not have."""
+    """One candidate's mask covers the canvas: its area is not representable in fp16."""
     area = image_hw[0] * image_hw[1]
     assert area > (65504 if image_hw[0] > 100 else 2048)
     with np.errstate(over="ignore"):
@@ -130,7 +130,7 @@ def test_areas_above_2048_and_65504_pixels_are_exact(
     assert np.isfinite(scores).all() and (np.diff(scores) <= 0).all()
 
 
-def test_float16_runs_on_the_cpu_provider_and_keeps_half_the_bytes() -> None:
+def test_float16_runs_on_the_cpu_provider_and_halves_the_size() -> None:
     graph = lower_precision(build_graph(channels=1024), "fp16")
     assert len(graph) < 0.55 * len(build_graph(channels=1024))
     masks = run(graph, feeds_of((16, 32)))[2]
@@ -141,7 +141,7 @@ def test_the_same_graph_gives_the_same_bytes(precision: LowPrecision) -> None:
     assert lower_precision(build_graph(), precision) == lower_precision(build_graph(), precision)
 
 
-def test_bfloat16_takes_the_opset_that_has_its_convolution() -> None:
+def test_bfloat16_uses_the_opset_with_its_convolution() -> None:
     opsets = [
         onnx.load_from_string(lower_precision(build_graph(), p)).opset_import[0].version
         for p in PRECISIONS
@@ -149,19 +149,19 @@ def test_bfloat16_takes_the_opset_that_has_its_convolution() -> None:
     assert opsets == [18, 22]
 
 
-def test_a_weight_too_large_for_float16_is_refused_and_bfloat16_takes_it() -> None:
+def test_a_weight_too_large_for_float16_is_rejected_but_fits_bfloat16() -> None:
     model = onnx.load_from_string(build_graph())
     weight = next(t for t in model.graph.initializer if t.name == "stem_weight")
     values = numpy_helper.to_array(weight).copy()
     values.flat[0] = 70000
     weight.CopyFrom(numpy_helper.from_array(values, "stem_weight"))
     graph = model.SerializeToString()
-    with pytest.raises(GraphError, match="stem_weight holds 70000, too large"):
+    with pytest.raises(GraphError, match="stem_weight contains 70000, too large"):
         lower_precision(graph, "fp16")
     assert lower_precision(graph, "bf16")
 
 
-def test_a_graph_whose_types_do_not_fit_is_refused() -> None:
+def test_a_graph_with_inconsistent_types_is_rejected() -> None:
     model = onnx.load_from_string(build_graph())
     node = next(n for n in model.graph.node if n.output[0] == "scaled")
     node.input[1] = "valid_hw"

@@ -44,7 +44,7 @@ def files_under(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_the_first_version_is_written_and_can_be_served(tmp_path: Path) -> None:
+def test_the_first_version_can_be_loaded(tmp_path: Path) -> None:
     graph = blob_model.build_graph()
     target = publish(tmp_path / "repo", build_release(graph=graph))
     assert target == tmp_path / "repo" / "blobs" / "1"
@@ -63,7 +63,7 @@ def test_the_first_version_is_written_and_can_be_served(tmp_path: Path) -> None:
     assert len(loaded.segment(blob_model.draw_picture())) == 1
 
 
-def test_a_second_version_leaves_the_first_as_it_was(tmp_path: Path) -> None:
+def test_a_second_version_does_not_change_the_first(tmp_path: Path) -> None:
     first, second = build_release(1), build_release(2, b"other", candidates=7, mask_stride=8)
     publish(tmp_path, first)
     publish(tmp_path, second)
@@ -79,7 +79,7 @@ def test_a_second_version_leaves_the_first_as_it_was(tmp_path: Path) -> None:
 
 
 def test_versions_with_sections_of_their_own_stay_valid(tmp_path: Path) -> None:
-    """A hand-written config.json that shares nothing."""
+    """A hand-written config.json without shared sections."""
     folder = tmp_path / "blobs"
     publish(tmp_path, build_release(3))
     config = read_config(tmp_path)
@@ -96,21 +96,21 @@ def test_versions_with_sections_of_their_own_stay_valid(tmp_path: Path) -> None:
     assert after.for_version(1).limits.max_batch == 2
 
 
-def test_an_existing_version_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+def test_an_existing_version_is_rejected_and_nothing_changes(tmp_path: Path) -> None:
     publish(tmp_path, build_release())
     before = files_under(tmp_path)
-    with pytest.raises(PublishError, match="1 exists already; choose another version, or --force"):
+    with pytest.raises(PublishError, match="1 already exists; choose another version or"):
         publish(tmp_path, build_release(graph=b"other"))
     assert files_under(tmp_path) == before
 
 
-def test_a_folder_that_config_json_does_not_name_is_refused_too(tmp_path: Path) -> None:
+def test_an_unlisted_version_folder_is_rejected_too(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "1").mkdir(parents=True)
-    with pytest.raises(PublishError, match="exists already"):
+    with pytest.raises(PublishError, match="already exists"):
         require_free(tmp_path, "blobs", 1)
 
 
-def test_force_replaces_the_version_alone(tmp_path: Path) -> None:
+def test_force_replaces_only_that_version(tmp_path: Path) -> None:
     publish(tmp_path, build_release(1))
     publish(tmp_path, build_release(2))
     publish(tmp_path, build_release(1, b"other", candidates=5), force=True)
@@ -149,18 +149,16 @@ def test_a_failing_rename_keeps_the_old_version(
 
 
 @pytest.mark.parametrize("parity", [{"passed": False}, {}])
-def test_what_has_no_passed_parity_report_is_refused(
-    tmp_path: Path, parity: dict[str, Any]
-) -> None:
+def test_a_failed_parity_report_is_rejected(tmp_path: Path, parity: dict[str, Any]) -> None:
     release = build_release()
     with pytest.raises(PublishError, match="parity report has not passed"):
         publish(tmp_path, Release(release.config, release.graph, parity))
     assert files_under(tmp_path) == {}
 
 
-def test_a_graph_that_config_json_does_not_describe_is_refused(tmp_path: Path) -> None:
+def test_a_graph_that_differs_from_its_config_entry_is_rejected(tmp_path: Path) -> None:
     release = build_release()
-    with pytest.raises(PublishError, match=r"describes another model\.onnx"):
+    with pytest.raises(PublishError, match=r"model\.onnx differs from its entry"):
         publish(tmp_path, Release(release.config, b"other", PASSED))
 
 
@@ -169,11 +167,11 @@ def test_a_graph_that_config_json_does_not_describe_is_refused(tmp_path: Path) -
     [
         ("{", "not valid JSON"),
         ('{"name": "blobs", "versions": {}, "colour": 1}', "colour"),
-        ('{"name": "discs", "versions": {}}', "that of the model 'discs'"),
+        ('{"name": "discs", "versions": {}}', "belongs to the model 'discs'"),
         ('{"name": "blobs", "versions": {"4": {}}}', "version 4"),
     ],
 )
-def test_a_config_that_cannot_be_extended_is_refused(
+def test_a_config_that_cannot_be_extended_is_rejected(
     tmp_path: Path, text: str, reason: str
 ) -> None:
     (tmp_path / "blobs").mkdir()
@@ -183,7 +181,7 @@ def test_a_config_that_cannot_be_extended_is_refused(
     assert list(files_under(tmp_path)) == ["blobs/config.json"]
 
 
-def test_the_next_version_follows_what_is_listed_and_what_lies_there(tmp_path: Path) -> None:
+def test_the_next_version_follows_listed_versions_and_folders(tmp_path: Path) -> None:
     folder = tmp_path / "blobs"
     assert next_version(folder) == 1
     publish(tmp_path, build_release(4))
@@ -193,7 +191,7 @@ def test_the_next_version_follows_what_is_listed_and_what_lies_there(tmp_path: P
     assert next_version(folder) == 8
 
 
-def test_sections_that_all_versions_share_are_written_once() -> None:
+def test_shared_sections_are_written_once() -> None:
     config = merge_config(None, build_release(1).config)
     assert list(config) == [
         "schema_version",
@@ -214,7 +212,7 @@ INT8 = Artefact("model.int8.onnx", b"int8", PASSED)
 PACKAGE = Artefact("model.sm_90.fp16.pt2", b"package", PASSED)
 
 
-def test_further_files_are_published_with_the_version(tmp_path: Path) -> None:
+def test_artefacts_are_published_with_the_version(tmp_path: Path) -> None:
     base = build_release()
     publish(tmp_path, Release(base.config, base.graph, PASSED, (INT8, PACKAGE)))
     assert sorted(files_under(tmp_path / "blobs" / "1")) == [
@@ -233,7 +231,7 @@ def test_further_files_are_published_with_the_version(tmp_path: Path) -> None:
     }
 
 
-def test_files_that_are_added_later_change_no_other_line(tmp_path: Path) -> None:
+def test_files_added_later_change_no_other_line(tmp_path: Path) -> None:
     publish(tmp_path, build_release(1))
     publish(tmp_path, build_release(2, candidates=7))
     before = read_config(tmp_path)
@@ -244,12 +242,12 @@ def test_files_that_are_added_later_change_no_other_line(tmp_path: Path) -> None
     assert (tmp_path / "blobs" / "1" / "model.int8.onnx").read_bytes() == b"int8"
 
 
-def test_a_file_that_is_listed_is_replaced_by_force_alone(tmp_path: Path) -> None:
+def test_a_listed_file_is_only_replaced_with_force(tmp_path: Path) -> None:
     publish(tmp_path, build_release())
     add_artefacts(tmp_path / "blobs", 1, [INT8])
     before = files_under(tmp_path)
     other = Artefact(INT8.name, b"other", PASSED)
-    with pytest.raises(PublishError, match=r"model\.int8\.onnx exists already; --force"):
+    with pytest.raises(PublishError, match=r"model\.int8\.onnx already exists; --force"):
         add_artefacts(tmp_path / "blobs", 1, [other])
     assert files_under(tmp_path) == before
     add_artefacts(tmp_path / "blobs", 1, [other], force=True)
@@ -258,7 +256,7 @@ def test_a_file_that_is_listed_is_replaced_by_force_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stop_at", ["parity.int8.json", "model.int8.onnx", "config.json"])
 @pytest.mark.parametrize("listed", [False, True])
-def test_stopped_anywhere_the_version_stays_valid_and_the_same_call_completes_it(
+def test_an_interrupted_call_leaves_a_valid_version_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str, listed: bool
 ) -> None:
     import os
@@ -283,7 +281,7 @@ def test_stopped_anywhere_the_version_stays_valid_and_the_same_call_completes_it
     assert read_config(tmp_path)["versions"]["1"]["files"][INT8.name] == describe_file(b"int8")
 
 
-def test_a_file_whose_report_has_not_passed_or_whose_version_is_missing_is_refused(
+def test_files_without_a_passed_report_or_version_are_rejected(
     tmp_path: Path,
 ) -> None:
     base = build_release()
@@ -299,7 +297,7 @@ def test_a_file_whose_report_has_not_passed_or_whose_version_is_missing_is_refus
         add_artefacts(tmp_path / "blobs", 1, [bad])
     with pytest.raises(PublishError, match="has no version 2"):
         add_artefacts(tmp_path / "blobs", 2, [INT8])
-    with pytest.raises(PublishError, match=r"'weights\.bin' is not named model"):
+    with pytest.raises(PublishError, match=r"'weights\.bin' does not have the form model"):
         add_artefacts(tmp_path / "blobs", 1, [Artefact("weights.bin", b"x", PASSED)])
     assert files_under(tmp_path) == before
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from export.errors import ExportError
 from export.parity import Case
-from export.quantize import draw_calibration, quantize, require_apart
+from export.quantize import quantize, require_disjoint, sample_calibration
 from tests.support.tiny import TINY, build_tiny_data
 from tests.support.typed_graph import build_graph, feeds_of
 from training.data.coco import CocoDataset
@@ -26,7 +26,7 @@ def quantized() -> bytes:
     return quantize(build_graph(channels=8), calibration())
 
 
-def test_convolutions_are_int8_but_for_the_one_of_the_category_logits(quantized: bytes) -> None:
+def test_convolutions_are_int8_except_for_the_category_logits(quantized: bytes) -> None:
     model = onnx.load_from_string(quantized)
     types = {t.name: t.data_type for t in model.graph.initializer}
     assert types["stem_weight_quantized"] == types["mask_weight_quantized"] == TensorProto.INT8
@@ -40,7 +40,7 @@ def test_convolutions_are_int8_but_for_the_one_of_the_category_logits(quantized:
     }
 
 
-def test_weights_have_seven_bits_and_a_scale_for_each_channel(quantized: bytes) -> None:
+def test_weights_have_seven_bits_and_per_channel_scales(quantized: bytes) -> None:
     weights = {
         t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(quantized).graph.initializer
     }
@@ -62,31 +62,31 @@ def test_the_same_canvases_give_the_same_bytes(quantized: bytes) -> None:
     assert quantize(build_graph(channels=8), calibration()) == quantized
 
 
-def test_no_canvases_are_an_error() -> None:
-    with pytest.raises(ExportError, match="needs images for its calibration"):
+def test_no_calibration_canvases_is_an_error() -> None:
+    with pytest.raises(ExportError, match="requires calibration images"):
         quantize(build_graph(), [])
 
 
-def test_canvases_that_do_not_fit_are_an_error() -> None:
+def test_canvases_of_an_invalid_shape_are_an_error() -> None:
     bad = [Case("noise", np.zeros((1, 8, 8, 4), np.uint8), np.array([[8, 8]]))]
     with pytest.raises(ExportError, match="the quantisation failed"):
         quantize(build_graph(), bad)
 
 
-def test_calibration_takes_one_canvas_of_each_image_and_no_more_than_there_are(
+def test_calibration_uses_one_canvas_per_image_and_at_most_all_images(
     tmp_path: Path,
 ) -> None:
     data = CocoDataset(build_tiny_data(tmp_path), "train")
-    assert len(draw_calibration(data, TINY.input, 2)) == 2
-    cases = draw_calibration(data, TINY.input, 99)
+    assert len(sample_calibration(data, TINY.input, 2)) == 2
+    cases = sample_calibration(data, TINY.input, 99)
     assert [case.images.shape for case in cases] == [(1, 64, 64, 3)] * 3
-    again = draw_calibration(data, TINY.input, 99)
+    again = sample_calibration(data, TINY.input, 99)
     assert all((a.images == b.images).all() for a, b in zip(cases, again, strict=True))
 
 
-def test_evaluated_images_must_not_be_calibrated_on(tmp_path: Path) -> None:
+def test_calibration_and_evaluation_images_must_be_disjoint(tmp_path: Path) -> None:
     root = build_tiny_data(tmp_path)
     train, val = CocoDataset(root, "train"), CocoDataset(root, "val")
-    require_apart(train, val)
+    require_disjoint(train, val)
     with pytest.raises(ExportError, match=r"3 images of val\.json are also in val\.json, .* val1"):
-        require_apart(val, val)
+        require_disjoint(val, val)

@@ -53,4 +53,4 @@ def test_a_collector_that_is_not_there_harms_no_request(
         segment(server.url)
         server.terminate()
         assert server.wait() == 0
-        assert "the last traces could not be sent" in server.read_log()
+        assert "the last traces could not be exported" in server.read_log()

@@ -1,4 +1,4 @@
-"""Three weights an output against the matrices of the two resizes."""
+"""The composed weights against the product of the two resize matrices."""
 
 from __future__ import annotations
 

@@ -17,21 +17,21 @@ RULES = (
     SOLO,
     SOLO_512,
     KeepRatioResize(short_side=64, long_side=64),
-    KeepRatioResize(short_side=96, long_side=64),  # the long side always decides
+    KeepRatioResize(short_side=96, long_side=64),  # the long side is always the limit
     KeepRatioResize(short_side=48, long_side=64, pad_multiple=1),
     KeepRatioResize(short_side=50, long_side=333, pad_multiple=64),
 )
 
 
 def canvas_of(image_hw: tuple[int, int], rule: KeepRatioResize) -> tuple[int, int]:
-    """By the size rule of `prepare`, without the image."""
+    """The size rule of `prepare`, without an image."""
     height, width = keep_ratio_size(image_hw, rule.short_side, rule.long_side)
     multiple = rule.pad_multiple
     return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
 
 def random_sizes(count: int, seed: int) -> list[tuple[int, int]]:
-    """Image sizes from one pixel to beyond what is served, evenly over their logarithms."""
+    """Log-uniform image sizes, from one pixel to more than the server accepts."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(0, np.log(20_000), (count, 2))).astype(int)
     return [(int(h), int(w)) for h, w in sizes]
@@ -48,8 +48,8 @@ def test_no_image_falls_outside(rule: KeepRatioResize) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_is_listed_that_no_image_gets(rule: KeepRatioResize) -> None:
-    """Images of the resized size itself, in both orientations, give every canvas."""
+def test_every_listed_canvas_occurs(rule: KeepRatioResize) -> None:
+    """Images of exactly the resized sizes, in both orientations, produce every canvas."""
     longest = rule.long_side
     images = {(short, longest) for short in range(1, longest + 1)}
     images |= {(rule.short_side, long) for long in range(rule.short_side, longest + 1)}
@@ -86,18 +86,18 @@ def test_buckets_cover_any_set(canvases: set[tuple[int, int]], max_buckets: int)
 
 
 @pytest.mark.parametrize("rule", [SOLO, SOLO_512])
-def test_no_bucket_reaches_beyond_the_largest_canvas(rule: KeepRatioResize) -> None:
-    """Its greatest shape decides how much memory an engine takes."""
+def test_no_bucket_exceeds_the_largest_canvas(rule: KeepRatioResize) -> None:
+    """An engine allocates memory for the largest shape of its buckets."""
     canvases = list_canvases(InputSpec(resize=rule))
     largest = max(height * width for height, width in canvases)
     for bucket in cover_canvases(canvases):
         assert bucket.max_hw[0] * bucket.max_hw[1] <= largest
 
 
-def test_what_cannot_be_covered_is_refused() -> None:
+def test_impossible_covers_are_rejected() -> None:
     with pytest.raises(ValueError, match="1 buckets cannot cover 2"):
         cover_canvases({(2, 3), (3, 2)}, 1)
     with pytest.raises(ValueError, match="cover 0 canvases"):
         cover_canvases(set())
-    with pytest.raises(ValueError, match=r"no bucket holds the canvas \(9, 9\)"):
+    with pytest.raises(ValueError, match=r"no bucket contains the canvas \(9, 9\)"):
         find_bucket(cover_canvases({(2, 3), (3, 2)}), (9, 9))

@@ -1,4 +1,4 @@
-"""Contours: drawn, filled, compared by what they enclose, joined over tiles."""
+"""Contours: drawing, filling, comparison by enclosed region, merging across tiles."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pixels_of(instance: Instance) -> UInt8:
 
 
 def blob(seed: int) -> UInt8:
-    """Discs that overlap, with a hole: several parts, inlets, parts cut by the border."""
+    """Overlapping discs with a hole: several components, concave, truncated at the border."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(SHAPE, np.uint8)
     for _ in range(4):
@@ -122,7 +122,7 @@ def test_many_masks_are_filled_as_one_is() -> None:
     assert fill_contours(given[:0]).shape == (0, *SHAPE)
 
 
-def test_an_instance_becomes_what_it_encloses() -> None:
+def test_fill_instance_gives_the_enclosed_region() -> None:
     mask = disc(*SHAPE, 30, 40, 12)
     curve = instance_of(draw_contour(mask), 0.7, 3)
     region = fill_instance(curve)
@@ -138,7 +138,7 @@ def candidates_of(curves: list[UInt8], scores: list[float]) -> Candidates:
 
 
 @pytest.mark.parametrize("nms", [MatrixNms(), MaskNms()])
-def test_a_duplicate_beside_the_curve_is_found_by_what_it_encloses(nms: object) -> None:
+def test_a_shifted_duplicate_is_suppressed_by_its_enclosed_region(nms: object) -> None:
     first, second = (draw_contour(disc(*SHAPE, 30, x, 14)) for x in (40, 42))
     other = draw_contour(disc(*SHAPE, 30, 12, 8))
     found = candidates_of([first, second, other], [0.9, 0.8, 0.7])
@@ -148,7 +148,7 @@ def test_a_duplicate_beside_the_curve_is_found_by_what_it_encloses(nms: object) 
     assert select(found, enclosed)[1].tolist() == [0, 2]
 
 
-def test_what_comes_out_is_the_curve_not_the_region() -> None:
+def test_the_result_is_the_curve_not_the_region() -> None:
     mask = disc(16, 16, 8, 8, 5)
     tile = Tile(np.zeros((64, 64, 3), np.uint8), (64, 64), Window(0, 0, 64, 64))
     spec = PostprocessSpec(nms=MatrixNms(), compare="enclosed", mask_threshold=0.3)
@@ -160,7 +160,7 @@ def test_what_comes_out_is_the_curve_not_the_region() -> None:
 
 
 def seen(mask: UInt8, window: Window, score: float) -> TileInstance:
-    """The closed contour of what one tile shows of an object."""
+    """The closed contour of the part of an object visible in one tile."""
     part = np.zeros_like(mask)
     here = np.s_[window.y : window.y + window.height, window.x : window.x + window.width]
     part[here] = mask[here]
@@ -171,7 +171,7 @@ def seen(mask: UInt8, window: Window, score: float) -> TileInstance:
 LEFT, RIGHT = Window(0, 0, 60, 50), Window(0, 30, 60, 50)
 
 
-def test_parts_of_two_tiles_are_joined_without_the_lines_of_the_cut() -> None:
+def test_parts_of_two_tiles_are_joined_without_lines_at_the_tile_border() -> None:
     mask = np.zeros(SHAPE, np.uint8)
     mask[20:40, 5:75] = 1
     found = [seen(mask, LEFT, 0.6), seen(mask, RIGHT, 0.8)]
@@ -181,16 +181,16 @@ def test_parts_of_two_tiles_are_joined_without_the_lines_of_the_cut() -> None:
     assert (joined.area, joined.bbox_xywh) == (draw_contour(mask).sum(), (5, 20, 70, 20))
 
 
-def test_an_object_that_two_tiles_see_comes_out_once() -> None:
+def test_an_object_in_two_tiles_gives_one_instance() -> None:
     mask = disc(*SHAPE, 30, 40, 8)
     shifted = disc(*SHAPE, 31, 41, 8)
     found = [seen(mask, LEFT, 0.9), seen(shifted, RIGHT, 0.8)]
-    assert len(merge_tiles(found)) == 2  # thin curves: hardly a pixel is shared
+    assert len(merge_tiles(found)) == 2  # thin curves share hardly any pixels
     (kept,) = merge_tiles(found, compare="enclosed")
     np.testing.assert_array_equal(pixels_of(kept), draw_contour(mask))
 
 
-def test_a_cut_view_gives_way_to_the_whole_one() -> None:
+def test_a_truncated_part_is_replaced_by_the_whole_object() -> None:
     mask = disc(*SHAPE, 30, 44, 10)
     found = [seen(mask, LEFT, 0.9), seen(mask, RIGHT, 0.5)]
     (kept,) = merge_tiles(found, compare="enclosed")
@@ -198,7 +198,7 @@ def test_a_cut_view_gives_way_to_the_whole_one() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_joining_leaves_nothing_inside_and_nothing_new(seed: int) -> None:
+def test_joining_removes_inner_pixels_and_adds_none(seed: int) -> None:
     parts = [instance_of(draw_contour(blob(seed + k)), 0.1 * (k + 1)) for k in range(3)]
     joined = join_contours(parts)
     assert joined.score == pytest.approx(0.3)
@@ -208,7 +208,7 @@ def test_joining_leaves_nothing_inside_and_nothing_new(seed: int) -> None:
     assert join_contours(parts[:1]) == parts[0]
 
 
-def test_contours_are_drawn_as_lines_without_a_filling() -> None:
+def test_contours_are_drawn_without_fill() -> None:
     image = np.full((*SHAPE, 3), 90, np.uint8)
     curve = draw_contour(disc(*SHAPE, 30, 40, 12))
     drawn = draw_instances(image, [instance_of(curve)], "contour")

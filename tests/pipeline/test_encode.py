@@ -44,7 +44,7 @@ def _instance(pixels: np.ndarray, y: int = 3, x: int = 5) -> Instance:
 
 
 def _blob(seed: int) -> Instance:
-    """A mask of several parts, with holes, sometimes as high as the image."""
+    """A mask with several components and holes, sometimes of the image's full height."""
     rng = np.random.default_rng(seed)
     height, width = (int(v) for v in rng.integers(1, 60, 2))
     noise = cv2.GaussianBlur(rng.random((height, width)), (0, 0), rng.uniform(0.3, 4))
@@ -70,7 +70,7 @@ def test_rle_result_loads_into_pycocotools() -> None:
     truth.createIndex()
     loaded = truth.loadRes([{"image_id": 1, **result}])
     (annotation,) = loaded.loadAnns(loaded.getAnnIds())
-    assert result["area"] == disc.sum()  # pycocotools puts the box's area into its own copy
+    assert result["area"] == disc.sum()  # pycocotools sets the box's area in its own copy
     np.testing.assert_array_equal(loaded.annToMask(annotation)[3:18, 5:20], disc)
 
 
@@ -92,7 +92,7 @@ def test_long_runs_are_decoded() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_polygons_make_the_same_mask_but_for_holes(seed: int) -> None:
+def test_polygons_give_the_same_mask_except_for_holes(seed: int) -> None:
     instance = _blob(seed)
     mask = coco_mask.decode(instance.rle)
     polygons = encode_polygons(instance)
@@ -110,7 +110,7 @@ def test_polygon_of_a_rectangle_is_its_four_corners() -> None:
     assert len(polygon) == 8 and corners == {(5, 3), (12, 3), (12, 7), (5, 7)}
 
 
-def test_every_part_gets_its_polygon() -> None:
+def test_every_component_gets_a_polygon() -> None:
     parts = np.zeros((10, 10), bool)
     parts[:3, :3] = parts[6:, 6:] = True
     polygons = instance_to_coco(_instance(parts), CONFIG, masks="polygon")["segmentation"]
@@ -126,11 +126,11 @@ def test_tiny_masks_have_valid_polygons(shape: tuple[int, int]) -> None:
     assert coco_mask.frPyObjects([polygon], 40, 50)
 
 
-def test_none_leaves_masks_out() -> None:
+def test_none_omits_masks() -> None:
     assert "segmentation" not in instance_to_coco(_instance(np.ones((2, 2))), CONFIG, masks="none")
 
 
-def test_drawing_changes_masked_pixels_alone() -> None:
+def test_drawing_changes_only_masked_pixels() -> None:
     image = np.full((40, 50, 3), 90, np.uint8)
     instance = _instance(np.ones((6, 6)))
     drawn = draw_instances(image, [instance])
@@ -162,13 +162,13 @@ def test_holes_are_counted() -> None:
     mask = np.ones((9, 9), bool)
     mask[2:4, 2:4] = mask[6, 6] = False
     assert count_holes(_instance(mask)) == 2
-    mask[:, 6] = False  # now open at the border
+    mask[:, 6] = False  # no longer a hole: open at the border
     assert count_holes(_instance(mask)) == 1
     assert count_holes(_instance(np.ones((1, 1)))) == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
-def test_the_index_image_names_the_best_instance_of_each_pixel(count: int) -> None:
+def test_the_index_png_has_the_best_instance_of_each_pixel(count: int) -> None:
     rng = np.random.default_rng(count)
     instances, expected = [], np.zeros((40, 50), np.int64)
     for number in range(1, count + 1):
@@ -182,6 +182,6 @@ def test_the_index_image_names_the_best_instance_of_each_pixel(count: int) -> No
     np.testing.assert_array_equal(np.asarray(image), expected)
 
 
-def test_more_instances_than_a_pixel_can_name_are_refused() -> None:
+def test_more_than_65535_instances_are_rejected() -> None:
     with pytest.raises(ValueError, match="70000 instances"):
         encode_index_png([_instance(np.ones((1, 1)))] * 70_000, (4, 4))

@@ -1,4 +1,4 @@
-"""Both NMS against brute force and against what the published implementation computes."""
+"""Both NMS variants against brute force and the published implementation's results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_mask_nms_equals_brute_force(count: int, classes: int, seed: int) -> Non
 def test_matrix_nms_equals_brute_force(kernel: Literal["gaussian", "linear"]) -> None:
     for seed in range(10):
         scores, labels, masks = _random_masks(20, 2, seed)
-        # identical masks make the linear kernel divide by zero; they have their own test
+        # identical masks make the linear kernel divide by zero; tested separately below
         keep = [i for i in range(20) if all(_iou(masks[i], masks[j]) < 1 for j in range(i))]
         scores, labels, masks = scores[keep], labels[keep], masks[keep]
         expected = _brute_force_matrix(scores, labels, masks, kernel, 2.0)
@@ -106,7 +106,7 @@ def test_identical_masks_leave_one(kernel: Literal["gaussian", "linear"]) -> Non
     assert (got[1:] <= scores[1:] * np.exp(-2.0) + 1e-6).all()
 
 
-def test_nothing_in_nothing_out() -> None:
+def test_empty_input_gives_empty_output() -> None:
     none = np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros((0, 4, 4), bool)
     assert matrix_nms(*none).shape == (0,)
     assert mask_nms(*none).shape == (0,)
@@ -117,7 +117,7 @@ def test_empty_masks_overlap_nothing() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (31, 33), (32, 64), (70, 97)])
-def test_blocks_make_no_difference(shape: tuple[int, int]) -> None:
+def test_block_borders_do_not_change_results(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(shape[0])
     masks = np.zeros((12, *shape), np.bool_)
     for mask in masks:

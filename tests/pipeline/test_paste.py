@@ -1,4 +1,4 @@
-"""Pasting where columns cross the threshold against the dense way, pixel by pixel."""
+"""`paste_masks` against a dense reference implementation, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pipeline import paste
 from pipeline.axis import build_axis
 from pipeline.paste import paste_masks
-from pipeline.runs import Outline, build_instance
+from pipeline.runs import EncodedMask, build_instance
 from pipeline.types import Float32, Tile, Window
 from tests.support.dense_paste import paste_mask
 from tests.support.kernel_cases import (
@@ -29,7 +29,7 @@ from tests.support.kernel_cases import (
 
 
 def _resize_dense(image: np.ndarray, out_h: int, out_w: int) -> np.ndarray:
-    """Half-pixel bilinear resize in float64, written on its own."""
+    """Half-pixel bilinear resize in float64, independent of the implementation under test."""
 
     def axis(values: np.ndarray, out: int) -> np.ndarray:
         size = values.shape[0]
@@ -42,19 +42,19 @@ def _resize_dense(image: np.ndarray, out_h: int, out_w: int) -> np.ndarray:
     return np.asarray(axis(axis(image.astype(np.float64), out_h).T, out_w).T)
 
 
-def _paste(probs: Float32, tile: Tile, image_hw: tuple[int, int]) -> Outline | None:
+def _paste(probs: Float32, tile: Tile, image_hw: tuple[int, int]) -> EncodedMask | None:
     (outline,) = paste_masks([probs], tile, 4, image_hw)
     return outline
 
 
-def _dense(outline: Outline | None, height: int, width: int) -> np.ndarray:
+def _dense(outline: EncodedMask | None, height: int, width: int) -> np.ndarray:
     if outline is None:
         return np.zeros((height, width), np.bool_)
     return np.asarray(coco_mask.decode(outline.rle) > 0)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_paste_equals_the_dense_way(seed: int) -> None:
+def test_paste_equals_the_dense_reference(seed: int) -> None:
     rng = np.random.default_rng(seed)
     h, w = (int(v) for v in rng.integers(1, 40, 2))
     valid = int(rng.integers(1, 4 * h + 1)), int(rng.integers(1, 4 * w + 1))
@@ -78,14 +78,14 @@ def test_paste_into_a_window_of_a_larger_image() -> None:
     assert outline.bbox_xywh == (58, 108, 8, 8)
 
 
-def test_mask_in_the_padding_alone_is_nothing() -> None:
+def test_a_mask_only_in_the_padding_gives_none() -> None:
     probs = np.zeros((8, 8), np.float32)
     probs[6:, 6:] = 1
     tile = Tile(np.zeros((32, 32, 3), np.uint8), (8, 8), Window(0, 0, 8, 8))
     assert _paste(probs, tile, (8, 8)) is None
 
 
-def test_empty_mask_is_nothing() -> None:
+def test_an_empty_mask_gives_none() -> None:
     tile = Tile(np.zeros((8, 8, 3), np.uint8), (8, 8), Window(0, 0, 8, 8))
     assert _paste(np.full((2, 2), 0.5, np.float32), tile, (8, 8)) is None
 
@@ -97,7 +97,7 @@ def _assert_equal(
     image_hw: tuple[int, int],
     threshold: float = 0.5,
 ) -> int:
-    """Each mask's run lengths are those of the dense way, but for pixels within a tie.
+    """Each mask's RLE equals the dense reference, except at near-ties with the threshold.
 
     Returns:
         How many masks differ in such pixels.
@@ -150,7 +150,7 @@ def test_blobs_and_noise(hw: tuple[int, int], stride: int, threshold: float, see
     seed=st.integers(0, 100_000),
 )
 def test_special_masks(hw: tuple[int, int], stride: int, whole: bool, seed: int) -> None:
-    """Empty, full, one pixel, borders, ties; also in a window that is all of the image."""
+    """Empty, full, one pixel, borders, ties; also in a window that covers the whole image."""
     rng = np.random.default_rng(seed)
     tile = draw_tile(rng, hw, stride)
     image_hw = draw_image_hw(rng, tile)
@@ -162,7 +162,7 @@ def test_special_masks(hw: tuple[int, int], stride: int, whole: bool, seed: int)
 
 
 @pytest.mark.parametrize("count", [0, 1, 400])
-def test_company_and_chunks_make_no_difference(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_does_not_change_results(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(count)
     tile = draw_tile(rng, (24, 30), 4)
     image_hw = draw_image_hw(rng, tile)
@@ -182,7 +182,7 @@ def test_a_full_mask_is_one_run() -> None:
 
 
 def test_a_hundred_masks_of_a_large_photograph_stay_small() -> None:
-    """DESIGN: 100 masks at 3024x4032 in at most 200 MB extra."""
+    """100 masks at 3024x4032 need at most 200 MB of extra memory."""
     tile = Tile(np.zeros((800, 1088, 3), np.uint8), (800, 1067), Window(0, 0, 3024, 4032))
     rng = np.random.default_rng(0)
     probs = np.zeros((200, 272), np.float32)
@@ -199,7 +199,7 @@ def test_a_hundred_masks_of_a_large_photograph_stay_small() -> None:
 
 
 def test_noise_in_a_large_photograph_stays_small() -> None:
-    """Every mask pixel is an edge: nothing is decided without being computed."""
+    """Every mask pixel is an edge, so every output is computed."""
     tile = Tile(np.zeros((800, 1088, 3), np.uint8), (800, 1067), Window(0, 0, 3024, 4032))
     noise = np.random.default_rng(0).random((200, 272)).astype(np.float32)
     build_axis.cache_clear()

@@ -48,7 +48,7 @@ def test_rle_equals_pycocotools_on_noise(seed: int) -> None:
 
 
 def _edges(mask: np.ndarray) -> list[int]:
-    """Written on its own: starts and ends of each column's runs."""
+    """Starts and ends of each column's runs, independent of the implementation under test."""
     height, width = mask.shape
     found = []
     for x in range(width):
@@ -82,6 +82,6 @@ def test_edges_of_many_masks_equal_pycocotools(h: int, w: int, count: int, seed:
         assert list(outline.bbox_xywh) == coco_mask.toBbox(expected).tolist()
 
 
-def test_a_mask_without_pixels_has_no_run_lengths() -> None:
+def test_an_empty_box_mask_is_rejected() -> None:
     with pytest.raises(ValueError, match="2x3 px at y 4, x 5 is empty"):
         encode_box_mask(BoxMask(4, 5, np.zeros((2, 3), np.bool_)), (20, 20))

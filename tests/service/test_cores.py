@@ -8,7 +8,7 @@ import pytest
 from service import cores
 
 
-def test_there_is_at_least_one_core_and_not_more_than_the_process_may_use() -> None:
+def test_the_count_is_at_least_one_and_at_most_the_affinity_mask() -> None:
     assert 1 <= cores.count_cores() <= len(os.sched_getaffinity(0))
 
 
@@ -30,7 +30,7 @@ def write_topology(root: Path, siblings: list[str]) -> None:
         ([], None, 4),
     ],
 )
-def test_hardware_threads_count_once_and_quotas_bound(
+def test_hyper_threads_count_once_and_the_quota_is_a_limit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     siblings: list[str],

@@ -127,7 +127,7 @@ def test_an_unknown_setting_is_refused() -> None:
 
 def test_a_misspelt_variable_is_noticed() -> None:
     found = find_unknown_variables({"SOLO_MAX_BACH": "3", "SOLO_PORT": "1", "PATH": "x"})
-    assert found == ["SOLO_MAX_BACH is no setting and is ignored; did you mean SOLO_MAX_BATCH?"]
+    assert found == ["SOLO_MAX_BACH is not a setting and is ignored; did you mean SOLO_MAX_BATCH?"]
 
 
 def test_every_setting_has_a_flag_with_a_help_text() -> None:

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol (KServe v2 over HTTP): its JSON, its binary data, our tensors."""
+"""The Open Inference Protocol (KServe v2 over HTTP): parsing, schemas, serialisation."""

@@ -1,6 +1,6 @@
-"""A body of the protocol becomes images and options.
+"""Parses the body of an infer request.
 
-The body is JSON; or Inference-Header-Content-Length bytes of JSON, then the input's binary data.
+The body is JSON; or Inference-Header-Content-Length bytes of JSON followed by binary input data.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from service.errors import (
 from service.http.oip.schemas import OUTPUTS, InferInput, InferParameters, InferRequest, OutputName
 
 MAX_JSON_VALUES = 2_000_000
-"""Numbers, lists and objects in the JSON. As objects they need up to 30 times their text; a file
-in base64 is one of them, whatever its size."""
+"""Most numbers, lists and objects in the JSON: parsed, they take up to 30 times the memory of
+their text. A base64 file is one value of any size."""
 _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class InferCall:
-    """What a client asks for.
+    """A parsed infer request.
 
     Attributes:
-        request_id: To be given back.
-        images: Encoded files, or pixels [H, W, 3].
-        parameters: Bounds of the answer.
-        outputs: Which outputs, in which order, and whether each is binary.
+        request_id: Returned in the response.
+        images: Encoded files, or RGB pixels [H, W, 3].
+        parameters: Of the request.
+        outputs: Requested outputs in order, and whether each is binary.
     """
 
     request_id: str | None
@@ -52,19 +52,19 @@ class InferCall:
 
 
 def read_request(body: bytes, header_length: int | None, max_images: int) -> InferCall:
-    """Reads a request's body.
+    """Parses a request's body.
 
     Args:
-        body: All of it.
-        header_length: Bytes of JSON at its start; None: it is JSON to its end.
-        max_images: Most images.
+        body: The complete body.
+        header_length: Length of the JSON in bytes; None if the whole body is JSON.
+        max_images: Maximum number of images.
 
     Raises:
-        InvalidRequest, InvalidParameter, EmptyBody, TooManyImages: Names what is wrong.
-        BodyTooLarge: The JSON has too many values.
+        InvalidRequest, InvalidParameter, EmptyBody, TooManyImages: The message names the fault.
+        BodyTooLarge: The JSON has more than `MAX_JSON_VALUES` values.
     """
     if not body:
-        raise EmptyBody("the body is empty; send the protocol's JSON")
+        raise EmptyBody("the body is empty, expected the protocol's JSON")
     if header_length is not None and header_length > len(body):
         raise InvalidRequest(
             f"Inference-Header-Content-Length is {header_length}, but the body has "
@@ -98,18 +98,18 @@ def _read_json(text: bytes) -> InferRequest:
     try:
         return InferRequest.model_validate(orjson.loads(text))
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the {len(text)} bytes of JSON cannot be read: {error}") from error
+        raise InvalidRequest(f"the {len(text)} bytes of JSON are invalid: {error}") from error
     except ValidationError as error:
         raise InvalidParameter(_explain(error)) from error
 
 
 def _explain(error: ValidationError) -> str:
-    """Names each wrong field and its value, cut short: the value may be all pixels."""
+    """Lists each invalid field with its value; abbreviated, because a value can be large."""
     parts = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"]) or "the body"
         if item["type"] == "extra_forbidden":
-            parts.append(f"there is no field {name!r}")
+            parts.append(f"unknown field {name!r}")
         else:
             parts.append(f"{name}: {item['msg']}, not {reprlib.repr(item['input'])}")
     return "; ".join(parts)
@@ -121,38 +121,43 @@ def _read_images(
     size = None if tensor.parameters is None else tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         found = "neither" if size is None else "both"
-        raise InvalidRequest(f"the input 'image' needs data or binary_data_size, it has {found}")
+        raise InvalidRequest(f"the input 'image' must have data or binary_data_size, not {found}")
     if len(binary) != (size or 0):
         raise InvalidRequest(
-            f"the inputs name {size or 0} bytes of binary data, but {len(binary)} bytes "
-            "follow the JSON"
+            f"binary_data_size is {size or 0}, but {len(binary)} bytes follow the JSON"
         )
     if tensor.datatype == "UINT8":
         return [_read_pixels(tensor.shape, binary if tensor.data is None else tensor.data)]
     if len(tensor.shape) != 1:
-        raise InvalidParameter(f"the shape of a BYTES 'image' is [N], not {tensor.shape}")
+        raise InvalidParameter(f"the shape of a BYTES 'image' must be [N], not {tensor.shape}")
     if tensor.shape[0] > max_images:
-        raise TooManyImages(f"one request may have {max_images} images, not {tensor.shape[0]}")
+        raise TooManyImages(
+            f"a request may have at most {max_images} images, not {tensor.shape[0]}"
+        )
     files = _split_files(binary) if tensor.data is None else _decode_files(tensor.data)
     if len(files) != tensor.shape[0]:
-        raise InvalidParameter(f"the shape {tensor.shape} does not fit {len(files)} files")
+        raise InvalidParameter(f"the shape {tensor.shape} does not match {len(files)} files")
     return files
 
 
 def _split_files(binary: memoryview) -> list[bytes]:
+    """Splits binary data of the form (length, file)*."""
     files: list[bytes] = []
-    place = 0
-    while place < len(binary):
-        start = place + _LENGTH.size
+    offset = 0
+    while offset < len(binary):
+        start = offset + _LENGTH.size
         if start > len(binary):
-            raise InvalidRequest(f"the binary data ends in a length, after {len(files)} files")
-        (length,) = _LENGTH.unpack_from(binary, place)
-        place = start + length
-        if place > len(binary):
             raise InvalidRequest(
-                f"file {len(files)} should have {length} bytes, but {len(binary) - start} are there"
+                f"the binary data ends inside a length field, after {len(files)} files"
             )
-        files.append(bytes(binary[start:place]))
+        (length,) = _LENGTH.unpack_from(binary, offset)
+        offset = start + length
+        if offset > len(binary):
+            raise InvalidRequest(
+                f"file {len(files)} should have {length} bytes, but only "
+                f"{len(binary) - start} remain"
+            )
+        files.append(bytes(binary[start:offset]))
     return files
 
 
@@ -160,30 +165,32 @@ def _decode_files(data: Sequence[Any]) -> list[bytes]:
     files = []
     for index, text in enumerate(data):
         if not isinstance(text, str):
-            raise InvalidParameter(f"file {index} must be base64 text, not {reprlib.repr(text)}")
+            raise InvalidParameter(
+                f"file {index} must be a base64 string, not {reprlib.repr(text)}"
+            )
         try:
             files.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
             raise InvalidParameter(
-                f"file {index} is not base64: {error}; it starts with {text[:20]!r}"
+                f"file {index} is not base64: {error}; starts with {text[:20]!r}"
             ) from error
     return files
 
 
 def _read_pixels(shape: Sequence[int], data: memoryview | Sequence[Any]) -> UInt8:
     if len(shape) != 3 or shape[2] != 3:
-        raise InvalidParameter(f"the shape of a UINT8 'image' is [H, W, 3], not {list(shape)}")
+        raise InvalidParameter(f"the shape of a UINT8 'image' must be [H, W, 3], not {list(shape)}")
     if isinstance(data, memoryview):
         pixels: UInt8 = np.frombuffer(data, np.uint8)
     else:
         pixels = _read_numbers(shape, data)
     if pixels.size != shape[0] * shape[1] * 3:
-        raise InvalidParameter(f"the shape {list(shape)} does not fit {pixels.size} numbers")
+        raise InvalidParameter(f"the shape {list(shape)} does not match {pixels.size} numbers")
     return pixels.reshape(shape)
 
 
 def _read_numbers(shape: Sequence[int], data: Sequence[Any]) -> UInt8:
-    """A flat list, or one nested as the shape says."""
+    """Pixels [H * W * 3] from a flat list, or from one nested as the shape."""
     try:
         if isinstance(data[0], list):
             nested = (len(data), {len(row) for row in data}, {len(p) for row in data for p in row})
@@ -193,5 +200,5 @@ def _read_numbers(shape: Sequence[int], data: Sequence[Any]) -> UInt8:
         return np.frombuffer(bytes(data), np.uint8)
     except (IndexError, TypeError, ValueError) as error:
         raise InvalidParameter(
-            f"a UINT8 'image' has whole numbers 0..255, not {reprlib.repr(data)}"
+            f"a UINT8 'image' must have integers 0..255, not {reprlib.repr(data)}"
         ) from error

@@ -1,4 +1,4 @@
-"""The protocol's objects, and what our tensors are called.
+"""The protocol's objects, and the tensors of our models.
 
 Symbols: N images of the request, n instances of all of them together, H W image.
 """
@@ -15,14 +15,14 @@ OutputName = Literal["scores", "category_ids", "bbox", "rle", "image_index", "im
 
 
 class ProtocolError(BaseModel):
-    """Body of every answer under /v2 that is not 2xx: the protocol's text, and our code."""
+    """Body of every error response under /v2: the protocol's `error` and our `code`."""
 
     error: Annotated[str, Field(examples=["there is no model 'cats', only ['nuclei']"])]
     code: Annotated[str, Field(examples=["unknown_model"])]
 
 
 class ServerMetadata(BaseModel):
-    """Answer of GET /v2."""
+    """Response of GET /v2."""
 
     name: str
     version: str
@@ -30,14 +30,14 @@ class ServerMetadata(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """Answer of GET /v2/models/{name}/ready."""
+    """Response of GET /v2/models/{name}/ready."""
 
     name: str
     ready: bool
 
 
 class TensorMetadata(BaseModel):
-    """A tensor that a model takes or gives; -1 is any size."""
+    """An input or output tensor of a model; -1 is a dimension of any size."""
 
     name: str
     datatype: Datatype
@@ -45,7 +45,7 @@ class TensorMetadata(BaseModel):
 
 
 INPUT = TensorMetadata(name="image", datatype="BYTES", shape=[-1])
-"""Encoded files; UINT8 [H, W, 3], raw RGB, is taken too, but a tensor announces one type."""
+"""Encoded files. UINT8 [H, W, 3], raw RGB, is accepted too, but metadata has only one type."""
 _SHAPES: Mapping[OutputName, tuple[Datatype, list[int]]] = {
     "scores": ("FP32", [-1]),
     "category_ids": ("INT64", [-1]),
@@ -59,17 +59,17 @@ OUTPUTS: Mapping[OutputName, TensorMetadata] = {
     name: TensorMetadata(name=name, datatype=datatype, shape=shape)
     for name, (datatype, shape) in _SHAPES.items()
 }
-"""`scores` to `image_index` have an entry for each instance, the last two for each image."""
+"""`scores` to `image_index` have one entry per instance, the last two one per image."""
 
 
-class _Asked(BaseModel):
-    """A part of a request; what it does not know is refused, so that a typing error shows."""
+class _StrictModel(BaseModel):
+    """Part of a request; unknown fields are rejected, so that misspelt ones are noticed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class InferParameters(_Asked):
-    """What may be set for a request."""
+class InferParameters(_StrictModel):
+    """Parameters of a request."""
 
     score_threshold: Annotated[
         float | None, Field(ge=0, le=1, description="default: from the model's configuration")
@@ -79,29 +79,29 @@ class InferParameters(_Asked):
     ] = None
     priority: Annotated[
         int,
-        Field(ge=0, description="0, 1: interactive work, which goes first; 2 and more: batch work"),
+        Field(ge=0, description="0 and 1: interactive, served first; 2 and above: batch work"),
     ] = 0
     timeout: Annotated[
         int | None,
         Field(
             ge=1,
             le=86_400_000_000,
-            description="microseconds, after which the request is answered 504 and what still "
-            "waits is dropped; header X-Timeout-Ms has milliseconds; default: the server's",
+            description="microseconds; then the response is 504 and queued work of the request is "
+            "dropped; also the header X-Timeout-Ms, in milliseconds; default: the server's",
         ),
     ] = None
     binary_data_output: Annotated[
-        bool, Field(description="outputs are binary unless they say otherwise")
+        bool, Field(description="default of the outputs' `binary_data`")
     ] = False
 
     @property
     def timeout_ms(self) -> int | None:
-        """`timeout`, rounded up."""
+        """`timeout` in milliseconds, rounded up."""
         return None if self.timeout is None else -(-self.timeout // 1000)
 
 
 class InputParameters(BaseModel):
-    """Of an input; what others put here to describe their data is ignored."""
+    """Parameters of an input; unknown ones are ignored, as clients add their own."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -110,8 +110,8 @@ class InputParameters(BaseModel):
     ] = None
 
 
-class InferInput(_Asked):
-    """The image, or images."""
+class InferInput(_StrictModel):
+    """The input tensor: one or more images."""
 
     name: Literal["image"]
     datatype: Annotated[
@@ -128,21 +128,21 @@ class InferInput(_Asked):
     ] = None
 
 
-class OutputParameters(_Asked):
-    """Of an output."""
+class OutputParameters(_StrictModel):
+    """Parameters of an output."""
 
     binary_data: bool | None = None
 
 
-class RequestedOutput(_Asked):
-    """An output that the client wants."""
+class RequestedOutput(_StrictModel):
+    """An output requested by the client."""
 
     name: OutputName
     parameters: OutputParameters | None = None
 
 
-class InferRequest(_Asked):
-    """Body of POST /v2/models/{name}/infer, or the JSON before its binary data."""
+class InferRequest(_StrictModel):
+    """Body of POST /v2/models/{name}/infer, or its JSON part before the binary data."""
 
     id: str | None = None
     parameters: InferParameters | None = None
@@ -153,17 +153,17 @@ class InferRequest(_Asked):
 
 
 class OutputTensor(BaseModel):
-    """An output with its data, or with `binary_data_size` in its parameters."""
+    """An output with `data`, or with `binary_data_size` in its parameters."""
 
     name: str
     datatype: Datatype
     shape: list[int]
     parameters: dict[str, Any] | None = None
-    data: Annotated[list[Any] | None, Field(description="flat, row by row")] = None
+    data: Annotated[list[Any] | None, Field(description="flat, in row-major order")] = None
 
 
 class InferResponse(BaseModel):
-    """Answer of POST /v2/models/{name}/infer."""
+    """Response of POST /v2/models/{name}/infer."""
 
     model_name: str
     model_version: str
@@ -172,7 +172,7 @@ class InferResponse(BaseModel):
 
 
 def inline_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's JSON schema without references, for a place that has no definitions."""
+    """A model's JSON schema with all references resolved, for use without `$defs`."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 

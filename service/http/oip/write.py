@@ -1,4 +1,4 @@
-"""Outcomes become a body of the protocol: JSON, then the binary data of the outputs that want it.
+"""Serialises an infer response: JSON, then the data of the outputs requested as binary.
 
 Symbols: N images of the request, n instances of all of them together.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,24 @@ Values = Float32 | Int64 | list[str]
 
 
 def build_tensors(entries: Sequence[Mapping[str, Any]]) -> dict[OutputName, Values]:
-    """The outputs of a request's images.
+    """The output tensors of a request.
 
     Args:
-        entries: An image's entry of `results` each (`service.http.schemas.ImageResult`).
+        entries: One `service.http.schemas.ImageResult` per image.
 
     Returns:
-        Flat or with the shape of the metadata. An image that failed has no instances, the size
-        0 x 0, and a text in `error`, where the others have an empty one.
+        Values in the shape of the metadata. A failed image has no instances, the size 0 x 0 and
+        a non-empty `error`.
     """
     found = [entry.get("instances") or [] for entry in entries]
-    instances = [instance for those in found for instance in those]
+    instances = list(chain.from_iterable(found))
     errors = [entry.get("error") for entry in entries]
     return {
         "scores": np.array([i["score"] for i in instances], np.float32),
         "category_ids": np.array([i["category_id"] for i in instances], np.int64),
         "bbox": np.array([i["bbox"] for i in instances], np.float32).reshape(-1, 4),
         "rle": [i["segmentation"]["counts"] for i in instances if "segmentation" in i],
-        "image_index": np.repeat(np.arange(len(found)), [len(those) for those in found]),
+        "image_index": np.repeat(np.arange(len(found)), [len(group) for group in found]),
         "image_hw": np.array(
             [(entry.get("height", 0), entry.get("width", 0)) for entry in entries], np.int64
         ),
@@ -50,15 +51,15 @@ def build_body(
     tensors: Mapping[OutputName, Values],
     outputs: Mapping[OutputName, bool],
 ) -> tuple[bytes, int | None]:
-    """The body of a response.
+    """Serialises a response.
 
     Args:
-        answer: Its members beside `outputs`.
+        answer: The fields of the response other than `outputs`.
         tensors: From `build_tensors`.
-        outputs: Which of them, in which order, and whether each is binary.
+        outputs: Requested outputs in order, and whether each is binary.
 
     Returns:
-        The body, and how many of its bytes are JSON; None if there is nothing behind the JSON.
+        The body, and the length of its JSON in bytes; None if no binary data follows.
     """
     described, binary = [], []
     for name, is_binary in outputs.items():
@@ -76,7 +77,7 @@ def build_body(
 
 
 def _to_bytes(values: Values) -> bytes:
-    """Little-endian numbers; texts with their length before them."""
+    """Little-endian numbers; strings are prefixed with their length."""
     if not isinstance(values, list):
         return values.astype(values.dtype.newbyteorder("<")).tobytes()
     encoded = [text.encode() for text in values]

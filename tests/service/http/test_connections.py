@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from service.http.connections import ConnectionLimit, allow_files
+from service.http.connections import ConnectionLimit, raise_file_limit
 from service.observe.metrics import Metrics
 
 REQUEST = b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
 
 
 class Served(asyncio.Protocol):
-    """Stands for uvicorn's protocol: says so, and counts itself."""
+    """Replaces uvicorn's protocol: echoes "served" and tracks its connections."""
 
     def __init__(self, _config: Any, state: Any, _app_state: Any, _loop: Any) -> None:
         self._connections = state.connections
@@ -32,7 +32,7 @@ class Served(asyncio.Protocol):
 
 
 class Listening:
-    """A server with a limit of connections, on a port of its own."""
+    """A server with a connection limit, on a free port."""
 
     def __init__(self, max_connections: int) -> None:
         self.metrics = Metrics()
@@ -57,7 +57,7 @@ class Listening:
         return streams
 
     async def ask(self, data: bytes) -> bytes:
-        """What comes back first on a new connection; empty: it was closed."""
+        """The first response bytes on a new connection; empty if it was closed."""
         reader, writer = await self.open()
         writer.write(data)
         answer = await reader.read(4096)
@@ -66,7 +66,7 @@ class Listening:
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bool:
-    """Whether the connection ends without an answer."""
+    """Whether the connection is closed without a response."""
     try:
         return not await asyncio.wait_for(reader.read(), 30)
     except ConnectionResetError:
@@ -81,7 +81,7 @@ async def test_up_to_the_limit_a_connection_is_served() -> None:
         first.close()
 
 
-async def test_beyond_the_limit_it_is_told_when_to_come_again() -> None:
+async def test_above_the_limit_it_is_answered_503_with_retry_after() -> None:
     async with Listening(1) as server:
         _, first = await server.open()
         head, _, body = (await server.ask(REQUEST)).partition(b"\r\n\r\n")
@@ -89,7 +89,7 @@ async def test_beyond_the_limit_it_is_told_when_to_come_again() -> None:
         assert b"\r\nretry-after: 7\r\n" in head
         assert head.endswith(b"\r\nconnection: close")
         assert f"content-length: {len(body)}\r\n".encode() in head
-        text = b"1 connections are open, the server takes no more"
+        text = b"the limit of 1 connections is reached"
         assert body == b'{"error":{"code":"overloaded","message":"' + text + b'"}}'
         assert b'reason="connections"} 1.0' in server.metrics.render()
         first.close()
@@ -97,16 +97,16 @@ async def test_beyond_the_limit_it_is_told_when_to_come_again() -> None:
         assert (await server.ask(REQUEST)).startswith(b"served")
 
 
-async def test_the_other_protocol_is_answered_in_its_own_words() -> None:
+async def test_under_v2_the_error_has_the_protocols_form() -> None:
     async with Listening(1) as server:
         _, first = await server.open()
         answer = await server.ask(REQUEST.replace(b"/segment", b"/v2/models/a/infer"))
-        assert b'\r\n\r\n{"error":"1 connections' in answer
+        assert b'\r\n\r\n{"error":"the limit of 1 connections' in answer
         first.close()
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"GET", b"\r\n\r\n", b"GET  HTTP/1.1\r\n\r\n"])
-async def test_nonsense_is_turned_away_as_well(data: bytes) -> None:
+async def test_malformed_requests_are_rejected_too(data: bytes) -> None:
     async with Listening(1) as server:
         _, first = await server.open()
         assert (await server.ask(data)).startswith(b"HTTP/1.1 503 ")
@@ -116,7 +116,7 @@ async def test_nonsense_is_turned_away_as_well(data: bytes) -> None:
 @pytest.mark.parametrize(
     "path", [b"/healthz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"]
 )
-async def test_health_and_metrics_are_served_all_the_same(path: bytes) -> None:
+async def test_health_and_metrics_are_exempt_from_the_limit(path: bytes) -> None:
     request = b"GET " + path + b" HTTP/1.1\r\n\r\n"
     async with Listening(1) as server:
         _, first = await server.open()
@@ -124,7 +124,9 @@ async def test_health_and_metrics_are_served_all_the_same(path: bytes) -> None:
         first.close()
 
 
-async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rejected_connection_that_sends_nothing_times_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("service.http.connections._LINGER_S", 0.05)
     async with Listening(1) as server:
         _, first = await server.open()
@@ -133,7 +135,7 @@ async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
         first.close()
 
 
-async def test_a_client_that_goes_on_sending_still_sees_the_answer() -> None:
+async def test_a_rejected_client_that_keeps_sending_receives_the_response() -> None:
     async with Listening(1) as server:
         _, first = await server.open()
         reader, writer = await server.open()
@@ -146,7 +148,7 @@ async def test_a_client_that_goes_on_sending_still_sees_the_answer() -> None:
         first.close()
 
 
-async def test_even_those_that_wait_to_be_turned_away_are_bounded() -> None:
+async def test_the_number_of_connections_in_rejection_is_limited() -> None:
     async with Listening(2) as server:
         opened = [await server.open() for _ in range(5)]
         assert await is_closed(opened[4][0])
@@ -163,7 +165,7 @@ def connect(cycle: Any) -> Any:
     return type("Connection", (), {"cycle": cycle, "transport": transport, "closed": closed})()
 
 
-def test_only_a_connection_without_a_request_for_two_looks_is_closed() -> None:
+def test_only_connections_without_a_request_between_two_calls_are_closed() -> None:
     limit = ConnectionLimit(9, 1, Metrics(), Served)
     done = SimpleNamespace(response_complete=True)
     silent, between, at_work = (
@@ -174,7 +176,7 @@ def test_only_a_connection_without_a_request_for_two_looks_is_closed() -> None:
     limit(None, state, {})  # type: ignore[arg-type]
     limit.close_silent()
     assert not silent.closed
-    between.cycle = SimpleNamespace(response_complete=True)  # it has asked meanwhile
+    between.cycle = SimpleNamespace(response_complete=True)  # has sent a request in between
     late = connect(None)
     state.connections.add(late)
     limit.close_silent()
@@ -192,7 +194,7 @@ def test_only_a_connection_without_a_request_for_two_looks_is_closed() -> None:
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, False),
     ],
 )
-def test_the_limit_of_files_is_raised_as_far_as_it_may(
+def test_the_file_limit_is_raised_up_to_the_hard_limit(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     soft: int,
@@ -203,6 +205,6 @@ def test_the_limit_of_files_is_raised_as_far_as_it_may(
     limits: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
-    allow_files(1000)
+    raise_file_limit(1000)
     assert limits == ([] if allowed is None else [(allowed, hard)])
     assert ("1000 connections may need 2200 open files" in caplog.text) == warned

@@ -30,7 +30,7 @@ def split_app(split: Settings) -> FastAPI:
 
 @pytest.fixture
 async def admin(split_app: FastAPI, open_client: OpenClient) -> AsyncIterator[httpx.AsyncClient]:
-    """Speaks to the admin port while the other one is served."""
+    """A client of the admin server, with the main server running."""
     async with open_client(split_app):
         transport = httpx.ASGITransport(create_admin_app(split_app), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
@@ -39,14 +39,14 @@ async def admin(split_app: FastAPI, open_client: OpenClient) -> AsyncIterator[ht
 
 @pytest.fixture
 async def outside(admin: httpx.AsyncClient, split_app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """Speaks to the main port while the admin port is served."""
+    """A client of the main server, with the admin server running."""
     transport = httpx.ASGITransport(split_app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://main") as client:
         yield client
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
-async def test_admin_routes_are_on_the_admin_port_alone(
+async def test_admin_routes_are_only_on_the_admin_port(
     admin: httpx.AsyncClient, outside: httpx.AsyncClient, method: str, path: str
 ) -> None:
     assert (await admin.request(method, path)).status_code == 200
@@ -71,12 +71,12 @@ async def test_health_is_on_both_ports(
     assert answers[0].json() == answers[1].json()
 
 
-async def test_the_admin_port_segments_nothing(admin: httpx.AsyncClient) -> None:
+async def test_the_admin_port_has_no_segment_route(admin: httpx.AsyncClient) -> None:
     answer = await admin.post("/segment", content=b"x")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-async def test_the_admin_port_changes_what_the_other_one_serves(
+async def test_the_admin_port_controls_the_models_of_the_main_port(
     admin: httpx.AsyncClient, outside: httpx.AsyncClient
 ) -> None:
     assert (await admin.post("/v2/repository/models/blobs/unload")).status_code == 200
@@ -86,7 +86,7 @@ async def test_the_admin_port_changes_what_the_other_one_serves(
     assert (await outside.get("/v2/models/blobs")).status_code == 200
 
 
-async def test_requests_of_both_ports_are_counted_and_answered_alike(
+async def test_requests_to_both_ports_are_counted_and_have_the_same_headers(
     admin: httpx.AsyncClient, outside: httpx.AsyncClient
 ) -> None:
     await outside.get("/v2/models")
@@ -96,16 +96,16 @@ async def test_requests_of_both_ports_are_counted_and_answered_alike(
     assert 'solo_requests_total{method="GET",route="/v2/models",status="200"} 1.0' in response.text
 
 
-async def test_an_extension_that_is_elsewhere_is_not_announced(
+async def test_an_extension_of_the_admin_port_is_not_listed_on_the_main_port(
     client: httpx.AsyncClient, outside: httpx.AsyncClient
 ) -> None:
     assert "model_repository" in (await client.get("/v2")).json()["extensions"]
     assert "model_repository" not in (await outside.get("/v2")).json()["extensions"]
 
 
-def test_an_admin_port_that_is_taken_is_named(split: Settings) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_an_admin_port_in_use_is_a_startup_error(split: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         settings = split.model_copy(update={"admin_port": port})
         repository = load_repository(settings.model_repo, OPTIONS)
         with pytest.raises(StartupError, match=rf"admin endpoints on 127.0.0.1:{port}: .*in use"):

@@ -11,7 +11,7 @@ from tests.support.fake_nvml import GIB, FakeNvml
 
 
 async def render(metrics: Metrics) -> dict[str, float]:
-    """Each sample of a GPU."""
+    """The GPU samples of a scrape."""
     text = (await metrics.answer(""))[0].decode()
     lines = re.findall(r"^(solo_gpu_\S+) (\S+)$", text, re.M)
     return {name: float(value) for name, value in lines}
@@ -33,7 +33,7 @@ async def test_each_gpu_is_shown_in_base_units(nvml: FakeNvml) -> None:
         f"solo_gpu_memory_used_bytes{second}": 2 * GIB,
         f"solo_gpu_memory_total_bytes{first}": 80 * GIB,
         f"solo_gpu_memory_total_bytes{second}": 80 * GIB,
-        f"solo_gpu_utilization_ratio{first}": 0.25,  # the second one has no such sensor
+        f"solo_gpu_utilization_ratio{first}": 0.25,  # the second GPU does not support this sensor
         f"solo_gpu_power_watts{first}": 350.5,
         f"solo_gpu_power_watts{second}": 350.5,
         f"solo_gpu_temperature_celsius{first}": 61.0,
@@ -41,7 +41,7 @@ async def test_each_gpu_is_shown_in_base_units(nvml: FakeNvml) -> None:
     }
 
 
-async def test_gpus_are_read_when_the_metrics_are_and_not_before(nvml: FakeNvml) -> None:
+async def test_gpus_are_only_read_when_the_metrics_are_scraped(nvml: FakeNvml) -> None:
     metrics = Metrics()
     metrics.watch_gpus(find_gpus())
     assert nvml.reads == 0
@@ -49,7 +49,7 @@ async def test_gpus_are_read_when_the_metrics_are_and_not_before(nvml: FakeNvml)
     assert nvml.reads > 0
 
 
-async def test_a_driver_that_is_lost_takes_its_samples_along_and_nothing_else(
+async def test_a_lost_driver_removes_only_the_gpu_samples(
     nvml: FakeNvml,
 ) -> None:
     metrics = Metrics()
@@ -61,7 +61,7 @@ async def test_a_driver_that_is_lost_takes_its_samples_along_and_nothing_else(
 
 
 @pytest.mark.parametrize("module", [FakeNvml(missing=True), None], ids=["no driver", "no package"])
-async def test_without_a_gpu_there_is_nothing(
+async def test_without_a_gpu_there_are_no_gpu_metrics(
     module: FakeNvml | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
@@ -71,14 +71,14 @@ async def test_without_a_gpu_there_is_nothing(
     assert await render(metrics) == {}
 
 
-def test_the_stand_in_has_no_more_than_the_real_module() -> None:
+def test_the_fake_has_only_functions_of_the_real_module() -> None:
     real = pytest.importorskip("pynvml")
     names = [name for name in vars(FakeNvml) if name.lower().startswith("nvml")]
     assert len(names) > 5
     assert [name for name in names if not hasattr(real, name)] == []
 
 
-async def test_what_was_read_last_is_shown_also_by_the_collector_alone(nvml: FakeNvml) -> None:
+async def test_the_collector_exports_the_last_values(nvml: FakeNvml) -> None:
     collector = GpuCollector(nvml)
     assert list(collector.collect()) == []
     collector.read()

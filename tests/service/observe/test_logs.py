@@ -19,7 +19,7 @@ def _restore_root() -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_a_json_line_has_the_message_and_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_has_the_message_and_extra_fields(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("info", "json")
     logger = logging.getLogger("service.test")
     logger.debug("not shown")
@@ -36,13 +36,13 @@ def test_a_json_line_has_the_message_and_what_was_given(capsys: pytest.CaptureFi
     }
 
 
-def test_marks_of_libraries_on_every_record_are_left_out() -> None:
+def test_private_attributes_of_records_are_omitted() -> None:
     record = logging.makeLogRecord({"msg": "done", "_ray_timestamp_ns": 17, "status": 200})
     line = json.loads(JsonFormatter().format(record))
     assert set(line) == {"time", "level", "logger", "message", "status"}
 
 
-def test_a_json_line_holds_a_traceback_and_values_that_are_no_json() -> None:
+def test_a_json_line_has_the_traceback_and_values_without_a_json_type() -> None:
     try:
         raise ValueError("17 is wrong")
     except ValueError:
@@ -54,7 +54,7 @@ def test_a_json_line_holds_a_traceback_and_values_that_are_no_json() -> None:
     assert line["where"] == "{1}"
 
 
-def test_text_lines_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("warning", "text")
     logging.getLogger("service.test").info("not shown")
     logging.getLogger("service.test").warning("shown")

@@ -16,11 +16,11 @@ from service.observe.timing import Interval, attribute_time, measure_union, merg
         ([(1, 2), (2, 3)], 2),
     ],
 )
-def test_a_moment_counts_once(intervals: list[Interval], covered: float) -> None:
+def test_overlapping_time_counts_once(intervals: list[Interval], covered: float) -> None:
     assert measure_union(intervals) == covered
 
 
-def test_every_moment_goes_to_one_stage() -> None:
+def test_every_moment_is_attributed_to_one_stage() -> None:
     timing = attribute_time(
         (0, 20),
         decode=[(1, 3)],
@@ -33,6 +33,6 @@ def test_every_moment_goes_to_one_stage() -> None:
     assert timing.total == 20
 
 
-def test_stretches_that_touch_or_overlap_become_one() -> None:
+def test_adjacent_and_overlapping_intervals_are_merged() -> None:
     assert merge_intervals([(5, 6), (1, 3), (3, 4), (2, 3)]) == [(1, 4), (5, 6)]
     assert merge_intervals([(1, 9), (2, 3)]) == [(1, 9)]

@@ -67,7 +67,7 @@ def times(span: ReadableSpan) -> tuple[int, int]:
 
 
 def children(spans: tuple[ReadableSpan, ...], parent: ReadableSpan) -> list[ReadableSpan]:
-    """The spans right below another one; they lie within its time and trace."""
+    """The child spans of another one; they are within its time and trace."""
     found = [s for s in spans if s.parent and s.parent.span_id == parent.context.span_id]
     for span in found:
         assert span.context.trace_id == parent.context.trace_id
@@ -105,7 +105,7 @@ async def test_spans_and_histograms_have_the_same_times(
     assert (await traced.post("/segment", content=PICTURE)).status_code == 200
     text = (await traced.get("/metrics")).text
     spans = kept.get_finished_spans()
-    # Only of a stage that no other one overlaps is the time the sum of its spans.
+    # The time of a stage equals the sum of its spans only if no other stage overlaps it.
     for stage, name in (("decode", "decode"), ("infer", "infer"), ("total", "image")):
         pattern = f'solo_stage_duration_seconds_sum{{model="blobs",stage="{stage}"}} (.*)'
         (counted,) = re.findall(pattern, text)
@@ -113,7 +113,7 @@ async def test_spans_and_histograms_have_the_same_times(
         assert taken / 1e9 == pytest.approx(float(counted), abs=1e-6)
 
 
-async def test_the_clients_trace_goes_on(
+async def test_the_span_continues_the_clients_trace(
     traced: httpx.AsyncClient, kept: InMemorySpanExporter
 ) -> None:
     headers = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01"}
@@ -125,7 +125,7 @@ async def test_the_clients_trace_goes_on(
 
 
 @pytest.mark.parametrize("header", ["", "00-zz-11-01", f"00-{'0' * 32}-{SPAN_ID}-01"])
-async def test_a_broken_traceparent_begins_a_trace(
+async def test_an_invalid_traceparent_starts_a_new_trace(
     traced: httpx.AsyncClient, kept: InMemorySpanExporter, header: str
 ) -> None:
     response = await traced.post("/segment", content=PICTURE, headers={"traceparent": header})
@@ -133,7 +133,7 @@ async def test_a_broken_traceparent_begins_a_trace(
     assert len([span for span in kept.get_finished_spans() if span.parent is None]) == 1
 
 
-async def test_a_trace_that_the_client_does_not_keep_is_not_kept_here(
+async def test_a_trace_that_the_client_does_not_sample_is_not_exported(
     traced: httpx.AsyncClient, kept: InMemorySpanExporter
 ) -> None:
     headers = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-00"}
@@ -142,7 +142,7 @@ async def test_a_trace_that_the_client_does_not_keep_is_not_kept_here(
     assert TRACE_ID not in (await traced.get("/metrics", headers=OPENMETRICS)).text
 
 
-async def test_log_and_histogram_name_the_trace(
+async def test_log_line_and_exemplar_have_the_trace_id(
     traced: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "service.http.middleware")
@@ -165,7 +165,7 @@ async def test_log_and_histogram_name_the_trace(
         ("/segment?version=1", PICTURE, 500, True),
     ],
 )
-async def test_only_failures_of_the_server_are_errors_of_its_span(
+async def test_only_server_errors_set_the_span_status(
     traced: httpx.AsyncClient,
     kept: InMemorySpanExporter,
     monkeypatch: pytest.MonkeyPatch,
@@ -187,7 +187,7 @@ async def test_only_failures_of_the_server_are_errors_of_its_span(
     assert span.attributes.get("error.type") == ("500" if is_error else None)
 
 
-async def test_probes_and_scrapes_leave_no_trace(
+async def test_probes_and_scrapes_are_not_traced(
     traced: httpx.AsyncClient, kept: InMemorySpanExporter
 ) -> None:
     for path in ("/metrics", "/healthz", "/v2/health/ready", "/v2/models", "/nothing"):
@@ -195,7 +195,7 @@ async def test_probes_and_scrapes_leave_no_trace(
     assert kept.get_finished_spans() == ()
 
 
-def test_images_are_noted_for_those_who_collect_alone() -> None:
+def test_images_are_noted_only_where_they_are_collected() -> None:
     tracing._images.set(None)
     note_image("nuclei", (0, 1), {})
     images = collect_images()
@@ -203,7 +203,7 @@ def test_images_are_noted_for_those_who_collect_alone() -> None:
     assert [image.whole for image in images] == [(1, 2)]
 
 
-def test_off_it_costs_no_import() -> None:
+def test_disabled_tracing_imports_no_sdk() -> None:
     # FastAPI imports OpenTelemetry's API, but neither of these.
     script = (
         "import sys; from service.http.app import create_app;"
@@ -220,20 +220,22 @@ def test_without_a_collector_there_is_no_tracer() -> None:
     assert build_tracer(None, "1") is None
 
 
-def test_an_endpoint_without_the_library_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_without_the_library_is_a_startup_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, EXPORTER, None)
     with pytest.raises(StartupError, match=r"pip install 'solo-serve\[tracing\]'"):
         build_tracer("http://localhost:4318", "1")
 
 
 @pytest.mark.parametrize("variable", ENDPOINT_VARIABLES)
-def test_variables_that_may_be_meant_for_others_do_not_stop_the_start(
+def test_otel_variables_without_the_library_only_log_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
 ) -> None:
     monkeypatch.setitem(sys.modules, EXPORTER, None)
     monkeypatch.setenv(variable, "http://localhost:4318")
     assert build_tracer(None, "1") is None
-    assert "no traces are sent" in caplog.text
+    assert "tracing is disabled" in caplog.text
 
 
 @pytest.mark.parametrize("by_variable", [True, False])
@@ -249,19 +251,19 @@ async def test_spans_reach_a_collector(
         repository = load_repository(settings.model_repo, OPTIONS)
         async with open_client(create_app(settings, repository)) as client:
             assert (await client.post("/segment", content=PICTURE)).status_code == 200
-        # The end of the server has sent what was left.
+        # The shutdown has exported the remaining spans.
         assert set(collector.paths) == {"/v1/traces"}
         assert collector.services == {"nuclei-server" if by_variable else "solo-serve"}
         assert {span.name for span in collector.spans} >= {"POST /segment", "image", *STAGES}
 
 
-async def test_a_collector_that_hangs_does_not_keep_the_server(
+async def test_a_hanging_collector_does_not_block_the_shutdown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
     provider: Any = TracerProvider(shutdown_on_exit=False)
     monkeypatch.setattr(provider, "shutdown", released.wait)
-    monkeypatch.setattr(tracing, "_FLUSH_S", 0.01)
+    monkeypatch.setattr(tracing, "_FLUSH_TIMEOUT_S", 0.01)
     await Tracer(provider).close()
-    assert "could not be sent" in caplog.text
+    assert "could not be exported" in caplog.text
     released.set()

@@ -35,7 +35,7 @@ EXPECTED: dict[OutputName, tuple[list[int], list[Any]]] = {
 }
 
 
-def test_json_has_flat_data_of_the_announced_types() -> None:
+def test_json_data_are_flat_and_of_the_types_in_the_metadata() -> None:
     tensors = build_tensors(ENTRIES)
     body, json_bytes = build_body({"id": "a"}, tensors, dict.fromkeys(OUTPUTS, False))
     assert json_bytes is None
@@ -61,12 +61,12 @@ def test_numbers_are_little_endian(name: OutputName) -> None:
     assert values.tolist() == pytest.approx(EXPECTED[name][1])
 
 
-def test_texts_have_their_length_before_them() -> None:
+def test_strings_are_prefixed_with_their_length() -> None:
     body, json_bytes = build_body({}, build_tensors(ENTRIES), {"rle": True})
     assert body[json_bytes:] == (struct.pack("<I", 3) + b"0\\1") * 3
 
 
-def test_binary_outputs_lie_in_the_order_of_the_json() -> None:
+def test_binary_outputs_are_in_the_order_of_the_json() -> None:
     outputs: dict[OutputName, bool] = {"image_index": True, "error": False, "scores": True}
     body, json_bytes = build_body({}, build_tensors(ENTRIES), outputs)
     assert json_bytes is not None
@@ -76,7 +76,7 @@ def test_binary_outputs_lie_in_the_order_of_the_json() -> None:
     assert np.frombuffer(body[json_bytes + 24 :], "<f4").tolist()[1:] == [0.5, 0.25]
 
 
-def test_no_instances_have_shapes_too() -> None:
+def test_empty_outputs_keep_their_shapes() -> None:
     tensors = build_tensors([{"width": 3, "height": 2, "instances": []}])
     body, _ = build_body({}, tensors, dict.fromkeys(OUTPUTS, False))
     shapes = {t["name"]: t["shape"] for t in json.loads(body)["outputs"]}
