@@ -51,9 +51,9 @@ from pipeline.types import Candidates
 from service.engines.base import split_batch
 from training.configs import get_config
 from training.configs.schema import Config
-from training.convert import convert_key
-from training.from_onnx import read_published
 from training.model.solo import Solo, points_nms
+from training.weights.convert import convert_key
+from training.weights.from_onnx import read_published
 
 MODELS = ("solo_512_r50", "nuclei")
 EAGER = "eager"

@@ -34,10 +34,10 @@ from export.variants import Material, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE
-from training.checkpoint import CheckpointError, load_model, load_provenance
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
 from training.model.solo import Solo
+from training.weights.formats import CheckpointError, load_model, load_provenance
 
 PENDING = {"sha256": "0" * 64, "bytes": 1}
 DATA_IMAGES = 4

@@ -28,11 +28,12 @@ from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Instance
 from training import distributed
-from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
+from training.error_analysis import with_ground_truth_masks
 from training.model.solo import Solo
+from training.weights.formats import CheckpointError, load_model
 
 Result = dict[str, Any]
 Predictor = Callable[[bytes], list[Result]]
@@ -237,6 +238,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-name", help="which model of the server (default: its own)")
     parser.add_argument("--version", type=int, help="which version of the folder (default: last)")
     parser.add_argument("--group-by", help="also print AP per value of this image field")
+    parser.add_argument(
+        "--ground-truth-masks",
+        action="store_true",
+        help="score the results with each mask replaced by the ground-truth mask of the largest "
+        "IoU (error analysis; paper, section 3.5)",
+    )
     parser.add_argument("--results", type=Path, help="write the COCO results here")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     return parser
@@ -269,6 +276,8 @@ def run(options: argparse.Namespace) -> None:
     if not data.labelled:
         print(f"{len(results)} results: {options.results} (no annotations, nothing to score)")
         return
+    if options.ground_truth_masks:
+        results = with_ground_truth_masks(results, data)
     numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
     if options.group_by:
         for name, ids in sorted(_groups(data, options.group_by).items()):

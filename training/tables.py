@@ -17,9 +17,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from training import distributed
-from training.checkpoint import config_to_dict
+from training.configs.io import config_to_dict
 from training.configs.schema import Config
-from training.configs.tables import Row, Table
+from training.configs.tables import Table, TableRow
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULT_FILE = "result.json"
@@ -27,14 +27,14 @@ TrainOne = Callable[[Config, Path, int], dict[str, float]]
 """Trains a configuration into a folder with a seed; returns its metrics, AP in 0..1."""
 
 
-def row_config(row: Row, base: Config) -> Config:
+def row_config(row: TableRow, base: Config) -> Config:
     """The configuration of a row; its name ends in a digest of everything that it says."""
     config = replace(row.change(base), name="", description="")
     text = json.dumps(config_to_dict(config), sort_keys=True)
     return replace(config, name=f"{base.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
-def select_rows(table: Table, names: Sequence[str]) -> tuple[Row, ...]:
+def select_rows(table: Table, names: Sequence[str]) -> tuple[TableRow, ...]:
     """The rows of a table that have one of the names; all of them for no names.
 
     Raises:
@@ -47,7 +47,9 @@ def select_rows(table: Table, names: Sequence[str]) -> tuple[Row, ...]:
     return tuple(known[name] for name in names) if names else table.rows
 
 
-def run_row(row: Row, base: Config, out: Path, seed: int, train_one: TrainOne) -> dict[str, float]:
+def run_row(
+    row: TableRow, base: Config, out: Path, seed: int, train_one: TrainOne
+) -> dict[str, float]:
     """Metrics of a row with a seed; a finished run is read, not repeated."""
     config = row_config(row, base)
     folder = out / config.name / f"seed{seed}"
@@ -82,7 +84,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def format_table(
-    table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Mapping[str, float]]]
+    table: Table, rows: Sequence[TableRow], results: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> str:
     """Markdown: each row's metrics in percent, the paper's in the line's second half.
 

@@ -5,7 +5,6 @@ Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -208,8 +207,3 @@ def _level_targets(
         small = shrink(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
     return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
-
-
-def count_positives(targets: Sequence[LevelTargets]) -> int:
-    """Number of positive cells over all levels of an image."""
-    return sum(len(t.cells) for t in targets)

@@ -14,6 +14,7 @@ import torch
 from training import distributed
 from training.configs import get_config, list_configs
 from training.configs.coco import SCHEDULES, apply_schedule
+from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
@@ -22,11 +23,10 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
-from training.overrides import apply_overrides
-from training.pretrained import initialise
 from training.tables import run_table
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
+from training.weights.importing import initialise
 
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15), so that a queue or `&&` sees that the run is unfinished."""

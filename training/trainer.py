@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training import distributed
-from training.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
@@ -32,6 +31,7 @@ from training.objective import Objective, Precision
 from training.optim import MovingAverage, build_optimizer, learning_rate
 from training.run_log import RunLog
 from training.termination import Terminated, TerminationRequest
+from training.weights.formats import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 
 Validate = Callable[[Solo, Config], dict[str, float]]
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.configs.schema import BackboneConfig, HeadConfig, ModelConfig
-from training.convert import load_published
+from training.configs.schema import BackboneConfig, HeadConfig, NetworkConfig
 from training.model.solo import Solo
 from training.targets import Objects
+from training.weights.convert import convert_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "tests" / "data" / "parity" / "training"
@@ -84,7 +84,7 @@ def load_parity_model(which: ParityModel) -> Solo:
     published = json.loads(content["meta"]["cfg"])
     head, backbone = published["mask_head"], published["backbone"]
     strides = tuple(head["strides"])
-    config = ModelConfig(
+    config = NetworkConfig(
         backbone=BackboneConfig(
             depth=backbone["depth"],
             base_width=backbone.get("base_channels", 64),
@@ -103,7 +103,8 @@ def load_parity_model(which: ParityModel) -> Solo:
         ),
     )
     model = Solo(config, head["num_classes"])
-    load_published(model, content["state_dict"], str(which))
+    state = convert_state_dict(content["state_dict"], model.state_dict(), str(which))
+    model.load_state_dict(state)
     return model.eval()
 
 

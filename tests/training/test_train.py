@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.support.tiny import CLASSES, build_tiny_data
-from training.checkpoint import load_checkpoint
 from training.configs import get_config
 from training.configs.schema import Config
 from training.train import build_config, build_parser, main
+from training.weights.formats import load_checkpoint
 
 SMALL = [
     "model.backbone.base_width=8",

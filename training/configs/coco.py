@@ -11,7 +11,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
-    ModelConfig,
+    NetworkConfig,
     ScheduleConfig,
 )
 
@@ -73,7 +73,7 @@ DECOUPLED_R50 = replace(
     SOLO_R50,
     name="decoupled_solo_r50",
     description="Decoupled SOLO, ResNet-50, short side 800, 3x",
-    model=ModelConfig(head=HeadConfig(kind="decoupled")),
+    model=NetworkConfig(head=HeadConfig(kind="decoupled")),
 )
 DECOUPLED_R101 = _with_depth(
     DECOUPLED_R50, "decoupled_solo_r101", "Decoupled SOLO, ResNet-101, short side 800, 3x"
@@ -81,7 +81,7 @@ DECOUPLED_R101 = _with_depth(
 DECOUPLED_LIGHT_R50 = _with_short_side_512(
     replace(
         SOLO_R50,
-        model=ModelConfig(
+        model=NetworkConfig(
             head=HeadConfig(kind="decoupled_light", num_convs=4, scale_ranges=LIGHT_SCALE_RANGES)
         ),
     ),

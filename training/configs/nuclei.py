@@ -20,7 +20,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
-    ModelConfig,
+    NetworkConfig,
     ScheduleConfig,
     TargetConfig,
 )
@@ -29,7 +29,7 @@ NUCLEI = Config(
     name="nuclei",
     description="Decoupled SOLO, half-width ResNet-18, 144x144 px tiles shown at 2x",
     num_classes=1,
-    model=ModelConfig(
+    model=NetworkConfig(
         backbone=BackboneConfig(depth=18, base_width=32, norm="bn", frozen_stages=0),
         neck_channels=48,
         head=HeadConfig(

@@ -1,15 +1,17 @@
-"""What can be said about a SOLO model and its training; no torch here.
+"""Configuration of a SOLO model and its training; does not import torch.
 
-Every class is a frozen keyword-only dataclass, so a variant states only its difference with
-`dataclasses.replace` and a misspelt field fails at once. Defaults are the published R50 model
-("SOLO: Segmenting Objects by Locations", arXiv 1912.04488, and its published configuration).
+Every class is a frozen keyword-only dataclass: a variant is made with `dataclasses.replace`, and a
+misspelt field is an error. Defaults are the published R50 model ("SOLO: Segmenting Objects by
+Locations", arXiv 1912.04488, and its published configuration).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from pipeline.model_config import (
     ClassSpec,
@@ -26,8 +28,14 @@ PAPER_MASK_WEIGHTS: dict[MaskLoss, float] = {"dice": 3.0, "bce": 10.0, "focal": 
 PUBLISHED_SCALE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
 
 
+class StrictFields:
+    """Base of the configuration classes: pydantic refuses unknown fields when it reads one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(StrictFields):
     """ResNet (v1.5: the stride sits in the 3x3 convolution).
 
     Attributes:
@@ -57,7 +65,7 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(StrictFields):
     """SOLO head; one entry of each tuple per pyramid level, finest first.
 
     Attributes:
@@ -112,7 +120,7 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class NetworkConfig(StrictFields):
     """The network and what its graph computes.
 
     Attributes:
@@ -149,7 +157,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
+class TargetConfig(StrictFields):
     """Target assignment (paper, section 3.3).
 
     Attributes:
@@ -169,7 +177,7 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(StrictFields):
     """Losses and their weights (paper, section 3.3.2; focal loss as RetinaNet).
 
     Attributes:
@@ -194,7 +202,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(StrictFields):
     """Random changes of a training image.
 
     Attributes:
@@ -217,7 +225,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(StrictFields):
     """Optimisation.
 
     Attributes:
@@ -259,12 +267,12 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(StrictFields):
     """One named row of the model zoo; `classes` is empty until a data set fills it."""
 
     name: str
     description: str = ""
-    model: ModelConfig = ModelConfig()
+    model: NetworkConfig = NetworkConfig()
     targets: TargetConfig = TargetConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()

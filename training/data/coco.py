@@ -14,7 +14,7 @@ from pipeline.decode import decode_image
 from pipeline.errors import DecodeError
 from pipeline.model_config import ClassSpec, ContrastSpec
 from pipeline.preprocess import stretch_contrast
-from training.data.coco_json import Polygons, Row, read_coco_json
+from training.data.coco_json import AnnotationRow, Polygons, read_coco_json
 
 UInt8 = NDArray[np.uint8]
 YEARS = ("", "2017")
@@ -35,7 +35,7 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class Outline:
+class PolygonObject:
     """One object as it is stored: polygons become an `Annotation` when they are asked for."""
 
     polygons: Polygons
@@ -54,13 +54,13 @@ class Record:
     file_name: str
     height: int
     width: int
-    objects: tuple[Annotation | Outline, ...]
+    objects: tuple[Annotation | PolygonObject, ...]
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:
         """The objects as RLE; 860,000 polygons would take minutes and a gigabyte to keep so."""
         return tuple(
-            o.rasterise(self.height, self.width) if isinstance(o, Outline) else o
+            o.rasterise(self.height, self.width) if isinstance(o, PolygonObject) else o
             for o in self.objects
         )
 
@@ -142,8 +142,8 @@ class CocoDataset:
         pixels = sum(r.height * r.width for r in self.records)
         self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
-    def _read(self, images: list[dict[str, Any]], rows: list[Row]) -> list[Record]:
-        by_image: dict[int, list[Annotation | Outline]] = {int(i["id"]): [] for i in images}
+    def _read(self, images: list[dict[str, Any]], rows: list[AnnotationRow]) -> list[Record]:
+        by_image: dict[int, list[Annotation | PolygonObject]] = {int(i["id"]): [] for i in images}
         sizes = {int(i["id"]): (int(i["height"]), int(i["width"])) for i in images}
         for row in rows:
             if row.image_id not in by_image or row.category_id not in self.labels:
@@ -162,11 +162,11 @@ class CocoDataset:
         ]
 
     def _object(
-        self, row: Row, segmentation: Polygons | dict[str, Any], image_hw: tuple[int, int]
-    ) -> Annotation | Outline:
+        self, row: AnnotationRow, segmentation: Polygons | dict[str, Any], image_hw: tuple[int, int]
+    ) -> Annotation | PolygonObject:
         label = self.labels[row.category_id]
         if isinstance(segmentation, tuple):
-            return Outline(segmentation, label)
+            return PolygonObject(segmentation, label)
         rle = to_rle(segmentation, *image_hw)
         if tuple(rle["size"]) != image_hw:
             raise DatasetError(

@@ -22,7 +22,7 @@ Polygons = tuple[NDArray[np.float64], ...]
 """The parts of an object, x and y alternating, px."""
 
 
-class Row(NamedTuple):
+class AnnotationRow(NamedTuple):
     """What is kept of an annotation; the segmentation is None for crowds and empty ones."""
 
     id: Any
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     segmentation: Polygons | dict[str, Any] | None
 
 
-def compact_row(annotation: dict[str, Any]) -> Row:
+def compact_row(annotation: dict[str, Any]) -> AnnotationRow:
     """Keeps what training needs of an annotation.
 
     Raises:
@@ -45,12 +45,12 @@ def compact_row(annotation: dict[str, Any]) -> Row:
             if not isinstance(part, list) or len(part) < 4 or len(part) % 2:
                 raise ValueError(f"annotation {annotation.get('id')} has a polygon of {part!r}")
         segmentation = tuple(np.array(part, np.float64) for part in segmentation)
-    return Row(
+    return AnnotationRow(
         annotation.get("id"), int(annotation["image_id"]), annotation["category_id"], segmentation
     )
 
 
-def read_coco_json(path: Path) -> tuple[dict[str, Any], list[Row] | None]:
+def read_coco_json(path: Path) -> tuple[dict[str, Any], list[AnnotationRow] | None]:
     """Reads an annotation file.
 
     Returns:
@@ -64,7 +64,7 @@ def read_coco_json(path: Path) -> tuple[dict[str, Any], list[Row] | None]:
     """
     text = path.read_text()
     content: dict[str, Any] = {}
-    rows: list[Row] | None = None
+    rows: list[AnnotationRow] | None = None
     at = _expect(text, 0, "{")
     while text[at : at + 1] != "}":
         key, at = _DECODER.raw_decode(text, at)
@@ -77,7 +77,9 @@ def read_coco_json(path: Path) -> tuple[dict[str, Any], list[Row] | None]:
     return content, rows
 
 
-def _read_array(text: str, at: int, convert: Callable[[Any], Row]) -> tuple[list[Row], int]:
+def _read_array(
+    text: str, at: int, convert: Callable[[Any], AnnotationRow]
+) -> tuple[list[AnnotationRow], int]:
     """The converted elements of the array at a position, and the position after it."""
     rows = []
     at = _expect(text, at, "[")

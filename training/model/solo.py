@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.configs.schema import ModelConfig
+from training.configs.schema import NetworkConfig
 from training.model.fpn import FPN, SingleLevel
 from training.model.head import LevelOutput, SoloHead
 from training.model.resnet import ResNet
@@ -47,7 +47,7 @@ class Solo(nn.Module):
     pixel_std: Tensor
     candidate_level: Tensor
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+    def __init__(self, config: NetworkConfig, num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes

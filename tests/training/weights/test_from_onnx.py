@@ -16,14 +16,14 @@ from torch import Tensor
 from export.__main__ import main as export_main
 from export.parity import build_cases, compare
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
-from training.checkpoint import CheckpointError
 from training.configs import get_config
 from training.configs.schema import BackboneConfig, Config
 from training.model.solo import Solo
-from training.pretrained import initialise
+from training.weights.formats import CheckpointError
+from training.weights.importing import initialise
 
 Norm = Literal["frozen_bn", "bn", "gn"]
-BUNDLED = Path(__file__).resolve().parents[2] / "model_repo" / "nuclei"
+BUNDLED = Path(__file__).resolve().parents[3] / "model_repo" / "nuclei"
 
 
 def with_model(config: Config, **changes: Any) -> Config:
@@ -74,7 +74,8 @@ def test_other_classes_start_new() -> None:
     new = {k: v.clone() for k, v in other.state_dict().items() if "category_out" in k}
     initialise(same, str(BUNDLED))
     assert initialise(other, str(BUNDLED))[1:] == [
-        "head.category_out.weight, head.category_out.bias start new: the classes are other ones"
+        "head.category_out.weight, head.category_out.bias keep initial weights: "
+        "the number of classes differs"
     ]
     for key, value in same.state_dict().items():
         assert torch.equal(other.state_dict()[key], new.get(key, value)), key
@@ -93,7 +94,7 @@ def test_other_classes_start_new() -> None:
         (with_head(NUCLEI, num_convs=5), r"no .* the weight head\.category_convs\.4\.conv"),
         (
             with_head(NUCLEI, num_grids=(40, 18, 9)),
-            r"do not fit: shape head\.mask_out_x\.0\.weight",
+            r"do not fit, other shapes: head\.mask_out_x\.0\.weight",
         ),
         (with_head(NUCLEI, kind="vanilla"), r"no .* the weight head\.mask_convs\.0\.conv"),
     ],

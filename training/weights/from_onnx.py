@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from service.models.artefacts import ONNX_FILE, Artefacts
 from service.models.repository import ModelRefused, read_config
-from training.checkpoint import CheckpointError
 from training.model.solo import Solo
+from training.weights.formats import CheckpointError
 
 PREFIX = "network."
 CONVOLUTIONS = ("Conv", "DeformConv")

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.support.parity import LOCAL, ParityModel, load_parity_model
-from training.checkpoint import CheckpointError
-from training.convert import convert_key, convert_state_dict, load_published
-from training.model.solo import Solo
+from training.weights.convert import convert_key, convert_state_dict
+from training.weights.formats import CheckpointError
 
 WHICH = ParityModel(LOCAL, "b", "light")
 
@@ -55,9 +54,7 @@ def test_a_foreign_name_is_refused(key: str) -> None:
 
 def test_the_tensors_arrive_unchanged() -> None:
     state = published()
-    model = Solo(load_parity_model(WHICH).config, 80)
-    load_published(model, state, "light")
-    ours = model.state_dict()
+    ours = convert_state_dict(state, expected(), "light")
     assert len(ours) == len(state)
     for key, value in state.items():
         assert torch.equal(ours[convert_key(key)], value), key

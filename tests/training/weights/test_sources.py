@@ -7,20 +7,18 @@ import pytest
 import torch
 
 from tests.support.parity import shared_file
-from training.architecture import infer_config
-from training.catalogue import (
+from training.configs import get_config
+from training.model.solo import Solo
+from training.weights.convert import convert_state_dict, infer_config
+from training.weights.sources import (
     IMAGENET_RESNETS,
     SOLO_MODELS,
     PublishedModel,
-    find_model,
     find_model_of_file,
     get_imagenet,
     get_model,
     list_models,
 )
-from training.configs import get_config
-from training.convert import convert_state_dict
-from training.model.solo import Solo
 
 # What the publishers call the networks whose names and shapes are stored.
 STORED = {
@@ -48,7 +46,7 @@ def test_every_published_checkpoint_is_there() -> None:
 @pytest.mark.parametrize("model", SOLO_MODELS, ids=list_models())
 def test_a_model_is_found_by_its_names(model: PublishedModel) -> None:
     assert get_model(model.name) is get_model(model.file_name) is model
-    assert find_model(model.name.swapcase()) is model
+    assert get_model(model.name.swapcase()) is model
     config = model.config()
     assert config.name == model.config_name
     lengths = {
@@ -100,10 +98,9 @@ def test_a_mirror_has_the_files_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_names() -> None:
-    assert find_model("solo_r18") is None
     with pytest.raises(ValueError, match=r"'solo_r18' is neither a file .* SOLO_R50_1x, "):
         get_model("solo_r18")
-    with pytest.raises(ValueError, match=r"ResNet-152; there are those of 18, 34, 50, 101"):
+    with pytest.raises(ValueError, match=r"ResNet-152; there are those for 18, 34, 50, 101"):
         get_imagenet(152)
 
 
