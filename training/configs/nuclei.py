@@ -120,7 +120,7 @@ Masks at stride 2, which is one pixel of the image: at 4 the ring of a median nu
 be as wide as what it encloses. The towers run at twice that stride, as published: out of features
 four mask pixels apart no ring one pixel wide can be made. The ring covers 0.2% of the canvas and
 the loss is the mean over all pixels; with the paper's weight 20 it would be a tenth of the category
-loss. Batch norm is frozen because that of a published graph is folded.
+loss. Batch norm is frozen because weights.pt of `nuclei` has it folded into the convolutions.
 """
 
 NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION, NUCLEI_CONTOUR)

@@ -26,6 +26,8 @@ from training.model.solo import Solo
 
 FORMAT = "solo-serve checkpoint"
 FORMAT_VERSION = 1
+WEIGHTS_FILE = "weights.pt"
+"""The checkpoint that a version in model_repo can have beside its graph."""
 REQUIRED = ("format_version", "config", "model", "ema")
 WEIGHT_ENTRIES = ("state_dict", "model")
 _LISTED = 5  # names that a message lists

@@ -29,7 +29,9 @@ from training.weights.convert import (
     count_classes,
     infer_config,
 )
+from training.weights.download import hash_file
 from training.weights.formats import (
+    WEIGHTS_FILE,
     CheckpointError,
     OwnCheckpointError,
     load_checkpoint,
@@ -37,7 +39,6 @@ from training.weights.formats import (
     read_weights,
     save_checkpoint,
 )
-from training.weights.from_onnx import read_published
 from training.weights.sources import (
     PublishedModel,
     WeightsSource,
@@ -227,8 +228,8 @@ def initialise(model: Solo, init: str) -> list[str]:
         model: Changed in place.
         init: `imagenet` downloads torchvision's ResNet of the model's depth into the cache. A
             file is such a ResNet or a checkpoint of solo-train or solo-import; a folder is a
-            model of model_repo. With a checkpoint or a folder, the category output keeps its
-            initial weights if the number of classes differs.
+            model of model_repo whose latest version has a checkpoint, weights.pt. The category
+            output keeps its initial weights if the checkpoint has another number of classes.
 
     Returns:
         What was loaded and what was not, one line each.
@@ -241,13 +242,39 @@ def initialise(model: Solo, init: str) -> list[str]:
     imagenet = init == IMAGENET
     path = get_imagenet(model.config.backbone.depth).download() if imagenet else Path(init)
     if path.is_dir():
-        return _load_solo(model, read_published(path, model), path)
+        path = _find_weights(path)
     try:
         weights = read_weights(path)
     except OwnCheckpointError:
-        _, content = load_checkpoint(path)
-        return _load_solo(model, content["ema"] or content["model"], path)
+        return _load_solo(model, path)
     return _load_resnet(model, weights.tensors, path)
+
+
+def _find_weights(folder: Path) -> Path:
+    """The checkpoint in a model_repo folder's latest version, with its hash checked.
+
+    Raises:
+        CheckpointError: config.json is not valid, or the version has no such file.
+    """
+    from service.models.repository import ModelRefused, read_config
+
+    try:
+        config = read_config(folder)
+    except ModelRefused as error:
+        raise CheckpointError(str(error)) from error
+    path = folder / str(config.version) / WEIGHTS_FILE
+    described = config.provenance.get("weights")
+    if not path.is_file() or not isinstance(described, dict):
+        raise CheckpointError(
+            f"{path} is missing or not in {folder / 'config.json'}; solo-export --weights adds it "
+            "to a new version, and --init also takes the checkpoint itself"
+        )
+    found = hash_file(path)
+    if found != described.get("sha256"):
+        raise CheckpointError(
+            f"{path} has the SHA-256 {found}, config.json has {described.get('sha256')}"
+        )
+    return path
 
 
 def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[str]:
@@ -269,8 +296,16 @@ def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[st
     return report
 
 
-def _load_solo(model: Solo, state: dict[str, Tensor], path: Path) -> list[str]:
-    """Loads a whole model of ours, except for a category output of another shape."""
+def _load_solo(model: Solo, path: Path) -> list[str]:
+    """Loads a checkpoint of ours, except for a category output of another shape."""
+    _, content = load_checkpoint(path)
+    folded = content.get("provenance", {}).get("batch_norm") == "folded"
+    if folded and model.config.backbone.norm == "bn":
+        raise CheckpointError(
+            f"{path} has its batch norm folded into the convolutions, so it has no statistics to "
+            "continue from; --set model.backbone.norm=frozen_bn"
+        )
+    state: dict[str, Tensor] = content["ema"] or content["model"]
     own = model.state_dict()
     new = [
         key
