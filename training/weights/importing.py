@@ -10,9 +10,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from training.configs.io import apply_overrides
 from training.configs.schema import Config
 from training.model.solo import Solo
 from training.weights.convert import (
+    Shapes,
     convert_names,
     convert_state_dict,
     count_classes,
@@ -53,44 +53,19 @@ COUNTER = ".num_batches_tracked"
 CATEGORIES = "head.category_out."
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportChoices:
-    """What the caller specifies instead of the file.
-
-    Attributes:
-        config_name: Configuration of the network; None takes the published one's or infers it.
-        overrides: Changes of the configuration, FIELD=VALUE.
-        classes: In the order of the outputs; None takes the file's or COCO's.
-        placeholder_classes: Names the classes class_1, class_2, ...
-        allow_pickle: Loads the file without restriction, which runs any code in it.
-    """
-
-    config_name: str | None = None
-    overrides: Sequence[str] = ()
-    classes: tuple[ClassSpec, ...] | None = None
-    placeholder_classes: bool = False
-    allow_pickle: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportedModel:
-    """A checkpoint under our names.
-
-    Attributes:
-        config: Of the network, with its classes.
-        state: The weights.
-        report: What was done and what in the file is not used, one line each.
-        provenance: What is known of the file's origin; JSON types.
-    """
-
-    config: Config
-    state: dict[str, Tensor]
-    report: list[str]
-    provenance: dict[str, Any]
-
-
-def import_source(source: WeightsSource, choices: ImportChoices = ImportChoices()) -> ImportedModel:
+def import_source(
+    source: WeightsSource, options: argparse.Namespace, given: tuple[ClassSpec, ...] | None
+) -> tuple[Config, dict[str, Tensor], list[str]]:
     """Reads a file, determines its network and classes, and checks that every weight fits.
+
+    Args:
+        source: The file.
+        options: Of solo-import.
+        given: The classes in the order of the outputs; None: the file's or COCO's.
+
+    Returns:
+        The configuration with its classes; the weights under our names; and what was done and
+        what in the file is not used, one line each.
 
     Raises:
         CheckpointError: The file cannot be read; a weight is unknown, missing, unexpected or of
@@ -98,19 +73,18 @@ def import_source(source: WeightsSource, choices: ImportChoices = ImportChoices(
         ValueError: The name of the configuration or an override is wrong.
     """
     name = source.path.name
-    weights = read_weights(source.path, allow_pickle=choices.allow_pickle)
+    weights = read_weights(source.path, allow_pickle=options.allow_pickle)
     tensors, notes = _without_classifier(weights.tensors, "backbone.")
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
         raise CheckpointError(
             f"{name} is a plain ResNet, not a SOLO model; solo-train --init takes it"
         )
-    shapes = {
-        ours: tuple(tensors[theirs].shape) for ours, theirs in convert_names(tensors, name).items()
-    }
-    config, origin, changes = choose_config(shapes, source.published, choices)
+    names = convert_names(tensors, name)
+    shapes = {ours: tuple(tensors[theirs].shape) for ours, theirs in names.items()}
+    config, origin, changes = choose_config(shapes, source.published, options)
     count = count_classes(shapes)
     classes, named_by = choose_classes(
-        count, weights.class_names, choices, published=source.published is not None
+        count, weights.class_names, given, options, published=source.published is not None
     )
     config = replace(config, num_classes=count, classes=classes)
     expected = Solo(config.model, count).state_dict()
@@ -129,7 +103,7 @@ def import_source(source: WeightsSource, choices: ImportChoices = ImportChoices(
         *(f"  {change}" for change in changes),
         f"{count} classes ({named_by})",
     ]
-    return ImportedModel(config=config, state=state, report=report, provenance=source.provenance)
+    return config, state, report
 
 
 def _without_classifier(
@@ -142,7 +116,7 @@ def _without_classifier(
 
 
 def choose_config(
-    shapes: dict[str, tuple[int, ...]], published: PublishedModel | None, choices: ImportChoices
+    shapes: Shapes, published: PublishedModel | None, options: argparse.Namespace
 ) -> tuple[Config, str, list[str]]:
     """The network's configuration, where it comes from, and how it differs from the zoo's.
 
@@ -150,37 +124,41 @@ def choose_config(
         ValueError: No such configuration, no such field, or it cannot be inferred.
     """
     changes: list[str] = []
-    if choices.config_name:
-        config, origin = get_config(choices.config_name), "from --config"
+    if options.config:
+        config, origin = get_config(options.config), "from --config"
     elif published is not None:
         config, origin = published.config(), f"published as {published.name}"
     else:
         config, changes = infer_config(shapes)
         origin = "inferred from the weights; --config selects another"
-    return apply_overrides(config, choices.overrides), origin, changes
+    return apply_overrides(config, options.set), origin, changes
 
 
 def choose_classes(
-    count: int, names: Sequence[str], choices: ImportChoices, *, published: bool
+    count: int,
+    names: Sequence[str],
+    given: tuple[ClassSpec, ...] | None,
+    options: argparse.Namespace,
+    *,
+    published: bool,
 ) -> tuple[tuple[ClassSpec, ...], str]:
     """The classes in the order of the outputs, and where they come from.
 
     Args:
         count: C, outputs of the category branch.
         names: Names in the file, possibly none.
-        choices: The caller's, which take precedence.
+        given: The caller's classes, which take precedence.
+        options: Of solo-import.
         published: The file is one of those trained on COCO.
 
     Raises:
         CheckpointError: The classes are not known, or their number is wrong.
     """
-    if choices.classes is not None:
-        if len(choices.classes) != count:
-            raise CheckpointError(
-                f"{len(choices.classes)} classes are given, but the network has {count}"
-            )
-        return choices.classes, "from --classes"
-    if choices.placeholder_classes:
+    if given is not None:
+        if len(given) != count:
+            raise CheckpointError(f"{len(given)} classes are given, but the network has {count}")
+        return given, "from --classes"
+    if options.placeholder_classes:
         return _number([f"class_{i}" for i in range(1, count + 1)]), "placeholder names"
     coco = tuple(c.name for c in COCO_CLASSES)
     known = len(names) == count
@@ -372,37 +350,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> ImportedModel:
-    """Imports as the options say and writes the checkpoint."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Imports as the options say and writes the checkpoint; returns what was done, line by line."""
     if options.out.exists() and not options.force:
         raise CheckpointError(f"{options.out} exists already; --force replaces it")
-    choices = ImportChoices(
-        config_name=options.config,
-        overrides=options.set,
-        classes=read_classes(options.classes) if options.classes else None,
-        placeholder_classes=options.placeholder_classes,
-        allow_pickle=options.allow_pickle,
-    )
+    given = read_classes(options.classes) if options.classes else None
     source = find_source(options.source, options.sha256)
-    imported = import_source(source, choices)
-    provenance = {"imported_from": imported.provenance}
-    content = {"model": imported.state, "ema": {}, "provenance": provenance}
-    save_checkpoint(options.out, imported.config, content)
-    return imported
+    config, state, report = import_source(source, options, given)
+    provenance = {"imported_from": source.provenance}
+    save_checkpoint(options.out, config, {"model": state, "ema": {}, "provenance": provenance})
+    if "published_mask_ap" in source.provenance:
+        report.append(f"published mask AP {source.provenance['published_mask_ap']}")
+    return report
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        imported = run(options)
+        report = run(options)
     except (ValueError, OSError) as error:
         print(f"solo-import: {error}", file=sys.stderr)
         return 1
-    for line in imported.report:
+    for line in report:
         print(f"solo-import: {line}")
-    if "published_mask_ap" in imported.provenance:
-        print(f"solo-import: published mask AP {imported.provenance['published_mask_ap']}")
     print(f"checkpoint: {options.out}")
     return 0
 
