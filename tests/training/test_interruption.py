@@ -119,7 +119,7 @@ def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None
     steps = set()
     for status, text in ended:
         assert status == TERMINATED_STATUS, text
-        found = re.search(r"stopped by SIGTERM at step (\d+); the same command goes on", text)
+        found = re.search(r"stopped by SIGTERM at step (\d+); the same command resumes it", text)
         assert found and "Traceback" not in text, text
         steps.add(int(found[1]))
     assert steps == {content(tmp_path)["step"]}

@@ -70,7 +70,7 @@ def test_a_table_is_trained_printed_and_not_repeated(
 ) -> None:
     arguments = ["--table", "4", "--base", *command(root, tmp_path, "--row", "focal")]
     assert main([*arguments, "--max-hours", "1e-9"]) == 1
-    assert "step 1 of 2; the same command goes on" in capsys.readouterr().err
+    assert "step 1 of 2; the same command resumes it" in capsys.readouterr().err
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| focal |" in printed and "| 31.6 |" in printed

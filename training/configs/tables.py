@@ -1,7 +1,7 @@
 """The paper's tables as lists of configurations (arXiv 1912.04488, section 4).
 
-A row is a change of a base configuration, so that the same table can be run on COCO with the
-paper's models (`solo-train --table 3`) and on any data with a smaller one
+A row is a change of a base configuration, so the same table can be run on COCO with the paper's
+models (`solo-train --table 3`) and on any data with a smaller model
 (`solo-train --table 3 --base nuclei_ablation`). The numbers are mask AP in percent.
 """
 
@@ -19,12 +19,12 @@ Change = Callable[[Config], Config]
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
-        name: What the line is called; also its folder.
-        change: Makes the line's configuration from the base.
-        paper: The paper's numbers by COCO metric, where it gives them.
+        name: Name of the row.
+        change: Makes the configuration of the row from the base.
+        paper: The paper's numbers by COCO metric, as far as it has them.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        key: What `--table` takes.
+        key: Value of `--table`.
         title: What it compares.
-        rows: Its lines.
-        note: What the paper measured on, and what it says beyond the numbers.
+        rows: The rows.
+        note: Data and schedule of the paper, and what it says besides the numbers.
         base: Name of the configuration that the rows change.
     """
 
@@ -269,7 +269,7 @@ def get_table(key: str) -> Table:
     """A table by its number or name.
 
     Raises:
-        ValueError: No such table; lists those there are.
+        ValueError: There is no such table; lists those that there are.
     """
     if key not in TABLES:
         raise ValueError(f"no table {key!r}; there are {', '.join(TABLES)}")

@@ -1,7 +1,7 @@
 """Reads COCO JSON one annotation at a time.
 
-The 860,000 annotations of COCO 2017 are gigabytes as Python objects but a fraction of that as
-arrays, so each is made small before the next one is parsed.
+The 860,000 annotations of COCO 2017 take gigabytes as Python objects and much less as arrays, so
+each is converted before the next one is parsed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 Polygons = tuple[NDArray[np.float64], ...]
-"""The parts of an object, x and y alternating, px."""
+"""The polygons of an object; x and y alternate, px."""
 
 
 class AnnotationRow(NamedTuple):
-    """What is kept of an annotation; the segmentation is None for crowds and empty ones."""
+    """The used fields of an annotation; the segmentation is None for crowds and empty ones."""
 
     id: Any
     image_id: int
@@ -32,10 +32,10 @@ class AnnotationRow(NamedTuple):
 
 
 def compact_row(annotation: dict[str, Any]) -> AnnotationRow:
-    """Keeps what training needs of an annotation.
+    """The fields of an annotation that training uses.
 
     Raises:
-        ValueError: A polygon is none.
+        ValueError: A polygon is not valid.
     """
     segmentation = annotation["segmentation"]
     if annotation.get("iscrowd", 0) or not segmentation:
@@ -54,13 +54,13 @@ def read_coco_json(path: Path) -> tuple[dict[str, Any], list[AnnotationRow] | No
     """Reads an annotation file.
 
     Returns:
-        The top-level object without its annotations, and these; None if the file has no such
-        key, as COCO's files of test images.
+        The top-level object without its annotations, and the annotations; None if the file has
+        none, as COCO's files for test images.
 
     Raises:
-        ValueError: Not JSON, no object, or an annotation is malformed.
+        ValueError: It is not JSON, not an object, or an annotation is malformed.
         KeyError: An annotation lacks a field.
-        TypeError: A field is of another type.
+        TypeError: A field has another type.
     """
     text = path.read_text()
     content: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def _read_array(
 
 
 def _expect(text: str, at: int, sign: str) -> int:
-    """The position of what follows a sign and the space around it."""
+    """The position after a sign and the white space around it."""
     at = _after_space(text, at)
     if text[at : at + 1] != sign:
         raise json.JSONDecodeError(f"expecting {sign!r}", text, at)
@@ -106,5 +106,5 @@ def _next(text: str, at: int, end: str) -> int:
 
 def _after_space(text: str, at: int) -> int:
     match = _SPACE.match(text, at)
-    assert match is not None  # it matches nothing, too
+    assert match is not None  # the pattern also matches the empty string
     return match.end()
