@@ -151,7 +151,7 @@ def test_images_without_annotations_give_a_file_of_results(
     assert "no annotations to score; --results FILE" in capsys.readouterr().err
     path = tmp_path / "detections_test-dev2017_tiny_results.json"
     assert main([*arguments, "--results", str(path)]) == 0
-    assert "nothing to score" in capsys.readouterr().out
+    assert "not scored" in capsys.readouterr().out
     results = json.loads(path.read_text())
     assert {r["image_id"] for r in results} == {1, 2, 3}
     for result in results:
