@@ -12,6 +12,8 @@ from training.configs.io import config_to_dict
 from training.model.solo import Solo
 from training.weights.formats import (
     CheckpointError,
+    check_fit,
+    list_names,
     load_checkpoint,
     load_model,
     load_weights,
@@ -149,6 +151,21 @@ def test_keys_that_do_not_fit_are_named() -> None:
         load_weights(build(), other, "f.pt")
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         load_weights(build(), {}, "f.pt")
+
+
+def test_a_message_lists_five_names() -> None:
+    assert list_names("abcde") == "a, b, c, d, e"
+    assert list_names(iter("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_offsets_among_other_keys_are_explained() -> None:
+    more = {"a.conv_offset.bias": torch.zeros(1), "b": torch.zeros(1)}
+    expected = r"unexpected keys \(of deformable .* this configuration does not have\): a\."
+    with pytest.raises(CheckpointError, match=expected):
+        check_fit(more, {}, "f.pt")
+    expected = r"missing keys \(of deformable .* the file does not have\): a\.conv_offset\.bias, b"
+    with pytest.raises(CheckpointError, match=expected):
+        check_fit({}, more, "f.pt")
 
 
 def test_a_crash_while_writing_leaves_the_old_file(

@@ -64,7 +64,7 @@ def test_the_usual_layouts(tmp_path: Path, content: Any, notes: list[str], legac
         ({"dataset_meta": {"classes": ["cat", "dog"]}}, ("cat", "dog")),
         ({"dataset_meta": {"CLASSES": ("cat",)}, "CLASSES": ("old",)}, ("cat",)),
         ({"dataset_meta": None, "CLASSES": None}, ()),
-        ({"CLASSES": [1, 2]}, ()),
+        ({"CLASSES": ["cat", 2]}, ()),
         ({}, ()),
     ],
 )
@@ -155,6 +155,17 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes, message: str, allo
     (tmp_path / "a.pth").write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"a\.pth.*({message})"):
         read_weights(tmp_path / "a.pth", allow_pickle=allow)
+
+
+def test_damage_is_not_blamed_on_the_protection(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(3, protocol=4)[:3])
+    with pytest.raises(CheckpointError, match=r"cannot be read .* it may be damaged") as caught:
+        read_weights(tmp_path / "a.pth", allow_pickle=True)
+    assert "--allow-pickle" not in str(caught.value)
+    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(CheckpointError, match=r"cannot be read .* it may be damaged") as caught:
+        read_weights(tmp_path / "a.pth")
+    assert "--allow-pickle" not in str(caught.value)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
