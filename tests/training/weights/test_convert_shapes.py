@@ -76,6 +76,11 @@ def test_a_changed_network_is_told_from_its_shapes(
     assert config.description.endswith("network inferred from its weights")
 
 
+@pytest.mark.parametrize("name", ["decoupled_solo_light_r50", "decoupled_solo_light_dcn_r50"])
+def test_deformable_convolutions_are_inferred(name: str) -> None:
+    assert infer_config(shapes(get_config(name).model)) == (get_config(name), [])
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "decoupled", "decoupled_light"])
 def test_a_narrow_network(kind: HeadKind) -> None:
     wanted = shapes(small_config(kind).model)

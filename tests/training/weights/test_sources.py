@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.file_server import serve_files
 from tests.support.parity import shared_file
 from training.configs import get_config
 from training.model.solo import Solo
 from training.weights.convert import convert_state_dict, infer_config
+from training.weights.download import DownloadError
 from training.weights.sources import (
     IMAGENET_RESNETS,
     SOLO_MODELS,
@@ -89,6 +92,20 @@ def test_the_names_carry_the_hashes() -> None:
         50: "0676ba61",
         101: "63fe2227",
     }
+    for depth, file in IMAGENET_RESNETS.items():
+        assert file.file_name == f"resnet{depth}-{file.sha256}.pth"
+
+
+def test_a_download_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = get_model("solo_r50_fpn_1x_coco")
+    monkeypatch.setenv("SOLO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serve_files({model.file_name: b"other content"}) as server:
+        monkeypatch.setenv("SOLO_MIRROR", server.url)
+        with pytest.raises(DownloadError, match=rf"expected {model.sha256}"):
+            model.download()
+        digest = hashlib.sha256(b"other content").hexdigest()
+        assert model.download(digest[:8]).read_bytes() == b"other content"
 
 
 def test_a_mirror_has_the_files_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
