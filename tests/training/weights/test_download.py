@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ def test_the_next_run_goes_on_where_the_last_was_cut(server: FileServer, tmp_pat
     with pytest.raises(DownloadError, match=r"broke after 100000 of 512000.*0\.1 MB are kept"):
         get(server, tmp_path, retry=ONCE)
     assert names(tmp_path) == {"model.pth.partial", "model.pth.partial.json"}
+    version = json.loads((tmp_path / "model.pth.partial.json").read_text())
+    assert version == {"etag": '"one"', "modified": "", "total": "512000"}
     assert get(server, tmp_path, sha256=SHA256).read_bytes() == CONTENT
     assert ranges(server) == [None, "bytes=100000-"]
     assert names(tmp_path) == {"model.pth"}
@@ -164,6 +167,11 @@ def test_a_damaged_file_in_the_cache_is_replaced(
     (tmp_path / "model.pth").write_bytes(b"half of it")
     assert get(server, tmp_path, sha256=SHA256[:8]).read_bytes() == CONTENT
     assert "deleted" in capsys.readouterr().out
+    (tmp_path / "model.pth").write_bytes(b"half of it")
+    server.statuses = [404]
+    with pytest.raises(DownloadError, match="answers 404"):
+        get(server, tmp_path, sha256=SHA256[:8])
+    assert names(tmp_path) == set()
 
 
 def test_a_passing_refusal_is_tried_again(server: FileServer, tmp_path: Path) -> None:
