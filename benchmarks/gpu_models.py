@@ -24,8 +24,7 @@ from pipeline.model_config import ClassSpec, InputSpec, KeepRatioResize, ModelCo
 from pipeline.preprocess import prepare
 from pipeline.types import Tile
 from training.configs import get_config
-from training.configs.schema import BackboneConfig, Config, HeadConfig
-from training.configs.schema import ModelConfig as NetworkConfig
+from training.configs.schema import BackboneConfig, Config, HeadConfig, NetworkConfig
 from training.model.head import LevelOutput
 from training.model.solo import Solo
 

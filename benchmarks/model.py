@@ -51,9 +51,9 @@ from pipeline.types import Candidates
 from service.engines.base import split_batch
 from training.configs import get_config
 from training.configs.schema import Config
-from training.convert import convert_key
-from training.from_onnx import read_published
 from training.model.solo import Solo, points_nms
+from training.weights.convert import convert_key
+from training.weights.importing import initialise
 
 MODELS = ("solo_512_r50", "nuclei")
 EAGER = "eager"
@@ -101,7 +101,7 @@ def build_subject(name: str) -> Subject:
     network = Solo(config.model, config.num_classes).eval()
     images, valid_hw = torch.from_numpy(tile.image[None]), torch.tensor([tile.valid_hw])
     if name == "nuclei":
-        network.load_state_dict(read_published(ROOT / "model_repo" / "nuclei", network))
+        initialise(network, str(ROOT / "model_repo" / "nuclei"))
     else:
         spread_outputs(network, images, valid_hw)
     return Subject(config, network, images, valid_hw)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from benchmarks.report import this_command, write_report
 from benchmarks.worker import ROOT, Worker
 from training.configs.schema import PUBLISHED_SCALE_RANGES
-from training.convert import convert_key
+from training.weights.convert import convert_key
 
 KINDS = ("vanilla", "decoupled", "decoupled_light")
 LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))

@@ -15,13 +15,13 @@ from training.configs.schema import (
     HeadConfig,
     HeadKind,
     LossConfig,
-    ModelConfig,
+    NetworkConfig,
     TargetConfig,
 )
-from training.convert import convert_key
 from training.criterion import solo_loss
 from training.model.solo import Solo
 from training.targets import Objects, assign_targets
+from training.weights.convert import convert_key
 
 
 def head_config(kind: HeadKind, levels: dict[str, Any]) -> HeadConfig:
@@ -40,7 +40,7 @@ def main(kind: HeadKind, file: Path) -> None:
     """Entry point."""
     content = torch.load(file, weights_only=True)
     torch.set_num_threads(content["threads"])
-    config = ModelConfig(  # the backbone is not run
+    config = NetworkConfig(  # the backbone is not run
         backbone=BackboneConfig(depth=18, base_width=8, norm="bn"),
         head=head_config(kind, content["levels"]),
     )

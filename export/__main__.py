@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,16 @@ from export.variants import VariantInputs, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE
-from training.checkpoint import CheckpointError, load_model, load_provenance
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
 from training.model.solo import Solo
+from training.weights.formats import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    load_model,
+    load_provenance,
+    save_checkpoint,
+)
 
 PLACEHOLDER = {"sha256": "0" * 64, "bytes": 1}
 """The graph's file entry until the graph is built."""
@@ -164,6 +171,9 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         "exporter": {"torch": torch.__version__.split("+")[0], "opset": opset},
         **load_provenance(options.checkpoint),
     }
+    weights = pack_weights(source) if options.weights else None
+    if weights is not None:
+        provenance["weights"] = {"file": WEIGHTS_FILE, **describe_file(weights)}
     check_served(model, graph)
     measured = None
     if data is not None:
@@ -177,9 +187,22 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         variants += make_exits(model, {ONNX_FILE: graph}, variants, cases, command)
     variants += make_packages(network, config, model, options.aoti, _print_progress)
     model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
-    release = Release(model, graph, parity, tuple(variants))
+    release = Release(model, graph, parity, tuple(variants), weights)
     target = publish(options.out, release, force=options.force)
     return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
+
+
+def pack_weights(source: LoadedCheckpoint) -> bytes:
+    """A checkpoint of the exported network without the state of its training."""
+    content = {
+        "model": source.network.state_dict(),
+        "ema": {},
+        "provenance": load_provenance(source.file),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / WEIGHTS_FILE
+        save_checkpoint(path, source.config, content)
+        return path.read_bytes()
 
 
 def build_inputs(

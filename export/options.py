@@ -15,6 +15,7 @@ from export.variants import PRECISIONS
 CHECKPOINT_ONLY = (
     *("out", "name", "version", "opset", "description", "score_threshold", "max_instances"),
     "provenance_json",
+    "weights",
 )
 """Options that define a new version; not allowed with --variants-of."""
 
@@ -66,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="JSON object to add to the provenance, e.g. the training data and their licence",
+    )
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        default=None,
+        help="add weights.pt, a checkpoint without the optimizer's state that solo-train --init "
+        "<model_repo>/<name> starts from; it is not served",
     )
     _add_data(parser)
     _add_variants(parser)

@@ -30,6 +30,7 @@ from pipeline.model_config import (
     parse_model_config,
 )
 from service.models.repository import CONFIG_FILE, ONNX_FILE
+from training.weights.formats import WEIGHTS_FILE
 
 PARITY_FILE = "parity.json"
 ARTEFACT_NAME = re.compile(r"model(\.[a-z0-9_]+){2,}")
@@ -82,12 +83,14 @@ class Release:
         graph: Content of model.onnx.
         parity: Its parity report; must have passed.
         artefacts: Additional files; added to `config` by `publish`.
+        weights: weights.pt, described in the provenance; None: the version has none.
     """
 
     config: ModelConfig
     graph: bytes
     parity: dict[str, Any]
     artefacts: tuple[Artefact, ...] = ()
+    weights: bytes | None = None
 
     @property
     def version(self) -> int:
@@ -313,6 +316,8 @@ def _write_version(folder: Path, release: Release) -> None:
         staged.mkdir()
         (staged / ONNX_FILE).write_bytes(release.graph)
         (staged / PARITY_FILE).write_bytes(_to_json(release.parity))
+        if release.weights is not None:
+            (staged / WEIGHTS_FILE).write_bytes(release.weights)
         for artefact in release.artefacts:
             (staged / artefact.name).write_bytes(artefact.data)
             (staged / artefact.parity_name).write_bytes(_to_json(artefact.parity))

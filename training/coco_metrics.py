@@ -1,4 +1,4 @@
-"""COCO mask AP by pycocotools, with any bound on the detections per image."""
+"""COCO mask AP by pycocotools, with any limit of detections per image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IOU_50, IOU_75 = 0, 5  # positions among the thresholds 0.50, 0.55, ... 0.95
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """Mean of the entries that are defined; -1 where none is, as COCO has it."""
+    """Mean of the defined entries; -1 if there are none, as in COCO."""
     known = values[values > -1]
     return float(known.mean()) if known.size else -1.0
 
@@ -34,16 +34,17 @@ def mask_ap(
     Args:
         annotation_file: COCO ground truth.
         results: COCO result dicts with `image_id`, `category_id`, `score`, `segmentation`.
-        max_dets: Detections counted per image; COCO has 100, dense images need more.
-        image_ids: Evaluate on these images alone.
+        max_dets: Detections per image that are evaluated; COCO's value is 100, dense images need
+            more.
+        image_ids: Evaluate only these images.
 
     Returns:
-        The seven numbers; -1 where the ground truth has no such object. No results give 0.
+        The seven metrics; -1 if the ground truth has no such object, 0 if there are no results.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotation_file))
         if results:
-            found = truth.loadRes([dict(r) for r in results])  # it writes into them
+            found = truth.loadRes([dict(r) for r in results])  # loadRes changes them
         else:
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}

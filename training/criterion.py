@@ -1,4 +1,4 @@
-"""The training loss of a batch: focal on every cell, the mask loss on positive cells only."""
+"""The training loss of a batch: focal loss of all cells, mask loss of the positive cells."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.targets import LevelTargets
 
 
 def mask_loss(factors: Sequence[Tensor], target: Tensor, config: LossConfig) -> Tensor:
-    """The configured loss of each mask, unweighted.
+    """The configured loss of each mask, without its weight.
 
     Args:
         factors: Mask logits [P, h, w], one (vanilla) or X and Y (decoupled).
         target: [P, h, w] in 0..1.
-        config: Kind and parameters.
+        config: The loss and its parameters.
 
     Returns:
         [P].
@@ -45,19 +45,19 @@ def solo_loss(
 ) -> dict[str, Tensor]:
     """L = L_category + w L_mask (paper, eq. 3; w 3 for Dice; weights from `config`).
 
-    Masks are computed for positive cells alone, level by level and image by image.
+    Masks are computed only for positive cells, separately for each level and image.
 
     Args:
         model: The network whose head computes the masks.
         outputs: One per level, for B images.
         targets: [B][level].
         config: Weights.
-        normaliser: Positive cells that the sums are divided by, where these images are a part of
-            a larger batch; None: those of these images.
+        normaliser: Number of positive cells by which the sums are divided, if these images are a
+            part of a larger batch; None: that of these images.
 
     Returns:
         `category`, `mask` (both weighted), `total`, and `num_positives` as a float tensor.
-        Without a positive cell the mask loss is 0; every parameter still gets a gradient.
+        Without a positive cell the mask loss is 0; every parameter still has a gradient.
     """
     logits, labels, per_mask, unused = [], [], [], []
     for level, output in enumerate(outputs):
@@ -74,8 +74,8 @@ def solo_loss(
             index = torch.from_numpy(target.mask_index).to(device)
             per_mask.append(mask_loss(factors, masks[index], config))
         if not any(len(image_targets[level].cells) for image_targets in targets):
-            # No mask: a sum over nothing gives the level's output convolution a gradient of
-            # zero. Without one, momentum and weight decay would skip it, as would other ranks.
+            # No mask: an empty sum gives the output convolution of the level a zero gradient.
+            # Without a gradient, momentum, weight decay and the other ranks would skip it.
             none = torch.zeros(0, dtype=torch.int64, device=output.category_logits.device)
             unused += [m.sum() for m in model.head.cell_logits(output, level, 0, none)]
     num_positives = sum(len(m) for m in per_mask)

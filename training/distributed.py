@@ -1,8 +1,8 @@
-"""Several processes that train or evaluate one model together, as torchrun starts them.
+"""Training and evaluation in several processes that torchrun starts.
 
-Without torchrun every function here is the identity, so that the callers are written once. What
-is exchanged besides gradients is small and goes over the CPU (gloo), also where the gradients go
-from GPU to GPU (NCCL).
+Without torchrun every function here does nothing or returns its argument, so callers need no
+special case. Gradients are exchanged between GPUs by NCCL; everything else is small and is
+exchanged on the CPU by gloo.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
-"""How long processes wait for each other; the first one scores a validation meanwhile."""
+"""Timeout of a collective operation; long because the first process scores validations alone."""
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
 
 def rank() -> int:
-    """This process's number, 0 for the first or only one."""
+    """Rank of this process, 0 for the first or only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -35,22 +35,22 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and talks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started (WORLD_SIZE is set); alone without it.
+    """Joins the process group if torchrun started this process (WORLD_SIZE is set).
 
     Args:
-        device: `cpu` or `cuda`; each process takes the GPU of its LOCAL_RANK.
+        device: `cpu` or `cuda`; each process uses the GPU of its LOCAL_RANK.
 
     Yields:
-        This process's device.
+        The device of this process.
 
     Raises:
-        ValueError: The device is one GPU for all processes, or there is none for this one.
+        ValueError: The device is one GPU for all processes, or this process has no GPU.
     """
     if "WORLD_SIZE" not in os.environ:
         yield device
@@ -68,19 +68,19 @@ def joined(device: str) -> Iterator[str]:
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield device
-    # Not after an error: the others may never come, and leaving is what tells them.
+    # Not after an error: the other processes might never get here; the exit of this one tells them.
     dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another process has gone."""
+    """Whether the cause of an error is the end of another process."""
     if not dist.is_initialized() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(text in str(error) for text in LOST_PEER)
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:
-    """The sum of each value over the processes, in float64."""
+    """Sum of each value over the processes, in float64."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -94,7 +94,7 @@ def any_process(*flags: bool) -> list[bool]:
 
 
 def gather_to_main(items: list[T]) -> list[T]:
-    """All processes' items in the order of the processes; empty but in the first."""
+    """Items of all processes in the order of the ranks; empty in every process but the first."""
     if world_size() == 1:
         return items
     gathered: list[Any] | None = [None] * world_size() if is_main() else None
@@ -103,7 +103,7 @@ def gather_to_main(items: list[T]) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """The first process's value, in every process."""
+    """Broadcasts the value of the first process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -112,17 +112,17 @@ def from_main(value: T) -> T:
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrites every process's tensors with the first one's."""
+    """Overwrites the tensors of every process with those of the first."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def synchronised(module: nn.Module) -> nn.Module:
-    """Averages gradients over the processes during `backward`; the module itself if alone.
+    """Averages gradients over the processes during `backward`; returns a single process's module.
 
-    Every trained parameter must get a gradient in every backward pass, be it zero. Buffers are
-    the first process's.
+    Every trained parameter must get a gradient, possibly zero, in every backward pass. Buffers are
+    those of the first process.
     """
     if world_size() == 1:
         return module
@@ -130,7 +130,7 @@ def synchronised(module: nn.Module) -> nn.Module:
 
 
 def without_synchronisation(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Gradients only add up in this context, for all but a step's last backward pass."""
+    """Context that accumulates gradients locally, for all but the last backward pass of a step."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""How much of the error is the masks' (paper, section 3.5): results with ground-truth masks."""
+"""Error analysis: results with ground-truth masks (paper, section 3.5)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from training.data.coco import Annotation, CocoDataset
 def with_ground_truth_masks(
     results: Sequence[dict[str, Any]], data: CocoDataset
 ) -> list[dict[str, Any]]:
-    """Replaces each predicted mask by the ground-truth mask that it overlaps most.
+    """Replaces each predicted mask by the ground-truth mask of the largest IoU.
 
-    Category and score stay, so what is left of the error is detection and classification.
+    Category and score are kept, so the remaining error is that of detection and classification.
 
     Args:
         results: COCO results with RLE.
-        data: The split that they belong to.
+        data: The split of the results.
 
     Returns:
-        New results in the same order; a mask without any overlap stays as it is.
+        New results in the same order; a mask without any overlap is kept.
 
     Raises:
-        ValueError: A result names an image that the split does not have.
+        ValueError: The image of a result is not in the split.
     """
     objects = {record.image_id: record.annotations for record in data.records}
     for result in results:
@@ -46,7 +46,7 @@ def with_ground_truth_masks(
 def _best_masks(
     predicted: Sequence[dict[str, Any]], objects: Sequence[Annotation]
 ) -> list[dict[str, Any]]:
-    """The object of largest IoU for each predicted mask, as JSON-ready RLE."""
+    """The ground-truth mask of the largest IoU for each predicted mask, as RLE for JSON."""
     if not objects:
         return list(predicted)
     truths = [annotation.rle for annotation in objects]

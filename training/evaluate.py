@@ -1,7 +1,7 @@
-"""solo-eval: COCO mask AP of a checkpoint, of a model_repo folder or of a running server.
+"""The command solo-eval: COCO mask AP of a checkpoint, a model_repo folder or a running server.
 
-All three run the same preprocessing and post-processing (`pipeline`), so what is
-reported is what is served.
+All three use the same preprocessing and postprocessing (`pipeline`), so the AP is that of the
+served model.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Instance
 from training import distributed
-from training.checkpoint import CheckpointError, load_model
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
+from training.error_analysis import with_ground_truth_masks
 from training.model.solo import Solo
+from training.weights.formats import CheckpointError, load_model
 
 Result = dict[str, Any]
 Predictor = Callable[[bytes], list[Result]]
-"""An encoded image -> COCO results without their image_id."""
+"""Encoded image -> COCO results without their image_id."""
 
 EVALUATION_THRESHOLD = 0.0
-"""Score threshold of evaluation: COCO AP wants the whole ranking, serving a cut."""
+"""Score threshold in evaluation: COCO AP is computed from all ranked instances."""
 
 
 def to_results(instances: Iterable[Instance], classes: tuple[ClassSpec, ...]) -> list[Result]:
@@ -58,10 +59,10 @@ def to_results(instances: Iterable[Instance], classes: tuple[ClassSpec, ...]) ->
 
 
 def as_regions(results: Sequence[Result], task: Task) -> list[Result]:
-    """What is scored: a contour is replaced by the region that it encloses, a mask stays.
+    """Replaces each contour by the region that it encloses; masks are not changed.
 
-    So the AP of contours is held against the same ground truth, and means the same, as that of
-    segmentation. An open contour encloses nothing but itself.
+    The AP of contours then has the same ground truth and meaning as that of segmentation. An open
+    contour encloses only its own pixels.
     """
     if task == "segmentation":
         return list(results)
@@ -78,10 +79,10 @@ class CheckpointPredictor:
     """Runs the PyTorch network.
 
     Args:
-        model: In evaluation mode.
+        model: The network in evaluation mode.
         config: Its configuration, with classes.
-        max_dets: Instances kept per image.
-        batch_size: Tiles a forward pass.
+        max_dets: Maximum number of instances per image.
+        batch_size: Tiles per forward pass.
     """
 
     def __init__(self, model: Solo, config: Config, *, max_dets: int, batch_size: int = 4) -> None:
@@ -116,10 +117,10 @@ class CheckpointPredictor:
 
 
 class RepositoryPredictor:
-    """Runs a model_repo folder through the loader and the engine that serve it.
+    """Runs a model_repo folder with the loader and the engine of the server.
 
     Raises:
-        CheckpointError: The folder is refused as the server would refuse it; says why.
+        CheckpointError: The server would refuse the folder; says why.
     """
 
     def __init__(self, folder: Path, version: int | None, *, max_dets: int) -> None:
@@ -146,7 +147,7 @@ class ServerPredictor:
     """Posts images to a running server's /segment.
 
     Raises:
-        RuntimeError: The server answers with an error; carries its message.
+        RuntimeError: The server answers with an error; the message contains its text.
     """
 
     def __init__(self, url: str, model: str | None, *, max_dets: int) -> None:
@@ -170,10 +171,10 @@ class ServerPredictor:
 
 
 def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) -> list[Result]:
-    """COCO results of every image of a split, in the order of its images.
+    """COCO results of all images of a split, in the order of the images.
 
-    Several processes share the images, each taking every n-th; the first one gets all results,
-    the others none.
+    Of n processes, each predicts every n-th image; the first process returns all results, the
+    others an empty list.
     """
     own = range(distributed.rank(), len(data), distributed.world_size())
     found = []
@@ -188,7 +189,7 @@ def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) 
 def evaluate_model(
     model: Solo, config: Config, data: CocoDataset, *, max_dets: int
 ) -> dict[str, float]:
-    """AP of a network on a split; several processes share the work, the first one scores."""
+    """AP of a network on a split; several processes share the images, the first one scores."""
     results = predict(data, CheckpointPredictor(model, config, max_dets=max_dets))
     numbers = {}
     if distributed.is_main():
@@ -202,7 +203,7 @@ def build_predictor(
     """A predictor for a URL, a model_repo folder or a checkpoint file (on `device`).
 
     Raises:
-        CheckpointError: `source` is none of the three.
+        CheckpointError: `source` is not one of the three.
     """
     if source.startswith(("http://", "https://")):
         return ServerPredictor(source, model, max_dets=max_dets)
@@ -222,8 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solo-eval",
         description="COCO mask AP of a model on a COCO-format split. A split without annotations "
-        "(COCO's test-dev as downloaded) is not scored; --results writes what COCO's evaluation "
-        "server takes: name the file detections_test-dev2017_NAME_results.json and send it zipped.",
+        "(COCO's test-dev as downloaded) is not scored; --results writes the file for COCO's "
+        "evaluation server, detections_test-dev2017_NAME_results.json, which is uploaded zipped.",
         epilog="Examples: solo-eval runs/nuclei/best.pt --data datasets/nuclei --max-dets 500 | "
         "solo-eval model_repo/nuclei --data ... | solo-eval http://localhost:8000 --data ... | "
         "torchrun --nproc-per-node 8 -m training.evaluate best.pt --device cuda --data "
@@ -231,14 +232,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="checkpoint file, model_repo/<model> folder or server URL")
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
-    parser.add_argument("--split", default="val", help="annotation file's name (default: val)")
-    parser.add_argument("--max-dets", type=int, default=100, help="detections an image (100)")
-    parser.add_argument("--device", default="cpu", help="of a checkpoint: cpu, cuda, ... (cpu)")
-    parser.add_argument("--model-name", help="which model of the server (default: its own)")
-    parser.add_argument("--version", type=int, help="which version of the folder (default: last)")
-    parser.add_argument("--group-by", help="also print AP per value of this image field")
-    parser.add_argument("--results", type=Path, help="write the COCO results here")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--split", default="val", help="name of the annotation file (default: val)")
+    parser.add_argument("--max-dets", type=int, default=100, help="detections per image (100)")
+    parser.add_argument(
+        "--device", default="cpu", help="device for a checkpoint: cpu, cuda, ... (cpu)"
+    )
+    parser.add_argument("--model-name", help="model of the server (default: the server's default)")
+    parser.add_argument("--version", type=int, help="version of the folder (default: last)")
+    parser.add_argument("--group-by", help="also print the AP for each value of this image field")
+    parser.add_argument(
+        "--ground-truth-masks",
+        action="store_true",
+        help="score the results with each mask replaced by the ground-truth mask of the largest "
+        "IoU (error analysis; paper, section 3.5)",
+    )
+    parser.add_argument("--results", type=Path, help="file to write the COCO results to")
+    parser.add_argument("--json", type=Path, help="file to write the metrics to")
     return parser
 
 
@@ -252,11 +261,11 @@ def _groups(data: CocoDataset, field: str) -> dict[str, list[int]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Predicts, scores where there is something to score, and writes what is asked for."""
+    """Predicts, scores if there are annotations, and writes the files of the options."""
     data = CocoDataset(options.data, options.split)
     if not data.labelled and not options.results:
         raise DatasetError(
-            f"{data.annotation_file} has no annotations to score; --results FILE keeps the results"
+            f"{data.annotation_file} has no annotations to score; --results FILE writes the results"
         )
     predictor = build_predictor(
         options.model, options.model_name, options.version, options.max_dets, options.device
@@ -267,8 +276,10 @@ def run(options: argparse.Namespace) -> None:
     if options.results:
         options.results.write_text(json.dumps(results))
     if not data.labelled:
-        print(f"{len(results)} results: {options.results} (no annotations, nothing to score)")
+        print(f"{len(results)} results: {options.results} (not scored, there are no annotations)")
         return
+    if options.ground_truth_masks:
+        results = with_ground_truth_masks(results, data)
     numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
     if options.group_by:
         for name, ids in sorted(_groups(data, options.group_by).items()):

@@ -40,7 +40,7 @@ def dice_loss(probs: Tensor, target: Tensor, *, eps: float = 1e-3) -> Tensor:
         eps: Added to both sums of squares (0 in the paper, 1e-3 in the published code).
 
     Returns:
-        [P]. With `eps` 0 a pair of empty masks has loss 1, not NaN.
+        [P]. With `eps` 0, the loss of two empty masks is 1, not NaN.
     """
     p, q = probs.flatten(1), target.flatten(1).to(probs.dtype)
     squares = (p * p).sum(1) + (q * q).sum(1) + 2 * eps
@@ -50,11 +50,11 @@ def dice_loss(probs: Tensor, target: Tensor, *, eps: float = 1e-3) -> Tensor:
 def bce_mask_loss(
     factors: Sequence[Tensor], target: Tensor, *, positive_weight: float = 2.0
 ) -> Tensor:
-    """Binary cross-entropy, the mean over each mask's pixels (the paper's ablation).
+    """Binary cross-entropy, mean over the pixels of each mask (the paper's ablation).
 
     Args:
-        factors: Mask logits, one tensor [P, h, w] (vanilla) or X and Y (decoupled), the
-            probability being the product of their sigmoids.
+        factors: Mask logits, one tensor [P, h, w] (vanilla) or X and Y (decoupled); the
+            probability is the product of their sigmoids.
         target: [P, h, w] in 0..1.
         positive_weight: Factor of the object's pixels (paper: 2).
 
@@ -70,7 +70,7 @@ def bce_mask_loss(
 def focal_mask_loss(
     factors: Sequence[Tensor], target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Focal loss, the mean over each mask's pixels (the paper's ablation and its contours).
+    """Focal loss, mean over the pixels of each mask (the paper's ablation, and contours).
 
     Args:
         factors: As in `bce_mask_loss`.
@@ -89,7 +89,7 @@ def focal_mask_loss(
 
 
 def _log_probs(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Logarithms of p, a product of sigmoids, and of 1 - p, without rounding p to 0 or 1."""
+    """log(p) and log(1 - p) of a product of sigmoids p, without rounding p to 0 or 1."""
     first, *others = (f if f.dtype == torch.float64 else f.float() for f in factors)
     log_p, log_q = F.logsigmoid(first), F.logsigmoid(-first)
     for factor in others:  # 1 - p s = (1 - p) + p (1 - s)

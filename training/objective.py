@@ -1,4 +1,4 @@
-"""The network and its loss as one module, so that DistributedDataParallel sees all of it."""
+"""The network and its loss as one module, for DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Objective(nn.Module):
-    """Images and targets in, loss out.
+    """Computes the loss from images and targets.
 
     Args:
         model: The network.
-        loss: Kinds and weights.
+        loss: Losses and their weights.
         precision: Of the network's convolutions (autocast); weights, masks and losses are
-            float32 always.
-        channels_last: Whether the images are laid out as [B, H, W, 3] in memory.
+            always float32.
+        channels_last: Whether the memory layout of the images is [B, H, W, 3].
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Objective(nn.Module):
         targets: Sequence[Sequence[LevelTargets]],
         normaliser: float,
     ) -> dict[str, Tensor]:
-        """The loss of a part of a step's images; the parts' losses add up to the step's.
+        """The loss of some of the images of a step; the losses of all parts add up to the step's.
 
         Args:
             images: [B, H, W, 3] uint8 RGB.
             valid_hw: [B, 2] int64.
             targets: [B][level].
-            normaliser: Positive cells of all the step's images, in every process.
+            normaliser: Positive cells of all images of the step, over all processes.
 
         Returns:
-            As `solo_loss`.
+            The losses that `solo_loss` returns.
         """
         x = self.model.normalise(images, valid_hw).contiguous(memory_format=self.layout)
         mixed = self.precision != "fp32"

@@ -16,11 +16,11 @@ def scale_learning_rate(config: Config, reference_batch: int) -> Config:
     """The linear rule ("Accurate, Large Minibatch SGD", arXiv 1706.02677, section 2.1).
 
     Args:
-        config: Its rate is meant for `reference_batch` images a step.
-        reference_batch: Usually the batch of the model zoo's configuration.
+        config: Its learning rate is that for `reference_batch` images per step.
+        reference_batch: Usually the batch size of the zoo's configuration.
 
     Returns:
-        The rate multiplied by batch / reference batch.
+        The configuration with the rate multiplied by batch size / reference batch.
     """
     schedule = config.schedule
     lr = schedule.lr * schedule.batch_size / reference_batch
@@ -28,7 +28,7 @@ def scale_learning_rate(config: Config, reference_batch: int) -> Config:
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
-    """Rate of a step: linear warm-up, then steps of a tenth or a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then step decay by ten or cosine decay to zero."""
     total = schedule.epochs * steps_per_epoch
     rate = schedule.lr
     if schedule.schedule == "cosine":
@@ -42,7 +42,7 @@ def learning_rate(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> 
 
 
 def build_optimizer(model: Solo, schedule: ScheduleConfig) -> torch.optim.Optimizer:
-    """SGD with momentum on everything that trains; AdamW decays matrices only."""
+    """SGD with momentum, or AdamW, which decays only weights of two or more dimensions."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(
@@ -64,13 +64,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over a stored average, on the device of this one."""
+        """Copies a stored average into this one, which stays on its device."""
         for key, value in self.state.items():
             value.copy_(state[key])
 
     @torch.no_grad()
     def update(self, model: Solo, step: int) -> None:
-        """Moves towards the model's present state; counters are copied."""
+        """Updates the average with the model's current state; integer entries are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, value in model.state_dict().items():
             if value.is_floating_point():

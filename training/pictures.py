@@ -1,4 +1,7 @@
-"""python -m training.pictures: a model's images beside their ground truth, best, worst or named."""
+"""python -m training.pictures: draws the instances of a model beside the ground truth.
+
+The images are the best and the worst of a split, or those that are named.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ GAP_PX = 6
 
 
 def match_f1(found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -> float:
-    """F1 of masks matched one to one at IoU 0.5, best score first; 1 if both are empty."""
+    """F1 of masks matched one to one at IoU 0.5, in order of score; 1 if both are empty."""
     if not found or not truth:
         return float(not found and not truth)
     iou = np.asarray(coco_mask.iou(list(found), list(truth), [0] * len(truth)))
@@ -42,7 +45,7 @@ def match_f1(found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -
 
 
 def _truth(data: CocoDataset, index: int, task: Task) -> list[Instance]:
-    """Ground truth as the task has it: masks, or their contours."""
+    """Ground truth of the task: masks, or their contours."""
     instances = []
     for a in data.records[index].annotations:
         x, y, w, h = (int(v) for v in a.box_xywh)
@@ -60,7 +63,7 @@ def side_by_side(
     truth: Sequence[Instance],
     task: Task = "segmentation",
 ) -> UInt8:
-    """The image, what was found and the ground truth, left to right at 2x."""
+    """The image, the found instances and the ground truth, left to right at 2x."""
     parts = [image, draw_instances(image, found, task), draw_instances(image, truth, task)]
     size = (image.shape[1] * 2, image.shape[0] * 2)
     large = [cv2.resize(p, size, interpolation=cv2.INTER_NEAREST) for p in parts]
@@ -69,7 +72,7 @@ def side_by_side(
 
 
 def stack(rows: Sequence[UInt8]) -> UInt8:
-    """Pictures one below the other on white."""
+    """Images stacked vertically on a white background."""
     width = max(row.shape[1] for row in rows)
     height = sum(row.shape[0] + GAP_PX for row in rows) - GAP_PX
     canvas = np.full((height, width, 3), 255, np.uint8)
@@ -81,7 +84,7 @@ def stack(rows: Sequence[UInt8]) -> UInt8:
 
 
 def f1_of(found: Sequence[Instance], data: CocoDataset, index: int, task: Task) -> float:
-    """`match_f1` on an image; a contour counts as what it encloses."""
+    """`match_f1` on an image; contours are filled first."""
     regions = map(fill_instance, found) if task == "contour" else found
     truth = [a.rle for a in data.records[index].annotations]
     return match_f1([region.rle for region in regions], truth)
@@ -100,7 +103,7 @@ def rank(model: LoadedModel, data: CocoDataset) -> list[tuple[float, int, list[I
 def named(
     model: LoadedModel, data: CocoDataset, names: Sequence[str]
 ) -> list[tuple[float, int, list[Instance]]]:
-    """As `rank`, of images by file name, in their order.
+    """F1, index and instances of images by file name, in the order of the names.
 
     Raises:
         DatasetError: The split has no such image.
@@ -116,15 +119,17 @@ def named(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of training.pictures."""
     parser = argparse.ArgumentParser(prog="python -m training.pictures", description=__doc__)
     parser.add_argument("model", type=Path, help="model_repo/<model> folder")
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--count", type=int, default=3, help="pictures of each kind (3)")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument(
-        "--images", nargs="+", metavar="NAME", help="these alone, in one picture named chosen.png"
+        "--count", type=int, default=3, help="number of best and of worst images (3)"
+    )
+    parser.add_argument(
+        "--images", nargs="+", metavar="NAME", help="only these images, in one file chosen.png"
     )
     return parser
 

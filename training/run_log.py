@@ -1,4 +1,4 @@
-"""Numbers of a run as a CSV file and as TensorBoard events."""
+"""Metrics of a run as a CSV file and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
-    """Numbers of a run, to metrics.csv (step, name, value) and to TensorBoard.
+    """Writes metrics of a run to metrics.csv (step, name, value) and to TensorBoard.
 
-    A resumed run drops the rows past its checkpoint, so that no step stands there twice.
+    A resumed run deletes the rows after its checkpoint, so that no step is recorded twice.
 
     Args:
-        folder: Of the run.
-        step: Step of the checkpoint that the run goes on from, 0 for none.
-        enabled: False writes nothing: a process that is not the first.
+        folder: Folder of the run.
+        step: Step of the checkpoint that the run resumes from; 0: none.
+        enabled: False writes nothing, for every process but the first.
     """
 
     def __init__(self, folder: Path, step: int, *, enabled: bool = True) -> None:
@@ -36,7 +36,7 @@ class RunLog:
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Appends one row a number."""
+        """Appends one row per metric."""
         if not self.enabled:
             return
         for name, value in numbers.items():

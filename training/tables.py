@@ -1,8 +1,8 @@
-"""Runs a table of the paper, row by row and seed by seed, and prints it beside the paper's.
+"""Runs the rows of a table of the paper and prints the results beside the paper's.
 
-Every run has its folder, `<out>/<base>-<digest of the configuration>/seed<n>`, with its
-checkpoints and, once it is finished, `result.json`. A finished run is not repeated, an unfinished
-one goes on from its checkpoint, and what several tables share is run once.
+Every run has a folder, `<out>/<base>-<digest of the configuration>/seed<n>`, with its checkpoints
+and, when it is finished, `result.json`. A finished run is not repeated, an unfinished one is
+resumed from its checkpoint, and a configuration that is in several tables is run once.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from statistics import fmean, stdev
 from typing import Any
 
 from training import distributed
-from training.checkpoint import config_to_dict
+from training.configs.io import config_to_dict
 from training.configs.schema import Config
-from training.configs.tables import Row, Table
+from training.configs.tables import Table, TableRow
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULT_FILE = "result.json"
 TrainOne = Callable[[Config, Path, int], dict[str, float]]
-"""Trains a configuration into a folder with a seed; returns its metrics, AP in 0..1."""
+"""Trains a configuration in a folder with a seed; returns its metrics, AP in 0..1."""
 
 
-def row_config(row: Row, base: Config) -> Config:
-    """The configuration of a row; its name ends in a digest of everything that it says."""
+def row_config(row: TableRow, base: Config) -> Config:
+    """The configuration of a row; its name ends in a digest of all its fields."""
     config = replace(row.change(base), name="", description="")
     text = json.dumps(config_to_dict(config), sort_keys=True)
     return replace(config, name=f"{base.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
-def select_rows(table: Table, names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows of a table that have one of the names; all of them for no names.
+def select_rows(table: Table, names: Sequence[str]) -> tuple[TableRow, ...]:
+    """The rows of a table with these names; all rows if there are no names.
 
     Raises:
-        ValueError: A name is none of the table's; lists those there are.
+        ValueError: The table has no row of a name; lists those that it has.
     """
     known = {row.name: row for row in table.rows}
     for name in names:
@@ -47,8 +47,10 @@ def select_rows(table: Table, names: Sequence[str]) -> tuple[Row, ...]:
     return tuple(known[name] for name in names) if names else table.rows
 
 
-def run_row(row: Row, base: Config, out: Path, seed: int, train_one: TrainOne) -> dict[str, float]:
-    """Metrics of a row with a seed; a finished run is read, not repeated."""
+def run_row(
+    row: TableRow, base: Config, out: Path, seed: int, train_one: TrainOne
+) -> dict[str, float]:
+    """Metrics of a row with a seed; those of a finished run are read from its file."""
     config = row_config(row, base)
     folder = out / config.name / f"seed{seed}"
     path = folder / RESULT_FILE
@@ -72,7 +74,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Percent, with the standard deviation over the seeds; -1 is no object of that kind."""
+    """Mean in percent, with the standard deviation over the seeds; -1 means no such objects."""
     percent = [100 * v for v in values]
     if min(percent) < 0:
         return "-"
@@ -82,14 +84,14 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def format_table(
-    table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Mapping[str, float]]]
+    table: Table, rows: Sequence[TableRow], results: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> str:
-    """Markdown: each row's metrics in percent, the paper's in the line's second half.
+    """A Markdown table of the metrics in percent, with those of the paper in the last columns.
 
     Args:
-        table: Its title and note.
-        rows: Lines in order.
-        results: By row name, one dictionary of metrics per seed; a row without is left out.
+        table: The table of the paper.
+        rows: The rows in order.
+        results: By row name, the metrics of every seed; rows without results are left out.
     """
     told = [m for m in METRICS if any(m in row.paper for row in rows)] or ["AP"]
     header = ["", *METRICS, *(f"paper {m}" for m in told)]
@@ -117,12 +119,12 @@ def run_table(
     seeds: Sequence[int] = (0,),
     train_one: TrainOne,
 ) -> str:
-    """Runs what is not finished yet and returns the table; also in `out/table_<key>.md`.
+    """Runs what is not finished and returns the table; also written to `out/table_<key>.md`.
 
-    Seeds are the outer loop: the whole table is there early and grows more certain.
+    All rows are run with one seed before the next seed, so that a complete table is there early.
 
     Raises:
-        ValueError: No such row, or a seed twice.
+        ValueError: There is no such row, or a seed is given twice.
     """
     chosen = select_rows(table, rows)
     if len(set(seeds)) != len(seeds) or not seeds:

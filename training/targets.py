@@ -1,11 +1,10 @@
-"""Which grid cells answer for which object (paper, section 3.3.1) and with which mask.
+"""Target assignment: the objects and masks of the grid cells (paper, section 3.3.1).
 
 Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask of a level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -23,7 +22,7 @@ class Objects:
     """Ground truth of one canvas.
 
     Attributes:
-        masks: [N, H, W] uint8 0/1; H, W is the image's part of the canvas or all of it.
+        masks: [N, H, W] uint8 0/1; H, W is the size of the image on the canvas or of the canvas.
         boxes_xyxy: [N, 4] float32, px.
         labels: [N] int64, 0..C-1.
     """
@@ -38,10 +37,10 @@ class LevelTargets:
     """Targets of one image at one level.
 
     Attributes:
-        labels: [S, S] int64, C is the background.
+        labels: [S, S] int64; C is the background.
         cells: [P] int64, i * S + j of the positive cells, ascending.
-        mask_index: [P] int64, each positive cell's row in `masks`.
-        masks: [M, h, w] float32 in 0..1, one row per object that has a cell here.
+        mask_index: [P] int64, row in `masks` of each positive cell.
+        masks: [M, h, w] float32 in 0..1, one row per object with a positive cell.
     """
 
     labels: NDArray[np.int64]
@@ -69,9 +68,9 @@ def centre_of_mass(mask: UInt8) -> tuple[float, float]:
 
 
 def grid_cell(position: float, size: int, grid: int) -> int:
-    """Index of the cell that holds a position: trunc(float32(p / size) / float32(1 / S)).
+    """Index of the cell of a position: trunc(float32(p / size) / float32(1 / S)).
 
-    The published arithmetic; other roundings differ at cell borders.
+    The arithmetic of the published code; other rounding gives other cells at cell borders.
     """
     return int(np.float32(np.float32(position) / np.float32(size)) / np.float32(1.0 / grid))
 
@@ -81,8 +80,8 @@ def resize_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[n
 
     Args:
         mask: [H, W] uint8 0/1.
-        stride: Factor to shrink by.
-        method: `bilinear` on uint8 as published (stays 0/1), `area` for the covered fraction.
+        stride: Factor by which the mask is reduced.
+        method: `bilinear` on uint8 as published (values are 0 or 1), `area`: the covered fraction.
     """
     height, width = (int(side / stride + 0.5) for side in mask.shape)
     if method == "bilinear":
@@ -95,14 +94,14 @@ def resize_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[n
 def contour_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[np.float32]:
     """An object's contour at `stride` (paper, section 5): [H, W] -> as `resize_mask`, 0 or 1.
 
-    The mask is made small first and its contour is then drawn one mask pixel wide, so that the
-    curve stays closed and whole: a curve drawn on the canvas would be a quarter of a pixel wide
-    at stride 4, gone or a row of dots after resizing. A pixel is inside if at least half of it
-    is; of an object that covers half of no pixel, each pixel that it touches.
+    The mask is resized first, and its contour is then drawn one mask pixel wide, so that the curve
+    is closed. A contour drawn on the canvas would be a quarter of a pixel wide at stride 4, and
+    resizing would leave isolated pixels of it or none. A pixel is inside if at least half of it is
+    covered; if no pixel is, every pixel that the object touches is inside.
 
     Args:
         mask: [H, W] uint8 0/1, not empty.
-        stride: Factor to shrink by.
+        stride: Factor by which the mask is reduced.
         method: As in `resize_mask`.
     """
     inside = resize_mask(mask, stride, method) >= 0.5
@@ -114,7 +113,7 @@ def contour_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[
 def _cell_range(
     centre: float, extent: float, size: int, grid: int, clamp_to_neighbours: bool
 ) -> tuple[int, int]:
-    """First and last cell that the centre region covers along one axis."""
+    """First and last cell of the centre region along one axis."""
     cell = grid_cell(centre, size, grid)
     middle, half = np.float32(centre), np.float32(extent)
     first = max(0, grid_cell(float(middle - half), size, grid))
@@ -137,15 +136,15 @@ def assign_targets(
     config: TargetConfig,
     num_classes: int,
 ) -> list[LevelTargets]:
-    """Targets of one image, a `LevelTargets` per level.
+    """Targets of one image, one `LevelTargets` per level.
 
-    An object goes to every level whose range holds sqrt(box area), bounds inclusive; cells
-    under its centre region are positive, a later object overwrites an earlier one, and
-    objects without pixels are skipped.
+    An object is assigned to every level whose range contains sqrt(box area), bounds inclusive. The
+    cells in its centre region are positive, a later object overwrites an earlier one, and objects
+    without pixels are skipped.
 
     Args:
-        objects: Ground truth; no objects is fine.
-        canvas_hw: Height and width of the padded batch, px; the grid is relative to it.
+        objects: Ground truth, possibly without objects.
+        canvas_hw: Height and width of the padded batch, px; the grid covers all of it.
         head: Grids, ranges and mask strides.
         config: Recipe.
         num_classes: C.
@@ -153,7 +152,9 @@ def assign_targets(
     published = config.recipe == "published"
     spans = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
     sizes = np.sqrt(spans[:, 0] * spans[:, 1])
-    scale = np.float32(config.centre_scale)  # float32 as published, so that ties fall alike
+    scale = np.float32(
+        config.centre_scale
+    )  # float32 as published, so that ties are resolved equally
     regions: list[tuple[float, float, float, float] | None] = []
     for mask, (box_w, box_h) in zip(objects.masks, spans, strict=True):
         if not mask.any():
@@ -180,7 +181,7 @@ def assign_targets(
 
 
 def _pad(mask: UInt8, canvas_hw: tuple[int, int]) -> UInt8:
-    """Zeros at the bottom and the right; a part canvas would not be resized by the stride."""
+    """Pads a mask to the canvas with zeros at the bottom and on the right."""
     if mask.shape == canvas_hw:
         return mask
     padded = np.zeros(canvas_hw, np.uint8)
@@ -208,8 +209,3 @@ def _level_targets(
         small = shrink(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
     return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
-
-
-def count_positives(targets: Sequence[LevelTargets]) -> int:
-    """Number of positive cells over all levels of an image."""
-    return sum(len(t.cells) for t in targets)

@@ -1,10 +1,10 @@
-"""SIGTERM as a request to stop at the next step, as cloud machines and job queues send it."""
+"""Stops training at the next step on SIGTERM, which cloud machines and job queues send."""
 
 from __future__ import annotations
 
 import atexit
 import multiprocessing
-import multiprocessing.util  # registers its own way out of the interpreter
+import multiprocessing.util  # registers its own exit handler
 import signal
 import threading
 from types import FrameType
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class Terminated(Exception):
-    """Training stopped because it was asked to; its checkpoint is written."""
+    """Training was stopped by SIGTERM; its checkpoint is written."""
 
 
 class TerminationRequest:
-    """While entered, SIGTERM sets `received` and does nothing else.
+    """Context manager in which SIGTERM only sets `received`.
 
-    In a thread other than the main one, where Python sets no handlers, it stays false.
+    Python sets signal handlers only in the main thread; in any other, `received` stays false.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,20 @@ class TerminationRequest:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Set-up of a data loading process: a SIGTERM to the whole job must not end it.
+    """Makes a data loading process ignore a SIGTERM that is sent to the whole job.
 
-    The main process finishes its step, which may need this one.
+    The main process finishes its step, for which it may need this process.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call it a failure
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-# Later registrations run earlier: before multiprocessing's own, which sends SIGTERM to data loading
-# processes that an error has left behind, and waits.
+# Exit handlers run in reverse order of registration: this one runs before that of multiprocessing,
+# which sends SIGTERM to data loading processes that are left after an error and waits for them.
 atexit.register(_kill_workers)

@@ -1,4 +1,4 @@
-"""solo-train: trains a configuration of the model zoo on a COCO-format data set."""
+"""The command solo-train: trains a configuration of the zoo on a COCO-format data set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from training import distributed
 from training.configs import get_config, list_configs
 from training.configs.coco import SCHEDULES, apply_schedule
+from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
@@ -22,23 +23,22 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
-from training.overrides import apply_overrides
-from training.pretrained import initialise
 from training.tables import run_table
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
+from training.weights.importing import initialise
 
 TERMINATED_STATUS = 143
-"""Exit status after SIGTERM (128 + 15), so that a queue or `&&` sees that the run is unfinished."""
+"""Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of solo-train."""
     parser = argparse.ArgumentParser(
         prog="solo-train",
-        description="Trains SOLO. Stop it at any time; the same command goes on from the last "
-        "checkpoint and ends with the weights an unbroken run would have had. On SIGTERM it "
-        f"finishes its step, writes a checkpoint and exits with status {TERMINATED_STATUS}.",
+        description="Trains SOLO. A run can be stopped at any time; the same command resumes it "
+        "from the last checkpoint and gives the same weights as an uninterrupted run. On SIGTERM "
+        f"it finishes its step, writes a checkpoint and exits with status {TERMINATED_STATUS}.",
         epilog="Examples: solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
         "torchrun --nproc-per-node 8 -m training.train solo_r50 --data datasets/coco --device cuda "
         f"--init imagenet. Configurations: {', '.join(list_configs())}.",
@@ -48,20 +48,24 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--table",
         metavar="KEY",
-        help="run a table of the paper and print it beside the paper's numbers: "
-        f"{', '.join(TABLES)}; what is finished in --out is not repeated",
+        help="run a table of the paper and print the results beside the paper's numbers: "
+        f"{', '.join(TABLES)}; runs that are finished in --out are not repeated",
     )
-    what.add_argument("--base", help="configuration that the table's rows change (solo_r50)")
+    what.add_argument("--base", help="base configuration of the table's rows (solo_r50)")
     what.add_argument(
-        "--row", action="append", default=[], help="only this row of the table; repeatable"
+        "--row", action="append", default=[], help="run only this row of the table; repeatable"
     )
     what.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="runs of every row of the table (0)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds with which every row of the table is run (0)",
     )
     parser.add_argument(
         "--recipe",
         choices=get_args(Recipe),
-        help="targets, losses and inference as the paper says or as the published code does",
+        help="targets, losses and inference as in the paper or as in the published code",
     )
     parser.add_argument(
         "--schedule",
@@ -71,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
     parser.add_argument("--train-split", default="train", help="annotation file (train)")
-    parser.add_argument("--val-split", default="val", help="annotation file (val); '' for none")
+    parser.add_argument(
+        "--val-split", default="val", help="annotation file (val); '': no validation"
+    )
     parser.add_argument("--out", type=Path, help="output folder (default: runs/CONFIG)")
     parser.add_argument(
         "--set",
@@ -80,28 +86,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="change one field, e.g. schedule.lr=0.001 or model.head.num_convs=5; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0, help="makes a run repeatable (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
     parser.add_argument(
         "--device",
         default="cpu",
-        help="cpu, cuda, cuda:1, ... (cpu); under torchrun cuda is each process's own GPU",
+        help="cpu, cuda, cuda:1, ... (cpu); with torchrun, cuda is the GPU of each process",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--workers", type=int, default=1, help="data loading processes (1)")
-    parser.add_argument("--max-dets", type=int, default=500, help="of the validation AP (500)")
+    parser.add_argument(
+        "--max-dets", type=int, default=500, help="detections per image in the validation AP (500)"
+    )
     parser.add_argument(
         "--validate-every", type=int, default=5, help="epochs between validations (5)"
     )
     parser.add_argument(
         "--checkpoint-every", type=int, default=200, help="steps between checkpoints (200)"
     )
-    parser.add_argument("--max-hours", type=float, help="stop with a checkpoint after this long")
+    parser.add_argument("--max-hours", type=float, help="stop with a checkpoint after this time")
     parser.add_argument(
         "--init",
         metavar="imagenet|FILE|FOLDER",
-        help="weights that a new run starts from: ImageNet's for the backbone (downloaded once), "
-        "a ResNet file of torchvision's, or a model to fine-tune: a checkpoint, or its folder in "
-        "model_repo; not read on resuming",
+        help="initial weights of a new run: ImageNet's for the backbone (downloaded once), a "
+        "ResNet file of torchvision, or a model to fine-tune: a checkpoint, or a folder in "
+        "model_repo whose latest version has weights.pt; not read when a run is resumed",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
     _add_speed_options(parser.add_argument_group("speed and memory"))
@@ -113,22 +121,26 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=list(DTYPES),
         default="fp32",
-        help="of the convolutions; weights, masks and losses stay fp32 (fp32)",
+        help="precision of the convolutions; weights, masks and losses are always fp32 (fp32)",
     )
     group.add_argument(
         "--accumulate",
         type=int,
         metavar="N",
-        help="take a process's part of the batch in N forward passes: less memory, the same "
-        "training but for plain batch norm (default: one for tiles, else one for every "
-        "schedule.images_per_canvas images)",
+        help="split the images of a process into N forward passes, which needs less memory and "
+        "gives the same gradients, except with plain batch norm (default: 1 for tiles, else one "
+        "for every schedule.images_per_canvas images)",
     )
-    group.add_argument("--channels-last", action="store_true", help="memory layout of the images")
-    group.add_argument("--compile", action="store_true", help="run through torch.compile")
+    group.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory layout"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the network with torch.compile"
+    )
     group.add_argument(
         "--scale-lr",
         action="store_true",
-        help="multiply schedule.lr by batch size / the configuration's own batch size",
+        help="multiply schedule.lr by batch size / batch size of the configuration",
     )
 
 
@@ -153,7 +165,7 @@ def _initialiser(init: str) -> Callable[[Solo], None]:
 
 
 def build_config(name: str, options: argparse.Namespace) -> Config:
-    """The named configuration as the options change it."""
+    """The named configuration with the changes of the options."""
     config = get_config(name)
     reference_batch = config.schedule.batch_size
     if options.recipe:
@@ -165,7 +177,7 @@ def build_config(name: str, options: argparse.Namespace) -> Config:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Trains as the options say; returns the last checkpoint, or a table's file."""
+    """Trains as the options say; returns the last checkpoint, or the file of a table."""
     if options.threads:
         torch.set_num_threads(options.threads)
     if (options.config is None) == (options.table is None):
@@ -186,7 +198,7 @@ def run(options: argparse.Namespace) -> Path:
         if trainer.step < trainer.total_steps:
             raise ValueError(
                 f"{folder} is at step {trainer.step} of {trainer.total_steps}; "
-                "the same command goes on"
+                "the same command resumes it"
             )
         return validate(trainer.averaged_model(), config)
 
@@ -224,8 +236,8 @@ def _train(
     frozen = config.model.backbone.norm == "frozen_bn"
     if frozen and not options.init and trainer.step == 0 and distributed.is_main():
         print(
-            "solo-train: the backbone is partly frozen and starts from random weights; the paper "
-            "starts from ImageNet's, --init imagenet",
+            "solo-train: the backbone is partly frozen and has random weights; the paper starts "
+            "from ImageNet weights, --init imagenet",
             file=sys.stderr,
         )
     trainer.fit()
@@ -241,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
             path = run(options)
             main_process = distributed.is_main()
     except Terminated as stop:
-        return _fail(f"{stop}; the same command goes on", TERMINATED_STATUS)
+        return _fail(f"{stop}; the same command resumes it", TERMINATED_STATUS)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(_without_traceback(str(error)))
     except RuntimeError as error:
@@ -254,14 +266,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _without_traceback(message: str) -> str:
-    """An error of a data loading process carries its traceback; the last line says what it is."""
+    """The last line of the traceback that an error of a data loading process contains."""
     if "Original Traceback" not in message:
         return message
     return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def _fail(message: str, status: int = 1) -> int:
-    """One line; of several processes each names itself."""
+    """Prints an error in one line, with the number of the process if there are several."""
     process = f" process {distributed.rank()}:" if distributed.world_size() > 1 else ""
     print(f"solo-train:{process} {message}", file=sys.stderr)
     return status

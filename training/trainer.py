@@ -1,9 +1,9 @@
-"""The training loop: one step after another, resumable at any checkpoint, bit for bit.
+"""The training loop; a run that is resumed from a checkpoint gives bit-identical weights.
 
-Several processes (see `training.distributed`) or several forward passes may share a step. The
-loss is normalised by the whole step's positive cells and gradients are summed, so this changes
-nothing but the order of summation. Plain batch norm is the exception: it sees a forward pass at
-a time; on GPUs its statistics are those of all processes.
+A step can be split over several processes (`training.distributed`) and several forward passes. The
+loss is normalised by the positive cells of the whole step and gradients are summed, so splitting
+changes only the order of summation. The exception is plain batch norm, whose statistics are those
+of one forward pass, on GPUs over all processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training import distributed
-from training.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
@@ -32,28 +31,29 @@ from training.objective import Objective, Precision
 from training.optim import MovingAverage, build_optimizer, learning_rate
 from training.run_log import RunLog
 from training.termination import Terminated, TerminationRequest
+from training.weights.formats import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 
 Validate = Callable[[Solo, Config], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is carried out; what it computes is in `Config`.
+    """How a run is executed; what it computes is in `Config`.
 
     Attributes:
-        out: Folder of checkpoints, metrics.csv and TensorBoard events.
-        seed: Seed of initialisation, order and augmentation.
-        device: `cpu`, `cuda`, ...; this process's own.
+        out: Folder for checkpoints, metrics.csv and TensorBoard events.
+        seed: Seed of the initial weights, the order of the images and augmentation.
+        device: `cpu`, `cuda`, ...; the device of this process.
         precision: Of the network's convolutions; the rest is float32.
-        accumulate: Forward passes in which a process takes its part of a step; None: one for
-            tiles, else as few as the images that share a canvas allow.
+        accumulate: Forward passes per step of each process; None: one for tiles, else one for
+            every group of images that share a canvas.
         channels_last: Memory layout of images and weights.
-        compile: Run the network through `torch.compile`.
+        compile: Compile the network with `torch.compile`.
         checkpoint_every: Steps between checkpoints.
-        validate_every: Epochs between validations, 0 for none but the last.
-        max_seconds: Stop cleanly with a checkpoint after this long; None: never.
-        resume: Go on from `out/last.pt` if it is there.
-        init: Fills the model of a new run with weights trained before; not called on resuming.
+        validate_every: Epochs between validations; 0: only the last.
+        max_seconds: Stop with a checkpoint after this time; None: no limit.
+        resume: Resume from `out/last.pt` if it exists.
+        init: Fills the model of a new run with trained weights; not called when a run is resumed.
     """
 
     out: Path
@@ -76,14 +76,14 @@ class Trainer:
     """Trains one configuration on one data set.
 
     Args:
-        config: What to train; `classes` and `num_classes` are the data set's.
+        config: The configuration, with `classes` and `num_classes` of the data set.
         data: The training split.
-        options: Where, how long, which seed.
-        validate: Called with the (averaged) model; its numbers go to the log. May be None.
+        options: How the run is executed.
+        validate: Called with the (averaged) model; its metrics are logged. None: no validation.
 
     Raises:
-        CheckpointError: `out/last.pt` belongs to another configuration.
-        ValueError: The batch cannot be split over the processes, or an option is unknown.
+        CheckpointError: `out/last.pt` has another configuration.
+        ValueError: The batch cannot be split over the processes, or an option has a wrong value.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Trainer:
         return model
 
     def _build_objective(self) -> nn.Module:
-        """The network with its loss, ready for `backward`."""
+        """The network and its loss as one module."""
         options = self.options
         objective = Objective(
             self.model,
@@ -152,7 +152,7 @@ class Trainer:
         self.best = content["best"]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the configuration."""
+        """Content of a checkpoint besides the configuration."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -164,20 +164,20 @@ class Trainer:
         }
 
     def save(self, name: str = "last.pt") -> Path:
-        """Writes `out/name`; the first process alone does."""
+        """Writes `out/name` in the first process."""
         path = self.options.out / name
         if distributed.is_main():
             save_checkpoint(path, self.config, self.state())
         return path
 
     def train_step(self, *batches: Batch) -> dict[str, float]:
-        """Forward, backward, update; returns the losses, the rate and the gradients' norm.
+        """Forward and backward pass and update of the weights.
 
         Args:
-            batches: This process's part of the step, one per forward pass.
+            batches: Batches of this process in this step, one per forward pass.
 
         Returns:
-            Numbers of the whole step, the same in every process.
+            Losses, learning rate and gradient norm of the whole step, the same in every process.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -192,7 +192,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         bound = schedule.clip_norm if schedule.clip_norm is not None else math.inf
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
-        self.scaler.step(self.optimizer)  # with fp16 and an overflow: leaves this step out
+        self.scaler.step(self.optimizer)  # skips the update if fp16 gradients overflow
         self.scaler.update()
         self.step += 1
         if self.average is not None:
@@ -200,7 +200,7 @@ class Trainer:
         return {**losses, "lr": rate, "grad_norm": norm.item()}
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Gradients of the step's loss, scaled for fp16, the same in every process."""
+        """Computes the gradients of the step's loss, scaled for fp16, equal in every process."""
         device, processes = self.options.device, self.share.processes
         (positives,) = distributed.sum_over_processes(
             [float(sum(b.num_positives for b in batches))]
@@ -214,7 +214,7 @@ class Trainer:
                 losses = self.objective(
                     batch.images.to(device), batch.valid_hw.to(device), batch.targets, positives
                 )
-                # Gradients are averaged over the processes; the loss is their sum.
+                # DistributedDataParallel averages gradients over the processes; the loss is a sum.
                 self.scaler.scale(losses["total"] * processes).backward()
             parts += torch.stack([losses["category"], losses["mask"]]).detach().cpu()
         category, mask = distributed.sum_over_processes(parts.tolist())
@@ -226,17 +226,17 @@ class Trainer:
         }
 
     def averaged_model(self) -> Solo:
-        """A copy in evaluation mode with the averaged weights (the plain ones without EMA)."""
+        """A copy of the model in evaluation mode, with the averaged weights if there are any."""
         model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
         model.load_state_dict(self.average.state if self.average else self.model.state_dict())
-        distributed.copy_from_main(model.state_dict().values())  # batch norm's may differ
+        distributed.copy_from_main(model.state_dict().values())  # batch norm statistics may differ
         return model.eval()
 
     def fit(self) -> Path:
-        """Trains to the end of the schedule or of the time; returns the last checkpoint.
+        """Trains until the schedule or the time limit ends; returns the last checkpoint.
 
         Raises:
-            Terminated: A process got SIGTERM; the checkpoint is written.
+            Terminated: A process received SIGTERM; the checkpoint is written.
         """
         options = self.options
         started, before = time.monotonic(), self.seconds
@@ -271,7 +271,7 @@ class Trainer:
         return self.save()
 
     def _steps(self) -> Generator[list[Batch]]:
-        """This process's micro-batches of one step after another."""
+        """Yields the batches of this process, one list per step."""
         loader = build_loader(
             self.data,
             self.config,

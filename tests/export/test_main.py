@@ -23,10 +23,10 @@ from service.models.repository import LoadedModel, load_version
 from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
 from tests.support.typed_graph import build_config, build_graph
-from training.checkpoint import save_checkpoint
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.model.solo import Solo
+from training.weights.formats import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from service.models.repository import load_version
 from tests.support.file_server import serve_files
 from tests.support.published import small_config, write_published
 from tests.support.server import ROOT
-from training.catalogue import get_model
 from training.configs.coco_classes import COCO_CLASSES
 from training.configs.schema import Config
-from training.importing import main as import_main
 from training.model.solo import Solo
+from training.weights.importing import main as import_main
+from training.weights.sources import get_model
 
 
 def segment_with_torch(network: Solo, config: Config, image: UInt8) -> list[Instance]:

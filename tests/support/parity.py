@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.parity_files import LOCAL, SHARED, WITHOUT_SHARED, has_shared
-from training.configs.schema import BackboneConfig, HeadConfig, ModelConfig
-from training.convert import load_published
+from training.configs.schema import BackboneConfig, HeadConfig, NetworkConfig
 from training.model.solo import Solo
 from training.targets import Objects
+from training.weights.convert import convert_state_dict
 
 TIE = 1e-6
 """Difference of two neighbouring probabilities below which rounding decides the points NMS.
@@ -103,7 +103,7 @@ def load_parity_model(which: ParityModel) -> Solo:
     published = json.loads(content["meta"]["cfg"])
     head, backbone = published["mask_head"], published["backbone"]
     strides = tuple(head["strides"])
-    config = ModelConfig(
+    config = NetworkConfig(
         backbone=BackboneConfig(
             depth=backbone["depth"],
             base_width=backbone.get("base_channels", 64),
@@ -122,7 +122,8 @@ def load_parity_model(which: ParityModel) -> Solo:
         ),
     )
     model = Solo(config, head["num_classes"])
-    load_published(model, content["state_dict"], str(which))
+    state = convert_state_dict(content["state_dict"], model.state_dict(), str(which))
+    model.load_state_dict(state)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny_solo import tiny_network
-from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, ModelConfig
+from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, NetworkConfig
 from training.model.solo import Solo
 
 Publisher = Literal["authors", "mmdetection"]
@@ -55,7 +55,7 @@ def small_config(kind: HeadKind = "decoupled", num_classes: int = 80) -> Config:
     num_grids = (6, 5, 4, 3, 2)
     head = HeadConfig(kind=kind, channels=32, num_convs=2, num_grids=num_grids)
     backbone = BackboneConfig(depth=18, base_width=8)
-    model = ModelConfig(backbone=backbone, neck_channels=16, head=head)
+    model = NetworkConfig(backbone=backbone, neck_channels=16, head=head)
     return Config(name="small", model=model, num_classes=num_classes)
 
 

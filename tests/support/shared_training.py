@@ -13,12 +13,12 @@ import torch
 
 from tests.support.tiny import TINY, TINY_SGD
 from training import distributed
-from training.checkpoint import load_checkpoint
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.evaluate import CheckpointPredictor, evaluate_model, predict
 from training.model.solo import Solo
 from training.trainer import RunOptions, Trainer
+from training.weights.formats import load_checkpoint
 
 
 def with_group_norm(config: Config, **schedule: Any) -> Config:

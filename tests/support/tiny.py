@@ -25,7 +25,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
-    ModelConfig,
+    NetworkConfig,
     ScheduleConfig,
     TargetConfig,
 )
@@ -36,7 +36,7 @@ UInt8 = NDArray[np.uint8]
 
 TINY = Config(
     name="tiny",
-    model=ModelConfig(
+    model=NetworkConfig(
         backbone=BackboneConfig(depth=18, base_width=8, norm="bn", frozen_stages=0),
         neck_channels=16,
         head=HeadConfig(

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.model_config import ClassSpec, InputSpec, TileResize
-from training.checkpoint import save_checkpoint
 from training.configs import get_config
-from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, ModelConfig
+from training.configs.schema import BackboneConfig, Config, HeadConfig, HeadKind, NetworkConfig
 from training.model.deform import DeformConv2d
 from training.model.solo import Solo
+from training.weights.formats import save_checkpoint
 
 CLASSES = (ClassSpec(category_id=3, name="disc"), ClassSpec(category_id=7, name="ring"))
 
@@ -38,7 +38,7 @@ def tiny_config(
         norm_groups=4,
     )
     backbone = BackboneConfig(depth=18, base_width=8, norm="bn", frozen_stages=0)
-    model = ModelConfig(
+    model = NetworkConfig(
         backbone=backbone, neck_channels=16, head=head, recipe=recipe, candidates=60
     )
     resize = TileResize(scale=2.0, tile_hw=(64, 64), overlap_px=16)

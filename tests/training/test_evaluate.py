@@ -18,7 +18,6 @@ from pycocotools import mask as coco_mask
 from pipeline.types import Instance
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
-from training.checkpoint import CheckpointError, save_checkpoint
 from training.data.coco import CocoDataset
 from training.evaluate import (
     CheckpointPredictor,
@@ -32,6 +31,7 @@ from training.evaluate import (
     to_results,
 )
 from training.model.solo import Solo
+from training.weights.formats import CheckpointError, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,20 @@ def test_the_command(root: Path, checkpoint: Path, tmp_path: Path, capsys: Any) 
     assert isinstance(json.loads((tmp_path / "r.json").read_text()), list)
 
 
+def test_ground_truth_masks_leave_the_results_file_as_it_is(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for more in ([], ["--ground-truth-masks"]):
+        files = ["--json", str(tmp_path / "n.json"), "--results", str(tmp_path / "r.json")]
+        assert main([str(checkpoint), "--data", str(root), "--max-dets", "50", *files, *more]) == 0
+        numbers = json.loads((tmp_path / "n.json").read_text())["all"]
+        rows.append((numbers, (tmp_path / "r.json").read_text()))
+    (plain, results), (replaced, same_results) = rows
+    assert replaced["AP"] > plain["AP"] and replaced["AP75"] == replaced["AP50"]
+    assert results == same_results
+
+
 @pytest.mark.parametrize(
     ("source", "more", "message"),
     [
@@ -137,7 +151,7 @@ def test_images_without_annotations_give_a_file_of_results(
     assert "no annotations to score; --results FILE" in capsys.readouterr().err
     path = tmp_path / "detections_test-dev2017_tiny_results.json"
     assert main([*arguments, "--results", str(path)]) == 0
-    assert "nothing to score" in capsys.readouterr().out
+    assert "not scored" in capsys.readouterr().out
     results = json.loads(path.read_text())
     assert {r["image_id"] for r in results} == {1, 2, 3}
     for result in results:

@@ -15,8 +15,8 @@ import torch
 from tests.support.processes import finish, signal_groups, start_python, wait_until
 from tests.support.shared_training import CHECKPOINT_EVERY, train_long
 from tests.support.tiny import build_tiny_data
-from training.checkpoint import load_checkpoint
 from training.train import TERMINATED_STATUS
+from training.weights.formats import load_checkpoint
 
 SMALL = [
     "model.backbone.base_width=8",
@@ -119,7 +119,7 @@ def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None
     steps = set()
     for status, text in ended:
         assert status == TERMINATED_STATUS, text
-        found = re.search(r"stopped by SIGTERM at step (\d+); the same command goes on", text)
+        found = re.search(r"stopped by SIGTERM at step (\d+); the same command resumes it", text)
         assert found and "Traceback" not in text, text
         steps.add(int(found[1]))
     assert steps == {content(tmp_path)["step"]}

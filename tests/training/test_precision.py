@@ -11,13 +11,13 @@ import torch
 
 from tests.support.shared_training import CANVASES, TILES, curve, train, weights
 from tests.support.tiny import build_tiny_data
-from training.checkpoint import load_checkpoint
 from training.configs import get_config
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.objective import Objective
 from training.optim import scale_learning_rate
 from training.trainer import RunOptions, Trainer
+from training.weights.formats import load_checkpoint
 
 SHORT_TILES = replace(TILES, schedule=replace(TILES.schedule, epochs=3))
 SHORT_CANVASES = replace(CANVASES, schedule=replace(CANVASES.schedule, epochs=3))

@@ -6,7 +6,7 @@ import pytest
 
 from training.configs import get_config
 from training.configs.schema import Config
-from training.configs.tables import Row, Table, get_table
+from training.configs.tables import Table, TableRow, get_table
 from training.tables import METRICS, format_table, row_config, run_table, select_rows
 
 BASE = get_config("nuclei_ablation")
@@ -66,7 +66,7 @@ def test_the_name_of_a_row_follows_from_all_that_it_says() -> None:
 
 
 def test_a_row_without_numbers_in_the_paper_or_in_the_results() -> None:
-    rows = (Row(name="a", change=lambda c: c), Row(name="b", change=lambda c: c))
+    rows = (TableRow(name="a", change=lambda c: c), TableRow(name="b", change=lambda c: c))
     table = Table(key="x", title="t", rows=rows, note="n")
     metrics = {**dict.fromkeys(METRICS, 0.1234), "APl": -1.0}
     text = format_table(table, rows, {"a": [metrics], "b": []})

@@ -14,7 +14,6 @@ from training.targets import (
     assign_targets,
     centre_of_mass,
     contour_mask,
-    count_positives,
     grid_cell,
     resize_mask,
 )
@@ -148,7 +147,6 @@ def test_no_objects() -> None:
         assert target.cells.dtype == np.int64 and target.cells.size == 0
         assert target.mask_index.size == 0
         assert target.masks.shape == (0, CANVAS[0] // stride, CANVAS[1] // stride)
-    assert count_positives(found) == 0
 
 
 @pytest.mark.parametrize("config", [PUBLISHED, PAPER], ids=["published", "paper"])
@@ -188,7 +186,7 @@ def test_a_later_object_overwrites_an_earlier_one() -> None:
 def test_four_hundred_objects() -> None:
     masks = [disc(*CANVAS, 2 + 4.8 * i, 3 + 6.4 * j, 2) for i in range(20) for j in range(20)]
     found = assign_targets(objects_of(masks), CANVAS, HEAD, PUBLISHED, 3)
-    assert count_positives(found) > 100
+    assert sum(len(target.cells) for target in found) > 100
     for target in found:
         assert len(target.masks) <= len(target.cells)
         if len(target.cells):

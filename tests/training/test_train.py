@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.support.tiny import CLASSES, build_tiny_data
-from training.checkpoint import load_checkpoint
 from training.configs import get_config
 from training.configs.schema import Config
 from training.train import build_config, build_parser, main
+from training.weights.formats import load_checkpoint
 
 SMALL = [
     "model.backbone.base_width=8",
@@ -70,7 +70,7 @@ def test_a_table_is_trained_printed_and_not_repeated(
 ) -> None:
     arguments = ["--table", "4", "--base", *command(root, tmp_path, "--row", "focal")]
     assert main([*arguments, "--max-hours", "1e-9"]) == 1
-    assert "step 1 of 2; the same command goes on" in capsys.readouterr().err
+    assert "step 1 of 2; the same command resumes it" in capsys.readouterr().err
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| focal |" in printed and "| 31.6 |" in printed

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import TINY, TINY_SGD, build_tiny_data
-from training.checkpoint import CheckpointError, load_checkpoint
 from training.configs.schema import Config, ScheduleConfig
 from training.data.coco import CocoDataset
 from training.data.loader import build_loader
@@ -24,6 +23,7 @@ from training.model.solo import Solo
 from training.optim import MovingAverage, build_optimizer, learning_rate
 from training.run_log import RunLog
 from training.trainer import RunOptions, Trainer, Validate
+from training.weights.formats import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,4 @@
-"""The model zoo; `get_config` is the only door. A name is also the model's in model_repo."""
+"""The model zoo. A configuration's name is also the name of the model in model_repo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ZOO = {config.name: config for config in (*COCO_CONFIGS, *NUCLEI_CONFIGS)}
 
 
 def list_configs() -> list[str]:
-    """Names of the zoo, sorted."""
+    """Names of the configurations, sorted."""
     return sorted(_ZOO)
 
 
@@ -18,7 +18,7 @@ def get_config(name: str) -> Config:
     """A configuration by its name.
 
     Raises:
-        ValueError: No such name; lists those there are.
+        ValueError: There is no such name; lists those that there are.
     """
     if name not in _ZOO:
         raise ValueError(f"no configuration named {name!r}; there are {', '.join(list_configs())}")

@@ -11,7 +11,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
-    ModelConfig,
+    NetworkConfig,
     ScheduleConfig,
 )
 
@@ -19,18 +19,18 @@ LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
 
 SOLO_R50 = Config(name="solo_r50", description="SOLO, ResNet-50, short side 800, 3x")
 ONE_TIMES = ScheduleConfig(epochs=12, milestones=(8, 11))
-"""mmdetection's. The authors' own 1x divides at 9 and 11 (see `training.catalogue`)."""
+"""mmdetection's; the milestones of the authors' own 1x are 9 and 11."""
 THREE_TIMES = ScheduleConfig(epochs=36, milestones=(27, 33))
 SIX_TIMES = ScheduleConfig(epochs=72, milestones=(54, 66))
-"""The schedule of the paper's main table; its ablations have `THREE_TIMES`."""
+"""The schedule of the paper's main table; its ablations use `THREE_TIMES`."""
 SCHEDULES = {"1x": ONE_TIMES, "3x": THREE_TIMES, "6x": SIX_TIMES}
 
 
 def apply_schedule(config: Config, name: str) -> Config:
-    """Epochs and milestones of `1x`, `3x` or `6x`; the rest of the schedule stays.
+    """Sets the epochs and milestones of `1x`, `3x` or `6x`; the rest of the schedule is kept.
 
     Raises:
-        ValueError: Another name.
+        ValueError: `name` is none of these.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule is {name!r}, expected one of {', '.join(SCHEDULES)}")
@@ -73,7 +73,7 @@ DECOUPLED_R50 = replace(
     SOLO_R50,
     name="decoupled_solo_r50",
     description="Decoupled SOLO, ResNet-50, short side 800, 3x",
-    model=ModelConfig(head=HeadConfig(kind="decoupled")),
+    model=NetworkConfig(head=HeadConfig(kind="decoupled")),
 )
 DECOUPLED_R101 = _with_depth(
     DECOUPLED_R50, "decoupled_solo_r101", "Decoupled SOLO, ResNet-101, short side 800, 3x"
@@ -81,7 +81,7 @@ DECOUPLED_R101 = _with_depth(
 DECOUPLED_LIGHT_R50 = _with_short_side_512(
     replace(
         SOLO_R50,
-        model=ModelConfig(
+        model=NetworkConfig(
             head=HeadConfig(kind="decoupled_light", num_convs=4, scale_ranges=LIGHT_SCALE_RANGES)
         ),
     ),

@@ -9,25 +9,26 @@ from training.configs.schema import Config
 CONTOUR_THRESHOLD = 0.2
 """Probability above which a pixel belongs to a contour.
 
-A curve one pixel wide is rarely placed to the pixel, and focal loss (alpha 0.25) shifts an even
-chance to a probability below 0.5; so 0.5 would leave dots. Chosen in docs/experiments.md.
+Below 0.5 because a curve one pixel wide is rarely predicted at the exact pixel, and because focal
+loss (alpha 0.25) gives an even chance a probability below 0.5: a threshold of 0.5 leaves isolated
+dots. Chosen in docs/experiments.md.
 """
 
 
 def as_contours(
     config: Config, *, name: str, description: str, mask_weight: float | None = None
 ) -> Config:
-    """`config` with the masks' outlines instead of the masks.
+    """`config` for the contours of objects instead of their masks.
 
-    Ground truth are the masks' contours, and the mask loss is focal; the rest of the training is
-    unchanged. Duplicates are found by comparing what the contours enclose: two curves one pixel
-    wide around one object hardly overlap.
+    The ground truth is the contour of each mask, and the mask loss is the focal loss; the rest of
+    the training is unchanged. NMS compares the regions that the contours enclose, because two
+    curves one pixel wide around the same object hardly overlap.
 
     Args:
-        config: A configuration of segmentation.
-        name: Of the new one.
-        description: Of the new one.
-        mask_weight: Factor of the mask loss; None is the paper's 20.
+        config: A segmentation configuration.
+        name: Name of the new configuration.
+        description: Description of the new configuration.
+        mask_weight: Factor of the mask loss; None: the paper's 20.
     """
     changes = {"compare": "enclosed", "mask_threshold": CONTOUR_THRESHOLD}
     return replace(

@@ -1,6 +1,6 @@
 """The bundled model: nuclei in microscopy images, trained from scratch on a CPU.
 
-How each choice was found is in docs/experiments.md.
+docs/experiments.md has the experiments behind each choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
-    ModelConfig,
+    NetworkConfig,
     ScheduleConfig,
     TargetConfig,
 )
@@ -29,7 +29,7 @@ NUCLEI = Config(
     name="nuclei",
     description="Decoupled SOLO, half-width ResNet-18, 144x144 px tiles shown at 2x",
     num_classes=1,
-    model=ModelConfig(
+    model=NetworkConfig(
         backbone=BackboneConfig(depth=18, base_width=32, norm="bn", frozen_stages=0),
         neck_channels=48,
         head=HeadConfig(
@@ -97,7 +97,7 @@ NUCLEI_ABLATION = replace(
         update={"resize": TileResize(scale=2.0, tile_hw=(96, 96), overlap_px=24)}
     ),
 )
-"""The base of the ablations in docs/experiments.md: minutes on one CPU core."""
+"""Base of the ablations in docs/experiments.md; a run takes minutes on one CPU core."""
 
 NUCLEI_CONTOUR = as_contours(
     replace(
@@ -114,13 +114,14 @@ NUCLEI_CONTOUR = as_contours(
     description="Contours of nuclei: the network of `nuclei` with masks at twice the resolution",
     mask_weight=200.0,
 )
-"""Fine-tunes `nuclei` (`solo-train nuclei_contour --init model_repo/nuclei`), whose network it is.
+"""Fine-tunes `nuclei` with the same weights (`solo-train nuclei_contour --init model_repo/nuclei`).
 
-Masks at stride 2, which is one pixel of the image: at 4 the ring of a median nucleus (11 px) would
-be as wide as what it encloses. The towers run at twice that stride, as published: out of features
-four mask pixels apart no ring one pixel wide can be made. The ring covers 0.2% of the canvas and
-the loss is the mean over all pixels; with the paper's weight 20 it would be a tenth of the category
-loss. Batch norm is frozen because that of a published graph is folded.
+The mask stride is 2, which is one pixel of the image: at 4, the contour of a median nucleus (11 px)
+would be as wide as the region that it encloses. The towers run at twice that stride, as published:
+features four mask pixels apart cannot represent a contour one pixel wide. The contour covers 0.2%
+of the canvas and the loss is the mean over all pixels; with the paper's weight of 20 it would be a
+tenth of the category loss. Batch norm is frozen because weights.pt of `nuclei` has it folded into
+the convolutions.
 """
 
 NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION, NUCLEI_CONTOUR)

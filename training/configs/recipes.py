@@ -1,4 +1,4 @@
-"""The two recipes as one choice: what the paper says, or what the published code does."""
+"""Two recipes: training and inference as in the paper, or as in the published code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Recipe = Literal["paper", "published"]
 
 
 def apply_recipe(config: Config, recipe: Recipe) -> Config:
-    """Sets every place where the paper and the published code differ.
+    """Sets all options in which the paper and the published code differ.
 
     =================  ==============================  =====================================
-    place              paper                           published
+    option             paper                           published
     =================  ==============================  =====================================
     target extents     of the mask                     of the box, at most +-1 cell
     Dice loss          no epsilon                      1e-3 added to both sums of squares

@@ -1,15 +1,17 @@
-"""What can be said about a SOLO model and its training; no torch here.
+"""Configuration of a SOLO model and its training; does not import torch.
 
-Every class is a frozen keyword-only dataclass, so a variant states only its difference with
-`dataclasses.replace` and a misspelt field fails at once. Defaults are the published R50 model
-("SOLO: Segmenting Objects by Locations", arXiv 1912.04488, and its published configuration).
+Every class is a frozen keyword-only dataclass: a variant is made with `dataclasses.replace`, and a
+misspelt field is an error. Defaults are the published R50 model ("SOLO: Segmenting Objects by
+Locations", arXiv 1912.04488, and its published configuration).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from pipeline.model_config import (
     ClassSpec,
@@ -26,18 +28,24 @@ PAPER_MASK_WEIGHTS: dict[MaskLoss, float] = {"dice": 3.0, "bce": 10.0, "focal": 
 PUBLISHED_SCALE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
 
 
+class StrictFields:
+    """Base of the configuration classes: pydantic refuses unknown fields when it reads one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """ResNet (v1.5: the stride sits in the 3x3 convolution).
+class BackboneConfig(StrictFields):
+    """ResNet (v1.5: the stride is in the 3x3 convolution).
 
     Attributes:
         depth: 18, 34, 50 or 101.
         base_width: Channels of the stem; 64 is the published width.
         norm: `frozen_bn` keeps batch statistics and affine parameters of an ImageNet model
             in evaluation mode as the published models do; `bn` and `gn` train from scratch.
-        frozen_stages: Stages without gradients (0 none, 1 stem and stage 1); published: 1.
+        frozen_stages: Stages without gradients (0: none, 1: stem and stage 1); published: 1.
         deformable_stages: Stages whose 3x3 convolutions are deformable (R-DCN and published: 2,
-            3, 4, which give C3..C5); of depth 50 and 101 only.
+            3, 4, whose outputs are C3..C5); only for depth 50 and 101.
     """
 
     depth: Literal[18, 34, 50, 101] = 50
@@ -57,7 +65,7 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(StrictFields):
     """SOLO head; one entry of each tuple per pyramid level, finest first.
 
     Attributes:
@@ -66,16 +74,17 @@ class HeadConfig:
         channels: Width of both towers.
         num_convs: 3x3 convolutions per tower.
         num_grids: S of every level.
-        level_strides: Stride that each pyramid level is resized to before the head, px.
+        level_strides: Stride to which each pyramid level is resized before the head, px.
         mask_strides: Stride of each level's masks, px; published: half of `level_strides`.
-        scale_ranges: Inclusive bounds of sqrt(box area) that each level takes, px.
-        align: How a level's features become S x S for the category branch (paper, section 3.2):
-            `interpolate` (bilinear, as published), `adaptive_max_pool`, or `region_grid` (the mean
-            of bilinear samples spread over each cell).
-        deformable: The last convolution of every tower is deformable (published Light-DCN).
-        num_coord_convs: Mask tower convolutions that see the coordinates, from the first on.
+        scale_ranges: Inclusive bounds of sqrt(box area) of the objects of each level, px.
+        align: How the features of a level are resized to S x S for the category branch (paper,
+            section 3.2): `interpolate` (bilinear, as published), `adaptive_max_pool`, or
+            `region_grid` (the mean of bilinear samples spread over each cell).
+        deformable: Whether the last convolution of every tower is deformable (published Light-DCN).
+        num_coord_convs: Number of mask tower convolutions, from the first on, whose input has the
+            coordinates.
         coord_octaves: Sine/cosine pairs added to each coordinate (0: the plain coordinate of
-            the paper). Our own variant; see docs/experiments.md.
+            the paper). Our own variant, measured in docs/experiments.md.
         mask_kernel: Kernel of the decoupled heads' output convolution; published: 3.
         norm_groups: Groups of GroupNorm in the towers.
         mask_prior: Initial probability of each mask output channel; published: 0.01.
@@ -112,7 +121,7 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class NetworkConfig(StrictFields):
     """The network and what its graph computes.
 
     Attributes:
@@ -144,22 +153,23 @@ class ModelConfig:
 
     @property
     def stride_divisor(self) -> int:
-        """What a canvas must be divisible by, px: the stride of C5."""
+        """Divisor of the sides of a canvas, px: the stride of C5."""
         return 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
+class TargetConfig(StrictFields):
     """Target assignment (paper, section 3.3).
 
     Attributes:
-        recipe: `published`: extents from the box, at most one cell to each side of the
-            centre's cell; `paper`: extents of the mask, no such limit.
+        recipe: `published`: the centre region is scaled from the box and covers at most one cell
+            on each side of the centre's cell; `paper`: it is scaled from the mask's extent, without
+            this limit.
         centre_scale: Size of the centre region relative to the object (paper: 0.2).
         mask_resize: `bilinear` as published (uint8, so still binary) or `area` (the covered
-            fraction of each mask pixel; keeps the contour of objects of a few pixels).
-        masks: What the mask branch learns: the object's `region`, or its `contour` alone
-            (instance contour detection; paper, section 5).
+            fraction of each mask pixel; preserves the contour of objects of a few pixels).
+        masks: Target of the mask branch: the object's `region`, or only its `contour` (instance
+            contour detection; paper, section 5).
     """
 
     recipe: Literal["paper", "published"] = "published"
@@ -169,12 +179,12 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(StrictFields):
     """Losses and their weights (paper, section 3.3.2; focal loss as RetinaNet).
 
     Attributes:
         mask_loss: `dice`, `bce` or `focal`; the last two are the paper's ablation.
-        mask_weight: Factor of the mask loss; None takes the paper's for the kind (3, 10, 20).
+        mask_weight: Factor of the mask loss; None: the paper's for this loss (3, 10, 20).
         bce_positive_weight: Factor of the object's pixels in `bce` (paper: 2).
         dice_eps: Added to both sums of squares; the paper has 0, the published code 1e-3.
     """
@@ -189,20 +199,21 @@ class LossConfig:
 
     @property
     def effective_mask_weight(self) -> float:
-        """The factor in use."""
+        """Factor of the mask loss, `mask_weight` or its default."""
         return PAPER_MASK_WEIGHTS[self.mask_loss] if self.mask_weight is None else self.mask_weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes of a training image.
+class AugmentConfig(StrictFields):
+    """Random augmentation of a training image.
 
     Attributes:
         short_sides: Keep-ratio rule: bounds of the random short side, px (paper: 640-800).
         scale_jitter: Tile rule: bounds of the factor on the serving scale.
         flip: Probability of a horizontal flip.
-        dihedral: Also flips vertically and turns by 90 degrees (microscopy has no up).
-        brightness, contrast, gamma: Half-widths of the random photometric changes.
+        dihedral: Also flips vertically and rotates by multiples of 90 degrees (microscopy images
+            have no upright orientation).
+        brightness, contrast, gamma: Half-widths of the ranges of the photometric changes.
         invert: Probability of inverting the intensities.
     """
 
@@ -217,20 +228,20 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(StrictFields):
     """Optimisation.
 
     Attributes:
         optimizer: `sgd` (paper) or `adamw`.
-        schedule: `step` divides by ten at `milestones`; `cosine` falls to zero.
-        batch_size: Images a step, over all processes.
-        images_per_canvas: Keep-ratio rule: so many consecutive images of a batch share a canvas,
-            all landscape or all portrait; published: 2, those of a GPU. A batch that it does
-            not divide takes the greatest common divisor.
+        schedule: `step` divides the rate by ten at `milestones`; `cosine` decays it to zero.
+        batch_size: Images per step, over all processes.
+        images_per_canvas: Keep-ratio rule: number of consecutive images of a batch that share a
+            canvas, all landscape or all portrait; published: 2, those of one GPU. If it does not
+            divide the batch size, their greatest common divisor is used.
         epochs: Passes over the data; `milestones` are epochs too.
         warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
-        clip_norm: Bound of the gradients' norm; the authors use 35, None is no bound.
-        ema_decay: Decay of the weights' moving average used for evaluation (0: none).
+        clip_norm: Maximum norm of the gradients; the authors use 35, None: no clipping.
+        ema_decay: Decay of the moving average of the weights used for evaluation (0: no average).
     """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -254,17 +265,17 @@ class ScheduleConfig:
 
     @property
     def canvas_group(self) -> int:
-        """Images that share a canvas: `images_per_canvas`, or what divides the batch too."""
+        """Images that share a canvas: the gcd of the batch size and `images_per_canvas`."""
         return math.gcd(self.batch_size, self.images_per_canvas)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """One named row of the model zoo; `classes` is empty until a data set fills it."""
+class Config(StrictFields):
+    """One model of the zoo; `classes` is empty until it is set from a data set."""
 
     name: str
     description: str = ""
-    model: ModelConfig = ModelConfig()
+    model: NetworkConfig = NetworkConfig()
     targets: TargetConfig = TargetConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -280,5 +291,5 @@ class Config:
 
     @property
     def task(self) -> Task:
-        """What the model is served as."""
+        """Task of the served model."""
         return "contour" if self.targets.masks == "contour" else "segmentation"

@@ -1,7 +1,7 @@
 """The paper's tables as lists of configurations (arXiv 1912.04488, section 4).
 
-A row is a change of a base configuration, so that the same table can be run on COCO with the
-paper's models (`solo-train --table 3`) and on any data with a smaller one
+A row is a change of a base configuration, so the same table can be run on COCO with the paper's
+models (`solo-train --table 3`) and on any data with a smaller model
 (`solo-train --table 3 --base nuclei_ablation`). The numbers are mask AP in percent.
 """
 
@@ -18,13 +18,13 @@ Change = Callable[[Config], Config]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a table.
+class TableRow:
+    """One row of a table.
 
     Attributes:
-        name: What the line is called; also its folder.
-        change: Makes the line's configuration from the base.
-        paper: The paper's numbers by COCO metric, where it gives them.
+        name: Name of the row.
+        change: Makes the configuration of the row from the base.
+        paper: The paper's numbers by COCO metric, as far as it has them.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        key: What `--table` takes.
+        key: Value of `--table`.
         title: What it compares.
-        rows: Its lines.
-        note: What the paper measured on, and what it says beyond the numbers.
+        rows: The rows.
+        note: Data and schedule of the paper, and what it says besides the numbers.
         base: Name of the configuration that the rows change.
     """
 
     key: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     note: str
     base: str = "solo_r50"
 
@@ -124,7 +124,7 @@ _TABLES = (
         title="main results",
         note="6x schedule, test-dev",
         rows=(
-            Row(
+            TableRow(
                 name="SOLO R50",
                 change=_six_times,
                 paper={
@@ -136,7 +136,7 @@ _TABLES = (
                     "APl": 52.1,
                 },
             ),
-            Row(
+            TableRow(
                 name="SOLO R101",
                 change=_all(_six_times, R101),
                 paper={
@@ -148,7 +148,7 @@ _TABLES = (
                     "APl": 54.2,
                 },
             ),
-            Row(
+            TableRow(
                 name="SOLO R-DCN-101",
                 change=_all(_six_times, R_DCN_101),
                 paper={
@@ -167,10 +167,10 @@ _TABLES = (
         title="number of grids and the pyramid",
         note=ON_COCO,
         rows=(
-            Row(name="single level S=12", change=_single_level(12), paper={"AP": 27.2}),
-            Row(name="single level S=24", change=_single_level(24), paper={"AP": 29.0}),
-            Row(name="single level S=36", change=_single_level(36), paper={"AP": 28.6}),
-            Row(name="pyramid", change=_same, paper=VANILLA),
+            TableRow(name="single level S=12", change=_single_level(12), paper={"AP": 27.2}),
+            TableRow(name="single level S=24", change=_single_level(24), paper={"AP": 29.0}),
+            TableRow(name="single level S=36", change=_single_level(36), paper={"AP": 28.6}),
+            TableRow(name="pyramid", change=_same, paper=VANILLA),
         ),
     ),
     Table(
@@ -178,10 +178,10 @@ _TABLES = (
         title="CoordConvs",
         note=ON_COCO,
         rows=(
-            Row(name="0 CoordConvs", change=_head(num_coord_convs=0), paper={"AP": 32.2}),
-            Row(name="1 CoordConv", change=_head(num_coord_convs=1), paper=VANILLA),
-            Row(name="2 CoordConvs", change=_head(num_coord_convs=2), paper={"AP": 35.7}),
-            Row(name="3 CoordConvs", change=_head(num_coord_convs=3), paper={"AP": 35.8}),
+            TableRow(name="0 CoordConvs", change=_head(num_coord_convs=0), paper={"AP": 32.2}),
+            TableRow(name="1 CoordConv", change=_head(num_coord_convs=1), paper=VANILLA),
+            TableRow(name="2 CoordConvs", change=_head(num_coord_convs=2), paper={"AP": 35.7}),
+            TableRow(name="3 CoordConvs", change=_head(num_coord_convs=3), paper={"AP": 35.8}),
         ),
     ),
     Table(
@@ -189,9 +189,9 @@ _TABLES = (
         title="mask loss",
         note=ON_COCO,
         rows=(
-            Row(name="BCE", change=_mask_loss("bce"), paper={"AP": 30.0}),
-            Row(name="focal", change=_mask_loss("focal"), paper={"AP": 31.6}),
-            Row(name="Dice", change=_mask_loss("dice"), paper=VANILLA),
+            TableRow(name="BCE", change=_mask_loss("bce"), paper={"AP": 30.0}),
+            TableRow(name="focal", change=_mask_loss("focal"), paper={"AP": 31.6}),
+            TableRow(name="Dice", change=_mask_loss("dice"), paper=VANILLA),
         ),
     ),
     Table(
@@ -199,9 +199,9 @@ _TABLES = (
         title="head depth",
         note=f"{ON_COCO}; about +1.2 AP from 4 to 7, flat after (read from the text)",
         rows=(
-            *(Row(name=f"{n} convolutions", change=_head(num_convs=n)) for n in (4, 5, 6)),
-            Row(name="7 convolutions", change=_head(num_convs=7), paper=VANILLA),
-            Row(name="8 convolutions", change=_head(num_convs=8)),
+            *(TableRow(name=f"{n} convolutions", change=_head(num_convs=n)) for n in (4, 5, 6)),
+            TableRow(name="7 convolutions", change=_head(num_convs=7), paper=VANILLA),
+            TableRow(name="8 convolutions", change=_head(num_convs=8)),
         ),
     ),
     Table(
@@ -209,22 +209,22 @@ _TABLES = (
         title="SOLO-512",
         note="6x schedule, val2017",
         rows=(
-            Row(
+            TableRow(
                 name="SOLO R50",
                 change=_six_times,
                 paper={"AP": 36.0, "AP50": 57.5, "AP75": 38.0},
             ),
-            Row(
+            TableRow(
                 name="SOLO R101",
                 change=_all(_six_times, R101),
                 paper={"AP": 37.1, "AP50": 58.7, "AP75": 39.4},
             ),
-            Row(
+            TableRow(
                 name="SOLO-512 R50",
                 change=_all(_six_times, _short_side_512),
                 paper={"AP": 34.2, "AP50": 55.9, "AP75": 36.0},
             ),
-            Row(
+            TableRow(
                 name="SOLO-512 R101",
                 change=_all(_six_times, R101, _short_side_512),
                 paper={"AP": 35.0, "AP50": 57.1, "AP75": 37.0},
@@ -236,9 +236,9 @@ _TABLES = (
         title="alignment of the category branch",
         note=f"{ON_COCO}; all within 0.1 AP of each other (read from the text)",
         rows=(
-            Row(name="interpolation", change=_head(align="interpolate"), paper=VANILLA),
-            Row(name="adaptive max-pool", change=_head(align="adaptive_max_pool")),
-            Row(name="region-grid interpolation", change=_head(align="region_grid")),
+            TableRow(name="interpolation", change=_head(align="interpolate"), paper=VANILLA),
+            TableRow(name="adaptive max-pool", change=_head(align="adaptive_max_pool")),
+            TableRow(name="region-grid interpolation", change=_head(align="region_grid")),
         ),
     ),
     Table(
@@ -246,8 +246,8 @@ _TABLES = (
         title="vanilla and decoupled head",
         note=ON_COCO,
         rows=(
-            Row(name="vanilla", change=_head(kind="vanilla"), paper=VANILLA),
-            Row(
+            TableRow(name="vanilla", change=_head(kind="vanilla"), paper=VANILLA),
+            TableRow(
                 name="decoupled",
                 change=_head(kind="decoupled"),
                 paper={
@@ -269,7 +269,7 @@ def get_table(key: str) -> Table:
     """A table by its number or name.
 
     Raises:
-        ValueError: No such table; lists those there are.
+        ValueError: There is no such table; lists those that there are.
     """
     if key not in TABLES:
         raise ValueError(f"no table {key!r}; there are {', '.join(TABLES)}")

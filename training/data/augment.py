@@ -1,4 +1,4 @@
-"""Random training samples: what serving would show the network, changed at random."""
+"""Random training samples: the network's input in serving, with random changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Sample:
-    """An image part [h, w, 3] uint8 at canvas scale, not padded yet, and its objects."""
+    """A part of an image, [h, w, 3] uint8 at canvas scale without padding, and its objects."""
 
     image: UInt8
     objects: Objects
@@ -31,7 +31,7 @@ class Sample:
 def crop_masks(
     annotations: Sequence[Annotation], top: int, left: int, height: int, width: int
 ) -> tuple[list[UInt8], list[int]]:
-    """Masks [height, width] and labels of the objects that show pixels in a window."""
+    """Masks [height, width] and labels of the objects that have pixels in a window."""
     masks, labels = [], []
     for annotation in annotations:
         x, y, w, h = annotation.box_xywh
@@ -45,7 +45,7 @@ def crop_masks(
 
 
 def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
-    """Random brightness, contrast, gamma and inversion through one lookup table."""
+    """Random brightness, contrast, gamma and inversion, applied by one lookup table."""
     level = np.arange(256, dtype=np.float64) / 255
     level = level ** np.exp(rng.uniform(-config.gamma, config.gamma))
     level = (level - 0.5) * (1 + rng.uniform(-config.contrast, config.contrast)) + 0.5
@@ -57,7 +57,7 @@ def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
 
 
 def build_sample(image: UInt8, masks: Sequence[UInt8], labels: Sequence[int]) -> Sample:
-    """Drops masks that resizing emptied; boxes are the masks' own, x2 and y2 exclusive."""
+    """Drops masks that are empty after resizing; computes boxes of the masks, x2, y2 exclusive."""
     height, width = image.shape[:2]
     kept = [i for i, mask in enumerate(masks) if mask.any()]
     masks, labels = [masks[i] for i in kept], [labels[i] for i in kept]
@@ -72,7 +72,7 @@ def build_sample(image: UInt8, masks: Sequence[UInt8], labels: Sequence[int]) ->
 def random_size(
     image_hw: tuple[int, int], resize: KeepRatioResize, config: AugmentConfig, rng: Rng
 ) -> tuple[int, int]:
-    """Height and width of a sample: short side drawn from `short_sides`, long side bounded."""
+    """Random height and width of a sample: short side from `short_sides`, long side limited."""
     low, high = config.short_sides
     return keep_ratio_size(image_hw, int(rng.integers(low, high + 1)), resize.long_side)
 
@@ -105,9 +105,10 @@ def random_tile(
     config: AugmentConfig,
     rng: Rng,
 ) -> Sample:
-    """A random window at about the serving scale, on the canvas that serving uses.
+    """A random window at about the serving scale, on the canvas of serving.
 
-    A window larger than the image shows all of it, as serving does; the rest is padding.
+    If the window is larger than the image, it shows the whole image, as in serving; the rest of
+    the canvas is padding.
     """
     low, high = np.log(config.scale_jitter)
     scale = resize.scale * float(np.exp(rng.uniform(low, high)))

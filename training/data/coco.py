@@ -1,4 +1,4 @@
-"""A COCO-format data set: images, objects as RLE, categories as contiguous labels."""
+"""A COCO-format data set: images, objects as RLE, contiguous labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.decode import decode_image
 from pipeline.errors import DecodeError
 from pipeline.model_config import ClassSpec, ContrastSpec
 from pipeline.preprocess import stretch_contrast
-from training.data.coco_json import Polygons, Row, read_coco_json
+from training.data.coco_json import AnnotationRow, Polygons, read_coco_json
 
 UInt8 = NDArray[np.uint8]
 YEARS = ("", "2017")
@@ -22,7 +22,7 @@ CACHE_LIMIT_BYTES = 2 * 1024**3
 
 
 class DatasetError(ValueError):
-    """The data set's folder or annotation file is not what it should be."""
+    """The folder or the annotation file of a data set is not valid."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """One object as it is stored: polygons become an `Annotation` when they are asked for."""
+class PolygonObject:
+    """One object with polygons, which are rasterised when they are needed."""
 
     polygons: Polygons
     label: int
@@ -48,19 +48,19 @@ class Outline:
 
 @dataclass(frozen=True)
 class Record:
-    """One image and its objects (crowds left out; possibly no object)."""
+    """One image and its objects, without crowds; may have no object."""
 
     image_id: int
     file_name: str
     height: int
     width: int
-    objects: tuple[Annotation | Outline, ...]
+    objects: tuple[Annotation | PolygonObject, ...]
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:
-        """The objects as RLE; 860,000 polygons would take minutes and a gigabyte to keep so."""
+        """The objects as RLE; not stored, because 860,000 polygons would take minutes and 1 GB."""
         return tuple(
-            o.rasterise(self.height, self.width) if isinstance(o, Outline) else o
+            o.rasterise(self.height, self.width) if isinstance(o, PolygonObject) else o
             for o in self.objects
         )
 
@@ -68,12 +68,12 @@ class Record:
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Annotation file and image folder of a split.
 
-    Understands `annotations/{split}.json` with `images/`, and COCO 2017 as downloaded:
+    Finds `annotations/{split}.json` with `images/`, and COCO 2017 as downloaded:
     `annotations/instances_{split}2017.json` with `{split}2017/`, and for `test-dev`
     `annotations/image_info_test-dev2017.json` with `test2017/`.
 
     Raises:
-        DatasetError: No such file; names what was looked for.
+        DatasetError: There is no such file; lists those that were searched.
     """
     name = split.removeprefix("instances_").removeprefix("image_info_")
     stems = [split] + [
@@ -93,7 +93,7 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def build_annotation(rle: dict[str, Any], label: int) -> Annotation:
-    """An annotation with the box of its mask."""
+    """An annotation; its box is computed from its mask."""
     x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
     return Annotation(rle, label, (x, y, w, h))
 
@@ -110,18 +110,18 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 class CocoDataset:
-    """Reads a split; images are decoded as the server decodes them and kept in memory if few.
+    """A split of a data set; images are decoded as in the server, and cached if the set is small.
 
     Args:
         root: Folder with `annotations/` and the images.
         split: `train`, `val` or the name of any annotation file.
-        contrast: Contrast rule of the model's input, applied to the whole image.
+        contrast: Contrast rule of the model's input, applied to whole images.
 
     Attributes:
-        labelled: Whether the file has annotations; those of COCO's test images have none.
+        labelled: Whether the file has annotations; those of COCO's test images do not.
 
     Raises:
-        DatasetError: Missing files or an annotation that cannot be read.
+        DatasetError: A file is missing, or an annotation cannot be read.
     """
 
     def __init__(self, root: Path, split: str, contrast: ContrastSpec | None = None) -> None:
@@ -142,8 +142,8 @@ class CocoDataset:
         pixels = sum(r.height * r.width for r in self.records)
         self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
-    def _read(self, images: list[dict[str, Any]], rows: list[Row]) -> list[Record]:
-        by_image: dict[int, list[Annotation | Outline]] = {int(i["id"]): [] for i in images}
+    def _read(self, images: list[dict[str, Any]], rows: list[AnnotationRow]) -> list[Record]:
+        by_image: dict[int, list[Annotation | PolygonObject]] = {int(i["id"]): [] for i in images}
         sizes = {int(i["id"]): (int(i["height"]), int(i["width"])) for i in images}
         for row in rows:
             if row.image_id not in by_image or row.category_id not in self.labels:
@@ -162,11 +162,11 @@ class CocoDataset:
         ]
 
     def _object(
-        self, row: Row, segmentation: Polygons | dict[str, Any], image_hw: tuple[int, int]
-    ) -> Annotation | Outline:
+        self, row: AnnotationRow, segmentation: Polygons | dict[str, Any], image_hw: tuple[int, int]
+    ) -> Annotation | PolygonObject:
         label = self.labels[row.category_id]
         if isinstance(segmentation, tuple):
-            return Outline(segmentation, label)
+            return PolygonObject(segmentation, label)
         rle = to_rle(segmentation, *image_hw)
         if tuple(rle["size"]) != image_hw:
             raise DatasetError(
@@ -179,14 +179,14 @@ class CocoDataset:
         return len(self.records)
 
     def image_bytes(self, index: int) -> bytes:
-        """The file of an image as it lies on the disk."""
+        """The encoded file of an image."""
         return (self.image_folder / self.records[index].file_name).read_bytes()
 
     def image(self, index: int) -> UInt8:
         """The decoded image [H, W, 3] RGB, contrast applied.
 
         Raises:
-            DatasetError: The file cannot be decoded or its size is not the annotation's.
+            DatasetError: The file cannot be decoded, or its size is not that in the annotations.
         """
         if self._cache is not None and index in self._cache:
             return self._cache[index]

@@ -1,7 +1,7 @@
 """Reads COCO JSON one annotation at a time.
 
-The 860,000 annotations of COCO 2017 are gigabytes as Python objects but a fraction of that as
-arrays, so each is made small before the next one is parsed.
+The 860,000 annotations of COCO 2017 take gigabytes as Python objects and much less as arrays, so
+each is converted before the next one is parsed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 Polygons = tuple[NDArray[np.float64], ...]
-"""The parts of an object, x and y alternating, px."""
+"""The polygons of an object; x and y alternate, px."""
 
 
-class Row(NamedTuple):
-    """What is kept of an annotation; the segmentation is None for crowds and empty ones."""
+class AnnotationRow(NamedTuple):
+    """The used fields of an annotation; the segmentation is None for crowds and empty ones."""
 
     id: Any
     image_id: int
@@ -31,11 +31,11 @@ class Row(NamedTuple):
     segmentation: Polygons | dict[str, Any] | None
 
 
-def compact_row(annotation: dict[str, Any]) -> Row:
-    """Keeps what training needs of an annotation.
+def compact_row(annotation: dict[str, Any]) -> AnnotationRow:
+    """The fields of an annotation that training uses.
 
     Raises:
-        ValueError: A polygon is none.
+        ValueError: A polygon is not valid.
     """
     segmentation = annotation["segmentation"]
     if annotation.get("iscrowd", 0) or not segmentation:
@@ -45,26 +45,26 @@ def compact_row(annotation: dict[str, Any]) -> Row:
             if not isinstance(part, list) or len(part) < 4 or len(part) % 2:
                 raise ValueError(f"annotation {annotation.get('id')} has a polygon of {part!r}")
         segmentation = tuple(np.array(part, np.float64) for part in segmentation)
-    return Row(
+    return AnnotationRow(
         annotation.get("id"), int(annotation["image_id"]), annotation["category_id"], segmentation
     )
 
 
-def read_coco_json(path: Path) -> tuple[dict[str, Any], list[Row] | None]:
+def read_coco_json(path: Path) -> tuple[dict[str, Any], list[AnnotationRow] | None]:
     """Reads an annotation file.
 
     Returns:
-        The top-level object without its annotations, and these; None if the file has no such
-        key, as COCO's files of test images.
+        The top-level object without its annotations, and the annotations; None if the file has
+        none, as COCO's files for test images.
 
     Raises:
-        ValueError: Not JSON, no object, or an annotation is malformed.
+        ValueError: It is not JSON, not an object, or an annotation is malformed.
         KeyError: An annotation lacks a field.
-        TypeError: A field is of another type.
+        TypeError: A field has another type.
     """
     text = path.read_text()
     content: dict[str, Any] = {}
-    rows: list[Row] | None = None
+    rows: list[AnnotationRow] | None = None
     at = _expect(text, 0, "{")
     while text[at : at + 1] != "}":
         key, at = _DECODER.raw_decode(text, at)
@@ -77,7 +77,9 @@ def read_coco_json(path: Path) -> tuple[dict[str, Any], list[Row] | None]:
     return content, rows
 
 
-def _read_array(text: str, at: int, convert: Callable[[Any], Row]) -> tuple[list[Row], int]:
+def _read_array(
+    text: str, at: int, convert: Callable[[Any], AnnotationRow]
+) -> tuple[list[AnnotationRow], int]:
     """The converted elements of the array at a position, and the position after it."""
     rows = []
     at = _expect(text, at, "[")
@@ -89,7 +91,7 @@ def _read_array(text: str, at: int, convert: Callable[[Any], Row]) -> tuple[list
 
 
 def _expect(text: str, at: int, sign: str) -> int:
-    """The position of what follows a sign and the space around it."""
+    """The position after a sign and the white space around it."""
     at = _after_space(text, at)
     if text[at : at + 1] != sign:
         raise json.JSONDecodeError(f"expecting {sign!r}", text, at)
@@ -104,5 +106,5 @@ def _next(text: str, at: int, end: str) -> int:
 
 def _after_space(text: str, at: int) -> int:
     match = _SPACE.match(text, at)
-    assert match is not None  # it matches nothing, too
+    assert match is not None  # the pattern also matches the empty string
     return match.end()

@@ -1,4 +1,4 @@
-"""Samples become the padded batches of the forward passes, with their targets."""
+"""Padded batches with their targets, one per forward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         images: [B, H, W, 3] uint8, zero padded at the bottom and the right.
-        valid_hw: [B, 2] int64, px of the canvas that show the image.
+        valid_hw: [B, 2] int64, height and width of the image on the canvas, px.
         targets: [B][level].
     """
 
@@ -41,7 +41,7 @@ class Batch:
 
 
 class TrainingSamples(Dataset[Sample]):
-    """Augmented samples; item (epoch, index) is the same whenever it is asked for."""
+    """Augmented samples; an item depends only on (epoch, index) and the seed."""
 
     def __init__(self, data: CocoDataset, config: Config, seed: int) -> None:
         self.data = data
@@ -55,9 +55,10 @@ class TrainingSamples(Dataset[Sample]):
         return np.random.default_rng((self.seed, *item))
 
     def canvas_hw(self, items: Sequence[Item]) -> tuple[int, int]:
-        """The canvas that these samples share, px, without reading an image.
+        """Height and width of the canvas of these samples, px; no image is read.
 
-        It is the serving canvas for tiles, else the largest sample's, made divisible by 32.
+        For tiles it is the canvas of serving, else the smallest one that is divisible by 32 and
+        holds every sample.
         """
         resize = self.config.input.resize
         if isinstance(resize, TileResize):
@@ -82,19 +83,19 @@ class TrainingSamples(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Batch]):
-    """Batches of augmented samples, each on its canvas."""
+    """Batches of augmented samples, padded to their canvas."""
 
     def __init__(self, samples: TrainingSamples) -> None:
         self.samples = samples
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        """Loads the samples."""
+        """Loads the samples of a micro-batch."""
         canvas_hw = self.samples.canvas_hw(micro.canvas_items)
         return collate([self.samples[i] for i in micro.items], self.samples.config, canvas_hw)
 
 
 def enclosing_canvas(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[int, int]:
-    """The least (height, width) divisible by `divisor` that holds every size."""
+    """The smallest (height, width) divisible by `divisor` that holds every size."""
     height, width = (int(-(-side // divisor) * divisor) for side in np.max(sizes, axis=0))
     return height, width
 
@@ -102,12 +103,12 @@ def enclosing_canvas(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[in
 def collate(
     samples: Sequence[Sample], config: Config, canvas_hw: tuple[int, int] | None = None
 ) -> Batch:
-    """Pads the samples to one canvas and assigns targets, which are relative to it.
+    """Pads the samples to one canvas and assigns their targets.
 
     Args:
         samples: B samples.
         config: Canvas rule, head and targets.
-        canvas_hw: The canvas, px; None: the one that these samples alone would have.
+        canvas_hw: The canvas, px; None: the canvas of these samples.
     """
     resize = config.input.resize
     if canvas_hw is None and isinstance(resize, TileResize):
@@ -136,7 +137,7 @@ def build_loader(
     workers: int = 1,
     share: Share | None = None,
 ) -> DataLoader[Batch]:
-    """Micro-batches of the steps start_step..stop_step - 1; whole batches without a `share`."""
+    """Loads the batches of steps start_step..stop_step - 1; without `share`, one per step."""
     schedule, portrait, group = config.schedule, None, 1
     if not isinstance(config.input.resize, TileResize):
         portrait = np.array([r.height > r.width for r in data.records], np.bool_)
@@ -150,7 +151,7 @@ def build_loader(
         portrait=portrait,
         group=group,
     )
-    # DataLoader's type parameter is that of the batches, its sampler's that of their keys.
+    # DataLoader has one type parameter for the batches and for the keys of its sampler.
     sampler: Any = SharedBatches(batches, share or Share())
     return DataLoader(
         MicroBatches(TrainingSamples(data, config, seed)),

@@ -1,8 +1,8 @@
-"""Which images make which batch: an order that depends on the seed and the epoch alone.
+"""Order of the images: depends only on the seed and the epoch.
 
-It is the order of the global batches, and a run can start at any step of it. How many processes
-share a batch, and in how many forward passes each takes its part, changes neither the batches nor
-the canvases, hence not the training.
+The order is that of the global batches, and a run can start at any step. The number of processes
+that share a batch, and the number of forward passes of each, change neither the batches nor the
+canvases, so they do not change the training.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from training.configs.schema import Config
 
 Rng = np.random.Generator
 Item = tuple[int, int]
-"""(epoch, index): what a sample depends on, besides the seed."""
+"""(epoch, index), which determines a sample together with the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The part of every global batch that one process takes.
+    """The part of every global batch that one process gets.
 
     Attributes:
-        rank: Number of the process.
-        processes: How many there are.
-        accumulate: Forward passes in which a process takes its part.
+        rank: Rank of the process.
+        processes: Number of processes.
+        accumulate: Forward passes per step of each process.
     """
 
     rank: int = 0
@@ -39,17 +39,17 @@ class Share:
 
 
 def plan_share(config: Config, *, rank: int, processes: int, accumulate: int | None) -> Share:
-    """Checks how the batch can be split.
+    """The part of every batch for a process.
 
     Args:
         config: Batch size and canvas.
-        rank: Number of this process.
-        processes: How many there are.
-        accumulate: Forward passes of a process; None: as few as the images that share a canvas
-            allow, one for tiles.
+        rank: Rank of this process.
+        processes: Number of processes.
+        accumulate: Forward passes per step of each process; None: one for tiles, else one for
+            every group of images that share a canvas.
 
     Raises:
-        ValueError: The batch cannot be split so.
+        ValueError: The batch cannot be split in this way.
     """
     batch = config.schedule.batch_size
     images, rest = divmod(batch, processes)
@@ -67,11 +67,11 @@ def plan_share(config: Config, *, rank: int, processes: int, accumulate: int | N
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes of a global batch.
+    """The part of a global batch for one forward pass.
 
     Attributes:
         items: Its samples.
-        canvas_items: The samples that share its canvas; they may be other processes'.
+        canvas_items: The samples that determine its canvas, possibly of other processes too.
     """
 
     items: tuple[Item, ...]
@@ -81,18 +81,18 @@ class MicroBatch:
 def group_by_aspect(
     order: NDArray[np.int64], portrait: NDArray[np.bool_], group: int, start: int, rng: Rng
 ) -> NDArray[np.int64]:
-    """Reorders an epoch so that groups are all landscape or all portrait.
+    """Reorders an epoch so that each group is all landscape or all portrait.
 
     Args:
         order: A permutation of the images, [N].
-        portrait: Whether an image is higher than wide, [N].
-        group: Images that belong together.
-        start: How many of the first images complete a group of the epoch before.
+        portrait: Whether an image is taller than wide, [N].
+        group: Images per group.
+        start: Number of first images that complete the last group of the previous epoch.
         rng: Shuffles the groups.
 
     Returns:
-        [N], the same images. At most two groups are mixed: the one that is begun in the epoch
-        before, and one of what both kinds leave over.
+        [N], the same images. At most two groups are mixed: the one that starts in the previous
+        epoch, and one of the remaining images of both kinds.
     """
     head, rest = order[:start], order[start:]
     kinds = [rest[~portrait[rest]], rest[portrait[rest]]]
@@ -105,20 +105,20 @@ def group_by_aspect(
 
 
 class EpochBatches(Sampler[list[Item]]):
-    """Shuffled full batches of one epoch after another, from any step on.
+    """Full batches in shuffled order over consecutive epochs, starting at any step.
 
-    An epoch that does not divide is completed by the next one's order, so each batch is full
-    and `steps_per_epoch` is the rounded-down quotient; a set smaller than a batch repeats.
+    If an epoch does not divide into batches, its last batch is filled from the next epoch, so every
+    batch is full and `steps_per_epoch` is rounded down. A set smaller than a batch is repeated.
 
     Args:
         size: Number of images.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         seed: Seed of the shuffling.
-        start_step: First step to deliver.
+        start_step: First step.
         stop_step: One past the last step.
-        portrait: Whether an image is higher than wide, [size]: groups images of one kind.
-            None: any company.
-        group: Consecutive images of one kind, a divisor of `batch_size`.
+        portrait: Whether an image is taller than wide, [size]; None: images are not grouped.
+        group: Number of consecutive images that are all portrait or all landscape, a divisor of
+            `batch_size`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class SharedBatches(Sampler[MicroBatch]):
         return len(self.batches) * self.share.accumulate
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yields the parts in the order of the steps."""
+        """Yields the micro-batches in the order of the steps."""
         share, group = self.share, self.batches.group
         images = self.batches.batch_size // share.processes
         size = images // share.accumulate

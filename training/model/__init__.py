@@ -1,1 +1,1 @@
-"""The SOLO network: backbone, neck, heads and the graph that ends in ranked candidates."""
+"""The SOLO network: backbone, neck, heads and the ranking of candidates."""

@@ -1,12 +1,13 @@
 """Deformable convolution ("Deformable Convolutional Networks", arXiv 1703.06211, section 2.1).
 
-Every tap of the kernel reads the input at its usual place plus an offset that a second
-convolution predicts, bilinearly and with zeros outside. One offset group, one convolution group
-and no modulation: version 1, as in the published SOLO models. Plain PyTorch operations, so it
-runs wherever they run; one operator `solo::deform_conv2d`, so that a graph can name it.
+Every tap of the kernel reads the input at its regular position plus an offset that a second
+convolution predicts; values are interpolated bilinearly and are zero outside the input. Version 1,
+as in the published SOLO models: one offset group, one convolution group, no modulation. It consists
+of PyTorch operations, so it runs on every device, and is one operator, `solo::deform_conv2d`, so
+that an exported graph can contain it.
 
 Symbols: B batch, C input and D output channels, k kernel side, H W input, h w output,
-N = B * h * w places, each of which reads four corners.
+N = B * h * w positions, each of which reads four corners.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ def output_side(side: int, kernel: int, stride: int, padding: int, dilation: int
 def deform_conv2d(
     x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
 ) -> Tensor:
-    """Deformable convolution (equation 2), differentiable once in its three tensors.
+    """Deformable convolution (equation 2), once differentiable in its three tensors.
 
-    It goes tap by tap and keeps nothing for the backward pass but its inputs: what it needs on
-    top of them is what one tap reads, [N, C], instead of the unfolded input's [N, C * k * k].
+    Computes one tap at a time and saves only its inputs for the backward pass. The additional
+    memory is that of one tap, [N, C], instead of the unfolded input's [N, C * k * k].
 
     Args:
         x: [B, C, H, W].
         offset: [B, 2 * k * k, h, w], px of the input: (y, x) of every tap, taps row by row.
-        weight: [D, C, k, k] of the type of `x`.
-        stride: Of both axes, px.
-        padding: Of every side, px.
-        dilation: Between the taps, px.
+        weight: [D, C, k, k], dtype of `x`.
+        stride: Stride along both axes, px.
+        padding: Padding of every side, px.
+        dilation: Distance of the taps, px.
 
     Returns:
-        [B, D, h, w] of the type of `x`; positions and sums are float32 at least.
+        [B, D, h, w], dtype of `x`; positions and sums have at least float32 precision.
 
     Raises:
-        ValueError: The shapes do not fit each other.
+        ValueError: The shapes are inconsistent.
     """
     _check_shapes(x, offset, weight, stride, padding, dilation)
     batch, _, height, width = offset.shape
@@ -74,7 +75,7 @@ def _check_shapes(
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B * H * W, C], float32 at least: bfloat16 has 8 bits for a weighted sum."""
+    """[B, C, H, W] -> [B * H * W, C], at least float32: bfloat16 has only 8 bits of precision."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(_exact(x))
 
 
@@ -84,11 +85,11 @@ def _exact(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Tap:
-    """Where one tap of the kernel reads.
+    """Positions that one tap of the kernel reads.
 
     Attributes:
-        index: [N, 4] the corners' pixels: upper left, upper right, lower left, lower right.
-        inside: [N, 4] 1, or 0 for a corner outside the input.
+        index: [N, 4] pixels of the corners: upper left, upper right, lower left, lower right.
+        inside: [N, 4], 1, or 0 for a corner outside the input.
         down, right: [N] distance from the upper left corner, px.
     """
 
@@ -104,7 +105,7 @@ class _Tap:
         return torch.stack(corners, 1) * self.inside
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Derivatives [N, 4] of the weights by the position's y and x."""
+        """Derivatives [N, 4] of the weights with respect to y and x of the position."""
         y, x = self.down, self.right
         by_y = torch.stack([x - 1, -x, 1 - x, x], 1)
         by_x = torch.stack([y - 1, 1 - y, -y, y], 1)
@@ -116,8 +117,8 @@ class _Tap:
         return F.embedding_bag(self.index, pixels, per_sample_weights=weights, mode="sum")
 
     def spread(self, grad: Tensor, count: int) -> Tensor:
-        """The transpose of `sample`: [N, C] -> [count, C], every pixel sums over its readers."""
-        index, order = self.index.flatten().sort(stable=True)  # so that sums repeat exactly
+        """Transpose of `sample`, [N, C] -> [count, C]: sums at each pixel what reads it."""
+        index, order = self.index.flatten().sort(stable=True)  # stable: sums are reproducible
         first = torch.searchsorted(index, torch.arange(count, device=index.device))
         weights = self.weights().flatten()[order]
         return F.embedding_bag(order // 4, grad, first, per_sample_weights=weights, mode="sum")
@@ -126,7 +127,7 @@ class _Tap:
 def _taps(
     x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int
 ) -> Iterator[tuple[int, _Tap]]:
-    """Every tap's number and places."""
+    """Yields the number and the positions of every tap."""
     batch, _, height, width = x.shape
     dtype, device = _exact(x), x.device
     offset = offset.to(dtype)
@@ -168,7 +169,7 @@ def _gradients(
     padding: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, `offset` and `weight`; reads each tap again instead of keeping it."""
+    """Gradients of `x`, `offset` and `weight`; samples each tap again instead of storing it."""
     batch, channels, height, width = x.shape
     pixels = _pixels(x)
     grad_rows = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
@@ -214,10 +215,10 @@ deform_conv2d.register_autograd(_backward, setup_context=_save)
 
 
 class DeformConv2d(nn.Conv2d):
-    """A convolution whose taps move by the offsets that `conv_offset` predicts from its input.
+    """Convolution whose taps are shifted by offsets that `conv_offset` predicts from the input.
 
-    The offsets start at zero: at first it is the ordinary convolution with its weights. The
-    parameters have the names of the published checkpoints.
+    The offsets are initialised to zero, which makes it the regular convolution with its weights.
+    The parameters have the names of the published checkpoints.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class DeformConv2d(nn.Conv2d):
         reset_offsets(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D, h, w]; under autocast the offsets alone stay float32."""
+        """[B, C, H, W] -> [B, D, h, w]; under autocast only the offsets are float32."""
         device, weight = x.device.type, self.weight
         if torch.is_autocast_enabled(device):
             low = torch.get_autocast_dtype(device)
@@ -254,7 +255,7 @@ class DeformConv2d(nn.Conv2d):
 
 
 def reset_offsets(network: nn.Module) -> None:
-    """Makes the offsets of every deformable convolution zero, whatever its input."""
+    """Initialises every deformable convolution so that its offsets are zero for any input."""
     for module in network.modules():
         if isinstance(module, DeformConv2d):
             assert module.conv_offset.bias is not None

@@ -14,7 +14,7 @@ class FPN(nn.Module):
     Args:
         in_channels: Channels of C2..C5.
         channels: Channels of every pyramid level.
-        num_levels: 1..5; the finest levels are kept, P2 first.
+        num_levels: 1..5, counted from the finest, P2.
     """
 
     first_stride = 4
@@ -43,9 +43,9 @@ class FPN(nn.Module):
 
 
 class SingleLevel(nn.Module):
-    """C3..C5 merged at stride 8: lateral 1x1, bilinear to C3's size, sum, 3x3 output.
+    """Merges C3..C5 at stride 8: lateral 1x1, bilinear to C3's size, sum, 3x3 output.
 
-    The paper's ablation says only that these three are merged at stride 8; the rest is ours.
+    The paper's ablation only says that these three are merged at stride 8; the rest is our choice.
 
     Args:
         in_channels: Channels of C2..C5.

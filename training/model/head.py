@@ -1,7 +1,7 @@
 """SOLO heads: vanilla, Decoupled and Decoupled Light (paper, sections 3.2 and 5).
 
 Symbols: B batch, C classes, S grid, L levels, h w mask size of a level, P selected cells.
-A cell is (level, i, j); i is its row and j its column.
+A cell is (level, i, j) with row i and column j.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def prior_bias(prior: float) -> float:
 
 @dataclass
 class LevelOutput:
-    """What the head computes at one pyramid level.
+    """Output of the head for one pyramid level.
 
     Attributes:
         category_logits: [B, C, S, S].
-        mask_inputs: Vanilla: the features [B, c, h, w] that `mask_out` turns into S^2
-            channels; decoupled: the logits X and Y, [B, S, h, w] each.
+        mask_inputs: Vanilla: the features [B, c, h, w], the input of `mask_out`, which has S^2
+            output channels; decoupled: the logits X and Y, [B, S, h, w] each.
     """
 
     category_logits: Tensor
@@ -43,18 +43,18 @@ def coordinate_channels(features: Tensor, octaves: int = 0) -> tuple[Tensor, Ten
     """Coordinates in [-1, 1] for CoordConv, x along the width and y along the height.
 
     Args:
-        features: [B, c, h, w]; only shape, type and device matter.
+        features: [B, c, h, w]; only shape, dtype and device are used.
         octaves: Appends sin and cos of pi * 2^k * coordinate for k < octaves.
 
     Returns:
         x and y, [B, 1 + 2 * octaves, h, w] each. A side of one pixel has coordinate -1.
     """
     batch, _, height, width = features.shape
-    # bf16 has no integer above 256 but the even ones, and no fine steps next to a coordinate of 0.
+    # bf16 cannot represent odd integers above 256 or small steps of the coordinates.
     exact = torch.promote_types(features.dtype, torch.float32)
     ramps = []
     for side in (width, height):
-        # arange, not linspace: the exported graph must keep its height and width symbolic.
+        # arange, not linspace: height and width must be symbolic in the exported graph.
         steps = torch.arange(side, dtype=exact, device=features.device)
         ramp = steps * 2 / max(side - 1, 1) - 1
         waves = [ramp]
@@ -67,7 +67,7 @@ def coordinate_channels(features: Tensor, octaves: int = 0) -> tuple[Tensor, Ten
 
 
 class ConvNormRelu(nn.Module):
-    """3x3 convolution without bias, deformable or not; GroupNorm, ReLU."""
+    """3x3 convolution without bias, regular or deformable; GroupNorm; ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, deformable: bool = False
@@ -79,18 +79,18 @@ class ConvNormRelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, h, w] -> [B, out, h, w]."""
-        # In place: nothing keeps the norm's output for the backward pass, a third of the memory.
+        # In place: the backward pass does not need the norm's output; saves a third of the memory.
         return F.relu(self.gn(self.conv(x)), inplace=True)
 
 
 def resize_levels(
     features: Sequence[Tensor], level_strides: Sequence[int], first_stride: int = 4
 ) -> list[Tensor]:
-    """Resizes P2, P3, ... to the strides that the head wants (paper: 8, 8, 16, 32, 32).
+    """Resizes P2, P3, ... to the strides of the head (paper: 8, 8, 16, 32, 32).
 
     Args:
-        features: Levels, finest first; each has twice the stride of the one before.
-        level_strides: Wanted stride per level, px.
+        features: Levels, finest first; each has twice the stride of the previous one.
+        level_strides: Target stride per level, px.
         first_stride: Stride of the first level, px.
     """
     sizes = {first_stride * 2**i: x.shape[-2:] for i, x in enumerate(features)}
@@ -112,7 +112,7 @@ REGION_SAMPLES = 3
 
 
 def align_to_grid(x: Tensor, grid: int, method: str) -> Tensor:
-    """Features of a level as one vector per grid cell (paper, section 3.2).
+    """Resizes the features of a level to one vector per grid cell (paper, section 3.2).
 
     Args:
         x: [B, c, h, w].
@@ -125,7 +125,7 @@ def align_to_grid(x: Tensor, grid: int, method: str) -> Tensor:
     if method == "adaptive_max_pool":
         return _pool_axis(_pool_axis(x, grid, 2), grid, 3)
     if method == "region_grid":
-        # Half-pixel bilinear resizing to S * n samples at the middles of n x n parts of a cell.
+        # Half-pixel bilinear resizing to S * n samples at the centres of n x n parts of each cell.
         fine = grid * REGION_SAMPLES
         x = F.interpolate(x, size=(fine, fine), mode="bilinear", align_corners=False)
         return F.avg_pool2d(x, REGION_SAMPLES)
@@ -133,7 +133,7 @@ def align_to_grid(x: Tensor, grid: int, method: str) -> Tensor:
 
 
 def _pool_axis(x: Tensor, grid: int, axis: int) -> Tensor:
-    """Adaptive max-pool along one axis, by gathering: its extent may be symbolic in a graph."""
+    """Adaptive max-pool along one axis by gathering, as its size can be symbolic in a graph."""
     size = x.shape[axis]
     cells = torch.arange(grid, device=x.device)
     first, last = cells * size // grid, ((cells + 1) * size + grid - 1) // grid - 1
@@ -145,10 +145,10 @@ def _pool_axis(x: Tensor, grid: int, axis: int) -> Tensor:
 
 
 class SoloHead(nn.Module):
-    """Category and mask branches, shared by the levels but for the mask output convolution.
+    """Category and mask branches; levels share all weights but the mask output convolutions.
 
     Args:
-        config: Kind, widths, grids and strides.
+        config: Configuration of the head.
         in_channels: Channels of the pyramid.
         num_classes: C, background excluded.
         first_stride: Stride of the neck's finest level, px.
@@ -249,16 +249,16 @@ class SoloHead(nn.Module):
     def cell_logits(
         self, output: LevelOutput, level: int, image: int, cells: Tensor
     ) -> tuple[Tensor, ...]:
-        """Mask logits of chosen cells of one image; no other cell's mask is computed.
+        """Mask logits of the given cells of one image; other masks are not computed.
 
         Args:
-            output: This level's output.
+            output: Output of the level.
             level: Index of the level.
             image: Index in the batch.
             cells: [P] int64, i * S + j.
 
         Returns:
-            Vanilla: one tensor [P, h, w]; decoupled: X and Y, [P, h, w] each. The mask's
+            Vanilla: one tensor [P, h, w]; decoupled: X and Y, [P, h, w] each. The mask
             probability is the product of their sigmoids.
         """
         if self.decoupled:

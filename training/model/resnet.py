@@ -1,7 +1,7 @@
 """ResNet-18/34/50/101 with torchvision's state-dict names (without its classifier).
 
-"Deep Residual Learning for Image Recognition", arXiv 1512.03385; the stride of a bottleneck
-sits in its 3x3 convolution, as in torchvision and in the published SOLO models.
+"Deep Residual Learning for Image Recognition", arXiv 1512.03385; the stride of a bottleneck is
+in its 3x3 convolution, as in torchvision and in the published SOLO models.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that always uses its stored statistics; its affine parameters still train.
+    """Batch norm that always uses its stored statistics; its affine parameters are trained.
 
-    The published models fine-tune ImageNet weights this way (`norm_eval`).
+    The published models fine-tune ImageNet weights in this way (`norm_eval`).
     """
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stays in evaluation mode whatever `mode` says."""
+        """Stays in evaluation mode for any `mode`."""
         super().train(False)
         return self
 
 
 def build_norm(kind: str) -> NormLayer:
-    """Returns the factory of a normalisation layer: `frozen_bn`, `bn` or `gn`."""
+    """Factory of a normalisation layer: `frozen_bn`, `bn` or `gn`."""
     if kind == "frozen_bn":
         return FrozenBatchNorm
     if kind == "bn":
@@ -67,9 +67,9 @@ class Bottleneck(nn.Module):
     Args:
         in_channels: Channels of the input.
         width: Channels between the 1x1 convolutions.
-        stride: Of the 3x3 convolution.
+        stride: Stride of the 3x3 convolution.
         norm: Builds a normalisation layer.
-        deformable: The 3x3 convolution is deformable.
+        deformable: Whether the 3x3 convolution is deformable.
     """
 
     expansion = 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.configs.schema import ModelConfig
+from training.configs.schema import NetworkConfig
 from training.model.fpn import FPN, SingleLevel
 from training.model.head import LevelOutput, SoloHead
 from training.model.resnet import ResNet
@@ -21,9 +21,9 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 def points_nms(probs: Tensor) -> Tensor:
-    """Keeps a cell's category probability only where no neighbour above or left is higher.
+    """Keeps a category probability only if no neighbour above or to the left is higher.
 
-    A 2x2 maximum with padding 1, as the published code has it; ties survive.
+    A 2x2 maximum with padding 1, as in the published code; ties are kept.
 
     Args:
         probs: [B, C, S, S].
@@ -47,7 +47,7 @@ class Solo(nn.Module):
     pixel_std: Tensor
     candidate_level: Tensor
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+    def __init__(self, config: NetworkConfig, num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
@@ -65,16 +65,16 @@ class Solo(nn.Module):
         self.register_buffer("candidate_level", level, False)
 
     def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
-        """Normalises and zeroes what lies outside the image.
+        """Normalises the images and sets the padding to zero.
 
         Args:
             images: [B, H, W, 3] uint8 RGB.
-            valid_hw: [B, 2] int64, rows and columns of the canvas that show the image.
+            valid_hw: [B, 2] int64, height and width of the image on the canvas.
 
         Returns:
             [B, 3, H, W] float32.
         """
-        # The cast comes first: TensorRT takes uint8 inputs for nothing but a cast.
+        # Cast first: the only operation on uint8 inputs that TensorRT supports.
         x = (images.float().permute(0, 3, 1, 2) - self.pixel_mean) / self.pixel_std
         rows = torch.arange(images.shape[1], device=images.device) < valid_hw[:, :1]
         columns = torch.arange(images.shape[2], device=images.device) < valid_hw[:, 1:]
@@ -86,20 +86,20 @@ class Solo(nn.Module):
         return outputs
 
     def candidates(self, images: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The exported graph: canvases in, candidates before NMS out, best first.
+        """The exported graph: candidates of canvases before NMS, best first.
 
         Args:
             images: [B, H, W, 3] uint8 RGB, H and W divisible by 32.
             valid_hw: [B, 2] int64.
 
         Returns:
-            scores [B, K] float32 (0: an empty slot), labels [B, K] int64 and mask
+            scores [B, K] float32 (0: no candidate), labels [B, K] int64 and mask
             probabilities [B, K, h, w] float32 at the finest mask stride.
         """
         return self.rank(self(self.normalise(images, valid_hw)))
 
     def rank(self, outputs: Sequence[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:
-        """Head outputs of a batch -> its candidates, as `candidates` returns them."""
+        """Outputs of the head for a batch -> candidates, as `candidates` returns them."""
         scores, labels, cells = self._select(outputs)
         probs = self._candidate_probs(outputs, cells)
         if self.config.recipe == "published":
@@ -136,7 +136,7 @@ class Solo(nn.Module):
             ys = torch.cat([_resize(o.mask_inputs[1].sigmoid(), finest) for o in outputs], 1)
             column = torch.zeros_like(cells)
             row = torch.zeros_like(cells)
-            axis = 0  # first channel of this level in xs and ys
+            axis = 0  # first channel of the level in xs and ys
             for index, grid in enumerate(grids):
                 here = level == index
                 column = torch.where(here, axis + (cells - offset) % grid, column)
@@ -160,7 +160,7 @@ class Solo(nn.Module):
         return probs
 
     def _maskness(self, probs: Tensor, cells: Tensor) -> Tensor:
-        """Mean probability over each mask, 0 where its area is not above the level's stride."""
+        """Mean probability over each mask; 0 if its area does not exceed the level's stride."""
         strides = torch.tensor(self.config.head.level_strides, device=cells.device)
         exact = torch.promote_types(probs.dtype, torch.float32)
         inside = (probs > self.config.mask_threshold).to(probs.dtype)

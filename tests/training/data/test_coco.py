@@ -23,7 +23,7 @@ from training.data.coco import (
     Annotation,
     CocoDataset,
     DatasetError,
-    Outline,
+    PolygonObject,
     find_split,
     to_rle,
 )
@@ -167,7 +167,7 @@ def test_polygons_are_kept_as_they_are_until_they_are_needed(tmp_path: Path) -> 
     annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
     data = build(tmp_path, [annotation | {"segmentation": triangle}, annotation])
     outline, stored = data.records[0].objects
-    assert isinstance(outline, Outline) and isinstance(stored, Annotation)
+    assert isinstance(outline, PolygonObject) and isinstance(stored, Annotation)
     found = data.records[0].annotations
     expected = coco_mask.merge(coco_mask.frPyObjects(triangle, HEIGHT, WIDTH))
     assert found[0].rle == expected and found[0].label == 0

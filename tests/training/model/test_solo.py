@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.tiny import TINY, TINY_SGD
-from training.configs.schema import Config, HeadConfig, ModelConfig
+from training.configs.schema import Config, HeadConfig, NetworkConfig
 from training.model.fpn import SingleLevel
 from training.model.solo import PIXEL_MEAN, PIXEL_STD, Solo, points_nms
 
@@ -162,7 +162,7 @@ def test_constants_are_no_part_of_the_state_dict() -> None:
 
 def test_a_model_without_weights_can_be_built_on_the_meta_device() -> None:
     with torch.device("meta"):
-        model = Solo(ModelConfig(), 80)
+        model = Solo(NetworkConfig(), 80)
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -184,4 +184,4 @@ def test_a_single_neck_takes_one_level_of_stride_8(strides: tuple[int, ...]) -> 
         scale_ranges=((1, 2048),) * levels,
     )
     with pytest.raises(ValueError, match=re.escape(f"level_strides is {strides}, the single")):
-        ModelConfig(neck="single", head=head)
+        NetworkConfig(neck="single", head=head)

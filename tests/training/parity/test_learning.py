@@ -20,10 +20,10 @@ from tests.support.parity import (
     read_npz,
 )
 from training.configs.schema import LossConfig, TargetConfig
-from training.convert import convert_key
 from training.criterion import solo_loss
 from training.model.solo import Solo
 from training.targets import LevelTargets, assign_targets
+from training.weights.convert import convert_key
 
 SCENES = [(which, scene) for which in parity_models() for scene in which.scenes()]
 EVERY_SCENE = each("which,scene", SCENES)

@@ -12,15 +12,15 @@ import torch
 
 from tests.support.parity import read_npz, shared_file
 from tests.support.parity_files import LOCAL, ROOT
-from training.checkpoint import CheckpointError
 from training.coco_metrics import mask_ap
 from training.configs import get_config
-from training.convert import convert_key, convert_state_dict
 from training.losses import dice_loss, focal_loss
 from training.model.fpn import FPN
 from training.model.head import SoloHead, coordinate_channels
 from training.model.solo import Solo, points_nms
 from training.targets import centre_of_mass, grid_cell, resize_mask
+from training.weights.convert import convert_key, convert_state_dict
+from training.weights.formats import CheckpointError
 
 UNITS = LOCAL / "units"
 FULL_SIZE = {

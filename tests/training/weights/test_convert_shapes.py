@@ -7,24 +7,24 @@ import pytest
 import torch
 
 from tests.support.published import small_config
-from training.architecture import Shapes, count_classes, infer_config, shapes_of
-from training.checkpoint import CheckpointError
 from training.configs import get_config
-from training.configs.schema import HeadKind, ModelConfig
+from training.configs.schema import HeadKind, NetworkConfig
 from training.model.solo import Solo
+from training.weights.convert import Shapes, count_classes, infer_config
+from training.weights.formats import CheckpointError
 
 
-def shapes(model: ModelConfig, num_classes: int = 80) -> dict[str, tuple[int, ...]]:
+def shapes(model: NetworkConfig, num_classes: int = 80) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return shapes_of(Solo(model, num_classes).state_dict())
+        return {k: tuple(v.shape) for k, v in Solo(model, num_classes).state_dict().items()}
 
 
-def head(config: str, **changes: Any) -> ModelConfig:
+def head(config: str, **changes: Any) -> NetworkConfig:
     model = get_config(config).model
     return replace(model, head=replace(model.head, **changes))
 
 
-def backbone(config: str, **changes: Any) -> ModelConfig:
+def backbone(config: str, **changes: Any) -> NetworkConfig:
     model = get_config(config).model
     return replace(model, backbone=replace(model.backbone, **changes))
 
@@ -72,12 +72,17 @@ def test_the_number_of_classes_changes_nothing_else(num_classes: int) -> None:
     ],
 )
 def test_a_changed_network_is_told_from_its_shapes(
-    model: ModelConfig, name: str, changes: list[str]
+    model: NetworkConfig, name: str, changes: list[str]
 ) -> None:
     config, found = infer_config(shapes(model))
     assert (config.name, config.model) == (name, model)
     assert found == changes
     assert config.description.endswith("network inferred from its weights")
+
+
+@pytest.mark.parametrize("name", ["decoupled_solo_light_r50", "decoupled_solo_light_dcn_r50"])
+def test_deformable_convolutions_are_inferred(name: str) -> None:
+    assert infer_config(shapes(get_config(name).model)) == (get_config(name), [])
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "decoupled", "decoupled_light"])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,17 @@ import pytest
 import torch
 
 from tests.support.tiny import TINY
-from training.checkpoint import (
+from training.configs.io import config_to_dict
+from training.model.solo import Solo
+from training.weights.formats import (
     CheckpointError,
-    config_from_dict,
-    config_to_dict,
+    check_fit,
+    list_names,
     load_checkpoint,
     load_model,
     load_weights,
     save_checkpoint,
 )
-from training.configs import get_config, list_configs
-from training.model.solo import Solo
 
 
 def build() -> Solo:
@@ -41,12 +40,6 @@ def test_round_trip(tmp_path: Path) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(content["model"][key], value)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["last.pt"]
-
-
-@pytest.mark.parametrize("name", list_configs())
-def test_every_configuration_survives_json(name: str) -> None:
-    content = json.loads(json.dumps(config_to_dict(get_config(name))))
-    assert config_from_dict(content) == get_config(name)
 
 
 def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
@@ -133,32 +126,46 @@ def test_an_incomplete_checkpoint(tmp_path: Path, key: str) -> None:
         load_checkpoint(tmp_path / "last.pt")
 
 
-def test_unknown_fields_of_a_configuration_are_named() -> None:
-    content = config_to_dict(TINY)
-    content["model"]["head"]["num_gridz"] = 3
-    with pytest.raises(CheckpointError, match=r"unknown fields: model\.head\.num_gridz"):
-        config_from_dict(content)
-
-
-def test_wrong_values_of_a_configuration_are_named() -> None:
-    content = config_to_dict(TINY)
-    content["schedule"]["lr"] = "fast"
-    with pytest.raises(CheckpointError, match=r"schedule\.lr"):
-        config_from_dict(content)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"shape": 3}, "shape: Unexpected"), ({"num_classes": "many"}, "num_classes: Input should")],
+)
+def test_a_configuration_that_is_not_valid(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "last.pt")
+    rewrite(tmp_path / "last.pt", config=config_to_dict(TINY) | changes)
+    with pytest.raises(CheckpointError, match=rf"last\.pt: the configuration .*{message}"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_keys_that_do_not_fit_are_named() -> None:
     state = build().state_dict()
     without = {k: v for k, v in state.items() if k != "head.category_out.bias"}
-    with pytest.raises(CheckpointError, match=r"of f\.pt .*missing head\.category_out\.bias"):
+    with pytest.raises(CheckpointError, match=r"of f\.pt .*missing keys: head\.category_out\.bias"):
         load_weights(build(), without, "f.pt")
-    with pytest.raises(CheckpointError, match=r"unexpected fc\.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected keys: fc\.weight"):
         load_weights(build(), state | {"fc.weight": torch.zeros(1)}, "f.pt")
     other = state | {"head.category_out.bias": torch.zeros(9)}
     with pytest.raises(CheckpointError, match=r"category_out\.bias \(9,\), expected \(2,\)"):
         load_weights(build(), other, "f.pt")
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         load_weights(build(), {}, "f.pt")
+
+
+def test_a_message_lists_five_names() -> None:
+    assert list_names("abcde") == "a, b, c, d, e"
+    assert list_names(iter("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_offsets_among_other_keys_are_explained() -> None:
+    more = {"a.conv_offset.bias": torch.zeros(1), "b": torch.zeros(1)}
+    expected = r"unexpected keys \(of deformable .* this configuration does not have\): a\."
+    with pytest.raises(CheckpointError, match=expected):
+        check_fit(more, {}, "f.pt")
+    expected = r"missing keys \(of deformable .* the file does not have\): a\.conv_offset\.bias, b"
+    with pytest.raises(CheckpointError, match=expected):
+        check_fit({}, more, "f.pt")
 
 
 def test_a_crash_while_writing_leaves_the_old_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from typing import Any
 import pytest
 
 from tests.support.file_server import FileServer, serve_files
-from training.download import DownloadError, Patience, cache_folder, fetch, hash_file
+from training.weights.download import DownloadError, RetryPolicy, cache_folder, fetch, hash_file
 
 CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-QUICK = Patience(timeout_s=5, attempts=3, backoff_s=0.01)
-ONCE = Patience(timeout_s=5, attempts=1, backoff_s=0.01)
+QUICK = RetryPolicy(timeout_s=5, attempts=3, backoff_s=0.01)
+ONCE = RetryPolicy(timeout_s=5, attempts=1, backoff_s=0.01)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def get(server: FileServer, folder: Path, **options: Any) -> Path:
-    options = {"patience": QUICK, "progress": False, **options}
+    options = {"retry": QUICK, "progress": False, **options}
     return fetch(f"{server.url}/a/model.pth?download=true", "model.pth", folder=folder, **options)
 
 
@@ -70,8 +71,10 @@ def test_a_cut_connection_is_continued(
 def test_the_next_run_goes_on_where_the_last_was_cut(server: FileServer, tmp_path: Path) -> None:
     server.cut_after = [100_000]
     with pytest.raises(DownloadError, match=r"broke after 100000 of 512000.*0\.1 MB are kept"):
-        get(server, tmp_path, patience=ONCE)
+        get(server, tmp_path, retry=ONCE)
     assert names(tmp_path) == {"model.pth.partial", "model.pth.partial.json"}
+    version = json.loads((tmp_path / "model.pth.partial.json").read_text())
+    assert version == {"etag": '"one"', "modified": "", "total": "512000"}
     assert get(server, tmp_path, sha256=SHA256).read_bytes() == CONTENT
     assert ranges(server) == [None, "bytes=100000-"]
     assert names(tmp_path) == {"model.pth"}
@@ -119,7 +122,7 @@ def test_an_unnamed_version_is_not_continued(server: FileServer, tmp_path: Path,
 def test_a_changed_file_is_fetched_anew(server: FileServer, tmp_path: Path, ignores: bool) -> None:
     server.cut_after = [100_000]
     with pytest.raises(DownloadError):
-        get(server, tmp_path, patience=ONCE)
+        get(server, tmp_path, retry=ONCE)
     changed = CONTENT[::-1]
     server.files["model.pth"], server.etag, server.ignore_if_range = changed, '"two"', ignores
     assert get(server, tmp_path).read_bytes() == changed
@@ -130,7 +133,7 @@ def test_a_changed_length_under_the_same_name_is_fetched_anew(
 ) -> None:
     server.cut_after = [100_000]
     with pytest.raises(DownloadError):
-        get(server, tmp_path, patience=ONCE)
+        get(server, tmp_path, retry=ONCE)
     for changed in (CONTENT + b"more", CONTENT[:50_000]):
         server.files["model.pth"] = changed
         assert get(server, tmp_path).read_bytes() == changed
@@ -164,6 +167,11 @@ def test_a_damaged_file_in_the_cache_is_replaced(
     (tmp_path / "model.pth").write_bytes(b"half of it")
     assert get(server, tmp_path, sha256=SHA256[:8]).read_bytes() == CONTENT
     assert "deleted" in capsys.readouterr().out
+    (tmp_path / "model.pth").write_bytes(b"half of it")
+    server.statuses = [404]
+    with pytest.raises(DownloadError, match="answers 404"):
+        get(server, tmp_path, sha256=SHA256[:8])
+    assert names(tmp_path) == set()
 
 
 def test_a_passing_refusal_is_tried_again(server: FileServer, tmp_path: Path) -> None:
@@ -171,7 +179,7 @@ def test_a_passing_refusal_is_tried_again(server: FileServer, tmp_path: Path) ->
     assert get(server, tmp_path).read_bytes() == CONTENT
     server.statuses = [500] * 9
     with pytest.raises(DownloadError, match="answers 500"):
-        fetch(f"{server.url}/model.pth", "other.pth", folder=tmp_path, patience=QUICK)
+        fetch(f"{server.url}/model.pth", "other.pth", folder=tmp_path, retry=QUICK)
     assert len(server.requests) == 3 + QUICK.attempts
 
 
@@ -190,7 +198,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/model.pth"
         with pytest.raises(DownloadError) as caught:
-            fetch(url, "model.pth", folder=tmp_path, patience=QUICK, progress=False)
+            fetch(url, "model.pth", folder=tmp_path, retry=QUICK, progress=False)
     message = str(caught.value)
     assert url in message and "refused" in message
     assert message.endswith(f"put the file at {tmp_path / 'model.pth'}")
@@ -205,9 +213,9 @@ def test_a_file_put_there_by_hand_is_taken(tmp_path: Path) -> None:
 def test_a_silent_server_runs_into_the_timeout(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/model.pth"
-        patience = Patience(timeout_s=0.1, attempts=2, backoff_s=0.01)
+        patience = RetryPolicy(timeout_s=0.1, attempts=2, backoff_s=0.01)
         with pytest.raises(DownloadError, match="timed out"):
-            fetch(url, "model.pth", folder=tmp_path, patience=patience, progress=False)
+            fetch(url, "model.pth", folder=tmp_path, retry=patience, progress=False)
 
 
 def test_the_proxy_of_the_environment_is_used(
@@ -219,7 +227,7 @@ def test_the_proxy_of_the_environment_is_used(
     assert [path for path, _ in server.requests] == [url]
     monkeypatch.setenv("no_proxy", "weights.invalid")
     with pytest.raises(DownloadError, match=r"weights\.invalid"):
-        fetch(url, "direct.pth", folder=tmp_path, patience=ONCE, progress=False)
+        fetch(url, "direct.pth", folder=tmp_path, retry=ONCE, progress=False)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hosts", "ftp://host/x", "model.pth"])

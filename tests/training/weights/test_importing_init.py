@@ -17,15 +17,14 @@ from tests.support.file_server import FileServer, serve_files
 from tests.support.published import small_config, write_published
 from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
-from training import catalogue, pretrained
-from training.catalogue import PublishedFile
-from training.checkpoint import CheckpointError, load_checkpoint
 from training.configs.schema import BackboneConfig, Config
-from training.download import DownloadError
 from training.model.resnet import ResNet
 from training.model.solo import Solo
-from training.pretrained import initialise
 from training.train import main as train_main
+from training.weights.download import DownloadError
+from training.weights.formats import CheckpointError, load_checkpoint
+from training.weights.importing import initialise
+from training.weights.sources import IMAGENET_RESNETS, PublishedFile
 
 RESNET_18 = BackboneConfig(depth=18, base_width=8)  # torchvision's is 64 wide
 
@@ -58,7 +57,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FileServ
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
     name = f"resnet18-{digest}.pth"
     file = PublishedFile(name="resnet18", file_name=name, url="http://x.invalid/", sha256=digest)
-    monkeypatch.setitem(catalogue.IMAGENET_RESNETS, 18, file)
+    monkeypatch.setitem(IMAGENET_RESNETS, 18, file)
     monkeypatch.setenv("SOLO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serve_files({name: buffer.getvalue()}) as server:
@@ -80,19 +79,21 @@ def test_imagenet_fills_the_backbone_and_nothing_else(mirror: FileServer) -> Non
 
 def test_another_width_names_the_shapes(mirror: FileServer) -> None:
     narrow = new_model(BackboneConfig(depth=18, base_width=4))
-    expected = r"shape conv1\.weight \(8, 3, 7, 7\), expected \(4, 3, 7, 7\).* and \d+ more"
+    expected = r"other shapes: conv1\.weight \(8, 3, 7, 7\), expected \(4, 3, 7, 7\).* and \d+ more"
     with pytest.raises(CheckpointError, match=expected):
         initialise(narrow, "imagenet")
 
 
 def test_another_depth_names_the_keys(tmp_path: Path) -> None:
     torch.save(resnet_state(18), tmp_path / "r18.pth")
-    with pytest.raises(CheckpointError, match=r"r18\.pth do not fit: missing layer1\.2\.conv1"):
+    with pytest.raises(
+        CheckpointError, match=r"r18\.pth do not fit, missing keys: layer1\.2\.conv1"
+    ):
         initialise(new_model(BackboneConfig(depth=34, base_width=8)), str(tmp_path / "r18.pth"))
 
 
 def test_group_norm_has_no_imagenet_weights(mirror: FileServer) -> None:
-    with pytest.raises(CheckpointError, match="unexpected bn1"):
+    with pytest.raises(CheckpointError, match="unexpected keys: bn1"):
         initialise(new_model(BackboneConfig(depth=18, base_width=8, norm="gn")), "imagenet")
 
 
@@ -101,7 +102,7 @@ def test_what_older_files_and_deformable_layers_lack_starts_new(tmp_path: Path) 
     torch.save(state, tmp_path / "r50.pth")
     model = new_model(BackboneConfig(depth=50, base_width=8, deformable_stages=(4,)))
     report = initialise(model, str(tmp_path / "r50.pth"))
-    assert "6 tensors of deformable convolutions start new" in report
+    assert "6 tensors of deformable convolutions keep initial weights" in report
     found = model.backbone.state_dict()
     assert all(torch.equal(found[k], v) for k, v in state.items() if not k.startswith("fc."))
     offsets = [value for key, value in found.items() if "conv_offset" in key]
@@ -123,7 +124,8 @@ def test_a_checkpoint_to_fine_tune(tmp_path: Path) -> None:
     other = Solo(tiny_config().model, 5)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     assert initialise(other, str(tmp_path / "a.pt"))[1:] == [
-        "head.category_out.weight, head.category_out.bias start new: the classes are other ones"
+        "head.category_out.weight, head.category_out.bias keep initial weights: "
+        "the number of classes differs"
     ]
     for key, value in other.state_dict().items():
         kept = before if key.startswith("head.category_out") else state
@@ -132,19 +134,23 @@ def test_a_checkpoint_to_fine_tune(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path / "a.pt", tiny_config("vanilla"))
-    with pytest.raises(CheckpointError, match=r"a\.pt do not fit: missing head\.mask_convs_x"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt do not fit, unexpected keys: head\.mask_convs\.0"
+    ):
         initialise(Solo(tiny_config("decoupled").model, 2), str(tmp_path / "a.pt"))
 
 
 def test_other_files_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     write_published(tmp_path / "solo.pth", small_config())
-    with pytest.raises(CheckpointError, match=r"no ResNet of torchvision.*solo-import turns"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a ResNet with torchvision.*solo-import converts"
+    ):
         initialise(new_model(), str(tmp_path / "solo.pth"))
-    with pytest.raises(CheckpointError, match="no file at"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         initialise(new_model(), str(tmp_path / "none.pth"))
-    monkeypatch.delitem(catalogue.IMAGENET_RESNETS, 18)
-    with pytest.raises(ValueError, match="no ImageNet weights of ResNet-18"):
-        pretrained.initialise(new_model(), "imagenet")
+    monkeypatch.delitem(IMAGENET_RESNETS, 18)
+    with pytest.raises(ValueError, match="no ImageNet weights for ResNet-18"):
+        initialise(new_model(), "imagenet")
 
 
 def train_command(folder: Path, *more: str) -> list[str]:
@@ -174,11 +180,11 @@ def test_solo_train_starts_from_the_weights_and_resumes_without_them(
     missing = ["--init", str(tmp_path / "none.pth")]
     assert train_main([*command, *missing]) == 0
     assert train_main([*command, *missing, "--restart"]) == 1
-    assert "no file at" in capsys.readouterr().err
+    assert "no checkpoint at" in capsys.readouterr().err
 
 
 def test_solo_train_warns_of_a_frozen_random_backbone(tmp_path: Path, capsys: Any) -> None:
     assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
-    assert "starts from random weights" in capsys.readouterr().err
+    assert "has random weights" in capsys.readouterr().err
     assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
     assert "random" not in capsys.readouterr().err  # it resumes

@@ -1,8 +1,8 @@
-"""Downloads a file once: into a cache, resumable, checked by its SHA-256.
+"""Downloads a file once into a cache; downloads can be resumed and are checked by SHA-256.
 
-The bytes of an unfinished download wait in `<name>.partial`; what the server called that version
-of the file (its ETag or date) stands in `<name>.partial.json`, and only the same version is
-continued. Proxies are those of the environment (`https_proxy`, `no_proxy`, ...).
+An unfinished download is kept in `<name>.partial`. `<name>.partial.json` stores the version of
+the file (its ETag or date); a download is resumed only if the server still has that version.
+Proxies are those of the environment (`https_proxy`, `no_proxy`, ...).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 18
-PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 CACHE_VARIABLE = "SOLO_CACHE"
 
 
 class DownloadError(OSError):
-    """A file could not be fetched; the message has the URL and what to do by hand."""
+    """A file could not be downloaded; the message has the URL and what to do by hand."""
 
 
-class _Passing(Exception):
-    """A failure that another attempt may not meet."""
+class _TransientError(Exception):
+    """A failure after which a retry may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long a download is tried.
 
     Attributes:
-        timeout_s: Longest silence of the server.
-        attempts: Attempts in a row that bring no byte before it is given up.
+        timeout_s: Socket timeout.
+        attempts: Consecutive attempts without a new byte before the download fails.
         backoff_s: Pause after the first of them; doubles with each.
     """
 
@@ -72,24 +72,24 @@ def fetch(
     *,
     sha256: str = "",
     folder: Path | None = None,
-    patience: Patience = Patience(),
+    retry: RetryPolicy = RetryPolicy(),
     progress: bool = True,
 ) -> Path:
-    """A file of the cache, downloaded if it is not there.
+    """A file in the cache, downloaded if it is not there.
 
     Args:
-        url: Where it lies, http or https.
-        file_name: What it is called in the cache.
-        sha256: Its SHA-256 or the leading digits of it; "" checks nothing.
+        url: http or https.
+        file_name: Its name in the cache.
+        sha256: Its SHA-256 or the first digits of it; "" checks nothing.
         folder: The cache; `cache_folder()` if None.
-        patience: Timeouts and attempts.
-        progress: Shows a bar.
+        retry: Timeout and attempts.
+        progress: Shows a progress bar.
 
     Returns:
-        Its path. Two processes that ask for the same file download it once.
+        Its path. Two processes that need the same file download it once.
 
     Raises:
-        DownloadError: It cannot be fetched or its hash is another one.
+        DownloadError: It cannot be downloaded, or has another hash.
     """
     target = (folder or cache_folder()) / file_name
     try:
@@ -99,75 +99,25 @@ def fetch(
                 if hash_file(target).startswith(sha256.lower()):
                     return target
                 target.unlink()
-                tqdm.write(f"{target} had another SHA-256 than {sha256}; deleted, fetching it anew")
-            _download(url, target, sha256, patience, progress)
+                tqdm.write(f"{target} does not have the SHA-256 {sha256}; deleted, downloading it")
+            _download(url, _Partial(target), sha256, retry, progress)
     except DownloadError:
         raise
-    except OSError as error:  # of the disk; those of the network have become DownloadError
+    except OSError as error:  # of the disk: network errors are already a DownloadError
         raise DownloadError(f"{target} cannot be written: {error}") from error
     return target
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock."""
+    """Holds a lock file; waits while another process holds it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _download(url: str, target: Path, sha256: str, patience: Patience, progress: bool) -> None:
-    """Fetches to `<name>.partial`, checks and renames.
-
-    Raises:
-        DownloadError: As `fetch`.
-    """
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadError(f"{url} is neither an http nor an https URL")
-    partial = _Partial(target)
-    if not partial.complete:
-        _try_for_long(url, partial, patience, progress)
-    found = hash_file(partial.path)
-    if not found.startswith(sha256.lower()):
-        partial.discard()
-        raise DownloadError(
-            f"{url} has the SHA-256 {found}, expected {sha256}{'...' if len(sha256) < 64 else ''}: "
-            "it is damaged or another file; what was downloaded is deleted"
-        )
-    partial.finish()
-
-
-def _try_for_long(url: str, partial: _Partial, patience: Patience, progress: bool) -> None:
-    """Attempts until the file has come or patience ends.
-
-    Raises:
-        DownloadError: As `fetch`.
-    """
-    failures = 0
-    while True:
-        before = partial.size
-        try:
-            return _attempt(url, partial, patience.timeout_s, progress)
-        except _Passing as error:
-            failures = 1 if partial.size > before else failures + 1
-            if failures >= patience.attempts:
-                raise DownloadError(_advice(url, partial, str(error))) from error
-            time.sleep(patience.backoff_s * 2 ** (failures - 1))
-        except urllib.error.HTTPError as error:
-            reason = f"the server answers {error.code} {error.reason}"
-            raise DownloadError(_advice(url, partial, reason)) from error
-
-
-def _advice(url: str, partial: _Partial, reason: str) -> str:
-    kept = f"{partial.size / 1e6:.1f} MB are kept, the same command goes on from there. "
-    return (
-        f"cannot download {url}: {reason}. {kept if partial.size else ''}"
-        f"Without a connection, fetch that URL elsewhere and put the file at {partial.target}"
-    )
-
-
 class _Partial:
-    """A file on its way: the bytes that have come and the version they belong to."""
+    """An unfinished download: the bytes received so far and the version they belong to."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -176,11 +126,11 @@ class _Partial:
 
     @property
     def size(self) -> int:
-        """Bytes that have come."""
+        """Bytes received."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def version(self) -> dict[str, str]:
-        """What `begin` wrote; empty if there is nothing to continue."""
+        """Version that `begin` stored; empty if there is nothing to resume."""
         try:
             content = json.loads(self.note.read_text())
         except (OSError, ValueError):
@@ -189,31 +139,75 @@ class _Partial:
 
     @property
     def complete(self) -> bool:
-        """Whether as many bytes have come as the server announced."""
+        """Whether all bytes that the server announced are there."""
         return self.version().get("total") == str(self.size)
 
     def begin(self, version: dict[str, str]) -> None:
-        """Starts anew with a version of the file."""
+        """Starts the download of a version from the first byte."""
         self.path.write_bytes(b"")
         self.note.write_text(json.dumps(version))
 
     def discard(self) -> None:
-        """Deletes what has come."""
+        """Deletes what was received."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Gives the complete file its name."""
+        """Renames the complete file to its final name."""
         os.replace(self.path, self.target)
         self.note.unlink(missing_ok=True)
 
 
-def _attempt(url: str, partial: _Partial, timeout_s: float, progress: bool) -> None:
-    """One request: continues what is there if the server has still the same version.
+def _download(url: str, partial: _Partial, sha256: str, retry: RetryPolicy, progress: bool) -> None:
+    """Downloads, checks the hash and renames.
 
     Raises:
-        _Passing: The connection failed or broke.
-        urllib.error.HTTPError: The server refuses for good.
+        DownloadError: As `fetch`.
+    """
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise DownloadError(f"{url} is neither an http nor an https URL")
+    if not partial.complete:
+        _download_with_retries(url, partial, retry, progress)
+    found = hash_file(partial.path)
+    if not found.startswith(sha256.lower()):
+        partial.discard()
+        raise DownloadError(
+            f"{url} has the SHA-256 {found}, expected {sha256}{'...' if len(sha256) < 64 else ''}: "
+            "it is damaged or another file; the downloaded file is deleted"
+        )
+    partial.finish()
+
+
+def _download_with_retries(url: str, partial: _Partial, retry: RetryPolicy, progress: bool) -> None:
+    failures = 0
+    while True:
+        before = partial.size
+        try:
+            return _attempt(url, partial, retry.timeout_s, progress)
+        except _TransientError as error:
+            failures = 1 if partial.size > before else failures + 1
+            if failures >= retry.attempts:
+                raise DownloadError(_advice(url, partial, str(error))) from error
+            time.sleep(retry.backoff_s * 2 ** (failures - 1))
+        except urllib.error.HTTPError as error:
+            reason = f"the server answers {error.code} {error.reason}"
+            raise DownloadError(_advice(url, partial, reason)) from error
+
+
+def _advice(url: str, partial: _Partial, reason: str) -> str:
+    kept = f"{partial.size / 1e6:.1f} MB are kept, the same command resumes the download. "
+    return (
+        f"cannot download {url}: {reason}. {kept if partial.size else ''}"
+        f"Without a connection, download that URL elsewhere and put the file at {partial.target}"
+    )
+
+
+def _attempt(url: str, partial: _Partial, timeout_s: float, progress: bool) -> None:
+    """One request; resumes the download if the server still has the same version.
+
+    Raises:
+        _TransientError: The connection failed or broke.
+        urllib.error.HTTPError: The server refuses permanently.
     """
     known = partial.version()
     headers = {"User-Agent": "solo-serve", "Accept-Encoding": "identity"}
@@ -221,18 +215,18 @@ def _attempt(url: str, partial: _Partial, timeout_s: float, progress: bool) -> N
     if validator:
         headers |= {"Range": f"bytes={partial.size}-", "If-Range": validator}
     try:
-        # A new opener each time: it reads the proxies of the environment when it is built.
+        # A new opener for every request: it reads the proxies of the environment when it is built.
         request = urllib.request.Request(url, headers=headers)
         response = urllib.request.build_opener().open(request, timeout=timeout_s)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the file has become shorter, or nothing of it is left to send
+        if error.code == 416:  # the file is shorter now, or no bytes are left to send
             partial.discard()
-            raise _Passing("the server has not the rest of the file") from error
-        if error.code in PASSING_STATUS:
-            raise _Passing(f"the server answers {error.code} {error.reason}") from error
+            raise _TransientError("the server does not have the rest of the file") from error
+        if error.code in TRANSIENT_STATUS:
+            raise _TransientError(f"the server answers {error.code} {error.reason}") from error
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise _Passing(str(getattr(error, "reason", error)) or repr(error)) from error
+        raise _TransientError(str(getattr(error, "reason", error)) or repr(error)) from error
     with response:
         _receive(response, partial, known, progress)
 
@@ -240,22 +234,21 @@ def _attempt(url: str, partial: _Partial, timeout_s: float, progress: bool) -> N
 def _receive(
     response: http.client.HTTPResponse, partial: _Partial, known: dict[str, str], progress: bool
 ) -> None:
-    """Appends a response's body, or writes it anew where it is not the rest of what is there.
+    """Appends the body of a response, or starts from the first byte if it is a whole file.
 
     Raises:
-        _Passing: It ended early, or is not what was asked for.
+        _TransientError: It ended early, or is not the part that was requested.
     """
     start, total = _extent(response)
+    etag = response.headers.get("ETag", "")
     version = {
-        "etag": response.headers.get("ETag", ""),
+        "etag": "" if etag.startswith("W/") else etag,  # a weak one does not promise equal bytes
         "modified": response.headers.get("Last-Modified", ""),
         "total": str(total) if total is not None else "",
     }
-    if version["etag"].startswith("W/"):  # a weak one does not promise the same bytes
-        version["etag"] = ""
     if start and (start != partial.size or version != known):
         partial.discard()
-        raise _Passing("the file on the server has changed")
+        raise _TransientError("the file on the server has changed")
     if not start:
         partial.begin(version)
     with (
@@ -273,21 +266,21 @@ def _receive(
             file.write(chunk)
             bar.update(len(chunk))
     if total is not None and partial.size != total:
-        raise _Passing(f"the connection broke after {partial.size} of {total} bytes")
+        raise _TransientError(f"the connection broke after {partial.size} of {total} bytes")
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise _Passing(f"the connection broke: {error or repr(error)}") from error
+        raise _TransientError(f"the connection broke: {error or repr(error)}") from error
 
 
 def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """First byte of the body within the file, and the file's length if the server tells it.
+    """Offset of the body in the file, and the length of the file if the server sends it.
 
     Raises:
-        _Passing: A partial answer that does not say which part it is.
+        _TransientError: A partial response without its range.
     """
     length = response.headers.get("Content-Length", "")
     if response.status != 206:
@@ -296,5 +289,5 @@ def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
     start, _, total = extent.replace("-", "/").partition("/")
     total = total.rpartition("/")[2]
     if unit != "bytes" or not start.isdecimal():
-        raise _Passing("the server's partial answer has no Content-Range")
+        raise _TransientError("the server's partial response has no Content-Range")
     return int(start), int(total) if total.isdecimal() else None

@@ -1,26 +1,27 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.file_server import serve_files
 from tests.support.parity import shared_file
-from training.architecture import infer_config
-from training.catalogue import (
+from training.configs import get_config
+from training.model.solo import Solo
+from training.weights.convert import convert_state_dict, infer_config
+from training.weights.download import DownloadError
+from training.weights.sources import (
     IMAGENET_RESNETS,
     SOLO_MODELS,
     PublishedModel,
-    find_model,
     find_model_of_file,
     get_imagenet,
     get_model,
     list_models,
 )
-from training.configs import get_config
-from training.convert import convert_state_dict
-from training.model.solo import Solo
 
 # What the publishers call the networks whose names and shapes are stored.
 STORED = {
@@ -48,7 +49,7 @@ def test_every_published_checkpoint_is_there() -> None:
 @pytest.mark.parametrize("model", SOLO_MODELS, ids=list_models())
 def test_a_model_is_found_by_its_names(model: PublishedModel) -> None:
     assert get_model(model.name) is get_model(model.file_name) is model
-    assert find_model(model.name.swapcase()) is model
+    assert get_model(model.name.swapcase()) is model
     config = model.config()
     assert config.name == model.config_name
     lengths = {
@@ -93,6 +94,20 @@ def test_the_names_carry_the_hashes() -> None:
         50: "0676ba61",
         101: "63fe2227",
     }
+    for depth, file in IMAGENET_RESNETS.items():
+        assert file.file_name == f"resnet{depth}-{file.sha256}.pth"
+
+
+def test_a_download_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = get_model("solo_r50_fpn_1x_coco")
+    monkeypatch.setenv("SOLO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serve_files({model.file_name: b"other content"}) as server:
+        monkeypatch.setenv("SOLO_MIRROR", server.url)
+        with pytest.raises(DownloadError, match=rf"expected {model.sha256}"):
+            model.download()
+        digest = hashlib.sha256(b"other content").hexdigest()
+        assert model.download(digest[:8]).read_bytes() == b"other content"
 
 
 def test_a_mirror_has_the_files_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +117,9 @@ def test_a_mirror_has_the_files_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_names() -> None:
-    assert find_model("solo_r18") is None
     with pytest.raises(ValueError, match=r"'solo_r18' is neither a file .* SOLO_R50_1x, "):
         get_model("solo_r18")
-    with pytest.raises(ValueError, match=r"ResNet-152; there are those of 18, 34, 50, 101"):
+    with pytest.raises(ValueError, match=r"ResNet-152; there are those for 18, 34, 50, 101"):
         get_imagenet(152)
 
 

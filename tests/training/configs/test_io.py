@@ -1,15 +1,50 @@
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 
-from training.checkpoint import config_to_dict
-from training.configs import get_config
+from training.configs import get_config, list_configs
+from training.configs.io import apply_overrides, config_from_dict, config_to_dict
 from training.configs.schema import Config
-from training.overrides import apply_overrides
 
 NUCLEI = get_config("nuclei")
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_configuration_survives_json(name: str) -> None:
+    content = json.loads(json.dumps(config_to_dict(get_config(name))))
+    assert config_from_dict(content) == get_config(name)
+
+
+def test_a_field_that_is_missing_has_its_default() -> None:
+    content = config_to_dict(NUCLEI)
+    del content["model"]["head"]["mask_kernel"]
+    assert config_from_dict(content) == NUCLEI
+
+
+SECTIONS = ["", "model", "model.backbone", "model.head", "targets", "loss", "augment", "schedule"]
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, "input", "postprocess"])
+def test_an_unknown_field_is_named(section: str) -> None:
+    content = config_to_dict(NUCLEI)
+    node = content
+    for name in section.split(".") if section else ():
+        node = node[name]
+    node["num_gridz"] = 3
+    path = f"{section}.num_gridz" if section else "num_gridz"
+    with pytest.raises(ValueError, match=rf"not valid: {re.escape(path)}: \w+ .*"):
+        config_from_dict(content)
+
+
+def test_a_wrong_value_is_named() -> None:
+    content = config_to_dict(NUCLEI)
+    content["schedule"]["lr"] = "fast"
+    with pytest.raises(ValueError, match=r"schedule\.lr: Input should be a valid number"):
+        config_from_dict(content)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from tests.support.file_server import FileServer, serve_files
 from tests.support.parity import ParityModel, load_parity_model, parity_models
 from tests.support.published import Publisher, publish, small_config, write_published
 from tests.support.tiny_solo import tiny_network
-from training.catalogue import get_model
-from training.checkpoint import CheckpointError, load_checkpoint, load_model, load_provenance
 from training.configs.coco_classes import COCO_CLASSES
 from training.configs.schema import HeadKind
-from training.importing import main, read_classes
+from training.weights.formats import CheckpointError, load_checkpoint, load_model, load_provenance
+from training.weights.importing import main, read_classes
+from training.weights.sources import get_model
 
 NAME = "decoupled_solo_light_r50_fpn_3x_coco"
 FILE = f"{NAME}_20210906_142703-e70e226f.pth"
@@ -71,7 +71,7 @@ def test_a_file_becomes_the_same_network(
     assert expected[0].max() > 0
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     output = capsys.readouterr().out
-    assert f"{len(network.state_dict())} tensors of a.pth, every one used" in output
+    assert f"{len(network.state_dict())} tensors of a.pth, all of them used" in output
     assert "backbone.depth is 18, not 50" in output
 
 
@@ -116,8 +116,8 @@ def test_what_is_not_used_is_explained(tmp_path: Path, capsys: Any) -> None:
         "entries that hold no weights of the model: optimizer",
         "the prefix 'module.'",
         "tensors are converted to float32",
-        "backbone.fc.bias, backbone.fc.weight left out: the ImageNet classifier",
-        "20 counters num_batches_tracked are not in it; nothing reads them",
+        "backbone.fc.weight, backbone.fc.bias left out: the ImageNet classifier",
+        "it has no 20 counters num_batches_tracked, which are not used",
     ):
         assert text in output
     stored = load_model(tmp_path / "a.pt")[1].state_dict()
@@ -148,7 +148,7 @@ def test_a_published_name_is_downloaded_and_checked(
     assert len(files.requests) == 2
     # Another time it comes from the cache, and --out is not replaced unless asked.
     again = [NAME, *out, *SMALL, "--sha256", digest]
-    assert f"{tmp_path / 'a.pt'} is there already; --force" in fails(again, capsys)
+    assert f"{tmp_path / 'a.pt'} exists already; --force" in fails(again, capsys)
     assert main([*again, "--force"]) == 0
     assert len(files.requests) == 2
 
@@ -188,7 +188,7 @@ def test_a_wrong_configuration_names_the_first_keys_that_differ(
     arguments = [str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.pt"), "--config"]
     message = fails([*arguments, "decoupled_solo_r50"], capsys)
     assert "unexpected keys: mask_head.mask_convs.0.conv.weight, " in message
-    assert "and 11 more. The configuration is decoupled_solo_r50 (as asked)" in message
+    assert "and 11 more. The configuration is decoupled_solo_r50 (from --config)" in message
     assert "missing keys: backbone.layer1" in fails([*arguments, "solo_r50"], capsys)
     assert "no configuration named 'solo'" in fails([*arguments, "solo"], capsys)
 
@@ -254,7 +254,10 @@ def test_the_classes(
 def test_unnamed_classes_are_not_invented(tmp_path: Path, capsys: Any, meta: Any) -> None:
     write_published(tmp_path / "a.pth", small_config(num_classes=2), meta=meta)
     message = fails([str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.pt")], capsys)
-    assert "the network has 2 classes and the file does not name them; --classes FILE" in message
+    assert (
+        "the network has 2 classes and the file does not name them; name them with --classes FILE"
+        in message
+    )
 
 
 def test_another_number_of_classes_is_refused(tmp_path: Path, capsys: Any) -> None:
@@ -262,7 +265,7 @@ def test_another_number_of_classes_is_refused(tmp_path: Path, capsys: Any) -> No
     write_published(tmp_path / "a.pth", small_config(num_classes=2))
     arguments = [str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.pt")]
     message = fails([*arguments, "--classes", str(tmp_path / "c.json")], capsys)
-    assert "1 classes are named, but the network has 2" in message
+    assert "1 classes are given, but the network has 2" in message
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from tests.support.parity import ParityModel, load_parity_model
 from tests.support.parity_files import LOCAL
-from training.checkpoint import CheckpointError
-from training.convert import convert_key, convert_state_dict, load_published
-from training.model.solo import Solo
+from training.weights.convert import convert_key, convert_state_dict
+from training.weights.formats import CheckpointError
 
 WHICH = ParityModel(LOCAL, "b", "light")
 
@@ -56,9 +55,7 @@ def test_a_foreign_name_is_refused(key: str) -> None:
 
 def test_the_tensors_arrive_unchanged() -> None:
     state = published()
-    model = Solo(load_parity_model(WHICH).config, 80)
-    load_published(model, state, "light")
-    ours = model.state_dict()
+    ours = convert_state_dict(state, expected(), "light")
     assert len(ours) == len(state)
     for key, value in state.items():
         assert torch.equal(ours[convert_key(key)], value), key

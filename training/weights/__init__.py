@@ -1,0 +1,1 @@
+"""Weights: where published ones are, how files are read and written, `solo-import`, `--init`."""
