@@ -16,6 +16,7 @@ from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.test_dockerfiles import last_stage
+from tests.support.metrics import render
 
 PREFIX = "SOLO_"
 
@@ -105,7 +106,7 @@ def check_scaling(manifests: list[m.Manifest]) -> Iterator[str]:
         yield "the Deployment sets replicas, which fights with the autoscaler"
     settings = build_settings(manifests)
     full = settings.max_batch * (settings.engine_slots or 1)
-    families = set(re.findall(r"^# TYPE (\w+) gauge$", Metrics().render().decode(), re.MULTILINE))
+    families = set(re.findall(r"^# TYPE (\w+) gauge$", render(Metrics()), re.MULTILINE))
     for metric in scaler["metrics"]:
         name = metric["pods"]["metric"]["name"]
         if name not in families:

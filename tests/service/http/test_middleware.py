@@ -15,6 +15,7 @@ from service.models.repository import load_repository
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
+from tests.support.metrics import render
 
 LIMIT = 100
 TIMEOUT_S = 30.0
@@ -85,7 +86,7 @@ async def test_an_announced_length_over_the_limit_is_refused_before_reading() ->
     metrics = await run(exchange)
     assert exchange.status == 413
     assert b"101 bytes, the limit is 100" in exchange.sent[1]["body"]
-    assert b'reason="body_too_large"} 1.0' in metrics.render()
+    assert 'reason="body_too_large"} 1.0' in render(metrics)
 
 
 @pytest.mark.parametrize("announced", [{}, {b"content-length": b"5"}, {b"content-length": b"-1"}])
@@ -126,7 +127,7 @@ async def test_a_body_that_stops_coming_is_not_waited_for(monkeypatch: pytest.Mo
     assert (
         b"nothing more of the body came in 0.01 s; 60 bytes were here" in exchange.sent[1]["body"]
     )
-    assert b'reason="body_timeout"} 1.0' in metrics.render()
+    assert 'reason="body_timeout"} 1.0' in render(metrics)
 
 
 async def test_a_whole_body_may_be_followed_by_any_silence() -> None:

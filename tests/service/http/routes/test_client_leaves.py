@@ -34,7 +34,7 @@ async def test_a_client_that_leaves_has_its_work_removed(
         statuses = await post_and_leave(app, segmenter.admission, path, body)
         assert statuses in ([], [499])
         assert segmenter.admission.images == 0
-        assert segmenter.store.find("blobs", None).feeder.waiting == 0
+        assert segmenter.store.find("blobs", None).scheduler.waiting == 0
         assert (
             'solo_cancelled_images_total{model="blobs",reason="client_left"} 1.0'
             in (await client.get("/metrics")).text

@@ -81,7 +81,7 @@ async def test_an_image_cannot_kill_all_workers(open_front: Any) -> None:
         assert len(workers.calls) == TRIES
 
 
-@pytest.mark.parametrize("error", [Draining("going"), Overloaded("full", "queue_pixels")])
+@pytest.mark.parametrize("error", [Draining("going"), Overloaded("full", "queue_canvases")])
 async def test_a_worker_that_cannot_is_not_the_last_word(
     open_front: Any, worker: Worker, error: Any
 ) -> None:
