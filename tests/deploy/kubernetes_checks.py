@@ -113,7 +113,7 @@ def check_scaling(manifests: list[m.Manifest]) -> Iterator[str]:
             yield f"the server has no gauge {name}"
         value = metric["pods"]["target"]["averageValue"]
         if value != str(full):
-            yield f"the target is {value} images, a full engine has {full}"
+            yield f"the target is {value} canvases, a full engine has {full}"
 
 
 def check_shutdown(manifests: list[m.Manifest]) -> Iterator[str]:

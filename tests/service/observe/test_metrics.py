@@ -119,9 +119,7 @@ def test_the_queue_is_read_when_it_is_asked_for() -> None:
 def test_an_image_is_counted_with_its_canvases_instances_and_stages() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
-    timing = Timing(
-        decode=0.5, queue=0.25, infer=1.0, postprocess=0.125, encode=0.0625, total=2.0
-    )
+    timing = Timing(decode=0.5, queue=0.25, infer=1.0, postprocess=0.125, encode=0.0625, total=2.0)
     for _ in range(2):
         metrics.count_image("nuclei", Outcome(b"{}", timing, canvases=9, instances=70))
     text = render(metrics)
