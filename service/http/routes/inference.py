@@ -26,7 +26,8 @@ from service.http.oip.schemas import (
     inline_schema,
 )
 from service.http.oip.write import build_body, build_tensors
-from service.http.routes.segment import MAX_FILES, ClientLeft, segment_in_time
+from service.http.routes.progress import ClientLeft
+from service.http.routes.segment import MAX_FILES, segment_in_time
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs
 from service.protocol import ModelState, Segmenter

@@ -25,6 +25,10 @@ HEARTBEAT_S = 5.0
 """Longest time without a line, also when there is no progress."""
 
 
+class ClientLeft(Exception):
+    """The client has closed the connection."""
+
+
 class ProgressResponse(Response):
     """Streams the progress of a request while it is processed.
 
@@ -96,8 +100,8 @@ class ProgressResponse(Response):
             await asyncio.wait({self._task}, timeout=EVERY_S)
         try:
             yield b'{"result":' + self._build_body(self._task.result()) + b"}\n"
-        except asyncio.CancelledError:
-            raise
+        except ClientLeft:
+            return  # nobody reads a line
         except Exception as error:
             status, detail = describe_error(error)
             if detail["code"] == "internal_error":

@@ -23,7 +23,7 @@ from service.errors import (
     TooManyImages,
 )
 from service.http.middleware import CLIENT_LEFT
-from service.http.routes.progress import ProgressResponse
+from service.http.routes.progress import ClientLeft, ProgressResponse
 from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
@@ -60,10 +60,6 @@ MAX_FILES = 256
 _TIMEOUT_HEADER = "x-timeout-ms"
 _NO_QUERY = SegmentQuery()
 _TIMEOUT: TypeAdapter[int | None] = TypeAdapter(TimeoutMs)
-
-
-class ClientLeft(Exception):
-    """The client has closed the connection."""
 
 
 class PlainRoute(APIRoute):
