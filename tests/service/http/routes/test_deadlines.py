@@ -72,7 +72,7 @@ async def test_a_wrong_deadline_is_named(client: httpx.AsyncClient, value: str) 
         assert f"not '{value}'" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("max_delay_ms", [None, 0.001], ids=["lanes", "batches"])
+@pytest.mark.parametrize("max_delay_ms", [None, 0.001], ids=["canvas by canvas", "batches"])
 async def test_interactive_work_goes_before_batch_work(
     settings: Settings,
     open_client: OpenClient,
