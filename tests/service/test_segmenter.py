@@ -20,7 +20,9 @@ from service.errors import (
     UnknownModel,
 )
 from service.models.repository import load_repository
+from service.models.store import LAST_CALL_S
 from service.observe.metrics import Metrics
+from service.observe.tracing import collect_images
 from service.segmenter import LocalSegmenter, measure
 from service.settings import Settings
 from service.work import image as image_module
@@ -132,6 +134,8 @@ async def test_only_images_that_are_processed_are_admitted(running: Running) -> 
     await asyncio.wait_for(progress.admitted.wait(), 10)
     assert (admission.images, admission.canvases, progress.canvases) == (2, 10, 10)
     assert admission.held(CLIENT) == 10
+    text = render(running.segmenter.metrics)
+    assert "solo_queue_canvases 10.0" in text and "solo_queue_limit_canvases 8192.0" in text
     running.gate.let()
     await working
     assert (admission.images, admission.canvases, progress.done) == (0, 0, 10)
@@ -222,7 +226,9 @@ async def test_draining_ends_when_its_time_is_up(
     assert not await segmenter.finish_accepted()
     assert 0.19 < time.monotonic() - began_s < 5
     assert "1 requests were not finished in time" in caplog.text
+    began_s = time.monotonic()
     await segmenter.give_up()
+    assert time.monotonic() - began_s < LAST_CALL_S / 2  # nothing is waited for any more
     with pytest.raises(Draining):
         await working
 
@@ -265,6 +271,38 @@ async def test_a_dead_engine_is_not_ready_and_gets_nothing(running: Running) -> 
         pytest.fail("used")
     assert segmenter.find("blobs", None).name == "blobs"
     engine._usable.set()
+
+
+async def test_an_engine_that_dies_is_rebuilt_and_the_request_is_answered(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = load_repository(settings.model_repo, OPTIONS)
+
+    def fail(tiles: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(repository.models["blobs"][1].backend, "infer", fail)
+    segmenter = LocalSegmenter(settings, repository, Metrics())
+    segmenter.start()
+    try:
+        with segmenter.use("blobs", None, CLIENT) as model:
+            segmented = await asyncio.wait_for(
+                segmenter.segment(model, [ImageFile(None, ONE)], Options(), CLIENT, Progress()), 30
+            )
+        assert segmented.outcomes[0].instances == 1
+        restarts = 'solo_engine_restarts_total{model="blobs"} 1.0'
+        await wait_until(lambda: restarts in render(segmenter.metrics))
+        assert segmenter.is_ready
+    finally:
+        await segmenter.drain()
+
+
+async def test_images_are_noted_for_the_trace_of_their_request(running: Running) -> None:
+    running.gate.let()
+    images = collect_images()
+    await running.segment(ONE, b"text", NINE)
+    assert [image.model for image in images] == ["blobs", "blobs"]
+    assert all({"decode", "infer"} <= set(image.stages) for image in images)
 
 
 async def test_models_are_listed_with_their_engines(running: Running) -> None:
