@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import scaling, scaling_image, scaling_server
 from benchmarks.memory import added_bytes
+from benchmarks.plot import NO_PLOT
 from benchmarks.scaling_curve import Bend, Curve, Plan, find_bend, measure
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import CPU_FLAGS, run_server
@@ -82,7 +83,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_command_writes_its_curves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_matplotlib: bool,
 ) -> None:
     folder, picture = publish(tmp_path / "models"), tmp_path / "picture.jpg"
     picture.write_bytes(TINY)
@@ -101,7 +105,8 @@ def test_the_command_writes_its_curves(
     assert all(value > 0 for rounds in engine for value in rounds)
     printed = capsys.readouterr().out
     assert "| instances | NMS, CPU ms | paste and RLE, CPU ms | MB added |" in printed
-    assert plot.is_file() or "matplotlib is not installed" in printed
+    assert plot.is_file() == has_matplotlib
+    assert (NO_PLOT in printed) == (not has_matplotlib)
 
 
 @pytest.fixture
