@@ -140,7 +140,7 @@ class Settings(BaseSettings):
             description="canvases in flight; more are answered 503. A client may hold as many as "
             "are free, so one alone half of them"
         ),
-    ] = 8192
+    ] = 32_768
     max_decoded_pixels: Annotated[
         PositiveInt,
         Field(description="pixels of decoded images in memory; further images wait encoded"),
@@ -204,13 +204,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _queue_holds_an_image(self) -> Settings:
-        if self.max_queue_canvases < self.max_image_canvases:
-            if "max_image_canvases" in self.model_fields_set:
+        share = self.max_queue_canvases // 2  # of one client
+        if share < self.max_image_canvases:
+            if share < 1 or "max_image_canvases" in self.model_fields_set:
                 raise ValueError(
-                    f"max_queue_canvases {self.max_queue_canvases} is below max_image_canvases "
-                    f"{self.max_image_canvases}: the largest allowed image could not be admitted"
+                    f"max_queue_canvases {self.max_queue_canvases} is below twice "
+                    f"max_image_canvases {self.max_image_canvases}: a client may use half of the "
+                    "queue, so the largest allowed image could not be admitted"
                 )
-            object.__setattr__(self, "max_image_canvases", self.max_queue_canvases)
+            object.__setattr__(self, "max_image_canvases", share)
         return self
 
     @model_validator(mode="after")
@@ -223,7 +225,7 @@ class Settings(BaseSettings):
             raise ValueError("model_control would change one worker; use model_poll_s")
         if self.keys_file is not None:
             raise ValueError("keys_file needs workers 1: each would count a key's share for itself")
-        if min(self.max_queue_canvases, self.max_connections) < self.workers:
+        if min(self.max_queue_canvases // 2, self.max_connections) < self.workers:
             raise ValueError(
                 f"{self.workers} workers cannot share max_queue_canvases {self.max_queue_canvases} "
                 f"and max_connections {self.max_connections}"

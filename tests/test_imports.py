@@ -50,12 +50,21 @@ OPTIONAL_IMPORTS = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: `file` (relative to the root), line, absolute dotted name."""
+    """One import statement.
+
+    Attributes:
+        file: Relative to the root.
+        line: In the file.
+        name: Absolute and dotted.
+        top_level: Whether it is run when the module is imported.
+        for_types: Whether it stands in an `if TYPE_CHECKING` block.
+    """
 
     file: str
     line: int
     name: str
     top_level: bool
+    for_types: bool = False
 
     @property
     def root(self) -> str:
@@ -77,6 +86,7 @@ def read_imports(source: str, file: str) -> Iterator[Import]:
     tree = ast.parse(source, filename=file)
     package = list(Path(file).with_suffix("").parts)[:-1]
     top = {id(node) for node in tree.body}
+    typed = {id(node) for block in _find_type_blocks(tree) for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -87,7 +97,13 @@ def read_imports(source: str, file: str) -> Iterator[Import]:
         else:
             continue
         for name in names:
-            yield Import(file, node.lineno, name, id(node) in top)
+            yield Import(file, node.lineno, name, id(node) in top, id(node) in typed)
+
+
+def _find_type_blocks(tree: ast.Module) -> Iterator[ast.If]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield node
 
 
 def imports_of(room: str) -> list[Import]:
@@ -126,6 +142,49 @@ def _is_allowed(item: Import) -> bool:
     return item.root in ("export", "training") or served
 
 
+_ABOVE_ALL = ("service.predict", "service.__main__")
+_APPLICATION = ("service.http", "service.scale", *_ABOVE_ALL)
+_SERVING = ("service.protocol", "service.segmenter", *_APPLICATION)
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("service.errors", "service.cores", "service.settings", "service.flags", "service.observe"),
+        ("service.work", "service.models", *_SERVING),
+    ),
+    "service.engines": ("service.settings", "service.work", "service.models", *_SERVING),
+    "service.work": ("service.models", *_SERVING),
+    "service.models": ("service.segmenter", *_APPLICATION),
+    "service.protocol": ("service.models", "service.segmenter", *_APPLICATION),
+    "service.segmenter": _APPLICATION,
+    "service.http": ("service.scale", *_ABOVE_ALL),
+    "service.scale": _ABOVE_ALL,
+    "service.predict": ("service.http", "service.scale", "service.__main__"),
+}
+"""What the parts of the service must not import: the layers above them. The engines' probes and
+the metrics name types of `service.work` in `if TYPE_CHECKING` blocks."""
+NOT_YET = {
+    ("service/engines/choose.py", "service.models.artefacts"),
+    ("service/engines/tensorrt/engine.py", "service.models.builder"),
+    ("service/engines/tensorrt/process.py", "service.models.builder"),
+}
+"""Imports against the layers that are still there; the list only gets shorter."""
+
+
+def offences_against_layers(imports: list[Import]) -> list[str]:
+    """The imports of a higher layer of the service by a lower one."""
+    return [str(item) for item in imports if _is_upward(item) and not _is_excused(item)]
+
+
+def _is_upward(item: Import) -> bool:
+    module = item.file.removesuffix(".py").replace("/", ".")
+    forbidden = [names for part, names in FORBIDDEN.items() if is_in(module, part)]
+    return any(is_in(item.name, name) for names in forbidden for name in names)
+
+
+def _is_excused(item: Import) -> bool:
+    typed = item.for_types and is_in(item.name, "service.work")
+    return typed or any(item.file == file and is_in(item.name, name) for file, name in NOT_YET)
+
+
 def declared_distributions(extra: str | None) -> set[str]:
     """Direct dependencies of the project with one extra or none, references to itself followed."""
     with open(ROOT / "pyproject.toml", "rb") as file:
@@ -150,6 +209,67 @@ def test_a_room_imports_only_the_rooms_it_may(room: str) -> None:
     imports = imports_of(room)
     assert imports, f"no imports found in {room}/"
     assert offences_against_rooms(imports) == []
+
+
+def test_every_part_of_the_service_has_its_layer() -> None:
+    parts = {path.stem for path in (ROOT / "service").iterdir() if path.suffix == ".py"}
+    parts |= {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
+    assert {f"service.{part}" for part in parts - {"__init__", "__main__"}} == set(FORBIDDEN)
+
+
+def test_no_layer_of_the_service_imports_a_higher_one() -> None:
+    assert offences_against_layers(imports_of("service")) == []
+
+
+def test_what_is_excused_is_still_there() -> None:
+    found = [item for item in imports_of("service") if _is_upward(item)]
+    excused = {(item.file, name) for item in found for _, name in NOT_YET if is_in(item.name, name)}
+    assert NOT_YET - excused == set(), "remove them from NOT_YET"
+
+
+def test_only_the_command_imports_what_scales() -> None:
+    outside = [item for room in ROOMS for item in imports_of(room)]
+    importers = {
+        item.file
+        for item in outside
+        if is_in(item.name, "service.scale") and not item.file.startswith("service/scale/")
+    }
+    assert importers == {"service/__main__.py"}
+
+
+def names_of_classes() -> dict[str, list[str]]:
+    """The files that define a class, by its name."""
+    found: dict[str, list[str]] = {}
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+SHARED_NAMES = {
+    *("Answer", "Client", "Gpu", "HostSlot", "ImageFailed", "Instance", "Intake", "Job"),
+    *(
+        "Memory",
+        "ModelConfig",
+        "Options",
+        "Outline",
+        "Outputs",
+        "Progress",
+        "Row",
+        "Segmenter",
+        "Slot",
+    ),
+    *("SlotPool", "Source", "Workers", "_Lease", "_Refused"),
+}
+"""Names that two classes still have; the list only gets shorter."""
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    shared = {name: files for name, files in names_of_classes().items() if len(files) > 1}
+    assert {name: files for name, files in shared.items() if name not in SHARED_NAMES} == {}
+    assert SHARED_NAMES - set(shared) == set(), "remove them from SHARED_NAMES"
 
 
 def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:
@@ -226,7 +346,9 @@ def test_no_file_is_called_utils() -> None:
         ("pipeline/nms.py", "from service.models.repository import load_version"),
         ("pipeline/nms.py", "from service.errors import ServiceError"),
         ("training/train.py", "from service import app"),
-        ("training/train.py", "from service.work.batcher import DynamicBatcher"),
+        ("training/train.py", "from service.work.scheduler import Scheduler"),
+        ("training/train.py", "from service.models.store import ModelStore"),
+        ("export/parity.py", "from service.segmenter import LocalSegmenter"),
         ("training/train.py", "from export import parity"),
         ("export/parity.py", "from service.http.app import create_app"),
     ],
@@ -252,3 +374,51 @@ def test_the_rules_see_an_offence(file: str, source: str) -> None:
 )
 def test_the_rules_allow_what_is_meant(file: str, source: str) -> None:
     assert offences_against_rooms(list(read_imports(source, file))) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("service/engines/base.py", "from service.work import queue"),
+        ("service/engines/base.py", "import service.models.store"),
+        ("service/engines/kernels/paste.py", "from ...http import app"),
+        ("service/engines/base.py", "def f():\n    from service.scale.cluster import front"),
+        ("service/engines/base.py", "from service.settings import Settings"),
+        ("service/work/image.py", "from service.models.repository import load_model"),
+        ("service/work/policy.py", "from service.protocol import ModelState"),
+        ("service/models/store.py", "from service.http.app import create_app"),
+        ("service/models/store.py", "from service.segmenter import LocalSegmenter"),
+        ("service/segmenter.py", "from service.http.schemas import SegmentQuery"),
+        ("service/protocol.py", "from service.models.store import ServedModel"),
+        ("service/http/app.py", "from service.scale.workers import parent"),
+        ("service/http/app.py", "import service.predict.job"),
+        ("service/observe/metrics.py", "from service.work.admission import Admission"),
+        (
+            "service/observe/metrics.py",
+            "if TYPE_CHECKING:\n    from service.http.app import create_app",
+        ),
+        ("service/scale/cluster/front.py", "import service.__main__"),
+    ],
+)
+def test_the_layers_see_an_offence(file: str, source: str) -> None:
+    assert len(offences_against_layers(list(read_imports(source, file)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("service/models/store.py", "from service.protocol import ModelState"),
+        ("service/models/store.py", "from service.work.scheduler import Scheduler"),
+        ("service/work/scheduler.py", "from service.engines.watch import WatchedEngine"),
+        ("service/http/app.py", "from service.segmenter import LocalSegmenter"),
+        ("service/scale/cluster/front.py", "from service.segmenter import measure"),
+        (
+            "service/observe/metrics.py",
+            "if TYPE_CHECKING:\n    from service.work.admission import Admission",
+        ),
+        ("service/__main__.py", "from service.scale.workers.parent import run_workers"),
+        ("service/predict/predictors.py", "from solo_client import Client"),
+    ],
+)
+def test_the_layers_allow_what_is_meant(file: str, source: str) -> None:
+    assert offences_against_layers(list(read_imports(source, file))) == []

@@ -2,7 +2,7 @@
 
 All of a request's images are admitted or none. What is admitted is counted until it is answered.
 
-A client may hold at most as many canvases as are free: alone it can use half of the queue, and
+A client may hold at most as many canvases as are free then: alone it can use half of the queue, and
 there is always room for another client (dynamic thresholds, Choudhury and Hahne 1998). A request
 that is refused costs its client nothing.
 """
@@ -112,12 +112,12 @@ class Admission:
 
         Raises:
             Draining: The server is going down.
-            TooManyImages: The request would not fit into an idle server, or the client's bound.
+            TooManyImages: More than half of the queue, or than the client's bound.
             Overloaded: It does not fit now.
             QuotaExceeded: The client's own bounds do not allow it now.
         """
         canvases = sum(costs)
-        most = min(self.max_canvases, client.max_canvases or self.max_canvases)
+        most = min(self.max_canvases // 2, client.max_canvases or self.max_canvases)
         if canvases > most:
             raise TooManyImages(
                 f"the request has {len(costs)} images with {canvases} canvases together, at most "
@@ -153,10 +153,10 @@ class Admission:
                 "queue_canvases",
             )
         held = self.held(client)
-        if held + canvases > free:
+        if held + canvases > free - canvases:
             raise Overloaded(
-                f"the client has {held} canvases in flight, {canvases} more would exceed the "
-                f"{free} that are free: a client may hold as many as that",
+                f"the client has {held} canvases in flight, {canvases} more would exceed its share: "
+                f"a client may hold as many as are free, {free} are",
                 "client_share",
             )
 

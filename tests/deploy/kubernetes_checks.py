@@ -16,6 +16,7 @@ from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.test_dockerfiles import last_stage
+from tests.support.metrics import render
 
 PREFIX = "SOLO_"
 
@@ -105,14 +106,14 @@ def check_scaling(manifests: list[m.Manifest]) -> Iterator[str]:
         yield "the Deployment sets replicas, which fights with the autoscaler"
     settings = build_settings(manifests)
     full = settings.max_batch * (settings.engine_slots or 1)
-    families = set(re.findall(r"^# TYPE (\w+) gauge$", Metrics().render().decode(), re.MULTILINE))
+    families = set(re.findall(r"^# TYPE (\w+) gauge$", render(Metrics()), re.MULTILINE))
     for metric in scaler["metrics"]:
         name = metric["pods"]["metric"]["name"]
         if name not in families:
             yield f"the server has no gauge {name}"
         value = metric["pods"]["target"]["averageValue"]
         if value != str(full):
-            yield f"the target is {value} images, a full engine has {full}"
+            yield f"the target is {value} canvases, a full engine has {full}"
 
 
 def check_shutdown(manifests: list[m.Manifest]) -> Iterator[str]:

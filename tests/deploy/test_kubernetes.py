@@ -19,6 +19,7 @@ from service.settings import Settings
 from tests.deploy import manifests as m
 from tests.deploy.kubernetes_checks import CHECKS, build_settings
 from tests.deploy.queries import metric_names
+from tests.support.metrics import render
 
 pytestmark = pytest.mark.skipif(
     m.find_kubectl() is None, reason="kubectl, which has kustomize, is not installed"
@@ -249,7 +250,7 @@ def test_the_adapter_offers_what_the_autoscaler_asks_for(manifests: list[m.Manif
     for expression in (rule["seriesQuery"], query):
         names = {name for name in metric_names(expression) if name.startswith("solo_")}
         assert names == {metric["pods"]["metric"]["name"]}
-        assert f"# TYPE {names.pop()} gauge" in Metrics().render().decode()
+        assert f"# TYPE {names.pop()} gauge" in render(Metrics())
 
 
 def test_the_overlay_of_the_page_can_be_built(tmp_path: Path) -> None:

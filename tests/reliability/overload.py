@@ -25,7 +25,8 @@ from tests.support.server import CPU_FLAGS, run_server
 from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
 
 PICTURE = encode_picture(draw_picture())
-LIMITS = ("--max-batch", "2", "--max-queue-images", "16")
+LIMITS = ("--max-batch", "2", "--max-queue-canvases", "32")
+"""A client alone may have half of the canvases in flight."""
 TIMES = 5
 
 

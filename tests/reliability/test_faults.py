@@ -55,7 +55,7 @@ async def hang_among_others(server: ServerProcess, report: Report) -> None:
 @pytest.mark.parametrize(
     ("delay", "expected_restarts"),
     [(("--max-delay-ms", "300"), 2), ((), 1)],
-    ids=["batches: in company, and alone", "lanes"],
+    ids=["batches: with others, and alone", "canvas by canvas"],
 )
 def test_an_engine_that_hangs_is_replaced_and_costs_one_image(
     tmp_path: Path, report: Report, delay: tuple[str, ...], expected_restarts: int

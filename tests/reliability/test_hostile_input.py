@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.reliability.conftest import Report
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 from tests.support.memory import read_peak_bytes, read_resident_bytes, reset_peak
-from tests.support.pictures import build_jpeg_of_scans
+from tests.support.pictures import build_jpeg_of_scans, build_png_header
 from tests.support.server import CPU_FLAGS, ServerProcess, run_server
 
 MAX_BODY_BYTES = 2_000_000
@@ -41,6 +42,7 @@ TURNS = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     root = tmp_path_factory.mktemp("hostile")
     publish(root / "repo", input=KEEP_RATIO_INPUT)
+    publish(root / "repo", "tiles")
     limit = ("--max-body-bytes", str(MAX_BODY_BYTES))
     flags = ("--model-repo", str(root / "repo"), *CPU_FLAGS, *limit)
     with run_server(root / "log", *flags) as running:
@@ -79,6 +81,47 @@ def test_a_png_of_50000_by_50000_is_refused_by_its_header(
     report("extra_mb", extra / 1e6)
     assert extra < 50e6
     assert sorted(seconds)[5] < 1  # 0.1 is the aim; other work on the machine adds to it
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 40_000_000), (40_000_000, 1)])
+def test_a_thin_image_is_refused_by_its_canvases(
+    server: ServerProcess, report: Report, height: int, width: int
+) -> None:
+    """It has no more pixels than are allowed, but needs 833,333 tiles."""
+    before = read_resident_bytes(server.process.pid)
+    reset_peak(server.process.pid)
+    began_s = time.perf_counter()
+    data = build_png_header(width, height)
+    response = httpx.post(f"{server.url}/segment?model=tiles", content=data, timeout=60)
+    report("ms", 1e3 * (time.perf_counter() - began_s))
+    extra = read_peak_bytes(server.process.pid) - before
+    report("extra_mb", extra / 1e6)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "too_many_canvases")
+    assert "needs 833333 canvases, the server allows 4096" in response.text
+    assert extra < 50e6
+
+
+def test_the_largest_thin_image_takes_little_memory_and_is_stopped_by_its_deadline(
+    server: ServerProcess, report: Report
+) -> None:
+    width = 48 * 4095 + 64
+    data = encode_picture(np.full((1, width, 3), 200, np.uint8))
+    before = read_resident_bytes(server.process.pid)
+    reset_peak(server.process.pid)
+    began_s = time.perf_counter()
+    path = "/segment?model=tiles&timeout_ms=1000"
+    response = httpx.post(f"{server.url}{path}", content=data, timeout=60)
+    seconds = time.perf_counter() - began_s
+    extra = read_peak_bytes(server.process.pid) - before
+    report("seconds", seconds)
+    report("extra_mb", extra / 1e6)
+    if response.status_code == 200:  # a fast machine
+        assert response.json()["canvases"] == 4096
+    else:
+        assert response.status_code == 504
+        assert "of 4096 canvases were done" in response.text
+    assert seconds < 5
+    assert extra < 200e6
 
 
 def send_for_ever(url: str) -> tuple[int, float, bytes]:

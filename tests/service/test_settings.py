@@ -68,7 +68,7 @@ def test_a_wrong_variable_is_named_with_its_value(
     [
         (["--model-control", "true"], "model_control would change one worker"),
         (["--keys-file", "keys.json"], "keys_file needs workers 1"),
-        (["--max-queue-images", "1"], "2 workers cannot share max_queue_images 1"),
+        (["--max-queue-canvases", "1"], "2 workers cannot share max_queue_canvases 1"),
         (["--max-connections", "1"], "max_connections 1"),
     ],
 )
@@ -116,8 +116,22 @@ def test_an_unknown_flag_stops_the_start(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_queue_that_cannot_hold_the_largest_image_is_refused() -> None:
-    with pytest.raises(StartupError, match="max_queue_pixels 100 is below max_image_pixels"):
-        read_settings(["--max-queue-pixels", "100"])
+    with pytest.raises(StartupError, match="max_queue_canvases 100 is below max_image_canvases"):
+        read_settings(["--max-queue-canvases", "100", "--max-image-canvases", "101"])
+
+
+def test_a_smaller_queue_bounds_the_largest_image() -> None:
+    settings = read_settings(["--max-queue-canvases", "100"])
+    assert (settings.max_queue_canvases, settings.max_image_canvases) == (100, 100)
+    settings = read_settings(["--max-queue-canvases", "100", "--max-image-canvases", "100"])
+    assert settings.max_image_canvases == 100
+
+
+def test_the_defaults_of_the_bounds() -> None:
+    settings = read_settings([])
+    assert (settings.max_image_canvases, settings.max_queue_canvases) == (4096, 8192)
+    assert settings.max_decoded_pixels == 200_000_000
+    assert settings.request_timeout_ms == 600_000
 
 
 def test_an_unknown_setting_is_refused() -> None:

@@ -103,8 +103,6 @@ class ProgressResponse(Response):
             await asyncio.wait({self._task}, timeout=EVERY_S)
         try:
             yield b'{"result":' + self._build_body(self._task.result()) + b"}\n"
-        except asyncio.CancelledError:
-            raise
         except ClientLeft:
             self._scope["state"]["status"] = CLIENT_LEFT
         except Exception as error:

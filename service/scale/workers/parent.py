@@ -67,7 +67,7 @@ def share(settings: Settings) -> Settings:
         update={name: n for name, n in threads.items() if name not in settings.model_fields_set}
         | {
             "max_queue_canvases": max(
-                math.ceil(settings.max_queue_canvases / count), settings.max_image_canvases
+                math.ceil(settings.max_queue_canvases / count), 2 * settings.max_image_canvases
             ),
             "max_decoded_pixels": math.ceil(settings.max_decoded_pixels / count),
             "max_connections": math.ceil(settings.max_connections / count),

@@ -40,7 +40,7 @@ async def test_an_error_of_our_own_is_a_500_that_tells_nothing(
     def explode(*args: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(app.state.segmenter, "use_model", explode)
+    monkeypatch.setattr(app.state.segmenter, "use", explode)
     response = await client.post("/segment", content=PICTURE)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"

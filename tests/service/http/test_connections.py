@@ -9,6 +9,7 @@ import pytest
 
 from service.http.connections import ConnectionLimit, raise_file_limit
 from service.observe.metrics import Metrics
+from tests.support.metrics import render
 
 REQUEST = b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
 
@@ -77,7 +78,7 @@ async def test_up_to_the_limit_a_connection_is_served() -> None:
     async with Listening(2) as server:
         _, first = await server.open()
         assert await server.ask(REQUEST) == b"served " + REQUEST
-        assert b'reason="connections"} 0.0' in server.metrics.render()
+        assert 'reason="connections"} 0.0' in render(server.metrics)
         first.close()
 
 
@@ -91,7 +92,7 @@ async def test_above_the_limit_it_is_answered_503_with_retry_after() -> None:
         assert f"content-length: {len(body)}\r\n".encode() in head
         text = b"the limit of 1 connections is reached"
         assert body == b'{"error":{"code":"overloaded","message":"' + text + b'"}}'
-        assert b'reason="connections"} 1.0' in server.metrics.render()
+        assert 'reason="connections"} 1.0' in render(server.metrics)
         first.close()
         await asyncio.sleep(0.01)
         assert (await server.ask(REQUEST)).startswith(b"served")

@@ -10,12 +10,15 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import ValidationError
 
-from service.errors import QuotaExceeded, StartupError, TooManyImages
+from service.errors import Overloaded, QuotaExceeded, StartupError, TooManyImages
 from service.http.app import create_app
-from service.http.keys import KeyRing, KeySpec, Quota, add_key, main
+from service.http.keys import KeyRing, KeySpec, add_key, main
 from service.models.repository import load_repository
 from service.settings import Settings
+from service.work.admission import Admission
+from service.work.request import Client
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture
 
@@ -31,77 +34,114 @@ class Clock:
         return self.now_s
 
 
-def build_quota(clock: Clock, **bounds: Any) -> Quota:
-    return Quota(KeySpec(name="shop", sha256="0" * 64, **bounds), clock)
+def build_client(**bounds: Any) -> Client:
+    """What admission knows of a key with these bounds."""
+    return KeySpec(name="shop", sha256="0" * 64, **bounds).client
 
 
-def test_images_in_work_are_bounded_and_freed() -> None:
-    quota = build_quota(Clock(), max_images=3)
-    with quota.admit(2):
-        with pytest.raises(QuotaExceeded, match="2 images in work, 2 more would exceed 3"):
-            quota.admit(2).__enter__()
-        with quota.admit(1):
-            pass
-    with quota.admit(3):
+def send(admission: Admission, client: Client, *costs: int) -> None:
+    """A request that is answered at once; raises if it is refused."""
+    with admission.admit(client, costs):
         pass
 
 
-def test_a_request_that_fails_frees_its_images() -> None:
-    quota = build_quota(Clock(), max_images=1)
-    with pytest.raises(ZeroDivisionError), quota.admit(1):
+def test_a_keys_client_has_its_bounds_and_its_weight() -> None:
+    assert build_client() == Client(name="key shop")
+    assert build_client(max_canvases=3, canvases_per_minute=1.5, weight=2) == Client(
+        name="key shop", weight=2, max_canvases=3, canvases_per_minute=1.5
+    )
+
+
+@pytest.mark.parametrize("bounds", [{"weight": 0}, {"max_canvases": 0}, {"canvases_per_minute": 0}])
+def test_a_bound_that_lets_nothing_through_is_refused(bounds: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(bounds))):
+        build_client(**bounds)
+
+
+def test_canvases_in_flight_are_bounded_and_freed() -> None:
+    admission, shop = Admission(4096), build_client(max_canvases=30)
+    with admission.admit(shop, [10, 10]):
+        with pytest.raises(QuotaExceeded, match="20 canvases in flight, 11 more would exceed 30"):
+            send(admission, shop, 11)
+        send(admission, shop, 10)
+    send(admission, shop, 30)
+
+
+def test_a_request_that_fails_frees_its_canvases() -> None:
+    admission, shop = Admission(4096), build_client(max_canvases=10)
+    with pytest.raises(ZeroDivisionError), admission.admit(shop, [10]):
         raise ZeroDivisionError
-    with quota.admit(1):
-        pass
+    send(admission, shop, 10)
 
 
 def test_more_than_a_key_may_ever_have_is_another_error() -> None:
-    with pytest.raises(TooManyImages, match="has 5 images, key 'shop' may have 4"):
-        build_quota(Clock(), max_images=4).admit(5).__enter__()
+    shop = build_client(max_canvases=40)
+    with pytest.raises(TooManyImages, match="5 images with 45 canvases together, at most 40"):
+        send(Admission(4096), shop, *[9] * 5)
 
 
 def test_the_rate_fills_up_again() -> None:
     clock = Clock()
-    quota = build_quota(clock, images_per_minute=60)
-    with quota.admit(60):
-        pass
+    admission, shop = Admission(4096, clock), build_client(canvases_per_minute=60)
+    send(admission, shop, 60)
     with pytest.raises(QuotaExceeded) as refused:
-        quota.admit(10).__enter__()
+        send(admission, shop, 10)
     assert (refused.value.reason, refused.value.retry_after_s) == ("key_rate", 10)
     clock.now_s += 10
-    with quota.admit(10):
-        pass
+    send(admission, shop, 10)
     clock.now_s += 1e6  # no more than a minute's worth is kept
-    with quota.admit(60):
-        pass
+    send(admission, shop, 60)
     with pytest.raises(QuotaExceeded):
-        quota.admit(1).__enter__()
+        send(admission, shop, 1)
 
 
 def test_a_request_beyond_a_minutes_worth_is_served_once_and_paid_for() -> None:
     clock = Clock()
-    quota = build_quota(clock, images_per_minute=10)
-    with quota.admit(30):
-        pass
+    admission, shop = Admission(4096, clock), build_client(canvases_per_minute=10)
+    send(admission, shop, 30)
     clock.now_s += 120
     with pytest.raises(QuotaExceeded):
-        quota.admit(1).__enter__()
+        send(admission, shop, 1)
     clock.now_s += 7
-    with quota.admit(1):
-        pass
+    send(admission, shop, 1)
 
 
-def test_a_refused_request_costs_nothing() -> None:
-    quota = build_quota(Clock(), max_images=2, images_per_minute=2)
-    with quota.admit(1):
+def test_a_request_that_is_refused_costs_nothing() -> None:
+    """Whatever refuses it: the key's bounds, the room of the server, or its end."""
+    shop = build_client(max_canvases=50, canvases_per_minute=60)
+    other = Client(name="other")
+    admission = Admission(64, Clock())
+    with admission.admit(shop, [10]):
+        for canvases, error in ((45, QuotaExceeded), (51, TooManyImages)):
+            with pytest.raises(error):
+                send(admission, shop, canvases)
+    with admission.admit(other, [40]):
+        for _ in range(100):
+            with pytest.raises(Overloaded):
+                send(admission, shop, 30)
+    send(admission, shop, 50)  # all that a minute has, but the first 10
+    with pytest.raises(QuotaExceeded):
+        send(admission, shop, 1)
+
+
+def test_two_keys_do_not_share_what_they_may_send() -> None:
+    admission = Admission(4096, Clock())
+    for name in ("shop", "lab"):
+        send(admission, KeySpec(name=name, sha256="0" * 64, canvases_per_minute=10).client, 10)
+
+
+def test_a_key_that_pauses_is_not_given_its_minute_twice() -> None:
+    """What a key has spent is remembered when nothing of it is in flight."""
+    admission, shop = Admission(4096, Clock()), build_client(canvases_per_minute=10)
+    send(admission, shop, 10)
+    for _ in range(3):
         with pytest.raises(QuotaExceeded):
-            quota.admit(2).__enter__()
-        with quota.admit(1):
-            pass
+            send(admission, shop, 1)
 
 
 def test_the_file_holds_hashes_and_is_private(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    key, other = add_key(file, "shop", max_images=3), add_key(file, "lab", admin=True)
+    key, other = add_key(file, "shop", max_canvases=3), add_key(file, "lab", admin=True)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     text = file.read_text()
     assert key not in text and other not in text
@@ -109,7 +149,7 @@ def test_the_file_holds_hashes_and_is_private(tmp_path: Path) -> None:
     ring = KeyRing(file)
     shop, lab = ring.find(key), ring.find(other)
     assert shop is not None and lab is not None
-    assert (shop.spec.name, shop.spec.max_images, lab.spec.admin) == ("shop", 3, True)
+    assert (shop.name, shop.max_canvases, lab.admin) == ("shop", 3, True)
     for wrong in ("", key[:-1], key + "x", "ключ"):
         assert ring.find(wrong) is None
 
@@ -118,8 +158,12 @@ def test_the_command_prints_a_key_that_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "keys.json"
-    assert main(["shop", "--file", str(file), "--max-images", "2"]) == 0
-    assert KeyRing(file).find(capsys.readouterr().out.strip()) is not None
+    bounds = ["--max-canvases", "2", "--canvases-per-minute", "60", "--weight", "0.5", "--admin"]
+    assert main(["shop", "--file", str(file), *bounds]) == 0
+    spec = KeyRing(file).find(capsys.readouterr().out.strip())
+    assert spec is not None
+    assert (spec.max_canvases, spec.canvases_per_minute, spec.weight) == (2, 60, 0.5)
+    assert spec.admin
     assert main(["shop", "--file", str(file)]) == 1
     assert "has a key for 'shop' already" in capsys.readouterr().err
     assert main(["a b", "--file", str(file)]) == 1
@@ -131,19 +175,20 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(
     file, clock = tmp_path / "keys.json", Clock()
     first = add_key(file, "first")
     ring = KeyRing(file, clock)
-    quota = ring.find(first)
+    spec = ring.find(first)
+    assert spec is not None and spec.name == "first"
     second = add_key(file, "second")
     assert ring.find(second) is None  # not looked at yet
     clock.now_s += 2
     assert ring.find(second) is not None
-    assert ring.find(first) is quota  # with what it has in work
+    assert ring.find(first) == spec
     file.write_text('{"keys": [{"name": "x"}]}')
     clock.now_s += 2
-    assert ring.find(first) is quota
+    assert ring.find(first) == spec
     assert "keys.0.sha256" in caplog.text and "stay valid" in caplog.text
     file.unlink()
     clock.now_s += 2
-    assert ring.find(first) is quota
+    assert ring.find(first) == spec
     add_key(file, "third")
     clock.now_s += 2
     assert ring.find(first) is None
@@ -162,7 +207,7 @@ def test_a_broken_file_stops_the_start(tmp_path: Path, content: str) -> None:
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, str]:
     file = tmp_path / "keys.json"
-    bounds = {"free": {}, "small": {"max_images": 2}, "slow": {"images_per_minute": 1}}
+    bounds = {"free": {}, "small": {"max_canvases": 2}, "slow": {"canvases_per_minute": 1}}
     return {name: add_key(file, name, **b) for name, b in bounds.items()}
 
 
@@ -220,3 +265,66 @@ def test_the_file_is_replaced_and_never_half_written(tmp_path: Path) -> None:
     assert os.stat(file).st_ino != inode
     assert [k["name"] for k in json.loads(file.read_text())["keys"]] == ["a", "b"]
     assert os.listdir(tmp_path) == ["keys.json"]
+
+
+async def test_a_503_leaves_the_key_its_canvases(
+    settings: Settings, tmp_path: Path, open_client: OpenClient
+) -> None:
+    key = add_key(tmp_path / "keys.json", "shop", canvases_per_minute=10)
+    changed = settings.model_copy(
+        update={"keys_file": tmp_path / "keys.json", "max_queue_canvases": 16}
+    )
+    app = create_app(changed, load_repository(changed.model_repo, OPTIONS))
+    async with open_client(app) as client:
+        admission = app.state.segmenter.admission
+        with admission.admit(Client(name="other"), [15]):
+            for _ in range(20):
+                refused = await post(client, key, 2)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert (await post(client, key, 10)).status_code == 200
+        assert (await post(client, key)).status_code == 429
+
+
+async def test_bad_images_and_429s_leave_the_key_its_canvases(
+    guarded: FastAPI, keys: dict[str, str], open_client: OpenClient
+) -> None:
+    async with open_client(guarded) as client:
+        headers = {"X-API-Key": keys["slow"]}
+        for _ in range(5):
+            bad = await client.post("/segment", content=b"no image", headers=headers)
+            assert bad.status_code == 415
+        large = encode_picture(draw_picture(128, 128))  # 9 canvases: more than a minute's worth
+        assert (await client.post("/segment", content=large, headers=headers)).status_code == 200
+        waits = []
+        for _ in range(3):
+            refused = await post(client, keys["slow"])
+            assert refused.status_code == 429
+            waits.append(int(refused.headers["retry-after"]))
+        assert waits == sorted(waits, reverse=True)  # being refused does not add to the debt
+        assert 530 < waits[0] <= 540
+
+
+async def test_keys_are_counted_in_canvases(
+    guarded: FastAPI, keys: dict[str, str], open_client: OpenClient
+) -> None:
+    """One image of 9 canvases is more than a key for 2 may ever have in flight."""
+    large = encode_picture(draw_picture(128, 128))
+    async with open_client(guarded) as client:
+        headers = {"X-API-Key": keys["small"]}
+        response = await client.post("/segment", content=large, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "too_many_images")
+        assert "at most 2 are allowed" in response.json()["error"]["message"]
+
+
+async def test_a_key_with_too_much_in_flight_is_429(
+    guarded: FastAPI, keys: dict[str, str], open_client: OpenClient
+) -> None:
+    async with open_client(guarded) as client:
+        spec = guarded.state.keys.find(keys["small"])
+        with guarded.state.segmenter.admission.admit(spec.client, [1]):
+            assert (await post(client, keys["small"])).status_code == 200
+            refused = await post(client, keys["small"], 2)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert (await post(client, keys["free"], 2)).status_code == 200
+        assert (await post(client, keys["small"], 2)).status_code == 200
+        assert 'reason="key_canvases"} 1.0' in (await client.get("/metrics")).text

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from service.http.app import create_app
-from service.http.middleware import BodyLimitMiddleware
+from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.models.repository import load_repository
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
+from tests.support.metrics import render
 
 LIMIT = 100
 TIMEOUT_S = 30.0
@@ -85,7 +88,7 @@ async def test_an_announced_length_over_the_limit_is_refused_before_reading() ->
     metrics = await run(exchange)
     assert exchange.status == 413
     assert b"101 bytes, the limit is 100" in exchange.sent[1]["body"]
-    assert b'reason="body_too_large"} 1.0' in metrics.render()
+    assert 'reason="body_too_large"} 1.0' in render(metrics)
 
 
 @pytest.mark.parametrize("announced", [{}, {b"content-length": b"5"}, {b"content-length": b"-1"}])
@@ -126,7 +129,7 @@ async def test_a_body_that_stops_coming_is_not_waited_for(monkeypatch: pytest.Mo
     assert (
         b"nothing more of the body came in 0.01 s; 60 bytes were here" in exchange.sent[1]["body"]
     )
-    assert b'reason="body_timeout"} 1.0' in metrics.render()
+    assert 'reason="body_timeout"} 1.0' in render(metrics)
 
 
 async def test_a_whole_body_may_be_followed_by_any_silence() -> None:
@@ -205,3 +208,96 @@ async def test_a_refusal_speaks_the_protocol_of_its_path() -> None:
         await run(exchange)
         error = json.loads(exchange.sent[1]["body"])["error"]
         assert isinstance(error, str) if expected is None else set(error) == expected
+
+
+async def test_the_duration_of_a_request_is_recorded_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the histogram in seconds, in the log in milliseconds; from first byte to last."""
+    caplog.set_level("DEBUG", "service.http.middleware")
+
+    async def take_time(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.1)
+        await echo_length(scope, receive, send)
+        await asyncio.sleep(0.1)
+
+    metrics = Metrics()
+    exchange = Exchange([b"abc"])
+    exchange.scope.update(path="/segment", method="POST")
+    middleware = RequestContextMiddleware(take_time, metrics, ("/segment",))
+    began_s = time.monotonic()
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    most_s = time.monotonic() - began_s
+    text = render(metrics)
+    labels = '{method="POST",route="/segment"}'
+    (recorded,) = re.findall(f"^solo_request_duration_seconds_sum{labels} (.*)$", text, re.M)
+    assert 0.19 < float(recorded) <= most_s
+    assert f"solo_request_duration_seconds_count{labels} 1.0" in text
+    (record,) = [r for r in caplog.records if r.name == "service.http.middleware"]
+    assert vars(record)["duration_ms"] == pytest.approx(1e3 * float(recorded), abs=0.06)
+    assert f"{vars(record)['duration_ms']:.1f} ms" in record.getMessage()
+
+
+async def test_a_request_that_fails_has_a_duration_too() -> None:
+    async def explode(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.05)
+        raise RuntimeError
+
+    metrics = Metrics()
+    exchange = Exchange([b""])
+    exchange.scope.update(path="/segment", method="POST")
+    middleware = RequestContextMiddleware(explode, metrics, ("/segment",))
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    assert exchange.status == 500
+    text = render(metrics)
+    labels = '{method="POST",route="/segment"}'
+    (recorded,) = re.findall(f"^solo_request_duration_seconds_sum{labels} (.*)$", text, re.M)
+    assert float(recorded) > 0.045
+    assert 'solo_requests_total{method="POST",route="/segment",status="500"} 1.0' in text
+
+
+async def test_the_time_of_an_upload_is_part_of_the_duration() -> None:
+    class Slow(Exchange):
+        async def receive(self) -> Message:
+            await asyncio.sleep(0.05)
+            return await super().receive()
+
+    metrics = Metrics()
+    exchange = Slow([b"a", b"b", b"c"])
+    exchange.scope.update(path="/segment", method="POST")
+    middleware = RequestContextMiddleware(echo_length, metrics, ("/segment",))
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    (recorded,) = re.findall(
+        r'^solo_request_duration_seconds_sum{method="POST",route="/segment"} (.*)$',
+        render(metrics),
+        re.M,
+    )
+    assert float(recorded) > 0.14
+
+
+async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+    """The body grows over its limit while the application already answers."""
+
+    async def answer_at_once(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async for _ in read_body(receive):
+            pass
+
+    exchange = Exchange([b"x" * 60] * 5)
+    middleware = BodyLimitMiddleware(answer_at_once, LIMIT, TIMEOUT_S, Metrics())
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    assert [message["type"] for message in exchange.sent] == ["http.response.start"]
+    assert exchange.status == 200
+
+
+async def test_an_answer_that_has_begun_is_not_followed_by_an_error() -> None:
+    async def break_off(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError
+
+    metrics = Metrics()
+    exchange = Exchange([b""])
+    exchange.scope.update(path="/segment", method="POST")
+    middleware = RequestContextMiddleware(break_off, metrics, ("/segment",))
+    await middleware(exchange.scope, exchange.receive, exchange.send)
+    assert [message["type"] for message in exchange.sent] == ["http.response.start"]

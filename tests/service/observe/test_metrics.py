@@ -7,6 +7,10 @@ import pytest
 
 from service.engines.state import EngineBuild, EngineState
 from service.observe.metrics import STAGES, WORK_ROUTES, Metrics
+from service.observe.timing import Timing
+from service.work.admission import Admission
+from service.work.request import Client, Outcome
+from tests.support.metrics import render
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 NAMES = {
@@ -16,6 +20,7 @@ NAMES = {
     "solo_batch_limit_canvases",
     "solo_requests_total",
     "solo_images_total",
+    "solo_canvases_total",
     "solo_image_errors_total",
     "solo_instances_total",
     "solo_rejections_total",
@@ -24,9 +29,8 @@ NAMES = {
     "solo_engine_up",
     "solo_cancelled_images_total",
     "solo_queue_images",
-    "solo_queue_pixels",
-    "solo_queue_limit_images",
-    "solo_queue_limit_pixels",
+    "solo_queue_canvases",
+    "solo_queue_limit_canvases",
     "solo_in_flight_requests",
     "solo_ready",
     "solo_model_info",
@@ -36,15 +40,16 @@ NAMES = {
 
 
 def test_the_names_are_those_that_dashboards_rely_on() -> None:
-    text = Metrics().render().decode()
+    text = render(Metrics())
     assert set(re.findall(r"^# TYPE (solo_\w+) ", text, re.M)) == NAMES
 
 
 def test_a_models_series_exist_before_its_first_image() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 3, lambda: ENGINE, 8)
-    text = metrics.render().decode()
-    assert 'solo_images_total{model="nuclei"} 0.0' in text
+    text = render(metrics)
+    for family in ("images", "canvases", "instances", "engine_failures", "engine_restarts"):
+        assert f'solo_{family}_total{{model="nuclei"}} 0.0' in text
     for stage in STAGES:
         assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
     assert (
@@ -61,7 +66,7 @@ def test_an_engine_that_changes_while_it_serves_is_shown_as_it_is_now() -> None:
     ]
     metrics.add_model("nuclei", 1, lambda: states.pop(0), 8)
     for backend, progress in (("onnxruntime", 0.5), ("tensorrt", 1.0)):
-        text = metrics.render().decode()
+        text = render(metrics)
         (line,) = re.findall(r"^solo_model_info{.*", text, re.M)
         assert f'backend="{backend}"' in line
         assert f'solo_engine_build_progress{{model="nuclei"}} {progress}' in text
@@ -71,21 +76,21 @@ def test_an_edge_stands_at_each_objective() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     for edge in (0.4, 0.5):
-        assert f'le="{edge}",model="nuclei",stage="total"' in metrics.render().decode()
+        assert f'le="{edge}",model="nuclei",stage="total"' in render(metrics)
 
 
 def test_how_full_batches_are_can_be_told() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     metrics.batch_size.labels("nuclei").observe(6)
-    text = metrics.render().decode()
+    text = render(metrics)
     assert 'solo_batch_size_sum{model="nuclei"} 6.0' in text
     assert 'solo_batch_limit_canvases{model="nuclei"} 8.0' in text
 
 
 @pytest.mark.parametrize("route", WORK_ROUTES)
 def test_routes_that_segment_have_a_rate_from_their_first_request_on(route: str) -> None:
-    text = Metrics().render().decode()
+    text = render(Metrics())
     assert f'solo_requests_total{{method="POST",route="{route}",status="200"}} 0.0' in text
     assert f'solo_request_duration_seconds_count{{method="POST",route="{route}"}} 0.0' in text
 
@@ -93,16 +98,54 @@ def test_routes_that_segment_have_a_rate_from_their_first_request_on(route: str)
 def test_two_servers_in_one_process_do_not_share_numbers() -> None:
     one, other = Metrics(), Metrics()
     one.images.labels("nuclei").inc()
-    assert 'solo_images_total{model="nuclei"}' not in other.render().decode()
+    assert 'solo_images_total{model="nuclei"}' not in render(other)
 
 
 def test_the_queue_is_read_when_it_is_asked_for() -> None:
+    metrics, admission = Metrics(), Admission(4096)
+    metrics.watch(admission)
+    assert "solo_queue_limit_canvases 4096.0" in render(metrics)
+    client = Client(name="a")
+    with admission.request(client), admission.admit(client, [4, 4, 900]):
+        text = render(metrics)
+        assert "solo_queue_images 3.0" in text
+        assert "solo_queue_canvases 908.0" in text
+        assert "solo_in_flight_requests 1.0" in text
+    text = render(metrics)
+    for name in ("solo_queue_images", "solo_queue_canvases", "solo_in_flight_requests"):
+        assert f"{name} 0.0" in text
+
+
+def test_an_image_is_counted_with_its_canvases_instances_and_stages() -> None:
     metrics = Metrics()
-    images = [3]
-    metrics.watch_queue(lambda: images[0], lambda: 100 * images[0])
-    assert "solo_queue_images 3.0" in metrics.render().decode()
-    images[0] = 4
-    assert "solo_queue_pixels 400.0" in metrics.render().decode()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    timing = Timing(decode=0.5, queue=0.25, infer=1.0, postprocess=0.125, encode=0.0625, total=2.0)
+    for _ in range(2):
+        metrics.count_image("nuclei", Outcome(b"{}", timing, canvases=9, instances=70))
+    text = render(metrics)
+    for name, value in (("images", 2), ("canvases", 18), ("instances", 140)):
+        assert f'solo_{name}_total{{model="nuclei"}} {value}.0' in text
+    for stage, seconds in zip(STAGES, (1.0, 0.5, 2.0, 0.25, 0.125, 4.0), strict=True):
+        sample = f'solo_stage_duration_seconds_sum{{model="nuclei",stage="{stage}"}}'
+        assert f"{sample} {seconds}" in text
+
+
+def test_a_version_that_is_not_served_any_more_is_not_shown() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
+    metrics.add_model("nuclei", 2, lambda: ENGINE, 8)
+    metrics.images.labels("nuclei").inc()
+    metrics.remove_model("nuclei", 1)
+    text = render(metrics)
+    assert re.findall(r'^solo_model_info{.*version="(\d)"', text, re.M) == ["2"]
+    assert 'solo_images_total{model="nuclei"} 1.0' in text
+
+
+def test_an_engine_that_is_dead_in_one_version_is_not_up() -> None:
+    metrics = Metrics()
+    metrics.add_model("nuclei", 1, lambda: replace(ENGINE, is_alive=False), 8)
+    metrics.add_model("nuclei", 2, lambda: ENGINE, 8)
+    assert 'solo_engine_up{model="nuclei"} 0.0' in render(metrics)
 
 
 OPENMETRICS = "application/openmetrics-text"

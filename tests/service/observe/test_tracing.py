@@ -26,6 +26,7 @@ from service.observe.tracing import (
     note_image,
 )
 from service.settings import Settings
+from service.work.image import ImageWork
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.collector import run_collector
@@ -178,7 +179,7 @@ async def test_only_server_errors_set_the_span_status(
         raise RuntimeError("broken")
 
     if is_error:
-        monkeypatch.setattr("service.work.stages.decode", explode)
+        monkeypatch.setattr(ImageWork, "open", explode)
     assert (await traced.post(path, content=body)).status_code == status
     (span,) = kept.get_finished_spans()
     assert span.attributes is not None

@@ -1,18 +1,19 @@
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-from typing import Any
 
+import httpx
 import pytest
-from fastapi import FastAPI
 
 from service.http.app import create_app
 from service.models.repository import load_repository
 from service.settings import Settings
-from tests.service.conftest import OPTIONS, OpenClient
+from tests.service.conftest import OPTIONS
+from tests.support.asgi import AsgiExchange
 from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.gate import EngineGate
+from tests.support.waiting import wait_until
 
 PICTURE = encode_picture(draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)}))
 _TENSOR = {"name": "image", "datatype": "BYTES", "shape": [1]}
@@ -24,53 +25,50 @@ INFERENCE = (
 
 
 @pytest.mark.parametrize(("path", "body"), [("/segment", PICTURE), INFERENCE])
+@pytest.mark.parametrize("max_delay_ms", [None, 10_000.0], ids=["canvas by canvas", "batches"])
 async def test_a_client_that_leaves_has_its_work_removed(
-    settings: Settings, open_client: OpenClient, path: str, body: bytes
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: bytes,
+    max_delay_ms: float | None,
 ) -> None:
-    patient = settings.model_copy(update={"max_delay_ms": 10_000.0})
-    app = create_app(patient, load_repository(patient.model_repo, OPTIONS))
-    async with open_client(app) as client:
+    patient = settings.model_copy(update={"max_delay_ms": max_delay_ms})
+    repository = load_repository(patient.model_repo, OPTIONS)
+    gate = EngineGate(monkeypatch, repository)
+    app = create_app(patient, repository)
+    async with app.router.lifespan_context(app):
         segmenter = app.state.segmenter
-        statuses = await post_and_leave(app, segmenter.admission, path, body)
-        assert statuses in ([], [499])
-        assert segmenter.admission.images == 0
-        assert segmenter.store.find("blobs", None).feeder.waiting == 0
-        assert (
-            'solo_cancelled_images_total{model="blobs",reason="client_left"} 1.0'
-            in (await client.get("/metrics")).text
-        )
+        exchange = AsgiExchange(app, path, body)
+        await wait_until(lambda: segmenter.admission.images == 1)
+        exchange.leave()
+        statuses = [m["status"] for m in await exchange.end() if "status" in m]
+        assert statuses == [499]
+        assert (segmenter.admission.images, segmenter.admission.canvases) == (0, 0)
+        assert segmenter.admission.requests == 0
+        model = segmenter.store.find("blobs", None)
+        assert (model.scheduler.waiting, model.users) == (0, 0)
+        text = (await segmenter.metrics.answer(""))[0].decode()
+        assert 'solo_cancelled_images_total{model="blobs",reason="client_left"} 1.0' in text
+        assert 'status="499"} 1.0' in text
+        gate.let()
 
 
-async def post_and_leave(app: FastAPI, admission: Any, path: str, body: bytes) -> list[int]:
-    """Posts an image over bare ASGI and disconnects once it is in work."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-    statuses: list[int] = []
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        while not admission.images:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.05)
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "headers": [(b"content-type", b"image/png")],
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-        "root_path": "",
-    }
-    await asyncio.wait_for(app(scope, receive, send), 10)
-    return statuses
+async def test_the_canvases_of_a_client_that_left_are_not_processed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine has at that moment is finished: one canvas of 25."""
+    repository = load_repository(settings.model_repo, OPTIONS)
+    gate = EngineGate(monkeypatch, repository)
+    app = create_app(settings, repository)
+    async with app.router.lifespan_context(app):
+        admission = app.state.segmenter.admission
+        exchange = AsgiExchange(app, "/segment", encode_picture(draw_picture(256, 256)))
+        await wait_until(lambda: admission.canvases == 25)
+        exchange.leave()
+        await exchange.end()
+        gate.let()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.post("/segment", content=PICTURE)).status_code == 200
+        assert gate.calls <= 2

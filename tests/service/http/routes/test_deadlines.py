@@ -42,7 +42,7 @@ async def test_a_deadline_that_passes_is_504_and_removes_the_work(
         )
         assert "within 60 ms" in response.text
         assert app.state.segmenter.admission.images == 0
-        assert app.state.segmenter.store.find("blobs", None).feeder.waiting == 0
+        assert app.state.segmenter.store.find("blobs", None).scheduler.waiting == 0
         cancelled = 'solo_cancelled_images_total{model="blobs",reason="deadline"} 3.0'
         assert cancelled in (await client.get("/metrics")).text
 
@@ -72,7 +72,7 @@ async def test_a_wrong_deadline_is_named(client: httpx.AsyncClient, value: str) 
         assert f"not '{value}'" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("max_delay_ms", [None, 0.001], ids=["lanes", "batches"])
+@pytest.mark.parametrize("max_delay_ms", [None, 0.001], ids=["canvas by canvas", "batches"])
 async def test_interactive_work_goes_before_batch_work(
     settings: Settings,
     open_client: OpenClient,

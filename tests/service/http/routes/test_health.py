@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import httpx
 from fastapi import FastAPI
+
+from service.engines.state import EngineBuild
 
 
 async def test_a_ready_server(client: httpx.AsyncClient) -> None:
@@ -33,8 +33,8 @@ async def test_a_ready_server(client: httpx.AsyncClient) -> None:
 async def test_an_engine_that_is_built_is_shown_with_its_progress(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    backend: Any = app.state.segmenter._repository.models["blobs"][1].backend
-    backend.status, backend.progress = "building the engine", 0.25
+    model = app.state.segmenter.store.find("blobs", None)
+    model.engine.build = EngineBuild("building the engine", 0.25)
     engines = (await client.get("/v2/health/ready")).json()["engines"]
     building = {"status": "building the engine", "progress": 0.25}
     assert [engine["build"] for engine in engines] == [building, None]
@@ -46,7 +46,7 @@ async def test_an_engine_that_is_built_is_shown_with_its_progress(
 async def test_a_draining_server_is_alive_but_not_ready(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    app.state.segmenter.close_admission()
+    app.state.segmenter.admission.close()
     assert (await client.get("/v2/health/live")).status_code == 200
     assert (await client.get("/healthz")).json() == {"status": "draining"}
     ready = await client.get("/v2/health/ready")

@@ -67,7 +67,7 @@ async def test_ready_says_whether_a_model_takes_work(
     assert error_of(await client.get("/v2/models/broken/ready"))[:2] == (503, "model_unavailable")
     unknown = await client.get("/v2/models/blobs/versions/7/ready")
     assert error_of(unknown)[:2] == (404, "unknown_version")
-    app.state.segmenter.close_admission()
+    app.state.segmenter.admission.close()
     for path in paths:
         response = await client.get(path)
         assert (response.status_code, response.json()["ready"]) == (503, False)
@@ -229,7 +229,7 @@ def test_a_low_priority_is_batch_work(parameters: dict[str, int], priority: str)
 async def test_a_key_is_asked_for_and_its_share_holds(
     settings: Settings, open_client: OpenClient, tmp_path: Path
 ) -> None:
-    key = add_key(tmp_path / "keys.json", "shop", images_per_minute=2)
+    key = add_key(tmp_path / "keys.json", "shop", canvases_per_minute=2)
     closed = settings.model_copy(update={"keys_file": tmp_path / "keys.json"})
     app = create_app(closed, load_repository(closed.model_repo, OPTIONS))
     async with open_client(app) as client:
@@ -242,7 +242,7 @@ async def test_a_key_is_asked_for_and_its_share_holds(
 
 
 async def test_a_draining_server_takes_nothing(app: FastAPI, client: httpx.AsyncClient) -> None:
-    app.state.segmenter.close_admission()
+    app.state.segmenter.admission.close()
     response = await client.post(INFER, json=files(PICTURE))
     assert error_of(response)[:2] == (503, "draining")
     assert response.headers["retry-after"] == "1"

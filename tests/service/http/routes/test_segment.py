@@ -4,22 +4,25 @@ import asyncio
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from service.errors import EngineError
 from service.http.app import create_app
-from service.http.routes.segment import wants_png
+from service.http.routes.segment import JSON, NDJSON, PNG, choose_media_type
 from service.http.schemas import SegmentResponse
 from service.models.repository import load_repository
 from service.settings import Settings
+from service.work.image import ImageWork
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture
 from tests.support.pictures import build_gif, build_png_header, build_truncated_jpeg
@@ -47,10 +50,13 @@ async def test_a_multipart_image_is_answered_as_the_contract_says(
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     body = response.json()
-    assert list(body) == ["model", "version", "task", "results", "timing_ms"]
+    assert list(body) == [
+        *("model", "version", "task", "canvases", "cost", "results", "timing_ms"),
+    ]
     assert (body["model"], body["version"], body["task"]) == ("blobs", 1, "segmentation")
     (result,) = body["results"]
     assert (result["file_name"], result["width"], result["height"]) == ("a.png", 64, 48)
+    assert (result["canvases"], result["instances_found"], result["truncated"]) == (1, 2, False)
     red, blue = result["instances"]
     assert (red["category_id"], red["category"]) == (10, "red")
     assert (red["bbox"], red["area"]) == ([4, 8, 12, 16], 192)
@@ -142,20 +148,29 @@ async def test_accept_png_answers_with_the_picture(client: httpx.AsyncClient, ac
 
 
 @pytest.mark.parametrize(
-    ("accept", "png"),
+    ("accept", "media_type"),
     [
-        ("", False),
-        ("*/*", False),
-        ("application/json", False),
-        ("application/json, image/png", False),
-        ("image/png;q=0", False),
-        ("image/png;q=oops", False),
-        ("IMAGE/PNG", True),
-        ("application/json;q=0.1, image/png;q=0.2", True),
+        ("", JSON),
+        ("*/*", JSON),
+        ("application/json", JSON),
+        ("application/json, image/png", JSON),
+        ("image/png;q=0", JSON),
+        ("image/png;q=oops", JSON),
+        ("IMAGE/PNG", PNG),
+        ("image/*", PNG),
+        ("application/json;q=0.1, image/png;q=0.2", PNG),
+        ("application/x-ndjson", NDJSON),
+        ("Application/X-NDJSON; charset=utf-8 ; q=0.3", NDJSON),
+        ("application/x-ndjson, application/json", JSON),
+        ("application/x-ndjson, image/png", PNG),
+        ("application/x-ndjson, application/json;q=0.9, */*;q=0.8", NDJSON),
+        ("application/x-ndjson;q=0", JSON),
+        ("text/html, application/x-ndjson;q=0.1", NDJSON),
+        ("image/png;q=0.2, image/png;q=0.7, application/json;q=0.5", PNG),
     ],
 )
-def test_accept_is_read_with_its_weights(accept: str, png: bool) -> None:
-    assert wants_png(accept) is png
+def test_accept_is_read_with_its_weights(accept: str, media_type: str) -> None:
+    assert choose_media_type(accept) == media_type
 
 
 async def test_accept_png_with_several_images_is_refused(client: httpx.AsyncClient) -> None:
@@ -304,7 +319,7 @@ async def test_company_does_not_change_a_result(client: httpx.AsyncClient) -> No
 async def test_overload_is_503_with_retry_after(
     settings: Settings, open_client: OpenClient
 ) -> None:
-    small = settings.model_copy(update={"max_queue_images": 2, "max_delay_ms": 200.0})
+    small = settings.model_copy(update={"max_queue_canvases": 4, "max_delay_ms": 200.0})
     app = create_app(small, load_repository(small.model_repo, OPTIONS))
     async with open_client(app) as client:
         responses = await asyncio.gather(
@@ -318,19 +333,80 @@ async def test_overload_is_503_with_retry_after(
         assert {error_of(response)["code"] for response in rejected} == {"overloaded"}
         assert (await client.post("/segment", files=[part(PICTURE)])).status_code == 200
         metrics = (await client.get("/metrics")).text
-        assert f'solo_rejections_total{{reason="queue_images"}} {len(rejected)}.0' in metrics
+        assert f'solo_rejections_total{{reason="client_share"}} {len(rejected)}.0' in metrics
         assert "solo_queue_images 0.0" in metrics
+        assert "solo_queue_canvases 0.0" in metrics
 
 
 async def test_more_than_can_ever_fit_is_413(settings: Settings, open_client: OpenClient) -> None:
-    small = settings.model_copy(
-        update={"max_queue_images": 2, "max_queue_pixels": 5000, "max_image_pixels": 5000}
-    )
+    small = settings.model_copy(update={"max_queue_canvases": 12, "max_image_canvases": 12})
     app = create_app(small, load_repository(small.model_repo, OPTIONS))
+    nine = encode_picture(draw_picture(128, 128))
     async with open_client(app) as client:
-        for files in ([part(PICTURE)] * 3, [part(PICTURE)] * 2):
+        for files in ([part(PICTURE)] * 13, [part(nine), part(nine)]):
             response = await client.post("/segment", files=files)
             assert (response.status_code, error_of(response)["code"]) == (413, "too_many_images")
+        assert "18 canvases together, at most 12" in error_of(response)["message"]
+        assert (await client.post("/segment", files=[part(nine)])).status_code == 200
+
+
+async def test_a_thin_image_is_413_with_its_canvases_and_is_not_decoded(
+    client: httpx.AsyncClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40,000,000 pixels, as allowed, but 833,333 tiles of 64 px."""
+
+    def decode(self: ImageWork) -> None:
+        pytest.fail("decoded")
+
+    monkeypatch.setattr(ImageWork, "open", decode)
+    for width, height in ((40_000_000, 1), (1, 40_000_000)):
+        response = await client.post("/segment", content=build_png_header(width, height))
+        assert (response.status_code, error_of(response)["code"]) == (413, "too_many_canvases")
+        message = error_of(response)["message"]
+        assert message.startswith(f"the image of {width}x{height} px needs 833333 canvases")
+        assert "the server allows 4096" in message
+    assert app.state.segmenter.admission.canvases == 0
+    text = (await client.get("/metrics")).text
+    assert 'solo_image_errors_total{code="too_many_canvases",model="blobs"} 2.0' in text
+
+
+async def test_an_image_of_too_many_canvases_fails_alone(
+    settings: Settings, open_client: OpenClient
+) -> None:
+    small = settings.model_copy(update={"max_image_canvases": 8})
+    app = create_app(small, load_repository(small.model_repo, OPTIONS))
+    files = [part(PICTURE), part(encode_picture(draw_picture(128, 128)), "large.png")]
+    async with open_client(app) as client:
+        body = (await client.post("/segment", files=files)).raise_for_status().json()
+        first, second = body["results"]
+        assert len(first["instances"]) == 2
+        assert second["error"]["code"] == "too_many_canvases"
+        assert "needs 9 canvases, the server allows 8" in second["error"]["message"]
+        assert body["canvases"] == body["cost"]["canvases"] == 1
+        SegmentResponse.model_validate(body)
+
+
+async def test_the_answer_says_what_the_request_cost(client: httpx.AsyncClient) -> None:
+    files = [part(PICTURE), part(encode_picture(draw_picture(128, 128))), part(b"text")]
+    body = (await client.post("/segment", files=files)).raise_for_status().json()
+    assert [result.get("canvases") for result in body["results"]] == [1, 9, None]
+    assert body["canvases"] == body["cost"]["canvases"] == 10
+    assert 0 < body["cost"]["engine_ms"] < 60_000
+    text = (await client.get("/metrics")).text
+    counted = re.findall(r'^solo_canvases_total{model="blobs".*} (.*)$', text, re.MULTILINE)
+    assert sum(map(float, counted)) >= 10  # the server on Ray has answered other tests too
+
+
+async def test_the_answer_says_that_instances_were_left_out(client: httpx.AsyncClient) -> None:
+    for params, found, left, truncated in (
+        ({"max_instances": 1}, 2, 1, True),
+        ({"max_instances": 2}, 2, 2, False),
+        ({"score_threshold": 1}, 0, 0, False),
+    ):
+        response = await client.post("/segment", params=params, files=[part(PICTURE)])
+        (result,) = response.json()["results"]
+        assert (result["instances_found"], len(result["instances"])) == (found, left)
+        assert result["truncated"] is truncated
 
 
 async def test_masks_as_one_index_image(client: httpx.AsyncClient) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ from fastapi import FastAPI
 
 from service.errors import Draining, Overloaded, TooManyImages
 from service.http.app import create_app
+from service.http.keys import add_key
 from service.scale.cluster import front
 from service.scale.cluster.front import TRIES, ClusterSegmenter
 from service.scale.cluster.messages import Answer, Call
@@ -18,9 +21,11 @@ from service.scale.cluster.metrics import FrontMetrics
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker
 from service.settings import Settings
+from service.work.request import Client
 from tests.service.conftest import OpenClient
 from tests.service.scale.cluster.conftest import LocalWorkers, run_worker
 from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.pictures import build_png_header
 
 PICTURE = encode_picture(draw_picture())
 LOST = None
@@ -81,7 +86,7 @@ async def test_an_image_cannot_kill_all_workers(open_front: Any) -> None:
         assert len(workers.calls) == TRIES
 
 
-@pytest.mark.parametrize("error", [Draining("going"), Overloaded("full", "queue_pixels")])
+@pytest.mark.parametrize("error", [Draining("going"), Overloaded("full", "queue_canvases")])
 async def test_a_worker_that_cannot_is_not_the_last_word(
     open_front: Any, worker: Worker, error: Any
 ) -> None:
@@ -176,8 +181,45 @@ async def test_the_way_to_the_worker_counts_as_waiting(
 
 
 async def test_a_fronts_admission_is_the_single_servers(open_front: Any) -> None:
-    bounds = {"max_queue_images": 2, "max_queue_pixels": 5000, "max_image_pixels": 5000}
-    async with open_front(**bounds) as (client, workers, _):
+    bounds = {"max_queue_canvases": 2, "max_image_canvases": 2}
+    async with open_front(**bounds) as (client, workers, segmenter):
         files = [("images", ("a.png", PICTURE))] * 3
         response = await client.post("/segment", files=files)
         assert (response.status_code, len(workers.calls)) == (413, 0)
+        with segmenter.admission.admit(Client(name="other"), [2]):
+            assert code_of(await post(client)) == (503, "overloaded")
+        assert (await post(client))[0] == 200
+        assert (segmenter.admission.canvases, segmenter.admission.images) == (0, 0)
+
+
+async def test_images_of_too_many_canvases_do_not_travel(open_front: Any) -> None:
+    large = encode_picture(draw_picture(128, 128))
+    files = [("images", ("a.png", image)) for image in (PICTURE, large, b"text", PICTURE)]
+    async with open_front(max_image_canvases=8) as (client, workers, segmenter):
+        body = (await client.post("/segment", files=files)).raise_for_status().json()
+        codes = [result.get("error", {}).get("code") for result in body["results"]]
+        assert codes == [None, "too_many_canvases", "unsupported_format", None]
+        assert body["canvases"] == 2
+        (call,) = workers.calls
+        assert [image.data for image in call.images] == [PICTURE, PICTURE]
+        thin = await client.post("/segment", content=build_png_header(40_000_000, 1))
+        assert (thin.status_code, thin.json()["error"]["code"]) == (413, "too_many_canvases")
+        assert len(workers.calls) == 1
+        assert segmenter.admission.images == 0
+
+
+async def test_the_client_travels_with_its_weight(open_front: Any, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.json", "shop", weight=3, max_canvases=5)
+    async with open_front(keys_file=tmp_path / "keys.json") as (client, workers, _):
+        assert (await post(client, headers={"x-api-key": key}))[0] == 200
+        (call,) = workers.calls
+        assert call.client == Client(name="key shop", weight=3, max_canvases=5)
+
+
+async def test_progress_is_streamed_by_a_front_too(open_front: Any) -> None:
+    async with open_front() as (client, _, _):
+        headers = {"accept": "application/x-ndjson"}
+        response = await client.post("/segment", content=PICTURE, headers=headers)
+        lines = [json.loads(line) for line in response.text.splitlines()]
+        assert all(line["progress"]["canvases"] == 1 for line in lines[:-1])
+        assert lines[-1]["result"]["canvases"] == 1

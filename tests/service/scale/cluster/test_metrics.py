@@ -46,7 +46,7 @@ async def test_fronts_count_requests_and_workers_images() -> None:
     for metrics in (front, worker):
         metrics.add_model("blobs", 1, lambda: ENGINE, 8)
         metrics.requests.labels("/segment", "POST", "200").inc()
-        metrics.rejections.labels("queue_images").inc()
+        metrics.rejections.labels("queue_canvases").inc()
     front.retries.inc()
     found, _ = await read(
         [("f", (await report_front(front))[1]), ("w", (await report_worker(worker))[1])]

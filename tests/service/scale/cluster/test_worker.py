@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
+from pipeline.errors import UnsupportedFormat
 from service.errors import DeviceError, Draining, ServiceError, StartupError, UnknownVersion
 from service.scale.cluster.messages import Call
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker, start_segmenter
-from service.work.stages import ImageFile, Outcome, Stages
-from service.work.steps import Options
+from service.work.image import ImageWork
+from service.work.request import Client, ImageFile, Options, Outcome
 from tests.support.blob_model import draw_picture, encode_picture
 
 PICTURE = encode_picture(draw_picture())
@@ -22,16 +24,17 @@ def build_call(**changes: Any) -> Call:
         "expected": 1,
         "images": [ImageFile(None, PICTURE)],
         "options": Options(),
+        "client": Client(name="a"),
     }
     return Call(**{**given, **changes})
 
 
-async def test_another_version_than_expected_comes_with_its_configuration(worker: Worker) -> None:
+async def test_another_version_than_expected_comes_with_its_state(worker: Worker) -> None:
     answer = await worker.segment(build_call())
-    assert (answer.version, answer.config, len(answer.outcomes)) == (1, None, 1)
+    assert (answer.model, answer.error, len(answer.outcomes)) == (None, None, 1)
     answer = await worker.segment(build_call(expected=7))
-    assert answer.version == 1
-    assert answer.config is not None and answer.config.name == "blobs"
+    assert answer.model is not None
+    assert (answer.model.name, answer.model.version) == ("blobs", 1)
 
 
 async def test_what_is_refused_as_a_whole_is_the_answers_error(worker: Worker) -> None:
@@ -43,13 +46,35 @@ async def test_what_is_refused_as_a_whole_is_the_answers_error(worker: Worker) -
 async def test_an_error_of_a_library_does_not_travel(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run(*_: object) -> Outcome:
-        return Outcome(b"{}", error=KeyError("local"))
+    class LocalError(Exception):
+        """Cannot be pickled."""
 
-    monkeypatch.setattr(Stages, "run", run)
+    def open_image(self: ImageWork) -> None:
+        raise LocalError("local")
+
+    monkeypatch.setattr(ImageWork, "open", open_image)
     (outcome,) = (await worker.segment(build_call())).outcomes
     assert type(outcome.error) is ServiceError
     assert "local" not in str(outcome.error)
+    travelled: Outcome = pickle.loads(pickle.dumps(outcome))
+    assert b"local" not in travelled.payload
+
+
+async def test_a_call_counts_for_its_client(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the worker is as fair between clients as the front."""
+    held: list[int] = []
+    admission = worker._segmenter.admission
+
+    def open_image(self: ImageWork) -> None:
+        held.append(admission.held(Client(name="a")))
+        raise UnsupportedFormat("enough")
+
+    monkeypatch.setattr(ImageWork, "open", open_image)
+    await worker.segment(build_call(images=[ImageFile(None, PICTURE)] * 2))
+    assert max(held) == 2
+    assert admission.held(Client(name="a")) == 0
 
 
 async def test_a_worker_that_ends_takes_nothing_more(worker: Worker) -> None:

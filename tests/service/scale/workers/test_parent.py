@@ -138,16 +138,18 @@ def test_a_signal_before_anybody_is_ready_ends_the_start(tmp_path: Path) -> None
 def test_what_workers_share() -> None:
     settings = Settings(
         workers=3,
-        max_queue_images=7,
-        max_queue_pixels=100,
-        max_image_pixels=50,
+        max_queue_canvases=100,
+        max_image_canvases=20,
+        max_decoded_pixels=1000,
         max_connections=1000,
         threads=5,
     )
     shared = share(settings)
-    assert (shared.max_queue_images, shared.max_connections) == (3, 334)
-    assert shared.max_queue_pixels == 50  # the largest image must be admitted
+    assert (shared.max_queue_canvases, shared.max_connections) == (34, 334)
+    assert shared.max_decoded_pixels == 334
     assert shared.threads == 5  # as told
+    large = share(Settings(workers=3, max_queue_canvases=100, max_image_canvases=50))
+    assert large.max_queue_canvases == 50  # the largest image must be admitted
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""Engines behind one protocol; one file for each."""
