@@ -88,7 +88,7 @@ def _to_rgb(image: Image.Image) -> UInt8:
     """
     depth = 16
     if image.mode in _SIXTEEN_BIT_MODES:
-        bits = int(max(image.getextrema())).bit_length()  # type: ignore[type-var, arg-type]
+        bits = int(max(image.getextrema())).bit_length()  # type: ignore[arg-type]
         depth = next((depth for depth in _CAMERA_BITS if depth >= bits), 16)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, _STRIPE_PIXELS // image.width)

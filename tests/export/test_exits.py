@@ -69,7 +69,7 @@ def test_the_bundled_graphs_give_the_same_bits_on_images_with_and_without_nuclei
     plain, exits = ((version / name).read_bytes() for name in (file, PLAIN_FILES[file]))
     assert describe_file(exits) == config.files[PLAIN_FILES[file]].model_dump()
     content = (IMAGES / "b7a86f4968071e0f.jpg").read_bytes()
-    tiles = prepare(decode_image(content), config.input).tiles[:2]
+    tiles = list(prepare(decode_image(content), config.input).tiles[:2])
     crowded = (IMAGES / "9bb6e39d5f4415bc.jpg").read_bytes()
     tiles += prepare(decode_image(crowded), config.input).tiles[4:5]
     images = np.stack([np.full_like(tiles[0].image, 20), *(tile.image for tile in tiles)])
