@@ -1,6 +1,6 @@
 // A CUDA driver for tests without a GPU: memory is the host's, a stream does its work at once, and
 // kernels are those of kernel_host.h in the library that FAKE_DRIVER_KERNELS names. It has the calls
-// that cuda-core makes for service/engines/kernels/launcher.py and no other, so that the real cuda-core runs.
+// that cuda-core makes for service/engines/device.py and kernels/launcher.py and no other, so that the real cuda-core runs.
 #include <dlfcn.h>
 
 #include <cstdint>

@@ -25,7 +25,7 @@ from service.engines.base import BackendError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("select", "paste", "runs", "letterbox")
+SOURCES = ("select", "paste", "runs")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What is prebuilt unless told otherwise."""
 OPTIONS: Mapping[str, str | bool] = {

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -11,14 +10,6 @@ import pytest
 
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import FakeTensorrt
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    cuda = FakeCuda()
-    install(monkeypatch, "cuda", ModuleType("cuda"))
-    install(monkeypatch, "cuda.core", cuda.module)
-    return cuda
 
 
 @pytest.fixture

@@ -274,10 +274,10 @@ class TestNvrtc:
         assert compiler_version().startswith("13.0 ")
 
     def test_the_code_is_an_elf_that_is_stored_whole(self, tmp_path: Path) -> None:
-        code = load_cubin("letterbox", (8, 0), cache=tmp_path, prebuilt=())
+        code = load_cubin("runs", (8, 0), cache=tmp_path, prebuilt=())
         assert code.startswith(b"\x7fELF")
         (path,) = tmp_path.iterdir()
-        assert read_cubin(path, describe("letterbox", "sm_80", compiler_version())) == code
+        assert read_cubin(path, describe("runs", "sm_80", compiler_version())) == code
 
     def test_an_error_says_what_and_where(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
