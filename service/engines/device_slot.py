@@ -93,14 +93,14 @@ class DeviceSlot:
         self._bound: OrderedDict[BatchShape, list[EngineRun]] = OrderedDict()
         self._host: PinnedMemory | None = None
         device.activate()
-        self._stream = device.open_stream()
-        try:
+        with contextlib.ExitStack() as undo:
+            self._stream = device.open_stream()
+            undo.callback(device.close_stream, self._stream)
+            self._call = build(self._stream)
+            undo.callback(self._call.close)
             max_pixels = max(height * width for height, width in canvases)
             self._memory = SlotMemory(device, self._stream, max_batch, max_pixels)
-            self._call = build(self._stream)
-        except BaseException:
-            device.close_stream(self._stream)
-            raise
+            undo.pop_all()
 
     def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         """Runs one batch; waits for the device."""
