@@ -70,12 +70,17 @@ class Upgrade:
                 raise
             except Exception as error:  # of the operating system or of pickling
                 raise BuildFailed(f"the builder cannot be started: {error}") from error
-            with messages:
-                outcome = _follow(messages, report)
-            wait([process.sentinel])
-            with self._lock:  # once it is joined its process id may be another's
-                process.join()
-                self._process = None
+            try:
+                with messages:
+                    outcome = _follow(messages, report)
+            except BaseException:
+                self._kill()
+                raise
+            finally:
+                wait([process.sentinel])
+                with self._lock:  # once it is joined its process id may be another's
+                    process.join()
+                    self._process = None
             if self._cancelled:
                 raise BuildFailed("the build was cancelled")
             if outcome:
@@ -94,8 +99,11 @@ class Upgrade:
 
     def cancel(self) -> None:
         """Kills the child and all that it started; any thread may call it, at any time."""
+        self._cancelled = True
+        self._kill()
+
+    def _kill(self) -> None:
         with self._lock:
-            self._cancelled = True
             if self._process is not None and self._process.is_alive():
                 assert self._process.pid is not None
                 with contextlib.suppress(ProcessLookupError):  # before it leads a session

@@ -181,7 +181,7 @@ class Engine:
         self.tensorrt = tensorrt
         self.profiles: list[dict[str, Any]] = plan["profiles"]
         self.dtypes: dict[str, str] = plan["dtypes"]
-        self.num_optimization_profiles = len(self.profiles)
+        self.num_optimization_profiles = len(self.profiles) + tensorrt.more_profiles
         self.num_io_tensors = len(self.dtypes)
 
     def get_tensor_name(self, index: int) -> str:
@@ -210,6 +210,7 @@ class FakeTensorrt:
         self.refuses_profiles = False
         self.refuses_plans = 0
         self.refuses_runs = False
+        self.more_profiles = 0
         self.fails_with: str | None = None
         self.flags: list[int] = []
         self.configs: list[Config] = []

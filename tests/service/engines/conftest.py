@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest

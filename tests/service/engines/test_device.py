@@ -1,4 +1,4 @@
-"""The wrapper of CUDA against a fake `cuda.core`; kernels/test_launcher.py runs it over the real."""
+"""The wrapper of CUDA over a fake `cuda.core`; kernels/test_launcher.py has the real one."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_closed_streams_and_freed_memory_are_gone(device: CudaDevice, fake_cuda:
 def test_errors_say_what_could_not_be_done(device: CudaDevice, fake_cuda: FakeCuda) -> None:
     stream = device.open_stream()
     fake_cuda.memory_bytes = 10
-    with pytest.raises(CudaError, match="CUDA cannot allocate 11 bytes on the device: .*MEMORY"):
+    with pytest.raises(CudaError, match=r"CUDA cannot allocate 11 bytes on the device: .*MEMORY"):
         device.allocate(11)
-    with pytest.raises(CudaError, match="CUDA cannot allocate 12 pinned bytes: .*MEMORY"):
+    with pytest.raises(CudaError, match=r"CUDA cannot allocate 12 pinned bytes: .*MEMORY"):
         device.allocate_pinned(12)
     for error in (RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS"), BackendError("ours"), DeviceError()):
         fake_cuda.streams[stream].put(lambda error=error: _raise(error))

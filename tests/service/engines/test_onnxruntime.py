@@ -310,7 +310,7 @@ def test_a_graph_that_gives_other_shapes_is_an_error_and_no_garbage(
 ) -> None:
     fake_gpu.install(monkeypatch)
     config = read_config(mask_stride=8)
-    with pytest.raises(DeviceError, match="'mask_probs' .* has shape .* but the computed"):
+    with pytest.raises(DeviceError, match=r"'mask_probs' .* has shape .* but the computed"):
         build_ort_backend(build_graph(), CUDA, config)
 
 
@@ -323,7 +323,7 @@ def test_an_engine_that_fails_on_one_canvas_fails_on_its_batch(
     tiles[0].image[0, 0, 0] = tiles[1].image[0, 0, 0] = 0
     assert len(backend.infer(tiles)) == 2
     tiles[1].image[0, 0, 0] = POISON
-    with pytest.raises(BackendError, match="CUDA cannot finish what was queued: .*Gather"):
+    with pytest.raises(BackendError, match=r"CUDA cannot finish what was queued: .*Gather"):
         backend.infer(tiles)
     assert len(backend.infer(tiles[:1])) == 1
 

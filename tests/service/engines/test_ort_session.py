@@ -85,5 +85,5 @@ def test_a_graph_with_other_outputs_is_refused() -> None:
     model = onnx.load_from_string(build_graph())
     del model.graph.output[1]
     session = build_session(model.SerializeToString(), BackendOptions(threads=1), [(CPU, {})])
-    with pytest.raises(BackendError, match="the graph's outputs are .*they must be"):
+    with pytest.raises(BackendError, match=r"the graph's outputs are .*they must be"):
         check_signature(session)

@@ -129,7 +129,7 @@ class TestBackend:
             ):
                 backend.infer(build_tiles(2))
         slot.fail = BackendError("as it is")
-        with pytest.raises(BackendError, match="^as it is$"):
+        with pytest.raises(BackendError, match=r"^as it is$"):
             backend.infer(build_tiles(2))
         slot.fail = None
         assert len(backend.infer(build_tiles(2))) == 2
