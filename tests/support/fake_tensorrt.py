@@ -3,7 +3,8 @@
 An engine gives every canvas K candidates: scores fall from the canvas's first red value / 255,
 labels count up, masks are the first green value / 255. It writes only into the addresses it was
 given, through fake streams, so that what is captured, padded or mixed up is seen in the results.
-Only what our sources call, which tests/service/engines/tensorrt/test_api.py holds against the real one.
+Only what our sources call, which tests/service/engines/tensorrt/test_api.py holds against the real
+one.
 """
 
 from __future__ import annotations

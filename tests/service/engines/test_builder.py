@@ -33,6 +33,10 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+def is_gone(pid: int) -> bool:
+    return not is_running(pid)
+
+
 def read_pids(file: Path) -> list[int]:
     wait_for(lambda: file.exists() and file.read_text().endswith("."))
     return [int(pid) for pid in file.read_text().removesuffix(".").split()]
@@ -126,6 +130,9 @@ class Building:
         except Exception as error:
             self.error = error
 
+    def has_started(self) -> bool:
+        return self.upgrade._process is not None
+
     def wait(self) -> str:
         """Why it failed."""
         self.thread.join(TIMEOUT_S)
@@ -203,14 +210,14 @@ def test_cancel_ends_the_builder_and_all_that_it_started(tmp_path: Path) -> None
     building.upgrade.cancel()
     assert building.wait() == "the build was cancelled"
     for pid in pids:
-        wait_for(lambda pid=pid: not is_running(pid))
+        wait_for(partial(is_gone, pid))
     building.upgrade.cancel()
 
 
 def test_cancel_before_the_child_leads_a_session_ends_it_too() -> None:
     for pause_s in (0.0, 0.01, 0.05):
         building = Building(wait_for_long)
-        wait_for(lambda building=building: building.upgrade._process is not None)
+        wait_for(building.has_started)
         time.sleep(pause_s)
         building.upgrade.cancel()
         assert building.wait() == "the build was cancelled"
@@ -262,4 +269,4 @@ build(sleep, pathlib.Path({str(tmp_path / "pids")!r}))
         process.send_signal(number)
         process.wait(TIMEOUT_S)
     for pid in pids:
-        wait_for(lambda pid=pid: not is_running(pid))
+        wait_for(partial(is_gone, pid))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_errors_say_what_could_not_be_done(device: CudaDevice, fake_cuda: FakeCu
     with pytest.raises(CudaError, match=r"CUDA cannot allocate 12 pinned bytes: .*MEMORY"):
         device.allocate_pinned(12)
     for error in (RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS"), BackendError("ours"), DeviceError()):
-        fake_cuda.streams[stream].put(lambda error=error: _raise(error))
+        fake_cuda.streams[stream].put(partial(_raise, error))
         expected = CudaError if type(error) is RuntimeError else type(error)
         with pytest.raises(expected) as caught:
             device.synchronize(stream)

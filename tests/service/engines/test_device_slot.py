@@ -291,7 +291,7 @@ def test_outputs_that_are_held_are_not_written_again(fake_cuda: FakeCuda) -> Non
     kept: list[DeviceBatch] = []
 
     def select(batch: DeviceBatch, stream: int) -> list[TileCandidates]:
-        rig.device.synchronize(stream)
+        fake_cuda.streams[stream].sync()
         kept.append(batch)
         return []
 

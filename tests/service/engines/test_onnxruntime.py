@@ -16,6 +16,7 @@ from pipeline.types import Candidates, Tile, Window
 from service.engines import onnxruntime as ort_backend
 from service.engines.base import BackendError, BackendOptions
 from service.engines.onnxruntime import build_ort_backend, find_obstacle
+from service.engines.ort_session import build_session
 from service.errors import DeviceError
 from tests.service.engines.test_ort_session import read_config
 from tests.support import fake_gpu
@@ -63,7 +64,6 @@ def test_tiles_are_shared_by_calls_and_whole_images_by_threads(
     expected: tuple[int, int],
 ) -> None:
     built: list[BackendOptions] = []
-    build_session = ort_backend.build_session
 
     def watch(model: Any, options: BackendOptions, providers: Any) -> Any:
         built.append(options)
