@@ -1,7 +1,7 @@
-"""Packages of AOTInductor, on the CPU or on CUDA: the one place of the service that uses torch.
+"""Packages of AOTInductor, on the CPU or on CUDA: the only module of the service that uses torch.
 
-torch is imported when a package is to be loaded, never before. A package needs no compiler where
-it runs. CUDA was NOT RUN ON HARDWARE.
+torch is imported only when a package is loaded. A package needs no compiler where it runs. CUDA was
+NOT RUN ON HARDWARE.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 """
@@ -67,9 +67,9 @@ def find_obstacle(options: BackendOptions) -> str | None:
 
 
 def find_target(options: BackendOptions) -> str:
-    """Target of the package that would run here: of the GPU, unless the CPU is asked for.
+    """Target of the package that would run here: the GPU's, unless the CPU is asked for.
 
-    Only to be called where `find_obstacle` finds none.
+    Call it only if `find_obstacle` finds none.
     """
     import torch
 
@@ -79,7 +79,7 @@ def find_target(options: BackendOptions) -> str:
 
 
 def load_runner(data: bytes, device: str) -> Runner:
-    """Loads a package's code; whoever calls it has verified the bytes.
+    """Loads a package's code; the caller has verified the bytes.
 
     On CUDA a runner may be captured into CUDA graphs, and one thread at a time may call it.
 
@@ -90,11 +90,11 @@ def load_runner(data: bytes, device: str) -> Runner:
 
     cuda = device == "cuda"
     try:
-        # The loader takes names only. It reads a file of ours, not the one that could change.
+        # The loader takes a file name. It reads a copy, not the file that could change.
         with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
             file.write(data)
             file.flush()
-            # One runner: batches run beside each other as graphs, or each has all cores.
+            # One runner: on CUDA each slot loads its own, on the CPU a call has all cores.
             loader = torch._C._aoti.AOTIModelPackageLoader(
                 file.name, "model", cuda, 1, torch.cuda.current_device() if cuda else -1
             )
@@ -126,7 +126,7 @@ def build_host_slot(info: PackageInfo, runner: Runner, threads: int) -> HostSlot
     """A slot on the CPU; NumPy and torch share the memory.
 
     Args:
-        info: What the package says of itself.
+        info: The package's metadata.
         runner: The package's.
         threads: Of one call.
     """
@@ -150,7 +150,7 @@ class AotiCall:
     """A package on CUDA, called and recorded on a slot's stream.
 
     Args:
-        info: What the package says of itself.
+        info: The package's metadata.
         runner: The package's code, used by this slot alone.
         mask_stride: Canvas px per mask px.
         stream: The slot's, by its handle.
@@ -169,7 +169,7 @@ class AotiCall:
         self._outputs: Sequence[Tensor] = ()
 
     def bind(self, shape: BatchShape, memory: SlotMemory) -> EngineRun:
-        """Takes the slot's inputs as tensors; the package allocates its outputs.
+        """Wraps the slot's inputs as tensors; the package allocates its outputs.
 
         Raises:
             BackendError: The package was not made for the shape.
@@ -259,8 +259,8 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
 
     Raises:
         BackendError: There is no torch, the file is not the published one, or the package is for
-            another machine, torch or larger limits than config.json has. None of its code has run.
-            Or CUDA does not work.
+            another machine, another torch or smaller batches than config.json allows; then none of
+            its code has run. Or CUDA does not work.
     """
     obstacle = find_obstacle(options)
     if obstacle is not None:

@@ -1,4 +1,4 @@
-"""What an engine and its slot on a GPU agree on: shapes, addresses, and how a run is queued.
+"""The interface of an engine and its slot on a GPU: shapes, addresses, and how a run is queued.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 """
@@ -65,7 +65,7 @@ class OutputLayout:
         return 4 * slots, 8 * slots, slots * height * width * ITEM_BYTES[self.mask_type]
 
     def place(self, start: int, shape: BatchShape) -> EngineOutputs:
-        """The outputs one behind the other from an address on."""
+        """Addresses of the outputs, one after the other, from an address on."""
         scores, labels, _ = self.sizes(shape)
         return EngineOutputs(
             self, start, start + _align(scores), start + _align(scores) + _align(labels)
@@ -91,8 +91,8 @@ class EngineRun:
     """An engine that is bound to a slot's memory for one shape.
 
     Attributes:
-        enqueue: Queues a run on the slot's stream; its outputs hold until the next run.
-        record: Makes the same run a recorded CUDA graph; None where it is one.
+        enqueue: Queues a run on the slot's stream; its outputs are valid until the next run.
+        record: Records the same run as a CUDA graph; None for a run that is recorded.
         close: Frees what the run holds.
     """
 
@@ -120,11 +120,11 @@ class EngineCall(Protocol):
 class SlotMemory:
     """Memory of a device slot: inputs, pinned and on the device, and the engine's outputs.
 
-    `valid_hw` and then `images` lie in one region, so one copy uploads both. The memory is that of
-    the greatest shape and never moves: recorded graphs hold its addresses.
+    `valid_hw` and then `images` lie in one region, so one copy uploads both. Everything is
+    allocated for the largest shape and never moves, because recorded graphs hold its addresses.
 
     Args:
-        device: Where.
+        device: The GPU.
         stream: Handle of the stream that copies and runs are queued on.
         max_batch: Largest batch.
         max_pixels: Largest canvas.
@@ -152,7 +152,7 @@ class SlotMemory:
         return self._inputs.pointer + self._start
 
     def outputs(self, layout: OutputLayout, shape: BatchShape) -> EngineOutputs:
-        """Memory for an engine that writes its outputs where it is told to."""
+        """Memory for an engine that writes its outputs to given addresses; allocated once."""
         if self._outputs is None:
             slots = self._max_batch * layout.candidates
             mask_bytes = ITEM_BYTES[layout.mask_type] * self._max_pixels // layout.mask_stride**2
@@ -163,8 +163,8 @@ class SlotMemory:
     def upload(self, tiles: Sequence[Tile], shape: BatchShape) -> None:
         """Queues the copy of a batch to the device, padded with black canvases.
 
-        What padded or filled an earlier batch is not seen: an image that makes the engine fail
-        must not fail the next batch too.
+        Pixels of earlier batches are overwritten: an image that makes the engine fail must not be
+        in the padding of the next batch.
 
         Raises:
             BackendError: The canvas is larger than the memory.
@@ -173,17 +173,18 @@ class SlotMemory:
             raise BackendError(
                 f"a canvas of {shape.canvas_hw}, the engine takes at most {self._max_pixels} px"
             )
-        if self._uploaded is not None:  # the previous batch may still be read
+        if self._uploaded is not None:  # the previous batch may not be copied yet
             self._device.wait(self._uploaded)
         frame = 3 * shape.pixels
         used, end = len(tiles) * frame, shape.batch * frame
         valid_hw = self._host.array[: 16 * shape.batch].view(np.int64).reshape(-1, 2)
         pixels = self._host.array[self._start :]
         images = pixels[:used].reshape(-1, *shape.canvas_hw, 3)
+        self._written = max(self._written, used)  # behind it all is black
         for row, tile in enumerate(tiles):
             images[row], valid_hw[row] = tile.image, tile.valid_hw
         valid_hw[len(tiles) :] = shape.canvas_hw
-        pixels[used : self._written] = 0  # beyond `_written` all is black already
+        pixels[used : self._written] = 0
         self._written = used
         size_bytes = self._start + end
         self._device.copy(self._inputs.pointer, self._host.pointer, size_bytes, self.stream)

@@ -1,8 +1,8 @@
 """The slot of every engine on a GPU: what one batch in flight needs there.
 
 It has a stream, pinned and device memory for the inputs, memory for the outputs, and a recorded
-CUDA graph for each batch size and canvas that it has met. An engine supplies only how it is bound
-to that memory and how a run is queued (`EngineCall`). NOT RUN ON HARDWARE.
+CUDA graph for each batch size and canvas in use. An engine supplies only how it is bound to that
+memory and how a run is queued (`EngineCall`). NOT RUN ON HARDWARE.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 """
@@ -57,12 +57,13 @@ def list_batch_sizes(max_batch: int) -> tuple[int, ...]:
 class DeviceSlot:
     """A batch in flight on a GPU.
 
-    Outputs are copied from the engine's memory to buffers that the candidates own, at the speed of
-    the device: the slot takes the next batch while they live, however long that is.
+    Outputs are copied on the device from the engine's memory to buffers that the candidates own. So
+    the slot takes the next batch while they live: an image's tiles may need many batches before
+    the first is post-processed.
 
     Args:
         device: The GPU.
-        build: Gives the engine's call for the slot's stream, by its handle.
+        build: Gives the engine's call, given the handle of the slot's stream.
         max_batch: Largest batch.
         canvases: The model's.
         select: Post-processes on the device; None copies the candidates to the host.
@@ -133,14 +134,17 @@ class DeviceSlot:
         self._device.activate()
         with contextlib.suppress(BackendError):
             self._device.synchronize(self._stream)
-        while self._bound:
-            self._drop_oldest()
-        self._call.close()
-        self._memory.close()
-        for memory in (*self._free, *([self._host] if self._host else [])):
-            self._device.free(memory)
-        self._free.clear()
-        self._device.close_stream(self._stream)
+        with contextlib.ExitStack() as closing:  # all of it, also where one of it fails
+            closing.callback(self._device.close_stream, self._stream)
+            for memory in (*self._free, *([self._host] if self._host else [])):
+                closing.callback(self._device.free, memory)
+            self._free.clear()
+            closing.callback(self._memory.close)
+            closing.callback(self._call.close)
+            for runs in self._bound.values():
+                for run in runs:
+                    closing.callback(run.close)
+            self._bound.clear()
 
     def _bind(self, shape: BatchShape) -> EngineRun:
         """The run of a shape, recorded where that works; the inputs of a batch are uploaded."""
@@ -149,7 +153,8 @@ class DeviceSlot:
             return self._bound[shape][-1]
         while len(self._bound) >= self._max_shapes:
             self._device.synchronize(self._stream)
-            self._drop_oldest()
+            for run in reversed(self._bound.popitem(last=False)[1]):
+                run.close()
         run = self._call.bind(shape, self._memory)
         runs = [run]
         if self.has_graphs and run.record is not None:
@@ -165,10 +170,6 @@ class DeviceSlot:
                 )
         self._bound[shape] = runs
         return runs[-1]
-
-    def _drop_oldest(self) -> None:
-        for run in reversed(self._bound.popitem(last=False)[1]):
-            run.close()
 
     def _keep(
         self, select: Select, outputs: EngineOutputs, used: BatchShape
@@ -203,10 +204,10 @@ class DeviceSlot:
             raise
 
     def _take(self, size_bytes: int) -> DeviceMemory:
-        """A buffer that is large enough; never waits for one, candidates may live for long."""
+        """A buffer that is large enough; never waits for one to be returned."""
         while len(self._free) > KEPT_BUFFERS:
             self._device.free(self._free.popleft())
-        if self._free:  # only this thread takes
+        if self._free:  # only one thread at a time takes
             buffer = self._free.popleft()
             if buffer.size_bytes >= size_bytes:
                 return buffer

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime: their providers, and whether a graph honours the graph contract."""
+"""Sessions of ONNX Runtime: their providers, and the check of a graph against the contract."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cuda_options(
 
     Args:
         options: Precision and memory limit.
-        one_canvas: The shapes are few and return: their best convolutions are worth a search.
+        one_canvas: There are few shapes, for which an exhaustive search of convolutions pays off.
         stream: Handle of the stream to compute on; None leaves it to the provider.
         has_graphs: Record each shape's kernels once and replay them.
     """
@@ -77,13 +77,13 @@ def build_session(
 
     Raises:
         BackendError: The graph cannot be loaded.
-        DeviceError: The provider cannot; the runtime alone would fall back without an error.
+        DeviceError: The provider does not work; the runtime would silently use another one.
     """
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = options.threads or count_cores()
     session_options.inter_op_num_threads = 1
     session_options.log_severity_level = 3
-    # Idle threads must not spin on the cores that decode and encode.
+    # Idle threads must not spin on cores that decode and encode images.
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = str(model) if isinstance(model, Path) else model
     wanted = providers[0][0]
@@ -113,7 +113,7 @@ def read_layout(session: ort.InferenceSession, config: ModelConfig) -> OutputLay
 
 
 def check_signature(session: ort.InferenceSession) -> MaskType:
-    """Compares the graph with the graph contract.
+    """Compares a session's graph with the graph contract.
 
     Returns:
         The masks' type.

@@ -1,11 +1,12 @@
-"""Slots: each runs one batch at a time, and a backend lends as many as it takes batches at once.
+"""Slots, each of which runs one batch at a time, and the backend that lends them to its callers.
 
-`HostSlot` here is a call on the host, `device_slot.DeviceSlot` one on a GPU. `SlotBackend` is the
+`HostSlot` is a call on the host, `device_slot.DeviceSlot` one on a GPU. `SlotBackend` is the
 `Backend` of every engine; engines differ only in the calls that their slots make.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -108,8 +109,10 @@ class ThreadSlot:
 
     def close(self) -> None:
         """Closes the slot and ends its thread."""
-        self._run(self._slot.close)
-        self._work.put(None)
+        try:
+            self._run(self._slot.close)
+        finally:
+            self._work.put(None)
 
 
 def _serve(work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
@@ -119,7 +122,7 @@ def _serve(work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> N
             done.set_result(step())
         except BaseException as error:
             done.set_exception(error)
-        del item, done, step  # they hold a batch's results, and the next call may be far off
+        del item, done, step  # else a batch's results live until the next call
 
 
 class SlotQueue:
@@ -165,8 +168,9 @@ class SlotQueue:
             self._closed = True
             idle, self._free = self._free, []
             self._changed.notify_all()
-        for slot in idle:
-            slot.close()
+        with contextlib.ExitStack() as closing:  # all of them, also where one fails
+            for slot in idle:
+                closing.callback(slot.close)
 
 
 class SlotBackend:

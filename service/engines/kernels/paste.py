@@ -50,7 +50,7 @@ class PastedMask:
 
 @dataclass(frozen=True)
 class MaskPlane:
-    """The masks of one tile on the device.
+    """A tile's masks on the device.
 
     Attributes:
         pointer: Address of [K, h, w].

@@ -391,6 +391,37 @@ def test_a_closed_slot_frees_everything(either: Rig) -> None:
     assert either.call.is_closed
 
 
+def test_a_slot_on_a_dead_device_closes_all_that_it_can(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.slot.infer(build_tiles([1, 2]))
+    free, failed = rig.device.free, list[int]()
+
+    def fail_once(memory: Any) -> None:
+        if not failed:
+            failed.append(memory.pointer)
+            raise CudaError("CUDA cannot free 8 bytes: unspecified launch failure")
+        free(memory)
+
+    monkeypatch.setattr(rig.device, "free", fail_once)
+    with pytest.raises(CudaError, match="unspecified launch failure"):
+        rig.slot.close()
+    assert rig.cuda.open_streams == rig.streams
+    assert rig.call.is_closed
+    assert failed[0] in rig.cuda.open_buffers and len(rig.cuda.open_buffers) < 4
+
+
+def test_a_batch_that_cannot_be_written_leaves_no_pixels_behind(fake_cuda: FakeCuda) -> None:
+    rig = Rig(fake_cuda, max_batch=6)
+    rig.slot.infer(build_tiles([1]))
+    tiles = build_tiles([9] * 6)
+    tiles[4] = build_tiles([9], (64, 32))[0]
+    with pytest.raises(ValueError, match="broadcast"):
+        rig.slot.infer(tiles)
+    rig.slot.infer(build_tiles([1, 1, 1]))
+    assert not rig.call.seen[-1][0][3:].any()
+
+
 def test_candidates_may_outlive_their_slot(rig: Rig) -> None:
     assert isinstance(rig.select, HostSelect)
     rig.select.held = []

@@ -86,6 +86,17 @@ class TestQueue:
         queue.close()
         assert [slot.closed for slot in slots] == [1, 1]
 
+    def test_all_are_closed_also_where_one_fails(self) -> None:
+        class Dead(PlainSlot):
+            def close(self) -> None:
+                super().close()
+                raise BackendError("the device is lost")
+
+        slots = [Dead(), PlainSlot(), Dead()]
+        with pytest.raises(BackendError, match="lost"):
+            SlotQueue(slots).close()
+        assert [slot.closed for slot in slots] == [1, 1, 1]
+
     def test_who_waits_for_a_slot_hears_that_the_queue_is_closed(self) -> None:
         queue = SlotQueue([PlainSlot()])
         queue.take()

@@ -155,7 +155,7 @@ class TestDisk:
         (tmp_path / "file").write_text("in the way")
         with caplog.at_level(logging.WARNING):
             assert load(tmp_path / "file" / "cache").startswith(b"select")
-        assert "are not kept" in caplog.text
+        assert "are not stored" in caplog.text
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_folder_that_is_read_only(
@@ -164,7 +164,7 @@ class TestDisk:
         tmp_path.chmod(0o500)
         with caplog.at_level(logging.WARNING):
             assert load(tmp_path).startswith(b"select")
-        assert "are not kept" in caplog.text
+        assert "are not stored" in caplog.text
 
     def test_a_full_disk_leaves_no_part_of_a_file(
         self,
