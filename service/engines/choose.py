@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.model_config import ModelConfig
+from service.engines.aoti_package import name_package
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
@@ -132,11 +133,6 @@ def exits_file(precision: str) -> str:
     return f"{graph_file(precision).removesuffix('.onnx')}.exits.onnx"
 
 
-def package_file(target: str, precision: str) -> str:
-    """Name of the AOTInductor package for a target, "cpu" or e.g. "sm_90"."""
-    return f"model.{target}.{precision}.pt2"
-
-
 def _list_routes(
     options: BackendOptions, artefacts: Artefacts, refusals: list[str]
 ) -> Iterator[_Route]:
@@ -147,7 +143,7 @@ def _list_routes(
         if engine in ("auto", "trt"):
             yield _Route("trt", "cuda", graph)
         if engine in ("auto", "aoti"):
-            yield _Route("aoti", "cuda", package_file(gpu.target, options.precision))
+            yield _Route("aoti", "cuda", name_package(gpu.target, options.precision))
         if engine in ("auto", "ort"):
             yield _Route("ort", "cuda", graph)
     elif options.device == "auto" or engine == "trt":
@@ -155,7 +151,7 @@ def _list_routes(
     if options.device == "cuda":
         return
     if engine == "aoti":
-        yield _Route("aoti", "cpu", package_file("cpu", options.precision))
+        yield _Route("aoti", "cpu", name_package("cpu", options.precision))
     if engine in ("auto", "ort"):
         exits = exits_file(options.precision)
         if exits in artefacts:

@@ -11,6 +11,7 @@ import pytest
 
 from service.engines.base import BackendError
 from service.engines.device import CudaDevice, CudaError
+from service.engines.kernels.launcher import Launcher
 from service.errors import DeviceError
 from tests.support.fake_cuda import FakeCuda, read_memory
 
@@ -20,27 +21,37 @@ def device(fake_cuda: FakeCuda) -> CudaDevice:
     return CudaDevice()
 
 
-def test_only_what_is_asked_for_is_copied(device: CudaDevice) -> None:
+def test_only_what_is_asked_for_is_copied(launcher: Launcher) -> None:
+    """Also through the real cuda-core, as is the next: kernels/test_launcher.py."""
+    device = launcher.device
     stream = device.open_stream()
     host, memory = device.allocate_pinned(256), device.allocate(256)
-    host.array[:] = np.arange(256)
-    device.copy(memory.pointer, host.pointer, 100, stream)
+    for first, size_bytes in ((0, 256), (1, 100)):
+        host.array[:] = (np.arange(256) + first) % 256
+        device.copy(memory.pointer, host.pointer, size_bytes, stream)
+        device.synchronize(stream)
+    host.array[:] = 0
+    device.copy(host.pointer, memory.pointer, 256, stream)
     device.synchronize(stream)
-    found = read_memory(memory.pointer, np.uint8, (256,))
-    assert found[:100].tolist() == list(range(100))
-    assert set(found[100:].tolist()) == {0xFF}
+    assert host.array.tolist() == [*range(1, 101), *range(100, 256)]
+    device.free(host)
+    device.free(memory)
+    device.close_stream(stream)
 
 
-def test_an_event_is_waited_for_at_its_last_mark(device: CudaDevice) -> None:
+def test_an_event_is_waited_for_at_its_last_mark(launcher: Launcher) -> None:
+    device = launcher.device
     stream = device.open_stream()
-    host, memory = device.allocate_pinned(1), device.allocate(1)
+    host, memory, back = (device.allocate_pinned(1), device.allocate(1), device.allocate_pinned(1))
     event = None
     for value in (1, 2):
         host.array[:] = value
         device.copy(memory.pointer, host.pointer, 1, stream)
+        device.copy(back.pointer, memory.pointer, 1, stream)
         event = device.record(stream, event)
         device.wait(event)
-        assert read_memory(memory.pointer, np.uint8, (1,)).tolist() == [value]
+        assert back.array.tolist() == [value]
+    device.close_stream(stream)
 
 
 def test_a_recorded_graph_runs_when_it_is_launched(device: CudaDevice) -> None:

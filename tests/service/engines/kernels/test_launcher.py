@@ -86,7 +86,7 @@ def driver_environment(kernel_library: Path, tmp_path: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_what_runs_on_a_gpu_runs_through_cuda_core(driver_environment: dict[str, str]) -> None:
     """The cases of a GPU, each argument and copy by cuda-core's own code."""
-    tests = ["tests/service/engines/kernels"]
+    tests = ["tests/service/engines/kernels", "tests/service/engines/test_device.py"]
     chosen = "gpu and not bundled and not without_a_gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not slow", *tests]
     command += ["-p", "no:cacheprovider"]
