@@ -356,6 +356,20 @@ def test_a_shape_is_recorded_once_and_the_least_recently_used_goes(fake_cuda: Fa
     assert [graph.closed for graph in fake_cuda.graphs] == [False, True, True, False]
 
 
+def test_a_shape_that_cannot_be_bound_is_tried_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(shape: BatchShape, memory: SlotMemory) -> EngineRun:
+        raise BackendError("no context")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.call, "bind", refuse)
+        with pytest.raises(BackendError, match="no context"):
+            rig.slot.infer(build_tiles([1]))
+    tiles = build_tiles([1])
+    check(tiles, rig.slot.infer(tiles))
+
+
 def test_a_run_is_recorded_after_one_run_and_then_replayed(rig: Rig) -> None:
     for _ in range(10):
         rig.slot.infer(build_tiles([1]))
