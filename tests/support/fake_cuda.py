@@ -12,6 +12,7 @@ import ctypes
 import importlib.machinery
 import itertools
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from types import ModuleType
@@ -106,16 +107,22 @@ class Stream:
         cuda.streams[self.handle] = self
 
     def put(self, step: Callable[[], object]) -> None:
+        self.cuda.check_thread()
         assert not self.closed, "a closed stream is used"
         if self.recorder is not None:
             self.recorder.steps.append(step)
         else:
             self._queued.append(step)
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._queued
+
     def run_next(self) -> None:
         self._queued.popleft()()
 
     def sync(self) -> None:
+        self.cuda.check_thread()
         assert not self.closed, "a closed stream is used"
         assert self.recorder is None, "a stream that is captured cannot be waited for"
         while self._queued:
@@ -146,6 +153,7 @@ class FakeCuda:
     """
 
     def __init__(self) -> None:
+        self._thread = threading.local()
         self.graphs_work = True
         self.memory_bytes = 1 << 40
         self.handles = itertools.count(1000)
@@ -163,7 +171,12 @@ class FakeCuda:
     def open_streams(self) -> set[int]:
         return {stream.handle for stream in self.streams.values() if not stream.closed}
 
+    def check_thread(self) -> None:
+        """CUDA needs a current device in each thread."""
+        assert hasattr(self._thread, "device"), "no device is current in this thread"
+
     def allocate(self, size: int) -> Buffer:
+        self.check_thread()
         self.memory_bytes -= size
         if self.memory_bytes < 0:
             raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
@@ -189,7 +202,7 @@ class FakeCuda:
                 pass
 
             def set_current(self) -> None:
-                pass
+                cuda._thread.device = 0
 
             def create_stream(self) -> Stream:
                 return Stream(cuda)

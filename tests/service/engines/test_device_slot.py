@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -339,6 +340,7 @@ def test_a_failure_gives_the_memory_back(rig: Rig) -> None:
     for _ in range(3):
         with pytest.raises(ValueError, match="no kernel"):
             rig.slot.infer(tiles)
+        assert all(stream.is_idle for stream in rig.cuda.streams.values())
     memory = rig.cuda.open_buffers
     rig.select.fail = None
     check(tiles, rig.slot.infer(tiles))
@@ -434,6 +436,16 @@ def test_a_batch_that_cannot_be_written_leaves_no_pixels_behind(fake_cuda: FakeC
         rig.slot.infer(tiles)
     rig.slot.infer(build_tiles([1, 1, 1]))
     assert not rig.call.seen[-1][0][3:].any()
+
+
+def test_any_thread_may_use_a_slot(either: Rig) -> None:
+    tiles = build_tiles([1, 2, 3])
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            check(tiles, pool.submit(either.slot.infer, tiles).result())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(either.slot.close).result()
+    assert not either.cuda.open_buffers
 
 
 def test_candidates_may_outlive_their_slot(rig: Rig) -> None:
