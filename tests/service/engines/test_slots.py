@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Int64, Tile, UInt8, Window
 from service.engines.base import BackendError, Interruptible
-from service.engines.slots import HostSlot, Slot, SlotBackend, SlotQueue, ThreadSlot
+from service.engines.slots import WAIT_S, HostSlot, Slot, SlotBackend, SlotQueue, ThreadSlot
 from tests.support.waiting import poll_until
 
 wait_for = partial(poll_until, timeout_s=20.0, pause_s=0.005)
@@ -102,8 +103,10 @@ class TestQueue:
         queue.take()
         timer = threading.Timer(0.05, queue.close)
         timer.start()
+        began_s = time.monotonic()
         with pytest.raises(BackendError, match="closed"):
             queue.take()
+        assert time.monotonic() - began_s < WAIT_S / 2
         timer.join()
 
 
