@@ -27,15 +27,14 @@ from pipeline.types import Tile
 from service.cores import count_cores
 from service.engines.aoti_package import PackagePrecision, name_package
 from service.engines.aotinductor import (
-    AotiBackend,
-    CudaDevice,
-    HostSlot,
     Runner,
     build_aoti_backend,
+    build_host_slot,
     load_runner,
 )
 from service.engines.base import Backend, BackendError, BackendOptions, collate
 from service.engines.onnxruntime import build_ort_backend
+from service.engines.slots import SlotBackend
 
 ENGINES = ("aoti", "eager", "ort", "trt")
 Device = Literal["cpu", "cuda"]
@@ -74,7 +73,7 @@ def build_engine(
     options = BackendOptions(device=device, precision=precision, threads=threads)
     if name == "eager":
         runner = _eager_runner(subject, device, precision)
-        backend: Backend = _EagerBackend(subject, device, precision, runner, threads)
+        backend: Backend = _serve_eager(subject, device, precision, runner, threads)
         compute = _compute_of(runner, device, graph=False)
     elif name == "aoti":
         data = _compile(subject, device, precision)
@@ -104,25 +103,27 @@ def _eager_runner(subject: Subject, device: Device, precision: PackagePrecision)
     return run
 
 
-class _EagerBackend(AotiBackend):
+def _serve_eager(
+    subject: Subject,
+    device: Device,
+    precision: PackagePrecision,
+    runner: Runner,
+    threads: int | None,
+) -> SlotBackend:
     """PyTorch without a compiler; its outputs are post-processed on the host."""
 
-    name = "eager"
+    def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [output.cpu() for output in runner([tensor.to(device) for tensor in inputs])]
 
-    def __init__(
-        self,
-        subject: Subject,
-        device: Device,
-        precision: PackagePrecision,
-        runner: Runner,
-        threads: int | None,
-    ) -> None:
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            return [output.cpu() for output in runner([tensor.to(device) for tensor in inputs])]
-
-        info = describe_package(subject.config, _options(subject, device, precision))
-        slot = HostSlot(run, threads or count_cores())
-        super().__init__(info, [slot], device=device, concurrency=1, reason="asked for")
+    info = describe_package(subject.config, _options(subject, device, precision))
+    return SlotBackend(
+        [build_host_slot(info, run, threads or count_cores())],
+        name="eager",
+        device=device,
+        precision=precision,
+        reason="asked for",
+        max_batch=info.max_batch,
+    )
 
 
 def _options(subject: Subject, device: Device, precision: PackagePrecision) -> AotiOptions:
@@ -173,7 +174,24 @@ def _compute_of(
     def prepare(tiles: Sequence[Tile]) -> Callable[[], Any]:
         inputs = [torch.from_numpy(array).to(device) for array in collate(tiles)]
         if graph and device == "cuda":
-            return CudaDevice().capture(lambda: runner(inputs))[0]
+            return _record(lambda: runner(inputs))
         return lambda: runner(inputs)
 
     return prepare
+
+
+def _record(run: Callable[[], object]) -> Callable[[], Any]:
+    """A CUDA graph of a run, as `AotiCall` records it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+
+    def replay() -> None:
+        with torch.cuda.stream(stream):
+            graph.replay()
+
+    return replay

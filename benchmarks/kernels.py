@@ -25,11 +25,11 @@ import numpy as np
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess_tile
 from pipeline.types import Float32, Tile, Window
-from service.engines.kernels.launcher import CudaLauncher, Memory
-from service.engines.kernels.letterbox import letterbox
+from service.engines.device import CudaDevice, CudaError, DeviceMemory
+from service.engines.kernels.launcher import CudaLauncher
 from service.engines.kernels.nvrtc import default_cache, load_cubins
-from service.engines.kernels.postprocessor import CudaPostprocessor, DeviceBatch, find_obstacle
-from service.engines.kernels.select import ITEM_BYTES, MaskType
+from service.engines.kernels.postprocessor import CudaPostprocessor
+from service.engines.kernels.select import ITEM_BYTES, DeviceBatch, MaskType
 
 SPEC = PostprocessSpec(nms=MatrixNms(), update_threshold=0, score_threshold=0)
 STRIDE = 4
@@ -58,8 +58,8 @@ class TimedLauncher(CudaLauncher):
 
     timing = False
 
-    def __init__(self, cubins: dict[str, bytes]) -> None:
-        super().__init__(0, cubins)
+    def __init__(self, device: CudaDevice, cubins: dict[str, bytes]) -> None:
+        super().__init__(device, cubins)
         self._laps: list[tuple[str, Any, Any]] = []
 
     def launch(
@@ -68,7 +68,7 @@ class TimedLauncher(CudaLauncher):
         if not self.timing:
             super().launch(kernel, threads, arguments, stream)
             return
-        queue, options = self._stream(stream), self._core.EventOptions(timing_enabled=True)
+        queue, options = self.device.stream(stream), self._core.EventOptions(timing_enabled=True)
         before = queue.record(options=options)
         super().launch(kernel, threads, arguments, stream)
         self._laps.append((kernel, before, queue.record(options=options)))
@@ -95,19 +95,19 @@ def draw_masks(case: Case) -> Float32:
     return masks
 
 
-def put(launcher: CudaLauncher, array: np.ndarray[Any, Any], stream: int) -> Memory:
+def put(device: CudaDevice, array: np.ndarray[Any, Any], stream: int) -> DeviceMemory:
     """A copy on the device, there for as long as the result is."""
-    host, memory = launcher.allocate_host(array.nbytes), launcher.allocate(array.nbytes)
+    host, memory = device.allocate_pinned(array.nbytes), device.allocate(array.nbytes)
     host.array[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    launcher.copy(memory.pointer, host.pointer, array.nbytes, stream)
-    launcher.synchronize(stream)
-    launcher.free(host)
+    device.copy(memory.pointer, host.pointer, array.nbytes, stream)
+    device.synchronize(stream)
+    device.free(host)
     return memory
 
 
 def build_batch(
-    launcher: CudaLauncher, case: Case, masks: Float32, stream: int
-) -> tuple[DeviceBatch, list[Memory]]:
+    device: CudaDevice, case: Case, masks: Float32, stream: int
+) -> tuple[DeviceBatch, list[DeviceMemory]]:
     """The same masks for each image, ranked, of 80 classes; and the memory that holds them."""
     stored: np.ndarray[Any, Any] = masks
     if case.mask_type == "float16":
@@ -118,9 +118,9 @@ def build_batch(
     labels = np.random.default_rng(1).integers(0, 80, case.candidates)
     tiled = np.tile(stored, (case.batch, 1, 1))
     memory = [
-        put(launcher, np.tile(scores, case.batch), stream),
-        put(launcher, np.tile(labels, case.batch), stream),
-        put(launcher, tiled, stream),
+        put(device, np.tile(scores, case.batch), stream),
+        put(device, np.tile(labels, case.batch), stream),
+        put(device, tiled, stream),
     ]
     batch = DeviceBatch(
         scores=memory[0].pointer,
@@ -146,17 +146,17 @@ def median_ms(step: Callable[[], object], repeats: int) -> float:
     return statistics.median(laps)
 
 
-def measure_copy(launcher: CudaLauncher, stream: int, repeats: int, size_bytes: int) -> float:
+def measure_copy(device: CudaDevice, stream: int, repeats: int, size_bytes: int) -> float:
     """Bytes a second that a copy on the device reads and writes."""
-    memory = launcher.allocate(size_bytes), launcher.allocate(size_bytes)
+    memory = device.allocate(size_bytes), device.allocate(size_bytes)
 
     def copy() -> None:
-        launcher.copy(memory[0].pointer, memory[1].pointer, size_bytes, stream)
-        launcher.synchronize(stream)
+        device.copy(memory[0].pointer, memory[1].pointer, size_bytes, stream)
+        device.synchronize(stream)
 
     ms = median_ms(copy, repeats)
     for part in memory:
-        launcher.free(part)
+        device.free(part)
     return 2 * size_bytes / (ms / 1e3)
 
 
@@ -181,10 +181,11 @@ def floors_bytes(case: Case, masks: Float32) -> dict[str, int]:
 
 def measure(launcher: TimedLauncher, case: Case, repeats: int, bytes_s: float) -> dict[str, Any]:
     """Times of a batch: NMS, then each image's run lengths."""
-    stream = launcher.open_stream()
+    device = launcher.device
+    stream = device.open_stream()
     masks = draw_masks(case)
-    batch, memory = build_batch(launcher, case, masks, stream)
-    processor = CudaPostprocessor(SPEC, STRIDE, launcher=launcher)
+    batch, memory = build_batch(device, case, masks, stream)
+    processor = CudaPostprocessor(SPEC, STRIDE, launcher)
     height, width = (STRIDE * size for size in case.mask_hw)
     window = Window(0, 0, *case.image_hw)
     tile = Tile(np.zeros((height, width, 3), np.uint8), case.image_hw, window)
@@ -206,7 +207,7 @@ def measure(launcher: TimedLauncher, case: Case, repeats: int, bytes_s: float) -
     floors = {name: 1e3 * size / bytes_s for name, size in floors_bytes(case, masks).items()}
     processor.close()
     for part in memory:
-        launcher.free(part)
+        device.free(part)
     return {
         "batch": case.batch,
         "candidates": case.candidates,
@@ -221,33 +222,6 @@ def measure(launcher: TimedLauncher, case: Case, repeats: int, bytes_s: float) -
     }
 
 
-def measure_letterbox(launcher: TimedLauncher, repeats: int, bytes_s: float) -> dict[str, Any]:
-    """A photograph of 1080x1920 on a canvas of 768x1344."""
-    stream = launcher.open_stream()
-    image = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), dtype=np.uint8)
-    source = put(launcher, image, stream)
-    canvas_hw, valid_hw = (768, 1344), (750, 1333)
-    canvas = launcher.allocate(3 * canvas_hw[0] * canvas_hw[1])
-    window = Window(0, 0, 1080, 1920)
-    launcher.timing = True
-    for _ in range(repeats):
-        letterbox(
-            launcher,
-            source.pointer,
-            (1080, 1920),
-            window,
-            canvas.pointer,
-            canvas_hw,
-            valid_hw,
-            stream,
-        )
-    launcher.synchronize(stream)
-    launcher.timing = False
-    ms = statistics.median(launcher.take_ms()["letterbox"])
-    floor_ms = 1e3 * (image.nbytes + canvas.size_bytes) / bytes_s
-    return {"letterbox_ms": round(ms, 5), "floor_ms": round(floor_ms, 5)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
@@ -256,18 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    obstacle = find_obstacle()
-    if obstacle is not None:
-        print(f"error: nothing to measure: {obstacle}", file=sys.stderr)
+    try:
+        device = CudaDevice()
+    except CudaError as error:
+        print(f"error: nothing to measure: {error}", file=sys.stderr)
         return 1
     from cuda.core import Device
 
-    device = Device(0)
-    capability = device.compute_capability
+    gpu = Device(0)
+    capability = gpu.compute_capability
     cubins = load_cubins((capability.major, capability.minor), cache=default_cache())
-    launcher = TimedLauncher(cubins)
-    stream = launcher.open_stream()
-    bytes_s = measure_copy(launcher, stream, options.repeats, options.copy_bytes)
+    launcher = TimedLauncher(device, cubins)
+    bytes_s = measure_copy(device, device.open_stream(), options.repeats, options.copy_bytes)
     kinds: tuple[MaskType, ...] = ("float32", "float16", "bfloat16")
     cases = [
         Case(batch=batch, candidates=500, instances=100, mask_type=kind)
@@ -275,9 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in kinds
     ]
     result = {
-        "gpu": device.name,
+        "gpu": gpu.name,
         "copy_gb_per_s": round(bytes_s / 1e9, 1),
-        "letterbox": measure_letterbox(launcher, options.repeats, bytes_s),
         "cases": [measure(launcher, case, options.repeats, bytes_s) for case in cases],
     }
     text = json.dumps(result, indent=2)

@@ -22,7 +22,8 @@ from pipeline.preprocess import prepare
 from pipeline.types import Tile
 from service.cores import count_cores
 from service.engines.base import BackendOptions
-from service.engines.onnxruntime import OrtBackend, build_ort_backend
+from service.engines.onnxruntime import build_ort_backend
+from service.engines.slots import SlotBackend
 from service.models.repository import ONNX_FILE, read_config
 
 FULL = "fp32"
@@ -40,7 +41,7 @@ def load_tiles(config: ModelConfig, folder: Path, count: int) -> list[Tile]:
 
 
 def take_turns(
-    backends: dict[str, OrtBackend], tiles: list[Tile], turns: int
+    backends: dict[str, SlotBackend], tiles: list[Tile], turns: int
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds for each canvas, CPU and wall, of every turn; the first turn warms up."""
     laps: dict[str, dict[str, list[float]]] = {n: {"cpu": [], "wall": []} for n in backends}
