@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.model_config import ModelConfig
+from service.engines.builder import Upgrade
 from service.engines.state import EngineBuild
 from service.engines.watch import WatchedEngine
 from service.errors import (
@@ -285,11 +286,11 @@ class ModelStore:
 
     def _start_upgrade(self, model: ServedModel) -> None:
         """Builds a faster engine in the background, if the current one names one."""
-        upgrade = getattr(model.engine.current, "upgrade", None)
+        upgrade: Upgrade | None = getattr(model.engine.current, "upgrade", None)
         if upgrade is not None and self._loop is not None:
             _spawn(self._upgrade(model, upgrade), model.builds)
 
-    async def _upgrade(self, model: ServedModel, upgrade: Any) -> None:
+    async def _upgrade(self, model: ServedModel, upgrade: Upgrade) -> None:
         engine, loaded = model.engine, model.loaded
 
         def report(status: str, progress: float) -> None:

@@ -155,8 +155,8 @@ class Admission:
         held = self.held(client)
         if held + canvases > free - canvases:
             raise Overloaded(
-                f"the client has {held} canvases in flight, {canvases} more would exceed its share: "
-                f"a client may hold as many as are free, {free} are",
+                f"the client has {held} canvases in flight, {canvases} more would exceed its "
+                f"share: a client may hold as many as are free, {free} are",
                 "client_share",
             )
 

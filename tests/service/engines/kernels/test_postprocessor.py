@@ -42,13 +42,11 @@ def processor(launcher: Launcher) -> Iterator[CudaPostprocessor]:
 
 
 def find(candidates: KernelCandidates, spec: PostprocessSpec = SPEC) -> list[Instance]:
-    answers = postprocess_tile(TILE, candidates, IMAGE_HW, spec)
-    return [answer.instance for answer in answers]
+    return postprocess_tile(TILE, candidates, IMAGE_HW, spec).instances
 
 
 def expect(outputs: Outputs, image: int, spec: PostprocessSpec = SPEC) -> list[Instance]:
-    answers = postprocess_tile(TILE, outputs.candidates(image), IMAGE_HW, spec)
-    return [answer.instance for answer in answers]
+    return postprocess_tile(TILE, outputs.candidates(image), IMAGE_HW, spec).instances
 
 
 def assert_same(found: Sequence[Instance], expected: Sequence[Instance]) -> None:
@@ -85,6 +83,19 @@ def test_bounds_of_a_request(
     (candidates,) = processor.select(outputs.upload(uploads), uploads.stream)
     spec = SPEC.model_copy(update=bounds)  # other defaults, the same NMS
     assert_same(find(candidates, spec), expect(outputs, 0, spec))
+
+
+@pytest.mark.parametrize("bound", [1, 100])
+def test_what_is_cut_off_is_counted(
+    processor: CudaPostprocessor, uploads: Uploads, bound: int
+) -> None:
+    outputs = draw_outputs(np.random.default_rng(1), 1, 30, HW)
+    (candidates,) = processor.select(outputs.upload(uploads), uploads.stream)
+    spec = SPEC.model_copy(update={"max_instances": bound})
+    found = postprocess_tile(TILE, candidates, IMAGE_HW, spec)
+    wanted = postprocess_tile(TILE, outputs.candidates(0), IMAGE_HW, spec)
+    assert found.found == wanted.found > 1
+    assert len(found.instances) == min(bound, found.found)
 
 
 def test_masks_in_the_padding_do_not_count(processor: CudaPostprocessor, uploads: Uploads) -> None:

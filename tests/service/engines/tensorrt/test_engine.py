@@ -105,7 +105,7 @@ def test_a_batch_that_is_too_large_is_cut(
 
 
 def test_a_canvas_outside_the_profiles_is_named(backend: SlotBackend) -> None:
-    with pytest.raises(BackendError, match=r"no bucket holds the canvas \(16, 256\)"):
+    with pytest.raises(BackendError, match=r"no bucket contains the canvas \(16, 256\)"):
         backend.infer([build_tile(1, 1, (16, 256))])
     with pytest.raises(BackendError, match=r"a canvas of \(256, 256\)"):
         backend.infer([build_tile(1, 1, (256, 256))])
