@@ -110,17 +110,17 @@ def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     return height, width
 
 
-def peek_pixels(data: bytes) -> int | None:
-    """Pixels that an ordinary JPEG or PNG says it has, found in microseconds whatever is sent.
+def peek_hw(data: bytes) -> tuple[int, int] | None:
+    """Height and width that an ordinary JPEG or PNG declares, found in microseconds.
 
-    Nothing is checked: who decodes the file must not take more pixels than that.
+    Nothing is checked: the decoder must be bounded by what is declared here.
 
     Returns:
-        None where the header has to be read as `read_image_hw` does.
+        Before EXIF orientation; None where `read_image_hw` has to parse the header.
     """
     if data.startswith(_PNG_START) and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
-        return (width * height) or None
+        return (height, width) if width and height else None
     position = 2 if data.startswith(b"\xff\xd8") else len(data)
     for _ in range(_PEEKED_SEGMENTS):
         if position + 9 > len(data) or data[position] != 0xFF or data[position + 1] < 0xC0:
@@ -128,7 +128,7 @@ def peek_pixels(data: bytes) -> int | None:
         marker, length = struct.unpack_from(">BH", data, position + 1)
         if marker in _SIZES:
             height, width = struct.unpack_from(">HH", data, position + 5)
-            return (width * height) or None
+            return (height, width) if width and height else None
         position += 2 + length
     return None
 

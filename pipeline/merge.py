@@ -7,9 +7,8 @@ An object near an inner tile border is seen by two or more tiles: whole by one a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -65,6 +64,27 @@ def _area_inside(instance: Instance, region: Window) -> int:
     return int(coco_mask.area(coco_mask.merge([instance.rle, box], intersect=True)))
 
 
+def _neighbours(windows: Collection[Window]) -> Iterator[tuple[Window, Window]]:
+    """Pairs of windows that overlap, each once; far windows are never compared."""
+    rows, columns = len({window.y for window in windows}), len({window.x for window in windows})
+    along_y = rows >= columns  # along the longer side, so that few windows start at one place
+
+    def span(window: Window) -> tuple[int, int]:
+        if along_y:
+            return window.y, window.y + window.height
+        return window.x, window.x + window.width
+
+    ordered = sorted(windows, key=span)
+    for index, a in enumerate(ordered):
+        for place in range(index + 1, len(ordered)):
+            b = ordered[place]
+            if span(b)[0] >= span(a)[1]:
+                break
+            overlap = _overlap(a, b)
+            if overlap.height and overlap.width:
+                yield a, b
+
+
 def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
     """Pixels shared by masks of one class and different tiles; pairs without any are absent."""
     tiles: dict[Window, list[int]] = defaultdict(list)
@@ -73,10 +93,8 @@ def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
     boxes = np.array([entry.instance.bbox_xywh for entry in found])
     indices = {window: np.array(members) for window, members in tiles.items()}
     shared: dict[int, dict[int, int]] = defaultdict(dict)
-    for (a, in_a), (b, in_b) in combinations(indices.items(), 2):
-        region = _overlap(a, b)
-        if region.height == 0 or region.width == 0:
-            continue
+    for a, b in _neighbours(indices):
+        region, in_a, in_b = _overlap(a, b), indices[a], indices[b]
         left, right = _find_in(region, in_a, boxes), _find_in(region, in_b, boxes)
         if not left or not right:
             continue

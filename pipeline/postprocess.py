@@ -5,7 +5,8 @@ The only post-processing there is: the server and the evaluation of training bot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +51,10 @@ class DeviceCandidates(Protocol):
         max_instances: int,
     ) -> list[Instance]:
         """What `postprocess_tile` finds in `Candidates`, in coordinates of the image."""
+        ...
+
+    def count_survivors(self, spec: PostprocessSpec, score_threshold: float) -> int:
+        """Candidates that NMS keeps with at least this score."""
         ...
 
 
@@ -132,6 +137,20 @@ def _bounds(
     return threshold, bound
 
 
+@dataclass(frozen=True)
+class Detections:
+    """The instances of an image or of one of its tiles.
+
+    Attributes:
+        instances: Best first, at most `max_instances`.
+        found: How many there were before that bound. Objects that several tiles show and that are
+            cut off within a tile count once for each of them.
+    """
+
+    instances: list[Instance]
+    found: int
+
+
 def postprocess_tile(
     tile: Tile,
     candidates: TileCandidates,
@@ -140,8 +159,8 @@ def postprocess_tile(
     *,
     score_threshold: float | None = None,
     max_instances: int | None = None,
-) -> list[TileInstance]:
-    """Instances of one tile in coordinates of the image, best first.
+) -> Detections:
+    """Instances of one tile in coordinates of the image.
 
     Args:
         tile: What the engine saw.
@@ -155,14 +174,16 @@ def postprocess_tile(
         ValueError: A bound is out of range, or the masks do not fit the canvas.
     """
     threshold, bound = _bounds(spec, score_threshold, max_instances)
-    stride = mask_stride(tile, candidates.mask_hw)
+    mask_stride(tile, candidates.mask_hw)
     if isinstance(candidates, Candidates):
-        instances = _find_instances(candidates, tile, image_hw, spec, threshold, bound)
-    else:
-        instances = candidates.find_instances(
-            tile, image_hw, spec, score_threshold=threshold, max_instances=bound
-        )
-    return [TileInstance(i, tile.window, _is_cut(i, tile, stride)) for i in instances]
+        return _find_instances(candidates, tile, image_hw, spec, threshold, bound)
+    instances = candidates.find_instances(
+        tile, image_hw, spec, score_threshold=threshold, max_instances=bound
+    )
+    found = len(instances)
+    if found == bound:
+        found = max(found, candidates.count_survivors(spec, threshold))
+    return Detections(instances, found)
 
 
 def _find_instances(
@@ -172,7 +193,7 @@ def _find_instances(
     spec: PostprocessSpec,
     score_threshold: float,
     max_instances: int,
-) -> list[Instance]:
+) -> Detections:
     scores, indices = select(candidates, spec, least_score=score_threshold)
     stride = mask_stride(tile, candidates.mask_hw)
     found: list[Instance] = []
@@ -186,13 +207,89 @@ def _find_instances(
             if outline is not None
         ]
         if len(found) >= max_instances:
-            break
-    return found[:max_instances]
+            rest = len(indices) - some.stop  # not pasted, so not known to be empty
+            return Detections(found[:max_instances], len(found) + max(0, rest))
+    return Detections(found, len(found))
+
+
+class Collector:
+    """Collects the instances of one image tile by tile, in any order; not thread-safe.
+
+    Args:
+        image_hw: Height and width of the original image.
+        tiles: How many tiles it has.
+        spec: The model's post-processing.
+        score_threshold: Least score of a returned instance; default from `spec`.
+        max_instances: Most instances returned; default from `spec`.
+
+    Raises:
+        ValueError: A bound is out of range.
+    """
+
+    def __init__(
+        self,
+        image_hw: tuple[int, int],
+        tiles: int,
+        spec: PostprocessSpec,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+    ) -> None:
+        self._image_hw = image_hw
+        self._tiles = tiles
+        self._spec = spec
+        self._threshold, self._bound = _bounds(spec, score_threshold, max_instances)
+        self._found: dict[int, list[TileInstance]] = {}
+        self._dropped = 0
+
+    def search(self, tile: Tile, candidates: TileCandidates) -> Detections:
+        """Instances of one tile, for `add`; any number of threads may call it at once.
+
+        Raises:
+            ValueError: The masks do not fit the canvas.
+        """
+        return postprocess_tile(
+            tile,
+            candidates,
+            self._image_hw,
+            self._spec,
+            score_threshold=self._threshold,
+            max_instances=self._bound,
+        )
+
+    def add(self, index: int, tile: Tile, detections: Detections, mask_hw: tuple[int, int]) -> None:
+        """Takes what `search` found in the tile with this index.
+
+        Args:
+            index: The tile's place among the image's tiles.
+            tile: What the engine saw.
+            detections: Its instances.
+            mask_hw: Height and width of the candidates' masks.
+        """
+        stride = mask_stride(tile, mask_hw)
+        self._found[index] = [
+            TileInstance(i, tile.window, _is_cut(i, tile, stride)) for i in detections.instances
+        ]
+        self._dropped += detections.found - len(detections.instances)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tile has been added."""
+        return len(self._found) == self._tiles
+
+    def merge(self) -> Detections:
+        """Instances of the image: those of its only tile, or those of all tiles merged."""
+        entries = [entry for index in sorted(self._found) for entry in self._found[index]]
+        if self._tiles == 1:
+            instances = [entry.instance for entry in entries]
+        else:
+            instances = merge_tiles(entries, compare=self._spec.compare)
+        return Detections(instances[: self._bound], len(instances) + self._dropped)
 
 
 def postprocess(
     prepared: Prepared,
-    candidates: Sequence[TileCandidates],
+    candidates: Iterable[TileCandidates],
     spec: PostprocessSpec,
     *,
     score_threshold: float | None = None,
@@ -202,7 +299,7 @@ def postprocess(
 
     Args:
         prepared: The image's tiles.
-        candidates: One entry a tile, in their order.
+        candidates: One entry a tile, in their order; may be made while they are consumed.
         spec: The model's post-processing.
         score_threshold: Least score of a returned instance; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
@@ -211,19 +308,18 @@ def postprocess(
         ValueError: The number of candidates' entries is not that of the tiles, a bound is out
             of range, or masks do not fit their canvas.
     """
-    threshold, bound = _bounds(spec, score_threshold, max_instances)
-    if len(candidates) != len(prepared.tiles):
-        raise ValueError(f"{len(candidates)} candidate sets for {len(prepared.tiles)} tiles")
-    found: list[TileInstance] = []
-    for tile, answer in zip(prepared.tiles, candidates, strict=True):
-        found += postprocess_tile(
-            tile,
-            answer,
-            prepared.image_hw,
-            spec,
-            score_threshold=threshold,
-            max_instances=bound,
-        )
-    if len(prepared.tiles) == 1:
-        return [entry.instance for entry in found]
-    return merge_tiles(found, max_instances=bound, compare=spec.compare)
+    collector = Collector(
+        prepared.image_hw,
+        len(prepared.tiles),
+        spec,
+        score_threshold=score_threshold,
+        max_instances=max_instances,
+    )
+    count, total = 0, len(prepared.tiles)
+    for count, found in enumerate(candidates, 1):
+        if count <= total:
+            tile = prepared.tiles[count - 1]
+            collector.add(count - 1, tile, collector.search(tile, found), found.mask_hw)
+    if count != total:
+        raise ValueError(f"{count} candidate sets for {total} tiles")
+    return collector.merge().instances

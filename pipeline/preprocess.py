@@ -6,29 +6,66 @@ relative to it, so another canvas would give another answer.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import overload
+
 import cv2
 import numpy as np
 
 from pipeline.model_config import ContrastSpec, InputSpec, KeepRatioResize, TileResize
 from pipeline.types import Prepared, Tile, UInt8, Window
 
+_STRIPE_PIXELS = 1 << 20
+"""Pixels that are converted to grey at once."""
 
-def stretch_contrast(image: UInt8, spec: ContrastSpec) -> UInt8:
-    """Maps two percentiles of the grey values to 0 and 255, all channels alike.
+
+def contrast_table(image: UInt8, spec: ContrastSpec) -> UInt8:
+    """The map of intensities that sends two percentiles of the grey values to 0 and 255.
 
     Args:
         image: [H, W, 3] uint8 RGB.
         spec: Percentiles and the least range.
 
     Returns:
-        [H, W, 3] uint8; values beyond the percentiles saturate.
+        [256] uint8, for all channels; values beyond the percentiles saturate.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    low, high = np.percentile(grey, [spec.low, spec.high])
-    gain = 255.0 / max(float(high - low), spec.min_range)
+    counts = np.zeros(256, np.int64)
+    height, width = image.shape[:2]
+    rows = max(1, _STRIPE_PIXELS // width)
+    columns = min(width, _STRIPE_PIXELS)
+    for y in range(0, height, rows):
+        for x in range(0, width, columns):
+            grey = cv2.cvtColor(image[y : y + rows, x : x + columns], cv2.COLOR_RGB2GRAY)
+            counts += np.bincount(np.asarray(grey).ravel(), minlength=256)
+    low, high = (_percentile(counts, q) for q in (spec.low, spec.high))
+    gain = 255.0 / max(high - low, spec.min_range)
     table = (np.arange(256, dtype=np.float64) - low) * gain
-    table = np.clip(np.floor(table + 0.5), 0, 255).astype(np.uint8)
-    return np.asarray(cv2.LUT(image, table), np.uint8)
+    return np.clip(np.floor(table + 0.5), 0, 255).astype(np.uint8)
+
+
+def _percentile(counts: np.ndarray[tuple[int], np.dtype[np.int64]], q: float) -> float:
+    """`numpy.percentile` (linear) of the values that a histogram [256] counts, to the bit."""
+    last = int(counts.sum()) - 1
+    place = last * (q / 100)
+    below = math.floor(place)
+    ends = np.searchsorted(np.cumsum(counts), [below, min(below + 1, last)], side="right")
+    low, high = (float(value) for value in ends)
+    share = place - below
+    return high - (high - low) * (1 - share) if share >= 0.5 else low + (high - low) * share
+
+
+def stretch_contrast(image: UInt8, spec: ContrastSpec) -> UInt8:
+    """Applies `contrast_table` to a whole image.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        spec: Percentiles and the least range.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    return np.asarray(cv2.LUT(image, contrast_table(image, spec)), np.uint8)
 
 
 def keep_ratio_size(image_hw: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
@@ -51,38 +88,90 @@ def _canvas(part: UInt8, size: tuple[int, int], canvas_hw: tuple[int, int]) -> U
     return canvas
 
 
+def _count_tiles(length: int, tile: int, overlap: int) -> int:
+    return 1 if length <= tile else -(-(length - overlap) // (tile - overlap))
+
+
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Starts of evenly spread tiles that cover `length` px with at least `overlap` px shared."""
-    if length <= tile:
+    count = _count_tiles(length, tile, overlap)
+    if count == 1:
         return [0]
-    count = -(-(length - overlap) // (tile - overlap))
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def _prepare_tiles(image: UInt8, resize: TileResize) -> tuple[Tile, ...]:
-    height, width = image.shape[:2]
-    tiles = []
-    for y in tile_starts(height, resize.tile_hw[0], resize.overlap_px):
-        for x in tile_starts(width, resize.tile_hw[1], resize.overlap_px):
-            h, w = min(resize.tile_hw[0], height), min(resize.tile_hw[1], width)
-            size = max(1, round(h * resize.scale)), max(1, round(w * resize.scale))
-            canvas = _canvas(image[y : y + h, x : x + w], size, resize.canvas_hw)
-            cut = (y > 0, x > 0, y + h < height, x + w < width)
-            tiles.append(Tile(canvas, size, Window(y, x, h, w), cut))
-    return tuple(tiles)
+def count_canvases(image_hw: tuple[int, int], spec: InputSpec) -> int:
+    """Canvases that `prepare` makes of an image of this size; nothing is allocated.
+
+    Args:
+        image_hw: Height and width, px, at least 1.
+        spec: The model's input.
+    """
+    if not isinstance(spec.resize, TileResize):
+        return 1
+    resize = spec.resize
+    return math.prod(
+        _count_tiles(length, tile, resize.overlap_px)
+        for length, tile in zip(image_hw, resize.tile_hw, strict=True)
+    )
 
 
-def _prepare_whole(
-    image: UInt8, resize: KeepRatioResize, image_hw: tuple[int, int]
-) -> tuple[Tile, ...]:
-    size = keep_ratio_size(image_hw, resize.short_side, resize.long_side)
-    multiple = resize.pad_multiple
-    canvas_hw = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
-    return (Tile(_canvas(image, size, canvas_hw), size, Window(0, 0, *image_hw)),)
+class _Canvases(Sequence[Tile]):
+    """The canvases of an image in row order; each is made on access and not kept."""
+
+    def __init__(self, image: UInt8, image_hw: tuple[int, int], spec: InputSpec) -> None:
+        self._image = image
+        self._image_hw = image_hw
+        self._resize = spec.resize
+        self._table = None if spec.contrast is None else contrast_table(image, spec.contrast)
+        self._starts = ([0], [0])
+        if isinstance(spec.resize, TileResize):
+            tile_hw, overlap = spec.resize.tile_hw, spec.resize.overlap_px
+            self._starts = (
+                tile_starts(image_hw[0], tile_hw[0], overlap),
+                tile_starts(image_hw[1], tile_hw[1], overlap),
+            )
+
+    def __len__(self) -> int:
+        return len(self._starts[0]) * len(self._starts[1])
+
+    @overload
+    def __getitem__(self, index: int) -> Tile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tile]: ...
+
+    def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"canvas {index} of {len(self)}")
+        row, column = divmod(index % len(self), len(self._starts[1]))
+        if isinstance(self._resize, TileResize):
+            return self._cut(self._resize, self._starts[0][row], self._starts[1][column])
+        return self._shrink(self._resize)
+
+    def _cut(self, resize: TileResize, y: int, x: int) -> Tile:
+        height, width = self._image_hw
+        h, w = min(resize.tile_hw[0], height), min(resize.tile_hw[1], width)
+        size = max(1, round(h * resize.scale)), max(1, round(w * resize.scale))
+        part = self._stretch(self._image[y : y + h, x : x + w])
+        cut = (y > 0, x > 0, y + h < height, x + w < width)
+        return Tile(_canvas(part, size, resize.canvas_hw), size, Window(y, x, h, w), cut)
+
+    def _shrink(self, resize: KeepRatioResize) -> Tile:
+        size = keep_ratio_size(self._image_hw, resize.short_side, resize.long_side)
+        multiple = resize.pad_multiple
+        canvas_hw = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+        canvas = _canvas(self._stretch(self._image), size, canvas_hw)
+        return Tile(canvas, size, Window(0, 0, *self._image_hw))
+
+    def _stretch(self, part: UInt8) -> UInt8:
+        return part if self._table is None else np.asarray(cv2.LUT(part, self._table), np.uint8)
 
 
 def needed_hw(image_hw: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
-    """Size at which a model looks at an image; decoding more pixels than that is not needed.
+    """The size to which the model resizes an image; decoding more pixels gains nothing.
 
     Returns:
         Height and width; 0, 0 where the model needs the image as it is.
@@ -102,7 +191,7 @@ def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None =
             (see `needed_hw`). Instances are in its coordinates.
 
     Returns:
-        Its canvases; all have one shape.
+        Its canvases, all of one shape; they are made on access and refer to `image`.
 
     Raises:
         ValueError: The array is not [H, W, 3] uint8 or has no pixels, or it is not the original
@@ -112,12 +201,6 @@ def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None =
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 [H, W, 3]")
     shape_hw = (image.shape[0], image.shape[1])
     image_hw = image_hw or shape_hw
-    if spec.contrast is not None:
-        image = stretch_contrast(image, spec.contrast)
-    if isinstance(spec.resize, TileResize):
-        if image_hw != shape_hw:
-            raise ValueError(f"tiles are cut from the image of {image_hw}, not from {shape_hw}")
-        tiles = _prepare_tiles(image, spec.resize)
-    else:
-        tiles = _prepare_whole(image, spec.resize, image_hw)
-    return Prepared(image_hw, tiles)
+    if isinstance(spec.resize, TileResize) and image_hw != shape_hw:
+        raise ValueError(f"tiles are cut from the image of {image_hw}, not from {shape_hw}")
+    return Prepared(image_hw, _Canvases(image, image_hw, spec))

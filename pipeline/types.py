@@ -5,6 +5,7 @@ Symbols: H W image, Hc Wc canvas, K candidates, h w mask at the mask stride.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as its tiles, which all have one canvas size."""
+    """An image as its tiles, which all have one canvas size.
+
+    Attributes:
+        image_hw: Height and width of the original image, px.
+        tiles: In row order; `prepare` gives a sequence that makes each tile on access.
+    """
 
     image_hw: tuple[int, int]
-    tiles: tuple[Tile, ...]
+    tiles: Sequence[Tile]
 
 
 @dataclass(frozen=True)

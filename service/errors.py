@@ -5,7 +5,8 @@
     │   ├── EmptyBody
     │   ├── InvalidMultipart      broken, or without a file part named `images`
     │   ├── InvalidParameter      a query parameter
-    │   └── TooManyImages         more than the server can ever hold
+    │   ├── TooManyImages         more than the server can ever hold
+    │   └── TooManyCanvases       an image that needs more canvases than allowed
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
     ├── BodyTimeout               the body has stopped coming
     ├── Unauthorized              no API key, or one that is not known
@@ -73,6 +74,12 @@ class TooManyImages(InvalidRequest):
     code = "too_many_images"
 
 
+class TooManyCanvases(InvalidRequest):
+    """An image needs more canvases than the server allows."""
+
+    code = "too_many_canvases"
+
+
 class BodyTooLarge(ServiceError):
     """The body has more bytes than allowed."""
 
@@ -101,7 +108,7 @@ class QuotaExceeded(ServiceError):
     """The share of an API key is used up.
 
     Attributes:
-        reason: Which bound: "key_images" or "key_rate".
+        reason: Which bound: "key_canvases" or "key_rate".
         retry_after_s: When it may be worth another try.
     """
 
@@ -135,7 +142,7 @@ class Overloaded(ServiceError):
     """Admission is full.
 
     Attributes:
-        reason: Which bound: "queue_images", "queue_pixels" or "connections".
+        reason: Which bound: "queue_canvases", "client_share" or "connections".
     """
 
     code = "overloaded"
@@ -209,6 +216,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,
+    "too_many_canvases": 413,
     "unsupported_format": 415,
     "corrupt_image": 422,
     "invalid_parameter": 422,

@@ -31,8 +31,8 @@ class Settings(BaseSettings):
     workers: Annotated[
         PositiveInt,
         Field(
-            description="processes, each with engines of its own, which share the port, the limits "
-            "of what is in work, and /metrics"
+            description="worker processes, each with its own engines, that share the port, the "
+            "limits of work in flight, and /metrics"
         ),
     ] = 1
     admin_port: Annotated[
@@ -97,8 +97,8 @@ class Settings(BaseSettings):
     pool_threads: Annotated[
         PositiveInt,
         Field(
-            description="threads for decoding, and as many for encoding; where one does both, "
-            "images begun at once (default: real cores, divided by the workers)"
+            description="threads that decode, post-process and encode (default: real cores, "
+            "divided by the workers)"
         ),
     ] = Field(default_factory=count_cores)
     max_batch: Annotated[
@@ -106,15 +106,15 @@ class Settings(BaseSettings):
     ] = 8
     engine_timeout_s: Annotated[
         float,
-        Field(gt=0, description="an engine call that takes longer is taken for dead, s"),
+        Field(gt=0, description="longest engine call, s; then the engine is replaced"),
     ] = 120.0
     max_delay_ms: Annotated[
         float | None,
         Field(
             ge=0,
             le=10_000,
-            description="how long a canvas waits for company while the engine is idle, ms "
-            "(default: 5 on a GPU; 0 on the CPU, where company makes no canvas cheaper)",
+            description="how long a canvas waits for others of its shape to share an engine call, "
+            "ms (default: 5 on a GPU; 0 on the CPU, where batches gain nothing)",
         ),
     ] = None
     max_body_bytes: Annotated[
@@ -130,12 +130,21 @@ class Settings(BaseSettings):
             "faster, but not the published pipeline to the pixel"
         ),
     ] = False
-    max_queue_images: Annotated[
-        PositiveInt, Field(description="images in work at once; more are answered 503")
-    ] = 256
-    max_queue_pixels: Annotated[
-        PositiveInt, Field(description="pixels in work at once; more are answered 503")
-    ] = 100_000_000
+    max_image_canvases: Annotated[
+        PositiveInt,
+        Field(description="canvases (tiles) of one image; one that needs more is answered 413"),
+    ] = 4096
+    max_queue_canvases: Annotated[
+        PositiveInt,
+        Field(
+            description="canvases in flight; more are answered 503. A client may hold as many as "
+            "are free, so one alone half of them"
+        ),
+    ] = 8192
+    max_decoded_pixels: Annotated[
+        PositiveInt,
+        Field(description="pixels of decoded images in memory; further images wait encoded"),
+    ] = 200_000_000
     max_connections: Annotated[
         PositiveInt,
         Field(description="connections served at once; more are answered 503 unread"),
@@ -145,9 +154,8 @@ class Settings(BaseSettings):
         Field(gt=0, description="how long a request's body may stop coming, s; then it is 408"),
     ] = 30.0
     request_timeout_ms: Annotated[
-        PositiveInt | None,
-        Field(description="deadline of requests that give none, ms (default: none)"),
-    ] = None
+        PositiveInt, Field(description="deadline of requests that give none, ms; then 504")
+    ] = 600_000
     keys_file: Annotated[
         Path | None,
         Field(description="API keys, see python -m service.http.keys --help (default: none)"),
@@ -196,11 +204,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _queue_holds_an_image(self) -> Settings:
-        if self.max_queue_pixels < self.max_image_pixels:
-            raise ValueError(
-                f"max_queue_pixels {self.max_queue_pixels} is below max_image_pixels "
-                f"{self.max_image_pixels}: the largest allowed image could never be admitted"
-            )
+        if self.max_queue_canvases < self.max_image_canvases:
+            if "max_image_canvases" in self.model_fields_set:
+                raise ValueError(
+                    f"max_queue_canvases {self.max_queue_canvases} is below max_image_canvases "
+                    f"{self.max_image_canvases}: the largest allowed image could not be admitted"
+                )
+            object.__setattr__(self, "max_image_canvases", self.max_queue_canvases)
         return self
 
     @model_validator(mode="after")
@@ -213,9 +223,9 @@ class Settings(BaseSettings):
             raise ValueError("model_control would change one worker; use model_poll_s")
         if self.keys_file is not None:
             raise ValueError("keys_file needs workers 1: each would count a key's share for itself")
-        if self.max_queue_images < self.workers or self.max_connections < self.workers:
+        if min(self.max_queue_canvases, self.max_connections) < self.workers:
             raise ValueError(
-                f"{self.workers} workers cannot share max_queue_images {self.max_queue_images} and "
-                f"max_connections {self.max_connections}"
+                f"{self.workers} workers cannot share max_queue_canvases {self.max_queue_canvases} "
+                f"and max_connections {self.max_connections}"
             )
         return self

@@ -6,8 +6,12 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +22,6 @@ from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Tile, Window
 from service.engines.base import BackendError, collate, split_batch
 from service.engines.ort_memory import Memory, Region, Staged
-from service.models.watch import Workers
 
 OUTPUT_NAMES = ("scores", "labels", "mask_probs")
 KEPT_OUTPUTS = 2
@@ -31,6 +34,55 @@ _MASK_TYPES: dict[str, tuple[Any, int]] = {
     "bfloat16": (_BFLOAT16, 2),
 }
 _ALIGN_BYTES = 256
+
+
+class Workers:
+    """Threads that the end of the process does not wait for, since one may hang for ever."""
+
+    def __init__(self, count: int) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._work = queue.SimpleQueue()
+        self._pending: set[Future[Any]] = set()
+        names = (f"engine-{index}" for index in range(count))
+        self._threads = [threading.Thread(target=self._run, name=n, daemon=True) for n in names]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Runs a call in one of the threads."""
+        done: Future[Any] = Future()
+        self._pending.add(done)
+        done.add_done_callback(self._pending.discard)
+        self._work.put((done, lambda: function(*arguments)))
+        return done
+
+    def stop(self) -> None:
+        """Ends the threads when they have done what they are at."""
+        for _ in self._threads:
+            self._work.put(None)
+
+    def abandon(self, error: BackendError) -> None:
+        """Whoever waits for a call waits no longer, also if the call hangs."""
+        for done in tuple(self._pending):
+            with contextlib.suppress(InvalidStateError):  # it came back in this moment
+                done.set_exception(error)
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the threads that were stopped; whether all have ended."""
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            done, step = item
+            with contextlib.suppress(InvalidStateError):  # it was abandoned
+                try:
+                    done.set_result(step())
+                except Exception as error:
+                    done.set_exception(error)
+            del item, done, step  # the next batch may be long in coming
 
 
 class Slot(Protocol):

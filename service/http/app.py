@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
 
@@ -13,12 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from pipeline.errors import DecodeError
 from service.errors import (
     Draining,
     EngineRestarting,
     InvalidParameter,
     Overloaded,
     QuotaExceeded,
+    ServiceError,
     Unauthorized,
     build_error_body,
     describe_error,
@@ -28,13 +30,13 @@ from service.http.middleware import BodyLimitMiddleware, RequestContextMiddlewar
 from service.http.routes import health, inference, models, segment, web
 from service.http.routes import metrics as metrics_routes
 from service.http.routes import repository as repository_routes
-from service.http.routes.shortcut import HANDLED, ErrorAnswer, Shortcut
 from service.models.repository import Repository, load_repository
 from service.observe.gpus import find_gpus
 from service.observe.metrics import Metrics
 from service.observe.tracing import Tracer, build_tracer
+from service.protocol import Segmenter
+from service.segmenter import LocalSegmenter
 from service.settings import Settings
-from service.work.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ _FIXED_PATHS = (
     *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
     *("/v2/repository/index", "/metrics", "/docs", "/openapi.json"),
 )
+_HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException)
+ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -70,7 +74,7 @@ def create_app(
     if built is None and settings.device != "cpu":
         metrics.watch_gpus(find_gpus())
     if built is None and repository is not None:
-        built = Segmenter(settings, repository, metrics)
+        built = LocalSegmenter(settings, repository, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +82,7 @@ def create_app(
         if segmenter is None:
             options = settings.backend_options()
             loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
-            segmenter = Segmenter(settings, loaded, metrics)
+            segmenter = LocalSegmenter(settings, loaded, metrics)
         app.state.segmenter = segmenter
         segmenter.start()
         try:
@@ -106,7 +110,6 @@ def create_app(
     answer = _build_answer(settings, metrics)
     _add_error_handlers(app, answer)
     # The last one added is the outermost.
-    app.add_middleware(Shortcut, answer=answer)
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(
@@ -155,7 +158,7 @@ def _add_middleware(
 
 
 def _add_error_handlers(app: FastAPI, answer: ErrorAnswer) -> None:
-    for kind in HANDLED:
+    for kind in _HANDLED:
         app.add_exception_handler(kind, answer)
 
 
@@ -167,7 +170,7 @@ def _version() -> str:
 
 
 def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
-    """What answers the errors that a request may end in."""
+    """The handler of all errors that have an answer of their own."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):

@@ -1,9 +1,10 @@
-"""API keys: who may ask, and how much at once.
+"""API keys: who may send requests, and how many canvases.
 
-    {"keys": [{"name": "shop", "sha256": "<hex>", "max_images": 32, "images_per_minute": 600}]}
+    {"keys": [{"name": "shop", "sha256": "<hex>", "max_canvases": 256, "weight": 2}]}
 
-The file holds the keys' SHA-256, never the keys; these are random and long, so a plain hash cannot
-be guessed back. `python -m service.http.keys NAME --file keys.json` makes a key and shows it once.
+The file holds SHA-256 sums of the keys. Keys are long and random, so a plain hash cannot be
+reversed by guessing. `python -m service.http.keys NAME --file keys.json` creates a key and prints
+it once.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ import hashlib
 import hmac
 import json
 import logging
-import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import QuotaExceeded, StartupError, TooManyImages
+from service.errors import StartupError
+from service.work.request import Client
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,11 @@ class KeySpec(BaseModel):
     """A key's entry in the file.
 
     Attributes:
-        name: Who has it; for logs.
+        name: Its holder; for logs and messages.
         sha256: Of the key.
-        max_images: Images in work at once; None: as many as the server takes.
-        images_per_minute: Mean rate; a minute's worth may come at once. None: no bound.
+        max_canvases: In flight at once; None: no bound of its own.
+        canvases_per_minute: Mean rate; a minute's worth may come at once. None: no bound.
+        weight: Share of the server relative to other clients.
         admin: Whether models may be loaded and unloaded with it.
     """
 
@@ -48,9 +49,20 @@ class KeySpec(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    max_images: Annotated[int | None, Field(gt=0)] = None
-    images_per_minute: Annotated[float | None, Field(gt=0)] = None
+    max_canvases: Annotated[int | None, Field(gt=0)] = None
+    canvases_per_minute: Annotated[float | None, Field(gt=0)] = None
+    weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     admin: bool = False
+
+    @property
+    def client(self) -> Client:
+        """What admission and scheduling know of the key."""
+        return Client(
+            name=f"key {self.name}",
+            weight=self.weight,
+            max_canvases=self.max_canvases,
+            canvases_per_minute=self.canvases_per_minute,
+        )
 
 
 class KeyFile(BaseModel):
@@ -59,67 +71,6 @@ class KeyFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: tuple[KeySpec, ...]
-
-
-class Quota:
-    """What one key has in work and may still send; to be used from one event loop.
-
-    Args:
-        spec: The key's bounds.
-        clock: Seconds, never going back.
-    """
-
-    def __init__(self, spec: KeySpec, clock: Callable[[], float] = time.monotonic) -> None:
-        self.spec = spec
-        self._clock = clock
-        self._in_work = 0
-        self._credit = spec.images_per_minute or 0.0
-        self._credited_s = clock()
-
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Counts a request's images while they are in work.
-
-        Raises:
-            TooManyImages: The key may never have so many in work.
-            QuotaExceeded: They are too many now.
-        """
-        spec = self.spec
-        if spec.max_images is not None and images > spec.max_images:
-            raise TooManyImages(
-                f"the request has {images} images, key {spec.name!r} may have {spec.max_images}"
-            )
-        if spec.max_images is not None and self._in_work + images > spec.max_images:
-            raise QuotaExceeded(
-                f"key {spec.name!r} has {self._in_work} images in work, {images} more would exceed "
-                f"{spec.max_images}",
-                "key_images",
-                1,
-            )
-        self._spend(images)
-        self._in_work += images
-        try:
-            yield
-        finally:
-            self._in_work -= images
-
-    def _spend(self, images: int) -> None:
-        rate = self.spec.images_per_minute
-        if rate is None:
-            return
-        now_s = self._clock()
-        self._credit = min(rate, self._credit + (now_s - self._credited_s) * rate / 60)
-        self._credited_s = now_s
-        needed = min(images, rate)  # a request larger than a minute's worth leaves a debt
-        if needed > self._credit:
-            wait_s = (needed - self._credit) * 60 / rate
-            raise QuotaExceeded(
-                f"key {self.spec.name!r} may send {rate:g} images a minute; {images} are too many "
-                "now",
-                "key_rate",
-                max(1, math.ceil(wait_s)),
-            )
-        self._credit -= images
 
 
 class KeyRing:
@@ -136,7 +87,7 @@ class KeyRing:
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.file = file
         self._clock = clock
-        self._quotas: dict[str, Quota] = {}
+        self._keys: dict[str, KeySpec] = {}
         try:
             self._stamp = _stamp(file)
             self._take(_read(file))
@@ -144,14 +95,14 @@ class KeyRing:
             raise StartupError(f"keys file {str(file)!r}: {error}") from error
         self._checked_s = clock()
 
-    def find(self, key: str) -> Quota | None:
-        """The quota of a key, None if there is no such key; takes as long for one as for all."""
+    def find(self, key: str) -> KeySpec | None:
+        """The entry of a key, or None; takes the same time for every key."""
         self._reload_if_changed()
         digest = hashlib.sha256(key.encode()).hexdigest()
         found = None
-        for known, quota in self._quotas.items():
+        for known, spec in self._keys.items():
             if hmac.compare_digest(known, digest):
-                found = quota
+                found = spec
         return found
 
     def _reload_if_changed(self) -> None:
@@ -166,19 +117,12 @@ class KeyRing:
             self._stamp = stamp
             self._take(_read(self.file))
         except (OSError, ValueError) as error:
-            logger.error("keys file %s: %s; the keys of before stay valid", self.file, error)
+            logger.error("keys file %s: %s; the keys read before stay valid", self.file, error)
         else:
-            logger.info("keys file %s: %d keys are valid now", self.file, len(self._quotas))
+            logger.info("keys file %s: %d keys are valid now", self.file, len(self._keys))
 
     def _take(self, content: KeyFile) -> None:
-        """A key whose bounds are what they were keeps what it has in work and in credit."""
-        old = self._quotas
-        self._quotas = {
-            spec.sha256: old[spec.sha256]
-            if spec.sha256 in old and old[spec.sha256].spec == spec
-            else Quota(spec, self._clock)
-            for spec in content.keys
-        }
+        self._keys = {spec.sha256: spec for spec in content.keys}
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
@@ -228,10 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m service.http.keys", description="Makes an API key."
     )
-    parser.add_argument("name", help="who gets the key; for logs")
+    parser.add_argument("name", help="its holder; for logs and messages")
     parser.add_argument("--file", type=Path, required=True, help="keys file, SOLO_KEYS_FILE")
-    parser.add_argument("--max-images", type=int, help="images in work at once")
-    parser.add_argument("--images-per-minute", type=float, help="mean rate")
+    parser.add_argument("--max-canvases", type=int, help="canvases in flight at once")
+    parser.add_argument("--canvases-per-minute", type=float, help="mean rate")
+    parser.add_argument("--weight", type=float, help="share relative to other clients (1)")
     parser.add_argument("--admin", action="store_true", help="may load and unload models")
     options = vars(parser.parse_args(arguments))
     bounds = {k: v for k, v in options.items() if k not in ("name", "file") and v is not None}

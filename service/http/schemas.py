@@ -9,18 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.model_config import Task
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
-
-Masks = Literal["rle", "polygon", "png", "none"]
-Priority = Literal["interactive", "batch"]
-
+from service.work.request import Masks, Priority
 
 TimeoutMs = Annotated[
     int | None,
     Field(
         ge=1,
         le=86_400_000,
-        description="after this time the request is answered 504 and what still waits is dropped; "
-        "also as header X-Timeout-Ms; default: the server's",
+        description="deadline; then the request is answered 504 and its work stops; also as header "
+        "X-Timeout-Ms; default: the server's",
     ),
 ]
 
@@ -48,7 +45,8 @@ class SegmentQuery(BaseModel):
         ),
     ] = "rle"
     priority: Annotated[
-        Priority, Field(description="interactive work goes before batch work that came with it")
+        Priority,
+        Field(description="a client's interactive requests go before its batch requests"),
     ] = "interactive"
     timeout_ms: TimeoutMs = None
 
@@ -98,6 +96,15 @@ class ImageResult(BaseModel):
     width: int | None = None
     height: int | None = None
     instances: list[InstanceModel] | None = None
+    canvases: Annotated[
+        int | None, Field(description="canvases (tiles) that the engine processed")
+    ] = None
+    instances_found: Annotated[
+        int | None, Field(description="instances before max_instances was applied")
+    ] = None
+    truncated: Annotated[
+        bool | None, Field(description="whether max_instances left instances out")
+    ] = None
     index_png: Annotated[
         str | None,
         Field(
@@ -112,11 +119,26 @@ class TimingMs(BaseModel):
     """Milliseconds of the image that was finished last; the stages add up to `total`."""
 
     decode: Annotated[float, Field(description="decoding, resizing, padding")]
-    queue: Annotated[float, Field(description="waiting for a thread, for company, for the engine")]
+    queue: Annotated[float, Field(description="waiting for a thread, a batch or the engine")]
     infer: float
     postprocess: float
     encode: float
     total: Annotated[float, Field(description="since the request's body was there")]
+
+
+class Cost(BaseModel):
+    """What a request cost."""
+
+    canvases: Annotated[int, Field(description="canvases (tiles) of all images")]
+    engine_ms: Annotated[float, Field(description="engine time; shared calls count by their share")]
+
+
+class ProgressModel(BaseModel):
+    """A progress line of Accept: application/x-ndjson."""
+
+    canvases_done: int
+    canvases: int
+    elapsed_s: float
 
 
 class SegmentResponse(BaseModel):
@@ -127,6 +149,8 @@ class SegmentResponse(BaseModel):
     task: Annotated[
         Task, Field(description="the masks are the objects' pixels, or their contours alone")
     ]
+    canvases: Annotated[int, Field(description="canvases (tiles) of all images")]
+    cost: Cost
     results: list[ImageResult]
     timing_ms: TimingMs
 

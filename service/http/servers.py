@@ -17,8 +17,8 @@ from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
 from service.http.connections import ConnectionLimit, allow_files
 from service.models.repository import Repository
+from service.protocol import Segmenter
 from service.settings import Settings
-from service.work.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class DrainingServer(uvicorn.Server):
         app = self.config.app
         segmenter = getattr(getattr(app, "state", None), "segmenter", None)
         if segmenter is not None:
-            logger.info("draining: %d images are in work", segmenter.admission.images)
+            logger.info("draining: %d images are in flight", segmenter.admission.images)
             if not await segmenter.finish_accepted():
                 await segmenter.give_up()
         self.should_exit = True

@@ -10,7 +10,7 @@ differs from config.json is refused with the file's name and the reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,13 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.model_config import ModelConfig, parse_model_config
-from pipeline.postprocess import TileCandidates, postprocess, postprocess_tile
+from pipeline.postprocess import TileCandidates, postprocess
 from pipeline.preprocess import prepare
-from pipeline.types import Instance, Prepared, UInt8
+from pipeline.types import Instance, Prepared, Tile, UInt8
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.choose import build_backend
 from service.errors import ModelRefused, StartupError
 from service.models.artefacts import ONNX_FILE, Artefacts
-from service.work.tiles import merge_found
 
 __all__ = [
     "ONNX_FILE",
@@ -64,7 +63,7 @@ class LoadedModel:
         score_threshold: float | None = None,
         max_instances: int | None = None,
     ) -> list[Instance]:
-        """Segments one image, exactly as the server does but without company.
+        """Segments one image in the calling thread, with the server's results.
 
         Args:
             image: [H, W, 3] uint8 RGB.
@@ -72,22 +71,18 @@ class LoadedModel:
             max_instances: Most instances; default from the model's configuration.
         """
         prepared = prepare(image, self.config.input)
-        found = []
+        return postprocess(
+            prepared,
+            self._infer(prepared),
+            self.config.postprocess,
+            score_threshold=score_threshold,
+            max_instances=max_instances,
+        )
+
+    def _infer(self, prepared: Prepared) -> Iterator[TileCandidates]:
         size = self.config.limits.max_batch
         for start in range(0, len(prepared.tiles), size):
-            tiles = prepared.tiles[start : start + size]
-            for tile, candidates in zip(tiles, self.backend.infer(tiles), strict=True):
-                found.append(
-                    postprocess_tile(
-                        tile,
-                        candidates,
-                        prepared.image_hw,
-                        self.config.postprocess,
-                        score_threshold=score_threshold,
-                        max_instances=max_instances,
-                    )
-                )
-        return merge_found(found, self.config.postprocess, max_instances)
+            yield from self.backend.infer(prepared.tiles[start : start + size])
 
 
 def load_version(
@@ -166,17 +161,18 @@ def read_config(folder: Path, version: int | None = None) -> ModelConfig:
 
 
 def warm_up(backend: Backend, config: ModelConfig) -> None:
-    """One run on a grey image: what is slow only once happens here, and so do mismatches."""
+    """Runs an engine once on a grey image, so that mismatches and slow first calls happen here."""
     prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
-    candidates = backend.infer(prepared.tiles)
-    _check_output(prepared, candidates, config)
+    tiles = list(prepared.tiles)
+    candidates = backend.infer(tiles)
+    _check_output(tiles, candidates, config)
     postprocess(prepared, candidates, config.postprocess)
 
 
 def _check_output(
-    prepared: Prepared, candidates: Sequence[TileCandidates], config: ModelConfig
+    tiles: Sequence[Tile], candidates: Sequence[TileCandidates], config: ModelConfig
 ) -> None:
-    for tile, found in zip(prepared.tiles, candidates, strict=True):
+    for tile, found in zip(tiles, candidates, strict=True):
         height, width = tile.image.shape[:2]
         wanted = (height // config.mask_stride, width // config.mask_stride)
         if found.mask_hw != wanted:
@@ -209,14 +205,13 @@ class Repository:
     refused: Mapping[str, ModelRefused]
     options: BackendOptions = field(default_factory=BackendOptions)
 
-    def rebuild(self, model: LoadedModel) -> Backend:
-        """Another engine for a model whose engine has died.
+    def rebuild(self, model: LoadedModel) -> LoadedModel:
+        """The same version with another engine.
 
         Raises:
             ModelRefused: Its files have changed or are gone.
         """
-        name, version = model.config.name, model.version
-        return load_version(self.root / name, version, self.options).backend
+        return load_version(self.root / model.config.name, model.version, self.options)
 
     def close(self) -> None:
         """Frees all engines."""

@@ -1,51 +1,97 @@
 """Which versions of which models are served, and how that changes while they are.
 
-    load: read config.json -> build and warm the new engines -> swap -> drain the old ones
-
-Until the swap the old versions serve, and if anything fails they go on: that is the roll-back.
+Every change is one operation, `ModelStore.replace`: build and warm up the new engines in a thread,
+swap them in, drain the old ones and close them. It replaces an engine that died, an engine for
+which a faster one was built, and the versions of a model. Until the swap the old ones serve; if
+anything fails they go on, which is the roll-back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from pipeline.model_config import ModelConfig
+from service.engines.state import EngineBuild
+from service.engines.watch import WatchedEngine
 from service.errors import (
     EngineRestarting,
     ModelRefused,
     ModelUnavailable,
     StartupError,
     UnknownModel,
-    UnknownVersion,
 )
-from service.models.engine_state import describe_engine
 from service.models.repository import CONFIG_FILE, LoadedModel, Repository, load_model
-from service.models.watch import RestartingBackend
 from service.observe.metrics import Metrics
+from service.protocol import ModelState, find_model
 from service.settings import Settings
-from service.work.batcher import BatchStats, DynamicBatcher
-from service.work.lanes import Lanes
-from service.work.stages import ServedModel
+from service.work.pixels import PixelBudget
+from service.work.policy import choose_policy
+from service.work.scheduler import CallStats, Scheduler
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 UNLOADED = "unloaded"
-GPU_DELAY_MS = 5.0
 LAST_CALL_S = 1.0
-"""How long an engine that is no longer used may go on with what nobody waits for."""
+"""How long an engine that is no longer used may take for what is still in flight."""
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+
+Build = Callable[[], Mapping[int, LoadedModel]]
+"""Builds versions of a model, warm; runs in a thread."""
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A version of a model that is served.
+
+    Attributes:
+        loaded: Its configuration, and the engine that it was loaded with.
+        engine: Calls the engine of the moment.
+        scheduler: Processes its canvases.
+        users: Requests that use it.
+        builds: Tasks that build engines for it.
+    """
+
+    loaded: LoadedModel
+    engine: WatchedEngine
+    scheduler: Scheduler
+    users: int = 0
+    builds: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its configuration."""
+        return self.loaded.config
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.config.name
+
+    @property
+    def state(self) -> ModelState:
+        """Its configuration and the state of its engine."""
+        return ModelState(self.config, self.engine.state, self.scheduler.policy.max_batch)
 
 
 class ModelStore:
-    """The served models; `start` it in the event loop, `close` it at last.
+    """The served models; used from one event loop. `start` it there, `close` it at last.
 
     Args:
-        settings: Batching, time-outs, the default model.
-        repository: Loaded models; the store closes them.
+        settings: Batching, timeouts, the default model.
+        repository: Loaded models; the store closes their engines.
         metrics: Where models and their engines are counted.
+        budget: Bounds the decoded images of all models.
 
     Attributes:
         served: By name and version.
@@ -56,11 +102,19 @@ class ModelStore:
         StartupError: The default model is not in the repository.
     """
 
-    def __init__(self, settings: Settings, repository: Repository, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        repository: Repository,
+        metrics: Metrics,
+        budget: PixelBudget | None = None,
+    ) -> None:
         self._settings = settings
         self._repository = repository
         self._metrics = metrics
-        self._running = False
+        self._budget = budget or PixelBudget()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
         self._changing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self.unavailable: dict[str, str] = {}
@@ -85,61 +139,84 @@ class ModelStore:
         return [self.served[n][v] for n in sorted(self.served) for v in sorted(self.served[n])]
 
     def start(self) -> None:
-        """Starts the batchers; needs a running event loop."""
-        self._running = True
+        """Starts building faster engines, and rebuilds those that die; needs an event loop."""
+        self._loop = asyncio.get_running_loop()
         for model in self.all_models:
-            model.feeder.start()
+            self._start_upgrade(model)
 
     async def close(self, *, finished: bool) -> None:
-        """Ends batchers and engines.
+        """Ends schedulers and engines.
 
         Args:
             finished: Whether all accepted work is done; else it is given up.
         """
-        self._running = False
+        self._closed = True
         for model in self.all_models:
             await self._end(model, finished=finished)
         await asyncio.gather(*self._retiring)
 
     def find(self, name: str | None, version: int | None) -> ServedModel:
-        """The model that a request means, if its engine can take work.
-
-        Args:
-            name: None takes the default model.
-            version: None takes the highest that is served.
-
-        Raises:
-            UnknownModel: There is none of that name.
-            ModelUnavailable: It is in the repository, but not served.
-            UnknownVersion: It is not served in this version.
-            EngineRestarting: Its engine has died and another is being built.
-        """
-        if name is None:
-            name = self._settings.default_model or min(self.served, default="")
-        if name not in self.served:
-            if name in self.unavailable:
-                raise ModelUnavailable(f"model {name!r} is not served; see GET /v2/models")
-            raise UnknownModel(f"there is no model {name!r}, only {sorted(self.served)}")
-        versions = self.served[name]
-        model = versions.get(max(versions) if version is None else version)
-        if model is None:
-            raise UnknownVersion(
-                f"model {name!r} is served in version {', '.join(map(str, sorted(versions)))}, "
-                f"not {version}"
-            )
+        """The model that a request means, if its engine answers; see `Segmenter.find`."""
+        default = self._settings.default_model
+        model = find_model(self.served, self.unavailable, default, name, version)
         if not model.engine.is_alive:
-            raise EngineRestarting(f"the engine of model {name!r} has died; another is being built")
+            raise EngineRestarting(
+                f"the engine of model {model.name!r} has died; another is being built"
+            )
         return model
 
     @contextmanager
     def use(self, name: str | None, version: int | None) -> Iterator[ServedModel]:
-        """`find`; the model stays until the request is answered, whatever is loaded meanwhile."""
+        """As `find`; the model is not ended before the context is."""
         model = self.find(name, version)
         model.users += 1
         try:
             yield model
         finally:
             model.users -= 1
+
+    # --- the one way to replace engines ---------------------------------------------------------
+
+    async def replace(self, name: str, build: Build, *, only: ServedModel | None = None) -> None:
+        """Builds and warms up versions of a model, swaps them in, drains and closes the old ones.
+
+        Args:
+            name: The model's.
+            build: Gives the versions; one that is served already with the same engine stays as it
+                is.
+            only: Only the engine of this version is replaced, requests in flight go on with the
+                new one; if the version is no longer served, the engine is closed. None: `build`
+                gives all versions, and requests in flight finish with the old ones.
+
+        Raises:
+            Exception: What `build` raised; nothing has changed.
+        """
+        if only is not None:
+            built = await run_in_thread(build, _close_all)
+            only.loaded = built[only.loaded.version]
+            only.engine.swap(only.loaded.backend)  # closes it if `only` has been closed
+            only.scheduler.adopt(choose_policy(self._settings, only.engine, only.config.limits))
+            self._start_upgrade(only)
+            return
+        versions = await run_in_thread(build)
+        old = self.served.pop(name, {})
+        new: dict[int, ServedModel] = {}
+        for version, loaded in versions.items():
+            same = old.get(version)
+            if same is not None and same.loaded is loaded:
+                new[version] = old.pop(version)
+            else:
+                new[version] = self._serve(loaded)
+        if new:
+            self.served[name] = new
+            self.unavailable.pop(name, None)
+            self._metrics.model_refused.labels(name).set(0)
+        for model in new.values():
+            self._start_upgrade(model)
+        for version, replaced in old.items():
+            if version not in new:
+                self._metrics.remove_model(name, version)
+            _spawn(self._retire(replaced), self._retiring)
 
     async def load(self, name: str) -> list[int]:
         """Serves what config.json says now; versions that have not changed stay as they are.
@@ -156,21 +233,20 @@ class ModelStore:
         """
         async with self._changing:
             folder = self._find_folder(name)
-            old = self.served.get(name, {})
-            kept = {version: model.loaded for version, model in old.items()}
-            build = partial(load_model, folder, self._repository.options, kept)
+            kept = {v: model.loaded for v, model in self.served.get(name, {}).items()}
             try:
-                loaded = await asyncio.to_thread(build)
+                await self.replace(
+                    name, partial(load_model, folder, self._repository.options, kept)
+                )
             except ModelRefused as error:
                 reason = self._explain(error)
                 logger.error("model %s is not loaded: %s", name, reason)
                 self._set_unavailable(name, reason)
                 raise ModelUnavailable(f"model {name!r} cannot be served: {reason}") from error
-            self._swap(name, loaded)
-            return sorted(loaded)
+            return sorted(self.served[name])
 
     async def unload(self, name: str) -> None:
-        """Stops serving a model; requests that have it in use are finished.
+        """Stops serving a model; requests that use it are finished.
 
         Raises:
             UnknownModel: It is not served.
@@ -178,8 +254,91 @@ class ModelStore:
         async with self._changing:
             if name not in self.served:
                 raise UnknownModel(f"model {name!r} is not served, only {sorted(self.served)}")
-            self._swap(name, {})
+            await self.replace(name, dict)
             self._set_unavailable(name, UNLOADED)
+
+    def _report_death(self, model: ServedModel) -> None:
+        """An engine has died; any thread may call this."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(lambda: _spawn(self._rebuild(model), model.builds))
+
+    async def _rebuild(self, model: ServedModel) -> None:
+        """Replaces a dead engine; tries until it succeeds, or is cancelled by `_end`."""
+        pause_s = FIRST_PAUSE_S
+
+        def build() -> dict[int, LoadedModel]:
+            return {model.loaded.version: self._repository.rebuild(model.loaded)}
+
+        while True:
+            try:
+                await self.replace(model.name, build, only=model)
+            except Exception as error:  # whatever stands in the way may pass
+                logger.error("no new engine yet, next attempt in %g s: %s", pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                engine = model.engine.current
+                logger.info("a new engine is ready on %s (%s)", engine.device, engine.name)
+                self._metrics.engine_restarts.labels(model.name).inc()
+                return
+
+    def _start_upgrade(self, model: ServedModel) -> None:
+        """Builds a faster engine in the background, if the current one names one."""
+        upgrade = getattr(model.engine.current, "upgrade", None)
+        if upgrade is not None and self._loop is not None:
+            _spawn(self._upgrade(model, upgrade), model.builds)
+
+    async def _upgrade(self, model: ServedModel, upgrade: Any) -> None:
+        engine, loaded = model.engine, model.loaded
+
+        def report(status: str, progress: float) -> None:
+            engine.build = EngineBuild(status, progress)
+
+        def build() -> dict[int, LoadedModel]:
+            report("building the engine", 0.0)
+            upgrade.build(report)
+            report("loading", 1.0)
+            backend = upgrade.load()
+            try:
+                loaded.probe(backend)
+            except BaseException:
+                backend.close()
+                raise
+            return {loaded.version: replace(loaded, backend=backend)}
+
+        try:
+            await self.replace(model.name, build, only=model)
+        except asyncio.CancelledError:
+            upgrade.cancel()
+            raise
+        except Exception as error:
+            report(f"failed: {error}", engine.build.progress if engine.build else 0.0)
+            logger.error("%s goes on, the faster engine failed: %s", loaded.backend.name, error)
+        else:
+            report("done", 1.0)
+            logger.info("the engine is %s now", engine.current.name)
+
+    async def _retire(self, model: ServedModel) -> None:
+        """Ends a version that is no longer found, when no request uses it."""
+        deadline_s = time.monotonic() + self._settings.drain_timeout_s
+        while model.users and not self._closed and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        await self._end(model, finished=not model.users)
+        logger.info("model %s version %d has ended", model.name, model.loaded.version)
+
+    @staticmethod
+    async def _end(model: ServedModel, *, finished: bool) -> None:
+        if finished and model.engine.is_alive:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_CALL_S):
+                    await model.scheduler.drain()
+        for task in model.builds:
+            task.cancel()
+        await model.scheduler.abort()
+        model.engine.close()
+
+    # --- the repository on disk -----------------------------------------------------------------
 
     async def poll(self, interval_s: float) -> None:
         """Loads what changes in the repository and unloads what vanishes; never returns."""
@@ -217,46 +376,6 @@ class ModelStore:
                 return folder
         raise UnknownModel(f"the repository has no folder {name!r}")
 
-    def _swap(self, name: str, loaded: Mapping[int, LoadedModel]) -> None:
-        old = self.served.pop(name, {})
-        new: dict[int, ServedModel] = {}
-        for version, model in loaded.items():
-            same = old.get(version)
-            if same is not None and same.loaded is model:
-                new[version] = old.pop(version)
-                continue
-            new[version] = self._serve(model)
-            if self._running:
-                new[version].feeder.start()
-        if new:
-            self.served[name] = new
-            self.unavailable.pop(name, None)
-            self._metrics.model_refused.labels(name).set(0)
-        for version, replaced in old.items():
-            if version not in new:
-                self._metrics.remove_model(name, version)
-            task = asyncio.get_running_loop().create_task(self._retire(replaced))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-
-    async def _retire(self, model: ServedModel) -> None:
-        """Ends a model that is no longer found, once nobody uses it."""
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._settings.drain_timeout_s
-        while model.users and loop.time() < deadline_s:
-            await asyncio.sleep(0.01)
-        await self._end(model, finished=not model.users)
-        logger.info("model %s version %d has ended", model.name, model.loaded.version)
-
-    @staticmethod
-    async def _end(model: ServedModel, *, finished: bool) -> None:
-        if finished and model.engine.is_alive:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_CALL_S):
-                    await model.feeder.drain()
-        await model.feeder.abort()
-        model.engine.close()  # nobody waits for it, or for another, any more
-
     def _set_unavailable(self, name: str, reason: str) -> None:
         self.unavailable[name] = reason
         self._metrics.model_refused.labels(name).set(reason != UNLOADED)
@@ -265,50 +384,72 @@ class ModelStore:
         """Why a model is refused, without the folders above the repository."""
         return f"{error.file.relative_to(self.root)}: {error.reason}"
 
-    def _serve(self, model: LoadedModel) -> ServedModel:
-        name = model.config.name
+    def _serve(self, loaded: LoadedModel) -> ServedModel:
+        name = loaded.config.name
 
-        def count_restart(alive: bool) -> None:
-            if alive:
-                self._metrics.engine_restarts.labels(name).inc()
-
-        def count_batch(stats: BatchStats) -> None:
+        def count_call(stats: CallStats) -> None:
             self._metrics.batch_size.labels(name).observe(stats.size)
             if stats.failed:
                 self._metrics.engine_failures.labels(name).inc()
 
-        engine = RestartingBackend(
-            model.backend,
-            lambda: self._repository.rebuild(model),
-            model.probe,
+        engine = WatchedEngine(
+            loaded.backend,
+            loaded.probe,
             timeout_s=self._settings.engine_timeout_s,
-            on_restart=count_restart,
+            on_death=lambda reason: self._report_death(model),
         )
-        feeder = self._build_feeder(engine, model, count_batch)
-        self._metrics.add_model(
-            name, model.version, partial(describe_engine, engine), feeder.max_batch
-        )
-        return ServedModel(model, engine, feeder)
+        policy = choose_policy(self._settings, engine, loaded.config.limits)
+        scheduler = Scheduler(engine, policy, self._budget, count_call)
+        self._metrics.add_model(name, loaded.version, lambda: engine.state, policy.max_batch)
+        model = ServedModel(loaded, engine, scheduler)
+        return model
 
-    def _build_feeder(
-        self,
-        engine: RestartingBackend,
-        model: LoadedModel,
-        on_call: Callable[[BatchStats], None],
-    ) -> DynamicBatcher | Lanes:
-        """Batches, or lanes if engine calls take turns on a CPU's cores with nothing to gain."""
-        settings, limits = self._settings, model.config.limits
-        on_cpu = engine.device == "cpu"  # there a batch costs what its canvases cost one by one
-        delay_ms = settings.max_delay_ms
-        if on_cpu and not delay_ms:
-            has_cores_of_its_own = (limits.threads or settings.threads) == 1
-            if engine.concurrency > 1 or has_cores_of_its_own:
-                return Lanes(engine, images=settings.pool_threads, on_call=on_call)
-        if delay_ms is None:
-            delay_ms = 0.0 if on_cpu else GPU_DELAY_MS
-        return DynamicBatcher(
-            engine,
-            max_batch=min(settings.max_batch, limits.max_batch),
-            max_delay_s=delay_ms / 1000,
-            on_batch=on_call,
-        )
+
+def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+    """Starts a task that is kept in a set until it is done."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+def _close_all(loaded: Mapping[int, LoadedModel]) -> None:
+    for model in loaded.values():
+        model.backend.close()
+
+
+async def run_in_thread(
+    function: Callable[[], T], discard: Callable[[T], None] = lambda result: None
+) -> T:
+    """Runs a function in a daemon thread, so that the end of the process does not wait for it.
+
+    Args:
+        function: What is run.
+        discard: Gets the result if the caller was cancelled meanwhile.
+
+    Raises:
+        Exception: What the function raised.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def set_result(result: T) -> None:
+        if done.done():
+            discard(result)
+        else:
+            done.set_result(result)
+
+    def set_exception(error: BaseException) -> None:
+        if not done.done():
+            done.set_exception(error)
+
+    def run() -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            try:
+                result = function()
+            except BaseException as error:
+                loop.call_soon_threadsafe(set_exception, error)
+            else:
+                loop.call_soon_threadsafe(set_result, result)
+
+    threading.Thread(target=run, name="build", daemon=True).start()
+    return await done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,12 +19,15 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
-    generate_latest,
 )
 from prometheus_client.exposition import choose_encoder
 
-from service.models.engine_state import EngineState
+from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
+
+if TYPE_CHECKING:
+    from service.work.admission import Admission
+    from service.work.request import Outcome
 
 STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 WORK_ROUTES = (
@@ -33,8 +37,8 @@ WORK_ROUTES = (
 """The routes that segment; dashboard and alert rules count requests of these alone."""
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
-    *("queue_images", "queue_pixels", "draining", "engine_restarting", "body_too_large"),
-    *("unauthorized", "key_images", "key_rate", "connections", "body_timeout"),
+    *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
+    *("unauthorized", "key_canvases", "key_rate", "connections", "body_timeout"),
 )
 
 # An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.
@@ -97,6 +101,12 @@ class Metrics:
         self.images = Counter(
             "solo_images_total", "Images answered with a result", ["model"], registry=registry
         )
+        self.canvases = Counter(
+            "solo_canvases_total",
+            "Canvases of images answered with a result",
+            ["model"],
+            registry=registry,
+        )
         self.image_errors = Counter(
             "solo_image_errors_total",
             "Images answered with an error",
@@ -129,14 +139,11 @@ class Metrics:
         self.queue_images = Gauge(
             "solo_queue_images", "Images admitted and not finished", registry=registry
         )
-        self.queue_pixels = Gauge(
-            "solo_queue_pixels", "Pixels admitted and not finished", registry=registry
+        self.queue_canvases = Gauge(
+            "solo_queue_canvases", "Canvases admitted and not finished", registry=registry
         )
-        self.queue_limit_images = Gauge(
-            "solo_queue_limit_images", "Images that may be in work", registry=registry
-        )
-        self.queue_limit_pixels = Gauge(
-            "solo_queue_limit_pixels", "Pixels that may be in work", registry=registry
+        self.queue_limit_canvases = Gauge(
+            "solo_queue_limit_canvases", "Canvases that may be in flight", registry=registry
         )
         self.batch_limit = Gauge(
             "solo_batch_limit_canvases",
@@ -145,7 +152,7 @@ class Metrics:
             registry=registry,
         )
         self.in_flight_requests = Gauge(
-            "solo_in_flight_requests", "Requests for segmentation in work", registry=registry
+            "solo_in_flight_requests", "Requests for segmentation in flight", registry=registry
         )
         self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
         self.engine_up = Gauge(
@@ -185,7 +192,8 @@ class Metrics:
         self.batch_limit.labels(name).set(max_batch)
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
-        for family in (self.images, self.instances, self.engine_failures, self.engine_restarts):
+        families = (self.images, self.canvases, self.instances, self.engine_failures)
+        for family in (*families, self.engine_restarts):
             family.labels(name)
         for reason in CANCELLATIONS:
             self.cancelled_images.labels(name, reason)
@@ -195,10 +203,20 @@ class Metrics:
         """Forgets a version that is no longer served; what was counted stays."""
         self._engines.pop((name, version), None)
 
-    def watch_queue(self, images: Callable[[], float], pixels: Callable[[], float]) -> None:
-        """Reads the queue's gauges from its owner whenever they are asked for."""
-        self.queue_images.set_function(images)
-        self.queue_pixels.set_function(pixels)
+    def watch(self, admission: Admission) -> None:
+        """Reads what is in flight from admission whenever the metrics are asked for."""
+        self.queue_images.set_function(lambda: admission.images)
+        self.queue_canvases.set_function(lambda: admission.canvases)
+        self.queue_limit_canvases.set(admission.max_canvases)
+        self.in_flight_requests.set_function(lambda: admission.requests)
+
+    def count_image(self, name: str, outcome: Outcome) -> None:
+        """Counts an image that was answered with a result."""
+        self.images.labels(name).inc()
+        self.canvases.labels(name).inc(outcome.canvases)
+        self.instances.labels(name).inc(outcome.instances)
+        for stage, seconds in vars(outcome.timing).items():
+            self.stage_seconds.labels(name, stage).observe(seconds)
 
     def watch_gpus(self, gpus: GpuCollector | None) -> None:
         """Shows what NVML says of the GPUs, if there are any."""
@@ -219,11 +237,6 @@ class Metrics:
             alive[name] = alive.get(name, True) and state.is_alive
         for name, all_alive in alive.items():
             self.engine_up.labels(name).set(all_alive)
-
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format; of the GPUs what was read last."""
-        self._update_engines()
-        return generate_latest(self._registry)
 
     async def collect(self) -> list[Metric]:
         """All metrics as of now, as objects."""

@@ -1,86 +1,202 @@
-"""Admission: how many images and pixels may be in work at once.
+"""Admission: how many canvases may be in flight, in all and for each client.
 
-All of a request's images are let in or none; what is let in is counted until it is answered,
-because that is how long its memory is held.
+All of a request's images are admitted or none. What is admitted is counted until it is answered.
+
+A client may hold at most as many canvases as are free: alone it can use half of the queue, and
+there is always room for another client (dynamic thresholds, Choudhury and Hahne 1998). A request
+that is refused costs its client nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from service.errors import Draining, Overloaded, TooManyImages
+from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
+from service.work.request import Client
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Account:
+    """A client's canvases.
+
+    Attributes:
+        held: In flight.
+        credit: That may still be sent at once, if the client's rate is bounded.
+        credited_s: When `credit` was true.
+    """
+
+    held: int
+    credit: float
+    credited_s: float
+
+    def refill(self, rate: float, now_s: float) -> None:
+        self.credit = min(rate, self.credit + (now_s - self.credited_s) * rate / 60)
+        self.credited_s = now_s
 
 
 class Admission:
-    """Counts work; to be used from one event loop.
+    """Counts work in flight; used from one event loop.
 
     Args:
-        max_images: Images in work at once.
-        max_pixels: Pixels of the original images in work at once.
+        max_canvases: Canvases in flight.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        canvases: In flight.
+        images: In flight.
+        requests: In flight, also those whose body is still being read.
     """
 
-    def __init__(self, max_images: int, max_pixels: int) -> None:
-        self.max_images = max_images
-        self.max_pixels = max_pixels
+    def __init__(self, max_canvases: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_canvases = max_canvases
+        self.canvases = 0
         self.images = 0
-        self.pixels = 0
+        self.requests = 0
+        self._clock = clock
+        self._accounts: dict[str, _Account] = {}
         self._closed = False
 
     @property
     def is_open(self) -> bool:
-        """Whether new work is taken at all."""
+        """Whether new work is admitted at all."""
         return not self._closed
 
     def close(self) -> None:
         """Refuses all new work from now on."""
         self._closed = True
 
-    def check_open(self) -> None:
-        """Cheap test before anything is read.
-
-        Raises:
-            Draining: The server is going down.
-            Overloaded: There is no room for even one image.
-        """
-        if self._closed:
-            raise Draining("the server is going down")
-        if self.images >= self.max_images:
-            raise self._full_of_images(1)
-
     @contextmanager
-    def admit(self, images: int, pixels: int) -> Iterator[None]:
-        """Holds room for a request's images.
+    def request(self, client: Client) -> Iterator[None]:
+        """Counts a request, unless not even one canvas fits: then its body need not be read.
 
         Raises:
             Draining: The server is going down.
-            TooManyImages: They would not fit into an idle server either.
-            Overloaded: They do not fit now.
+            Overloaded: There is no room.
         """
-        if self._closed:
-            raise Draining("the server is going down")
-        if images > self.max_images or pixels > self.max_pixels:
-            raise TooManyImages(
-                f"the request has {images} images of {pixels} px together; the server takes at "
-                f"most {self.max_images} images and {self.max_pixels} px at once"
-            )
-        if self.images + images > self.max_images:
-            raise self._full_of_images(images)
-        if self.pixels + pixels > self.max_pixels:
-            raise Overloaded(
-                f"{self.pixels} px are in work, {pixels} px more would exceed {self.max_pixels}",
-                "queue_pixels",
-            )
-        self.images += images
-        self.pixels += pixels
+        self._check_room(client, 1)
+        self.requests += 1
         try:
             yield
         finally:
-            self.images -= images
-            self.pixels -= pixels
+            self.requests -= 1
 
-    def _full_of_images(self, images: int) -> Overloaded:
-        return Overloaded(
-            f"{self.images} images are in work, {images} more would exceed {self.max_images}",
-            "queue_images",
-        )
+    async def finish(self, timeout_s: float) -> bool:
+        """Refuses new work and waits for the requests in flight.
+
+        Returns:
+            Whether all of them were finished in time.
+        """
+        self.close()
+        deadline_s = time.monotonic() + timeout_s
+        while self.requests and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        if self.requests:
+            logger.error("%d requests were not finished in time", self.requests)
+        return not self.requests
+
+    @contextmanager
+    def admit(self, client: Client, costs: Sequence[int]) -> Iterator[None]:
+        """Holds room for a request.
+
+        Args:
+            client: Who sent it.
+            costs: Canvases of each image.
+
+        Raises:
+            Draining: The server is going down.
+            TooManyImages: The request would not fit into an idle server, or the client's bound.
+            Overloaded: It does not fit now.
+            QuotaExceeded: The client's own bounds do not allow it now.
+        """
+        canvases = sum(costs)
+        most = min(self.max_canvases, client.max_canvases or self.max_canvases)
+        if canvases > most:
+            raise TooManyImages(
+                f"the request has {len(costs)} images with {canvases} canvases together, at most "
+                f"{most} are allowed; send fewer images at once"
+            )
+        self._check_quota(client, canvases)
+        self._check_room(client, canvases)
+        account = self._spend(client, canvases)
+        self.canvases += canvases
+        self.images += len(costs)
+        account.held += canvases
+        try:
+            yield
+        finally:
+            self.canvases -= canvases
+            self.images -= len(costs)
+            account.held -= canvases
+            self._forget(client, account)
+
+    def held(self, client: Client) -> int:
+        """Canvases of a client in flight."""
+        account = self._accounts.get(client.name)
+        return 0 if account is None else account.held
+
+    def _check_room(self, client: Client, canvases: int) -> None:
+        if self._closed:
+            raise Draining("the server is going down")
+        free = self.max_canvases - self.canvases
+        if canvases > free:
+            raise Overloaded(
+                f"{self.canvases} canvases are in flight, {canvases} more would exceed "
+                f"{self.max_canvases}",
+                "queue_canvases",
+            )
+        held = self.held(client)
+        if held + canvases > free:
+            raise Overloaded(
+                f"the client has {held} canvases in flight, {canvases} more would exceed the "
+                f"{free} that are free: a client may hold as many as that",
+                "client_share",
+            )
+
+    def _check_quota(self, client: Client, canvases: int) -> None:
+        held = self.held(client)
+        if client.max_canvases is not None and held + canvases > client.max_canvases:
+            raise QuotaExceeded(
+                f"{client.name} has {held} canvases in flight, {canvases} more would exceed "
+                f"{client.max_canvases}",
+                "key_canvases",
+                1,
+            )
+        rate = client.canvases_per_minute
+        if rate is None:
+            return
+        account = self._account(client)
+        account.refill(rate, self._clock())
+        needed = min(canvases, rate)  # a request of more than a minute's worth leaves a debt
+        if needed > account.credit:
+            wait_s = (needed - account.credit) * 60 / rate
+            raise QuotaExceeded(
+                f"{client.name} may send {rate:g} canvases a minute; {canvases} are too many now",
+                "key_rate",
+                max(1, math.ceil(wait_s)),
+            )
+
+    def _spend(self, client: Client, canvases: int) -> _Account:
+        account = self._account(client)
+        if client.canvases_per_minute is not None:
+            account.credit -= canvases
+        return account
+
+    def _account(self, client: Client) -> _Account:
+        account = self._accounts.get(client.name)
+        if account is None:
+            credit = client.canvases_per_minute or 0.0
+            account = self._accounts[client.name] = _Account(0, credit, self._clock())
+        return account
+
+    def _forget(self, client: Client, account: _Account) -> None:
+        """Addresses come and go; what a key has spent is remembered."""
+        if not account.held and client.canvases_per_minute is None:
+            self._accounts.pop(client.name, None)

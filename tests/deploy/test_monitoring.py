@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.models.engine_state import EngineState
+from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
 from service.observe.metrics import Metrics
 from tests.deploy.queries import (

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.decode import (
     decode_image,
-    peek_pixels,
+    peek_hw,
     read_image_hw,
     read_upright_hw,
 )
@@ -281,12 +281,12 @@ def test_a_jpeg_of_very_many_segments_is_refused() -> None:
 )
 def test_pixels_of_ordinary_jpegs_are_told_at_once(mode: str, options: dict[str, Any]) -> None:
     data = _encode(_gradient(mode), "JPEG", **options)
-    assert peek_pixels(data) == 600
+    assert peek_hw(data) == 600
 
 
 def test_pixels_of_a_png_are_told_at_once() -> None:
-    assert peek_pixels(_encode(_gradient(), "PNG")) == 600
-    assert peek_pixels(_png_header(60_000, 50_000)) == 3_000_000_000
+    assert peek_hw(_encode(_gradient(), "PNG")) == 600
+    assert peek_hw(_png_header(60_000, 50_000)) == 3_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_pixels_of_a_png_are_told_at_once() -> None:
     ],
 )
 def test_what_cannot_be_told_at_once_is_left_to_who_reads_headers(data: bytes) -> None:
-    assert peek_pixels(data) is None
+    assert peek_hw(data) is None
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -318,7 +318,7 @@ def test_a_peek_agrees_with_the_header_or_tells_nothing_whatever_is_sent(kind: s
         damaged = good.copy()
         damaged[rng.integers(0, min(len(good), 700), 3)] = rng.integers(0, 256, 3)
         data = damaged.tobytes()
-        told = peek_pixels(data)
+        told = peek_hw(data)
         with contextlib.suppress(CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat):
             height, width = read_image_hw(data, max_pixels=1 << 40)
             assert told in (None, height * width)

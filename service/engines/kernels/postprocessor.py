@@ -104,15 +104,14 @@ class KernelCandidates:
             ValueError: The masks are not at the model's stride of the canvas.
         """
         if self._selection is None or not self._owner.covers(spec):
-            answers = postprocess_tile(
+            return postprocess_tile(
                 tile,
                 self.to_host(),
                 image_hw,
                 spec,
                 score_threshold=score_threshold,
                 max_instances=max_instances,
-            )
-            return [answer.instance for answer in answers]
+            ).instances
         if mask_stride(tile, self.mask_hw) != self._owner.stride:
             raise ValueError(
                 f"masks of {self.mask_hw} on a canvas of {tile.image.shape[:2]}: the stride is not "
@@ -135,6 +134,12 @@ class KernelCandidates:
             found += self._paste(plane, tile, image_hw, selection, slice(start, stop))
             start = stop
         return found
+
+    def count_survivors(self, spec: PostprocessSpec, score_threshold: float) -> int:
+        """Candidates that NMS keeps with at least this score; 0 where that is not known."""
+        if self._selection is None or not self._owner.covers(spec):
+            return 0
+        return int(np.count_nonzero(self._selection.scores >= score_threshold))
 
     def _paste(
         self,

@@ -12,8 +12,7 @@ from service.http.schemas import (
     LiveResponse,
     ReadyResponse,
 )
-from service.models.engine_state import describe_engine
-from service.work.stages import ServedModel
+from service.protocol import ModelState
 
 router = APIRouter(tags=["health"])
 
@@ -42,26 +41,26 @@ async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
     """
     if not segmenter.is_ready:
         response.status_code = 503
-    models = segmenter.store.all_models
+    models = segmenter.models
     return ReadyResponse(
         ready=segmenter.is_ready,
-        models=[f"{m.name}:{m.loaded.version} on {m.engine.device}" for m in models],
+        models=[f"{m.name}:{m.version} on {m.engine.device}" for m in models],
         engines=[_describe(model) for model in models],
-        refused=sorted(set(segmenter.store.unavailable) - set(segmenter.store.served)),
+        refused=sorted(set(segmenter.unavailable) - {model.name for model in models}),
     )
 
 
-def _describe(model: ServedModel) -> EngineModel:
-    state = describe_engine(model.engine)
+def _describe(model: ModelState) -> EngineModel:
+    engine = model.engine
     build = None
-    if state.build is not None:
-        build = EngineBuildModel(status=state.build.status, progress=state.build.progress)
+    if engine.build is not None:
+        build = EngineBuildModel(status=engine.build.status, progress=engine.build.progress)
     return EngineModel(
         model=model.name,
-        version=model.loaded.version,
-        engine=state.name,
-        device=state.device,
-        precision=state.precision,
-        reason=state.reason,
+        version=model.version,
+        engine=engine.name,
+        device=engine.device,
+        precision=engine.precision,
+        reason=engine.reason,
         build=build,
     )

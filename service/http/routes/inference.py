@@ -7,6 +7,7 @@ A model's metadata is in `service.http.routes.models`. Every path of a model als
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from service.errors import InvalidRequest, build_error_body, describe_error
-from service.http.keys import Quota
 from service.http.middleware import CLIENT_LEFT
 from service.http.oip.read import InferCall, read_request
 from service.http.oip.schemas import (
@@ -26,12 +26,11 @@ from service.http.oip.schemas import (
     inline_schema,
 )
 from service.http.oip.write import build_body, build_tensors
-from service.http.routes.segment import ClientLeft, segment_in_time
-from service.http.routes.state import QuotaDep, SegmenterDep, admit_images
+from service.http.routes.segment import MAX_FILES, ClientLeft, segment_in_time
+from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs
-from service.work.segmenter import Segmenter
-from service.work.stages import ImageFile, Outcome, ServedModel
-from service.work.steps import Options
+from service.protocol import ModelState, Segmenter
+from service.work.request import Client, ImageFile, Options, Outcome, Progress
 
 router = APIRouter(tags=["open inference protocol"])
 
@@ -65,14 +64,14 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": ProtocolError, "description": text}
     for status, text in {
         400: "The request cannot be understood",
-        401: "An API key is asked for",
+        401: "An API key is needed",
         404: "No such model or version",
-        413: "Too many bytes, pixels or images",
+        413: "Too many bytes, pixels, canvases or images",
         415: "Not an image of an allowed format",
         422: "A parameter, a tensor or the image is not valid",
-        429: "The API key's share is used up; see Retry-After",
+        429: "The API key's limits are used up; see Retry-After",
         500: "The server failed",
-        503: "Too much work, or going down; see Retry-After",
+        503: "Too much work in flight, or going down; see Retry-After",
         504: "Not done in time",
     }.items()
 }
@@ -107,7 +106,7 @@ async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> 
     curl --fail-with-body localhost:8000/v2/models/nuclei/ready
     ```
     """
-    return _check_ready(segmenter.store.find(name, None), segmenter, response)
+    return _check_ready(segmenter.find(name, None), segmenter, response)
 
 
 @router.get("/v2/models/{name}/versions/{version}/ready", responses=_NOT_READY)
@@ -115,10 +114,10 @@ async def show_version_ready(
     name: str, version: int, segmenter: SegmenterDep, response: Response
 ) -> ModelReady:
     """200 if this version of the model takes work, else 503."""
-    return _check_ready(segmenter.store.find(name, version), segmenter, response)
+    return _check_ready(segmenter.find(name, version), segmenter, response)
 
 
-def _check_ready(model: ServedModel, segmenter: Segmenter, response: Response) -> ModelReady:
+def _check_ready(model: ModelState, segmenter: Segmenter, response: Response) -> ModelReady:
     if not segmenter.is_ready:
         response.status_code = 503
     return ModelReady(name=model.name, ready=segmenter.is_ready)
@@ -130,7 +129,7 @@ class Sent:
 
     request: Request
     segmenter: Segmenter
-    quota: Quota | None
+    client: Client
     header_length: int | None
     timeout_ms: int | None
 
@@ -138,11 +137,11 @@ class Sent:
 async def _get_sent(
     request: Request,
     segmenter: SegmenterDep,
-    quota: QuotaDep,
+    client: ClientDep,
     header_length: HeaderLength = None,
     x_timeout_ms: Annotated[TimeoutMs, Header()] = None,
 ) -> Sent:
-    return Sent(request, segmenter, quota, header_length, x_timeout_ms)
+    return Sent(request, segmenter, client, header_length, x_timeout_ms)
 
 
 SentDep = Annotated[Sent, Depends(_get_sent)]
@@ -184,30 +183,37 @@ async def infer_version(name: str, version: int, sent: SentDep) -> Response:
 
 async def _infer(name: str, version: int | None, sent: Sent) -> Response:
     segmenter, request = sent.segmenter, sent.request
-    with segmenter.use_model(name, version) as model:
+    with segmenter.use(name, version, sent.client) as model:
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
-            raise InvalidRequest(f"Content-Encoding {encoding!r} is not taken; send it as it is")
+            raise InvalidRequest(f"Content-Encoding {encoding!r} is not supported")
         body = await request.body()
-        max_images = segmenter.admission.max_images
+        max_images = min(MAX_FILES, segmenter.admission.max_canvases)
         call = await asyncio.to_thread(read_request, body, sent.header_length, max_images)
         images = [ImageFile(None, image) for image in call.images]
         timeout_ms = call.parameters.timeout_ms or sent.timeout_ms
         try:
-            with admit_images(sent.quota, len(images)):
-                outcomes = await segment_in_time(
-                    request, segmenter, model, images, build_options(call), timeout_ms
-                )
+            segmented = await segment_in_time(
+                request,
+                segmenter,
+                model,
+                images,
+                build_options(call),
+                sent.client,
+                Progress(began_s=request.state.began_s),
+                timeout_ms,
+            )
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
+    outcomes = segmented.outcomes
     failed = [index for index, outcome in enumerate(outcomes) if outcome.error is not None]
     if failed and (len(outcomes) == 1 or "error" not in call.outputs):
         return _build_failure(request, failed[0], outcomes[failed[0]])
-    return _build_answer(model, call, outcomes)
+    return _build_answer(segmented.model, call, outcomes)
 
 
 def build_options(call: InferCall) -> Options:
-    """What a call asks the stages for."""
+    """The options of a call."""
     parameters = call.parameters
     return Options(
         score_threshold=parameters.score_threshold,
@@ -226,10 +232,10 @@ def _build_failure(request: Request, index: int, outcome: Outcome) -> Response:
     return Response(body, status, media_type="application/json")
 
 
-def _build_answer(model: ServedModel, call: InferCall, outcomes: list[Outcome]) -> Response:
+def _build_answer(model: ModelState, call: InferCall, outcomes: Sequence[Outcome]) -> Response:
     answer: dict[str, Any] = {
         "model_name": model.name,
-        "model_version": str(model.loaded.version),
+        "model_version": str(model.version),
     }
     if call.request_id is not None:
         answer["id"] = call.request_id

@@ -9,8 +9,7 @@ from fastapi import APIRouter
 from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.http.routes.state import SegmenterDep
 from service.http.schemas import ModelDetail, ModelList, ModelSummary
-from service.work.segmenter import Segmenter
-from service.work.stages import ServedModel
+from service.protocol import ModelState, Segmenter
 
 router = APIRouter(tags=["models"])
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -28,15 +27,14 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
     curl --fail-with-body localhost:8000/v2/models
     ```
     """
-    store = segmenter.store
+    latest = {model.name: model.version for model in segmenter.models}
     served = [
-        ModelSummary(name=name, state="READY", version=max(versions))
-        for name, versions in store.served.items()
+        ModelSummary(name=name, state="READY", version=version) for name, version in latest.items()
     ]
     others = [
         ModelSummary(name=name, state="UNAVAILABLE", reason=reason)
-        for name, reason in store.unavailable.items()
-        if name not in store.served
+        for name, reason in segmenter.unavailable.items()
+        if name not in latest
     ]
     return ModelList(models=sorted(served + others, key=lambda model: model.name))
 
@@ -49,20 +47,20 @@ async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
     curl --fail-with-body localhost:8000/v2/models/nuclei
     ```
     """
-    return describe_model(segmenter.store.find(name, None), segmenter)
+    return describe_model(segmenter.find(name, None), segmenter)
 
 
 @router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
 async def show_version(name: str, version: int, segmenter: SegmenterDep) -> ModelDetail:
     """As `/v2/models/{name}`, of a certain version."""
-    return describe_model(segmenter.store.find(name, version), segmenter)
+    return describe_model(segmenter.find(name, version), segmenter)
 
 
-def describe_model(served: ServedModel, segmenter: Segmenter) -> ModelDetail:
+def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
     """The Open Inference Protocol's metadata and ours."""
-    loaded, engine = served.loaded, served.engine
-    versions = segmenter.store.served.get(served.name, {})
-    config = loaded.config.model_dump(
+    engine = model.engine
+    versions = [other.version for other in segmenter.models if other.name == model.name]
+    config = model.config.model_dump(
         mode="json",
         include={
             "name",
@@ -85,6 +83,6 @@ def describe_model(served: ServedModel, segmenter: Segmenter) -> ModelDetail:
         state="READY",
         backend=engine.name,
         device=engine.device,
-        max_batch=served.feeder.max_batch,
+        max_batch=model.max_batch,
         **config,
     )

@@ -41,15 +41,14 @@ async def list_repository(
     curl --fail-with-body -X POST localhost:8000/v2/repository/index
     ```
     """
-    store = segmenter.store
     entries = [
-        RepositoryEntry(name=model.name, version=str(model.loaded.version), state="READY")
-        for model in store.all_models
+        RepositoryEntry(name=model.name, version=str(model.version), state="READY")
+        for model in segmenter.models
     ]
     if query is None or not query.ready:
         entries += [
             RepositoryEntry(name=name, version="", state="UNAVAILABLE", reason=reason)
-            for name, reason in store.unavailable.items()
+            for name, reason in segmenter.unavailable.items()
         ]
     return sorted(entries, key=lambda entry: entry.name)
 
@@ -57,12 +56,12 @@ async def list_repository(
 @router.post("/v2/repository/models/{name}/load", responses=_FAILURES, dependencies=_CONTROLLED)
 async def load(name: str, segmenter: SegmenterDep) -> Response:
     """Serves what the model's config.json says now; until that is ready, what was served stays."""
-    await segmenter.store.load(name)
+    await segmenter.load(name)
     return Response()
 
 
 @router.post("/v2/repository/models/{name}/unload", responses=_FAILURES, dependencies=_CONTROLLED)
 async def unload(name: str, segmenter: SegmenterDep) -> Response:
     """Stops serving a model; requests that have it in use are finished."""
-    await segmenter.store.unload(name)
+    await segmenter.unload(name)
     return Response()

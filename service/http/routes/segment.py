@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
-from starlette.datastructures import UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import (
@@ -19,14 +23,13 @@ from service.errors import (
     TooManyImages,
 )
 from service.http.middleware import CLIENT_LEFT
-from service.http.routes.state import QuotaDep, SegmenterDep, admit_images
+from service.http.routes.progress import ProgressResponse
+from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
-from service.work.segmenter import Segmenter
-from service.work.stages import ImageFile, Outcome, ServedModel
-from service.work.steps import Options
+from service.protocol import Segmented, Segmenter
+from service.work.request import Client, ImageFile, Options, Progress
 
-router = APIRouter(tags=["segment"])
 T = TypeVar("T")
 
 PATH = "/segment"
@@ -50,8 +53,37 @@ _REQUEST_BODY = {
 }
 
 
+JSON, PNG, NDJSON = "application/json", "image/png", "application/x-ndjson"
+"""Media types of the answer, in the order of preference where a client accepts several."""
+MAX_FILES = 256
+"""Images in one request."""
+_TIMEOUT_HEADER = "x-timeout-ms"
+_NO_QUERY = SegmentQuery()
+_TIMEOUT: TypeAdapter[int | None] = TypeAdapter(TimeoutMs)
+
+
 class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has closed the connection."""
+
+
+class PlainRoute(APIRoute):
+    """Documents the endpoint as FastAPI does, and calls it without FastAPI's dependency solving.
+
+    That takes a quarter of the CPU time of a request (docs/performance.md).
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request."""
+
+        async def handle(request: Request) -> Response:
+            client = await find_client(request)
+            query, timeout_ms = read_parameters(request)
+            return await segment(request, query, await get_segmenter(request), client, timeout_ms)
+
+        return handle
+
+
+router = APIRouter(tags=["segment"], route_class=PlainRoute)
 
 
 @router.post(
@@ -61,22 +93,24 @@ class ClientLeft(Exception):
     responses={
         200: {
             "model": SegmentResponse,
-            "content": {"image/png": _BINARY},
-            "description": "Instances; or, for Accept: image/png, the picture with its masks",
+            "content": {PNG: _BINARY, NDJSON: _BINARY},
+            "description": "Instances; for Accept: image/png the picture with its masks; for "
+            "Accept: application/x-ndjson a progress line at least every 5 s, then a line with the "
+            "result or the error",
         },
         **{
             status: {"model": ErrorResponse, "description": text}
             for status, text in {
                 400: "Nothing to segment, or the request is broken",
-                401: "An API key is asked for",
+                401: "An API key is needed",
                 404: "No such model or version",
-                408: "The body has stopped coming",
-                413: "Too many bytes, pixels or images",
+                408: "The body was not received in time",
+                413: "Too many bytes, pixels, canvases or images",
                 415: "Not an image of an allowed format",
                 422: "A parameter or the image is not valid",
-                429: "The API key's share is used up; see Retry-After",
+                429: "The API key's limits are used up; see Retry-After",
                 500: "The server failed",
-                503: "Too much work, or going down; see Retry-After",
+                503: "Too much work in flight, or going down; see Retry-After",
                 504: "Not done within timeout_ms",
             }.items()
         },
@@ -86,108 +120,165 @@ async def segment(
     request: Request,
     query: Annotated[SegmentQuery, Query()],
     segmenter: SegmenterDep,
-    quota: QuotaDep,
+    client: ClientDep,
     x_timeout_ms: Annotated[TimeoutMs, Header()] = None,
 ) -> Response:
     """Segments one image (the body) or several (multipart parts named `images`).
 
-    Of several images a bad one has an `error` in its result; a single bad one is the answer.
+    If one of several images fails, its result has an `error`; a single image that fails is
+    answered with its error.
 
     ```sh
     image=tests/data/nuclei/images/16c3d5935ba94b72.jpg
     curl --fail-with-body -F images=@$image -F images=@$image localhost:8000/segment
     curl --fail-with-body --data-binary @$image 'localhost:8000/segment?masks=polygon'
     curl --fail-with-body -H 'Accept: image/png' -F images=@$image localhost:8000/segment -o out.png
+    curl --fail-with-body -H 'Accept: application/x-ndjson' -F images=@$image localhost:8000/segment
     ```
     """
-    with segmenter.use_model(query.model, query.version) as model:
-        overlay = wants_png(request.headers.get("accept", ""))
-        images = await read_images(request, segmenter.admission.max_images)
-        if overlay and len(images) > 1:
+    media_type = choose_media_type(request.headers.get("accept", ""))
+    progress = Progress(began_s=request.state.began_s)
+    with ExitStack() as stack:
+        model = stack.enter_context(segmenter.use(query.model, query.version, client))
+        images = await read_images(request, min(MAX_FILES, segmenter.admission.max_canvases))
+        if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
         options = Options(
             score_threshold=query.score_threshold,
             max_instances=query.max_instances,
             masks=query.masks,
-            overlay=overlay,
+            overlay=media_type == PNG,
             priority=query.priority,
         )
         timeout_ms = query.timeout_ms or x_timeout_ms
+        work = segment_in_time(
+            request, segmenter, model, images, options, client, progress, timeout_ms
+        )
         try:
-            with admit_images(quota, len(images)):
-                outcomes = await segment_in_time(
-                    request, segmenter, model, images, options, timeout_ms
-                )
+            if media_type == NDJSON:
+                response = ProgressResponse(work, build_body, progress, request.url.path)
+                await response.admitted()
+                response.closes(stack.pop_all())
+                return response
+            segmented = await work
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
-    return build_response(model, outcomes, overlay=overlay)
+    if media_type == PNG:
+        outcome = only_success(segmented)
+        return Response(outcome.payload, media_type=PNG, headers={"vary": "accept"})
+    return Response(build_body(segmented), media_type=JSON, headers={"vary": "accept"})
+
+
+def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
+    """The query and the header X-Timeout-Ms, validated as FastAPI does.
+
+    Raises:
+        RequestValidationError: Names everything that is wrong.
+    """
+    query, timeout_ms = _NO_QUERY, None
+    wrong: list[dict[str, Any]] = []
+    if request.scope["query_string"]:
+        values = dict(QueryParams(request.scope["query_string"]))
+        try:
+            query = SegmentQuery.model_validate(values)
+        except ValidationError as error:
+            wrong += _locate(error, "query")
+    header = request.headers.get(_TIMEOUT_HEADER)
+    if header is not None:
+        try:
+            timeout_ms = _TIMEOUT.validate_python(header)
+        except ValidationError as error:
+            wrong += _locate(error, "header", _TIMEOUT_HEADER)
+    if wrong:
+        raise RequestValidationError(wrong)
+    return query, timeout_ms
+
+
+def _locate(error: ValidationError, *place: str) -> list[dict[str, Any]]:
+    return [{**item, "loc": (*place, *item["loc"])} for item in error.errors()]
 
 
 async def segment_in_time(
     request: Request,
     segmenter: Segmenter,
-    model: ServedModel,
+    model: Any,
     images: Sequence[ImageFile],
     options: Options,
+    client: Client,
+    progress: Progress,
     timeout_ms: int | None,
-) -> list[Outcome]:
-    """`Segmenter.segment` as long as somebody waits for it.
+) -> Segmented:
+    """`Segmenter.segment` until the deadline, or until the client leaves.
 
     Args:
         request: Its body must have been read.
         segmenter: The application's.
-        model: Who segments.
+        model: What `Segmenter.use` gave.
         images: The request's.
         options: What it asks for.
+        client: Who sent it.
+        progress: Kept up to date.
         timeout_ms: Counted from the request's first byte; None takes the server's default.
 
     Raises:
-        ClientLeft: The client is gone.
-        DeadlineExceeded: The time is over.
+        ClientLeft: The client has closed the connection.
+        DeadlineExceeded: The deadline has passed.
     """
-    timeout_ms = timeout_ms or segmenter.default_timeout_ms
-    work = segmenter.segment(model, images, options)
+    timeout_ms = timeout_ms or request.app.state.settings.request_timeout_ms
+    cancelled = segmenter.metrics.cancelled_images
+    work = segmenter.segment(model, images, options, client, progress)
     try:
-        if timeout_ms is None:
-            return await until_client_leaves(request, work)
         async with asyncio.timeout_at(request.state.began_s + timeout_ms / 1e3):
             return await until_client_leaves(request, work)
     except ClientLeft:
-        segmenter.metrics.cancelled_images.labels(model.name, "client_left").inc(len(images))
+        cancelled.labels(model.name, "client_left").inc(len(images))
         raise
     except TimeoutError as error:
-        segmenter.metrics.cancelled_images.labels(model.name, "deadline").inc(len(images))
-        raise DeadlineExceeded(f"the request was not done within {timeout_ms} ms") from error
+        cancelled.labels(model.name, "deadline").inc(len(images))
+        done = f"{progress.done} of {progress.canvases} canvases were done"
+        raise DeadlineExceeded(
+            f"the request was not done within {timeout_ms} ms; {done}"
+        ) from error
 
 
-def build_response(model: ServedModel, outcomes: Sequence[Outcome], *, overlay: bool) -> Response:
-    """The answer of a request's outcomes; raises the error of a single failed image."""
-    if len(outcomes) == 1 and outcomes[0].error is not None:
-        raise outcomes[0].error
-    headers = {"vary": "accept"}
-    if overlay:
-        return Response(outcomes[0].payload, media_type="image/png", headers=headers)
+def only_success(segmented: Segmented) -> Any:
+    """The outcome of the only image; raises its error if it failed."""
+    (outcome,) = segmented.outcomes
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
+def build_body(segmented: Segmented) -> bytes:
+    """The answer as JSON; raises the error of a single image that failed."""
+    outcomes = segmented.outcomes
+    if len(outcomes) == 1:
+        only_success(segmented)
     timings = [outcome.timing for outcome in outcomes if outcome.timing is not None]
     last = max(timings, key=lambda timing: timing.total, default=NO_TIME)
+    canvases = sum(outcome.canvases for outcome in outcomes)
+    engine_ms = round(1e3 * sum(outcome.engine_s for outcome in outcomes), 3)
     body = {
-        "model": model.name,
-        "version": model.loaded.version,
-        "task": model.loaded.config.task,
+        "model": segmented.model.name,
+        "version": segmented.model.version,
+        "task": segmented.model.config.task,
+        "canvases": canvases,
+        "cost": {"canvases": canvases, "engine_ms": engine_ms},
         "results": [orjson.Fragment(outcome.payload) for outcome in outcomes],
         "timing_ms": {stage: round(1e3 * seconds, 3) for stage, seconds in vars(last).items()},
     }
-    return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+    return orjson.dumps(body)
 
 
-def wants_png(accept: str) -> bool:
-    """Whether an Accept header names image/png (or image/*) before application/json."""
-    weights = {"image/png": 0.0, "application/json": 0.0}
+def choose_media_type(accept: str) -> str:
+    """The media type that an Accept header weighs highest; of equal ones JSON, then PNG."""
+    weights = {JSON: 0.0, PNG: 0.0, NDJSON: 0.0}
     for item in accept.lower().split(","):
         media_type, _, parameters = item.partition(";")
-        media_type = {"image/*": "image/png"}.get(media_type.strip(), media_type.strip())
+        media_type = {"image/*": PNG}.get(media_type.strip(), media_type.strip())
         if media_type in weights:
             weights[media_type] = max(weights[media_type], _quality(parameters))
-    return weights["image/png"] > weights["application/json"]
+    return max(weights, key=lambda media_type: weights[media_type])
 
 
 def _quality(parameters: str) -> float:
@@ -206,12 +297,12 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
 
     Args:
         request: Multipart with parts named `images`, or anything else: then the body is an image.
-        max_images: Most parts.
+        max_images: Most file parts.
 
     Raises:
         EmptyBody: There are no bytes.
         InvalidMultipart: Broken, or no file part is named `images`.
-        TooManyImages: More parts than the server can ever have in work.
+        TooManyImages: More file parts.
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
@@ -244,13 +335,13 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
 
 
 class _InMemoryParser(MultiPartParser):
-    """Keeps parts in memory: the body's limit bounds them, and disks are slow."""
+    """Keeps parts in memory: the body's limit bounds them."""
 
     spool_max_size = 1 << 62
 
 
 async def _not_empty(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Passes a stream on and raises `EmptyBody` if it has no bytes."""
+    """The chunks of a stream; raises `EmptyBody` if it has no bytes."""
     empty = True
     async for chunk in stream:
         empty = empty and not chunk
@@ -260,14 +351,14 @@ async def _not_empty(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[byte
 
 
 async def until_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`; cancels it as soon as the client is gone.
+    """Runs `work`, and cancels it when the client closes the connection.
 
     Args:
         request: Its body must have been read.
-        work: What the client waits for.
+        work: What is run.
 
     Raises:
-        ClientLeft: The client is gone.
+        ClientLeft: The client has closed the connection.
     """
     task = asyncio.current_task()
     assert task is not None

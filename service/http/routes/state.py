@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import ipaddress
+from functools import lru_cache
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from service.errors import Forbidden, Unauthorized
-from service.http.keys import KeyRing, Quota
-from service.work.segmenter import Segmenter
+from service.http.keys import KeyRing, KeySpec
+from service.protocol import Segmenter
+from service.work.request import Client
 
 
 async def get_segmenter(request: Request) -> Segmenter:
@@ -20,11 +22,11 @@ async def get_segmenter(request: Request) -> Segmenter:
 SegmenterDep = Annotated[Segmenter, Depends(get_segmenter)]
 
 
-async def find_quota(request: Request) -> Quota | None:
-    """The quota of the request's API key; None where the server asks for no keys.
+async def find_key(request: Request) -> KeySpec | None:
+    """The entry of the request's API key; None where the server asks for no keys.
 
     Raises:
-        Unauthorized: There is no key in the request, or it is not known.
+        Unauthorized: The request has no key, or one that is not known.
     """
     ring = cast(KeyRing | None, request.app.state.keys)
     if ring is None:
@@ -32,26 +34,46 @@ async def find_quota(request: Request) -> Quota | None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     key = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
     if not key:
-        raise Unauthorized("the server asks for an API key: header X-API-Key, or a bearer token")
-    quota = ring.find(key)
-    if quota is None:
+        raise Unauthorized("an API key is needed: header X-API-Key, or a bearer token")
+    spec = ring.find(key)
+    if spec is None:
         raise Unauthorized("the API key is not known")
-    return quota
+    return spec
 
 
-QuotaDep = Annotated[Quota | None, Depends(find_quota)]
+async def find_client(request: Request) -> Client:
+    """Who sent a request: the holder of its API key, or else its peer address.
+
+    Raises:
+        Unauthorized: The server asks for keys, and the request has none that is known.
+    """
+    spec = await find_key(request)
+    if spec is not None:
+        return spec.client
+    return _client_at("" if request.client is None else request.client.host)
 
 
-def admit_images(quota: Quota | None, images: int) -> AbstractContextManager[None]:
-    """Counts a request's images against its key's quota, if it has one."""
-    return nullcontext() if quota is None else quota.admit(images)
+@lru_cache(maxsize=4096)
+def _client_at(address: str) -> Client:
+    """A client by address; of IPv6 addresses the /64 network, which is one client's."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return Client(name=address)
+    if parsed.version == 6:
+        return Client(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
+    return Client(name=address)
 
 
-async def require_admin(quota: QuotaDep) -> None:
+ClientDep = Annotated[Client, Depends(find_client)]
+
+
+async def require_admin(request: Request) -> None:
     """Refuses keys that may not change what is served.
 
     Raises:
         Forbidden: The key is not an administrator's.
     """
-    if quota is not None and not quota.spec.admin:
-        raise Forbidden(f"key {quota.spec.name!r} is not an administrator's")
+    spec = await find_key(request)
+    if spec is not None and not spec.admin:
+        raise Forbidden(f"key {spec.name!r} is not an administrator's")

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from service.errors import StartupError
 from service.http.app import create_app
 from service.observe.logs import configure_logging
-from service.scale.cluster.front import FrontSegmenter
+from service.scale.cluster.front import ClusterSegmenter
 from service.scale.cluster.messages import Answer, Call, Description, WorkerLost
 from service.scale.cluster.metrics import FrontMetrics, report_front
 from service.scale.cluster.settings import ClusterSettings
@@ -169,7 +169,7 @@ class Front:
         asked = ServeWorkers(workers)
         self._metrics = FrontMetrics(asked.collect)
         description = await asked.describe()  # comes when a worker is ready
-        self._segmenter = FrontSegmenter(self._settings, asked, description, self._metrics)
+        self._segmenter = ClusterSegmenter(self._settings, asked, description, self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve gives the requests to."""

@@ -1,7 +1,8 @@
-"""A front's segmenter: the HTTP application asks it, and it asks the workers.
+"""A front's segmenter: admission and the description of models are here, the work at the workers.
 
-Segmenting twice does no harm, so a call whose worker is lost goes to another one, a bounded number
-of times and within the request's deadline: an image that kills its worker must not kill them all.
+A request can be repeated without harm, so a call whose worker is lost goes to another one, a
+bounded number of times and within the request's deadline: an image that kills its worker must not
+kill them all.
 """
 
 from __future__ import annotations
@@ -9,38 +10,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from pipeline.postprocess import TileCandidates
-from pipeline.types import Tile
-from service.engines.base import BackendError, Precision
+from pipeline.errors import DecodeError
 from service.errors import (
     Draining,
     EngineRestarting,
-    ModelRefused,
+    Forbidden,
     ModelUnavailable,
     Overloaded,
     ServiceError,
     UnknownModel,
     UnknownVersion,
 )
-from service.models.engine_state import EngineState
-from service.models.repository import LoadedModel, Repository
-from service.models.store import ModelStore
+from service.protocol import ModelState, Segmented, find_model
 from service.scale.cluster.messages import Answer, Call, Description, WorkerLost, Workers
 from service.scale.cluster.metrics import FrontMetrics
+from service.segmenter import measure
 from service.settings import Settings
-from service.work.segmenter import Segmenter
-from service.work.stages import ImageFile, Job, Outcome, ServedModel
-from service.work.steps import Options
+from service.work.admission import Admission
+from service.work.image import fail, peek_size
+from service.work.request import Client, ImageFile, Options, Outcome, Progress
 
 logger = logging.getLogger(__name__)
 
 TRIES = 5
 BACKOFF_S = 0.1
-"""Before the second try; each later one waits twice as long."""
+"""Before the second try; doubles before each later one."""
 REFRESH_S = 2.0
 """How often a front asks what is served."""
 SILENCE_S = 15.0
@@ -48,57 +46,36 @@ SILENCE_S = 15.0
 ELSEWHERE = (
     *(Draining, EngineRestarting, ModelUnavailable, Overloaded, UnknownModel, UnknownVersion),
 )
-"""A worker that refuses a call with one of these need not be like the others: during an upgrade
-the old and the new ones serve side by side."""
+"""Errors that another worker may not have: during an upgrade old and new ones serve together."""
 
 
-class RemoteEngine:
-    """Stands for an engine of the workers where one is described.
-
-    Args:
-        state: What a worker says of it.
-    """
-
-    concurrency = 1
-
-    def __init__(self, state: EngineState) -> None:
-        self.name = state.name
-        self.device = state.device
-        self.precision: Precision = state.precision
-        self.reason = state.reason
-        if state.build is not None:
-            self.status, self.progress = state.build.status, state.build.progress
-
-    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
-        """Never called: a front sends images, not canvases."""
-        raise BackendError("the engine is in another process")
-
-    def close(self) -> None:
-        """Does nothing: it is not this process's."""
-
-
-@dataclass(eq=False)
-class AskedModel(ServedModel):
-    """A model as one request sees it.
+@dataclass(frozen=True)
+class RequestedModel:
+    """A model as a request names it.
 
     Attributes:
+        state: The version that the front would use.
         version: The version that the client named.
     """
 
-    version: int | None = None
+    state: ModelState
+    version: int | None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.state.name
 
 
-class FrontSegmenter(Segmenter):
-    """Admission, bounds and description of models are here, all other work at the workers.
+class ClusterSegmenter:
+    """Sends the images of requests to workers; implements `service.protocol.Segmenter`.
 
     Args:
         settings: Bounds; those of the engines are not used.
         workers: Who does the work.
-        description: What they serve now; it is asked for again and again.
+        description: What they serve now; it is asked for again regularly.
         metrics: Where requests are counted.
     """
-
-    metrics: FrontMetrics
 
     def __init__(
         self,
@@ -107,63 +84,96 @@ class FrontSegmenter(Segmenter):
         description: Description,
         metrics: FrontMetrics,
     ) -> None:
-        # The workers watch the repository.
-        settings = settings.model_copy(update={"model_poll_s": 0.0})
-        super().__init__(settings, _as_repository(settings, description), metrics)
-        self.store.unavailable.update(description.unavailable)
+        self.metrics = metrics
+        self.admission = Admission(settings.max_queue_canvases)
+        self._settings = settings
         self._workers = workers
-        self._description = description
         self._heard_s = time.monotonic()
         self._refreshing: asyncio.Task[None] | None = None
+        self._describe(description)
+        metrics.watch(self.admission)
 
     @property
     def is_ready(self) -> bool:
-        """Whether new work is taken and workers answer."""
-        return super().is_ready and time.monotonic() - self._heard_s < SILENCE_S
+        """Whether new work is admitted and workers answer."""
+        is_heard = time.monotonic() - self._heard_s < SILENCE_S
+        engines = (model.engine.is_alive for model in self.models)
+        return self.admission.is_open and is_heard and all(engines)
+
+    @property
+    def models(self) -> Sequence[ModelState]:
+        """What the workers serve, by name and version."""
+        return self._description.models
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """Why they do not serve other models; by name."""
+        return self._description.unavailable
 
     def start(self) -> None:
         """Starts asking what is served."""
-        super().start()
         self._refreshing = asyncio.get_running_loop().create_task(self._refresh(), name="refresh")
+        self.metrics.ready.set_function(lambda: self.is_ready)
 
-    async def drain(self) -> None:
-        """Finishes accepted work."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-        await super().drain()
+    def find(self, name: str | None, version: int | None) -> ModelState:
+        """The model that a request means, as a worker described it last."""
+        default = self._settings.default_model
+        model = find_model(self._served, self.unavailable, default, name, version)
+        if not model.engine.is_alive:
+            raise EngineRestarting(f"the engine of model {model.name!r} is being rebuilt")
+        return model
 
     @contextmanager
-    def use_model(self, name: str | None, version: int | None) -> Iterator[ServedModel]:
-        """See `Segmenter.use_model`; the model's version may become another while it is used."""
-        with super().use_model(name, version) as model:
-            known = {field.name: getattr(model, field.name) for field in fields(ServedModel)}
-            yield AskedModel(**known, version=version)
+    def use(
+        self, name: str | None, version: int | None, client: Client
+    ) -> Iterator[RequestedModel]:
+        """As `find`; the worker that gets the request may use another version."""
+        model = self.find(name, version)
+        with self.admission.request(client):
+            yield RequestedModel(model, version)
 
     async def segment(
-        self, model: ServedModel, images: Sequence[ImageFile], options: Options
-    ) -> list[Outcome]:
-        """See `Segmenter.segment`."""
-        assert isinstance(model, AskedModel)
-        began_s = time.monotonic()
-        job = Job(model, options, began_s, began_s)
-        headers = await self._stages.read_headers(images, job)
-        pixels = [header for header in headers if isinstance(header, int)]
+        self,
+        model: RequestedModel,
+        images: Sequence[ImageFile],
+        options: Options,
+        client: Client,
+        progress: Progress,
+    ) -> Segmented:
+        """Has a worker segment a request's images; cancelling it cancels the worker's work."""
+        costs = await asyncio.to_thread(self._measure, model, images)
+        admitted = [image for image, cost in zip(images, costs, strict=True) if type(cost) is int]
         call = Call(
             model=model.name,
             version=model.version,
-            expected=model.loaded.version,
-            images=images,
+            expected=model.state.version,
+            images=admitted,
             options=options,
+            client=client,
         )
-        with self.admission.admit(len(pixels), sum(pixels)):
-            answer = await self._ask(call)
-        if answer.config is not None:
-            model.loaded = replace(model.loaded, config=answer.config, version=answer.version)
+        counts = [cost for cost in costs if isinstance(cost, int)]
+        began_s = time.monotonic()
+        with self.admission.admit(client, counts):
+            progress.admit(sum(counts))
+            answer = await self._ask(call) if admitted else Answer()
         whole_s = time.monotonic() - began_s
-        return [_add_the_way(outcome, whole_s) for outcome in answer.outcomes]
+        answered = iter([_add_transfer(outcome, whole_s) for outcome in answer.outcomes])
+        outcomes = [cost if isinstance(cost, Outcome) else next(answered) for cost in costs]
+        return Segmented(answer.model or model.state, outcomes)
+
+    def _measure(self, model: RequestedModel, images: Sequence[ImageFile]) -> list[int | Outcome]:
+        """Canvases of each image, or the outcome of one that is refused."""
+        costs: list[int | Outcome] = []
+        for image in images:
+            try:
+                size, spec = peek_size(image.data), model.state.config.input
+                costs.append(measure(image, size, spec, self._settings)[1])
+            except (DecodeError, ServiceError) as error:
+                costs.append(fail(image.file_name, error))
+        return costs
 
     async def _ask(self, call: Call) -> Answer:
-        """A worker's answer, after as many lost or unable ones as there may be."""
+        """A worker's answer; a lost or unable worker is followed by another."""
         error: Exception
         for attempt in range(TRIES):
             if attempt:
@@ -196,43 +206,45 @@ class FrontSegmenter(Segmenter):
                 continue
             self._heard_s = time.monotonic()
             if description != self._description:
-                await self._change(description)
+                self._describe(description)
 
-    async def _change(self, description: Description) -> None:
-        """Describes what is served from now on; requests in work keep the model they have."""
-        old = self.store
-        store = ModelStore(
-            self._settings, _as_repository(self._settings, description), self.metrics
-        )
-        store.unavailable.update(description.unavailable)
-        store.start()
-        self.store, self._description = store, description
-        await old.close(finished=True)
+    def _describe(self, description: Description) -> None:
+        """Takes over what is served; requests in flight keep the model they have."""
+        self._description = description
+        self._served: dict[str, dict[int, ModelState]] = {}
+        for model in description.models:
+            self._served.setdefault(model.name, {})[model.version] = model
+        self.metrics.describe_models(description.models)
+
+    async def load(self, name: str) -> None:
+        """Always refused: it would change one worker."""
+        raise Forbidden(f"{name!r} cannot be loaded here; workers watch the model repository")
+
+    async def unload(self, name: str) -> None:
+        """Always refused: it would change one worker."""
+        raise Forbidden(f"{name!r} cannot be unloaded here; workers watch the model repository")
+
+    async def finish_accepted(self) -> bool:
+        """Refuses new work and waits, within the drain timeout, for what was accepted."""
+        return await self.admission.finish(self._settings.drain_timeout_s)
+
+    async def give_up(self) -> None:
+        """Does nothing: the workers answer or fail what is in flight."""
+
+    async def drain(self) -> None:
+        """Finishes accepted work."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        await self.finish_accepted()
 
 
-def _as_repository(settings: Settings, description: Description) -> Repository:
-    """What workers serve as if it had been loaded here."""
-    models: dict[str, dict[int, LoadedModel]] = {}
-    for model in description.models:
-        engine = RemoteEngine(model.engine)
-        loaded = LoadedModel(model.config, model.version, engine)
-        models.setdefault(model.config.name, {})[model.version] = loaded
-    root = settings.model_repo
-    refused = {
-        name: ModelRefused(root / name, reason)
-        for name, reason in description.unavailable.items()
-        if name not in models
-    }
-    return Repository(root, models, refused, settings.backend_options())
-
-
-def _add_the_way(outcome: Outcome, whole_s: float) -> Outcome:
-    """Counts what an image did not spend at its worker as waiting."""
+def _add_transfer(outcome: Outcome, whole_s: float) -> Outcome:
+    """Counts the time that an image was not at its worker as waiting."""
     timing = outcome.timing
     if timing is None:
         return outcome
-    way_s = max(0.0, whole_s - timing.total)
+    transfer_s = max(0.0, whole_s - timing.total)
     return replace(
         outcome,
-        timing=replace(timing, queue=timing.queue + way_s, total=timing.total + way_s),
+        timing=replace(timing, queue=timing.queue + transfer_s, total=timing.total + transfer_s),
     )

@@ -6,24 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.model_config import ModelConfig
 from service.errors import ServiceError
-from service.models.engine_state import EngineState
+from service.protocol import ModelState
 from service.scale.merged_metrics import Report
-from service.work.stages import ImageFile, Outcome
-from service.work.steps import Options
+from service.work.request import Client, ImageFile, Options, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A request's images.
+    """A request's images, on their way to a worker.
 
     Attributes:
         model: Name of the model.
         version: The version that the client named; None takes the worker's highest.
-        expected: The version that the front would take.
+        expected: The version that the front knows as the highest.
         images: Encoded, or pixels.
         options: What the request asks for.
+        client: Who sent it.
     """
 
     model: str
@@ -31,6 +30,7 @@ class Call:
     expected: int
     images: Sequence[ImageFile]
     options: Options
+    client: Client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +39,13 @@ class Answer:
 
     Attributes:
         outcomes: One for each image; none if there is an error.
-        version: Of the model that was used.
-        config: Of the model, if `version` is not the expected one.
+        model: The version that was used, if it is not the expected one.
         error: Why nothing was done.
     """
 
     outcomes: Sequence[Outcome] = ()
-    version: int = 0
-    config: ModelConfig | None = None
+    model: ModelState | None = None
     error: ServiceError | None = None
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """A served version of a model."""
-
-    config: ModelConfig
-    version: int
-    engine: EngineState
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from prometheus_client import Counter, Metric
 from prometheus_client.samples import Sample
 
+from service.engines.state import EngineState
 from service.observe.metrics import Metrics
+from service.protocol import ModelState
 from service.scale.merged_metrics import MergedMetrics, Report
 
 
@@ -32,6 +35,12 @@ class FrontMetrics(MergedMetrics):
             registry=self._registry,
         )
 
+    def describe_models(self, models: Sequence[ModelState]) -> None:
+        """Shows what the workers serve, in place of what was shown before."""
+        self._engines.clear()
+        for model in models:
+            self.add_model(model.name, model.version, partial(_engine_of, model), model.max_batch)
+
 
 async def report_front(metrics: Metrics) -> Report:
     """A front's metrics without those of its models and engines, which are elsewhere."""
@@ -44,6 +53,10 @@ async def report_worker(metrics: Metrics) -> Report:
     return name_process(), _filter(
         collected, lambda s: _is_of_engine(s) or not s.name.startswith("solo_")
     )
+
+
+def _engine_of(model: ModelState) -> EngineState:
+    return model.engine
 
 
 def name_process() -> str:

@@ -10,20 +10,19 @@ from typing import Any
 from pipeline.errors import DecodeError
 from service.engines.choose import check_device
 from service.errors import ServiceError
-from service.models.engine_state import describe_engine
 from service.models.repository import load_repository
 from service.observe.gpus import find_gpus
 from service.observe.logs import configure_logging
 from service.observe.metrics import Metrics
-from service.scale.cluster.messages import Answer, Call, Description, ModelState
+from service.scale.cluster.messages import Answer, Call, Description
 from service.scale.cluster.metrics import report_worker
 from service.scale.merged_metrics import Report
+from service.segmenter import LocalSegmenter
 from service.settings import Settings
-from service.work.segmenter import Segmenter
-from service.work.stages import Outcome
+from service.work.request import Outcome, Progress
 
 
-async def start_segmenter(settings: Mapping[str, Any]) -> Segmenter:
+async def start_segmenter(settings: Mapping[str, Any]) -> LocalSegmenter:
     """What a worker serves with, started.
 
     Args:
@@ -40,7 +39,7 @@ async def start_segmenter(settings: Mapping[str, Any]) -> Segmenter:
     metrics = Metrics()
     if checked.device != "cpu":
         metrics.watch_gpus(find_gpus())
-    segmenter = Segmenter(checked, repository, metrics)
+    segmenter = LocalSegmenter(checked, repository, metrics)
     segmenter.start()
     return segmenter
 
@@ -52,32 +51,28 @@ class Worker:
         segmenter: Started; whoever started it ends it.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: LocalSegmenter) -> None:
         self._segmenter = segmenter
 
     async def segment(self, call: Call) -> Answer:
         """Does what a request asks for; what it refuses as a whole is the answer's error."""
         segmenter = self._segmenter
         try:
-            with segmenter.use_model(call.model, call.version) as model:
-                outcomes = await segmenter.segment(model, call.images, call.options)
+            with segmenter.use(call.model, call.version, call.client) as model:
+                segmented = await segmenter.segment(
+                    model, call.images, call.options, call.client, Progress()
+                )
         except ServiceError as error:
             return Answer(error=error)
-        version = model.loaded.version
+        is_expected = segmented.model.version == call.expected
         return Answer(
-            outcomes=[_make_portable(outcome) for outcome in outcomes],
-            version=version,
-            config=None if version == call.expected else model.loaded.config,
+            outcomes=[_make_portable(outcome) for outcome in segmented.outcomes],
+            model=None if is_expected else segmented.model,
         )
 
     async def describe(self) -> Description:
         """What it serves at the moment."""
-        store = self._segmenter.store
-        models = [
-            ModelState(m.loaded.config, m.loaded.version, describe_engine(m.engine))
-            for m in store.all_models
-        ]
-        return Description(models, dict(store.unavailable))
+        return Description(self._segmenter.models, dict(self._segmenter.unavailable))
 
     async def report(self) -> Report:
         """Its metrics."""
@@ -90,7 +85,7 @@ class Worker:
 
 
 def _make_portable(outcome: Outcome) -> Outcome:
-    """An error of a library need not survive the way; what the client is told of it does."""
+    """An outcome that can be pickled: errors of libraries may not."""
     if outcome.error is None or isinstance(outcome.error, (ServiceError, DecodeError)):
         return outcome
     return replace(outcome, error=ServiceError("the server failed; see its log"))

@@ -22,8 +22,8 @@ from service.observe.gpus import find_gpus
 from service.observe.logs import configure_logging
 from service.scale.merged_metrics import MergedMetrics, Report
 from service.scale.workers.channel import ADMIN, MAIN, SIGNALS, ChannelClosed, WorkerEnd
+from service.segmenter import LocalSegmenter
 from service.settings import Settings
-from service.work.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run_child(settings: Settings, index: int, channel: socket.socket, folder: Pa
         metrics = MergedMetrics(peers.collect_all)
         if settings.device != "cpu" and index == 0:  # one is enough to watch the machine's GPUs
             metrics.watch_gpus(find_gpus())
-        segmenter = Segmenter(settings, repository, metrics)
+        segmenter = LocalSegmenter(settings, repository, metrics)
         peers.metrics = metrics
         build_server(settings, repository, segmenter, Intake(channel, peers)).run()
     except StartupError as error:

@@ -66,10 +66,10 @@ def share(settings: Settings) -> Settings:
     return settings.model_copy(
         update={name: n for name, n in threads.items() if name not in settings.model_fields_set}
         | {
-            "max_queue_images": math.ceil(settings.max_queue_images / count),
-            "max_queue_pixels": max(
-                math.ceil(settings.max_queue_pixels / count), settings.max_image_pixels
+            "max_queue_canvases": max(
+                math.ceil(settings.max_queue_canvases / count), settings.max_image_canvases
             ),
+            "max_decoded_pixels": math.ceil(settings.max_decoded_pixels / count),
             "max_connections": math.ceil(settings.max_connections / count),
         }
     )

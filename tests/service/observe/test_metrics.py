@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.models.engine_state import EngineBuild, EngineState
+from service.engines.state import EngineBuild, EngineState
 from service.observe.metrics import STAGES, WORK_ROUTES, Metrics
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)

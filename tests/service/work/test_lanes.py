@@ -11,7 +11,7 @@ from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Prepared, Tile
 from service.engines.base import BackendError
 from service.errors import Draining, EngineError
-from service.models.watch import RestartingBackend
+from service.engines.watch import RestartingBackend
 from service.work.batcher import BatchStats
 from service.work.lanes import Carried, Lanes
 from service.work.steps import DecodedImage, Options, TiledImage

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from service.errors import Draining, Overloaded, TooManyImages
 from service.http.app import create_app
 from service.scale.cluster import front
-from service.scale.cluster.front import TRIES, FrontSegmenter
+from service.scale.cluster.front import TRIES, ClusterSegmenter
 from service.scale.cluster.messages import Answer, Call
 from service.scale.cluster.metrics import FrontMetrics
 from service.scale.cluster.settings import ClusterSettings
@@ -37,7 +37,7 @@ async def build_front(
     given = Settings(**{**settings.server_settings(), **changes})
     description = await describing.describe()
     metrics = FrontMetrics(workers.collect)
-    return create_app(given, segmenter=FrontSegmenter(given, workers, description, metrics))
+    return create_app(given, segmenter=ClusterSegmenter(given, workers, description, metrics))
 
 
 @pytest.fixture

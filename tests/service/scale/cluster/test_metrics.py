@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.models.engine_state import EngineState
+from service.engines.state import EngineState
 from service.observe.metrics import Metrics
 from service.scale.cluster.metrics import FrontMetrics, report_front, report_worker
 from service.scale.merged_metrics import Report

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.types import Candidates, Tile, Window
 from service.engines.base import Backend, BackendError, Precision
-from service.models.watch import EngineHung, RestartingBackend
+from service.engines.watch import EngineHung, RestartingBackend
 from tests.support.waiting import poll_until
 
 GOOD, BAD, DEADLY, HANGING = 1, 2, 3, 4

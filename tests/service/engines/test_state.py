@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from service.models.engine_state import EngineBuild, describe_engine
+from service.engines.state import EngineBuild, describe_engine
 
 
 def build_engine(**changes: Any) -> Any:

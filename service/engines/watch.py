@@ -1,0 +1,257 @@
+"""The engine of a served model: calls are timed, deaths are reported, engines are swapped.
+
+An exception may be the fault of one image or of the engine: a probe tells them apart. A call that
+exceeds its time is the engine's fault; its thread may never return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.postprocess import TileCandidates
+from pipeline.types import Tile
+from service.engines.base import Backend, BackendError, Interruptible
+from service.engines.state import EngineBuild, EngineState
+
+logger = logging.getLogger(__name__)
+
+Results = Sequence[TileCandidates]
+T = TypeVar("T")
+
+
+class EngineHung(BackendError):
+    """A call exceeded its time, or its engine was closed meanwhile."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """An engine call in flight.
+
+    Attributes:
+        give_up: Called once if the call exceeds its time.
+        is_given_up: Whether it was.
+    """
+
+    engine: Backend
+    deadline_s: float
+    give_up: Callable[[], None]
+    is_given_up: bool = False
+
+
+class WatchedEngine:
+    """Calls the engine of the moment; thread-safe.
+
+    While there is none, because it died and another is being built, calls wait: nothing that was
+    accepted is lost. An engine that was swapped out is closed after its last call.
+
+    Args:
+        engine: The first one.
+        probe: Runs an engine on a harmless image; raises if it is dead.
+        timeout_s: Longest time of a call.
+        on_death: Called once for an engine that died, with the reason, in any thread.
+
+    Attributes:
+        build: A faster engine that is being built; set by its owner.
+    """
+
+    def __init__(
+        self,
+        engine: Backend,
+        probe: Callable[[Backend], None],
+        *,
+        timeout_s: float,
+        on_death: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self.build: EngineBuild | None = None
+        self._engine = engine
+        self._probe = probe
+        self._timeout_s = timeout_s
+        self._on_death = on_death
+        self._lock = threading.Lock()
+        self._usable = threading.Event()
+        self._usable.set()
+        self._closed = threading.Event()
+        self._calls: set[_Call] = set()
+        self._in_use: Counter[Backend] = Counter()
+        self._retired: set[Backend] = set()
+        self._watchdog: threading.Thread | None = None
+
+    @property
+    def current(self) -> Backend:
+        """The engine of the moment, which may be dead."""
+        return self._engine
+
+    @property
+    def state(self) -> EngineState:
+        """The engine of the moment, for health and metrics."""
+        engine = self._engine
+        return EngineState(
+            engine.name, engine.device, engine.precision, engine.reason, self.build, self.is_alive
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether calls are answered now."""
+        return self._usable.is_set()
+
+    def infer(self, tiles: Sequence[Tile], give_up: Callable[[], None]) -> Results:
+        """Runs one batch in the calling thread.
+
+        If the engine dies in the call, the call is repeated once with the next engine.
+
+        Args:
+            tiles: B canvases of one shape.
+            give_up: Called in another thread if the call exceeds its time or the engine is closed
+                meanwhile: the calling thread may never return.
+
+        Returns:
+            B entries.
+
+        Raises:
+            EngineHung: `give_up` was called.
+            Exception: What the engine raised, if it is alive, or died of these canvases twice.
+        """
+        engine = self._enter()
+        try:
+            return self._run(engine, lambda: engine.infer(tiles), give_up)
+        except EngineHung:
+            raise
+        except Exception as error:
+            if not self._is_dead_after(error, engine, give_up):
+                raise
+        other = self._enter()
+        return self._run(other, lambda: other.infer(tiles), give_up)
+
+    def swap(self, engine: Backend) -> None:
+        """Makes another engine the current one; the old one is closed after its last call."""
+        with self._lock:
+            if self._closed.is_set():
+                unused: Backend | None = engine
+            else:
+                old, self._engine = self._engine, engine
+                self._retired.add(old)
+                self._usable.set()
+                unused = self._pop_unused(old)
+        _close(unused)
+
+    def close(self) -> None:
+        """Closes the engine at once; calls in flight are given up."""
+        self._closed.set()
+        calls = self._give_up(before_s=math.inf)
+        with self._lock:
+            self._usable.set()
+        _interrupt(self._engine)
+        _close(self._engine)
+        for call in calls:
+            call.give_up()
+
+    def _enter(self) -> Backend:
+        """Waits for a usable engine and counts a call of it."""
+        self._usable.wait()
+        with self._lock:
+            if self._closed.is_set():
+                raise BackendError("the engine is closed")
+            self._in_use[self._engine] += 1
+            return self._engine
+
+    def _run(self, engine: Backend, call: Callable[[], T], give_up: Callable[[], None]) -> T:
+        """Runs a call of an engine that was entered; it is left afterwards."""
+        entry = _Call(engine, time.monotonic() + self._timeout_s, give_up)
+        with self._lock:
+            self._calls.add(entry)
+            if self._watchdog is None:
+                self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+                self._watchdog.start()
+        try:
+            return call()
+        finally:
+            with self._lock:
+                self._calls.discard(entry)
+                self._in_use[engine] -= 1
+                unused = self._pop_unused(engine)
+            _close(unused)
+            if entry.is_given_up:
+                raise EngineHung(self._describe_hang())
+
+    def _pop_unused(self, engine: Backend) -> Backend | None:
+        """The engine if it was swapped out and no call uses it; then it is to be closed."""
+        if engine not in self._retired or self._in_use[engine]:
+            return None
+        self._retired.discard(engine)
+        del self._in_use[engine]
+        return engine
+
+    def _watch(self) -> None:
+        """The watchdog thread: gives up calls that exceed their time."""
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            for call in self._give_up(before_s=time.monotonic()):
+                self._bury(call.engine, self._describe_hang())
+                call.give_up()
+
+    def _give_up(self, before_s: float) -> list[_Call]:
+        """Marks the calls whose deadline is earlier.
+
+        This comes before anything that interrupts them, which must not look like a failure.
+        """
+        with self._lock:
+            calls = [call for call in self._calls if not call.is_given_up]
+            late = [call for call in calls if call.deadline_s < before_s]
+            for call in late:
+                call.is_given_up = True
+            return late
+
+    def _describe_hang(self) -> str:
+        return f"a call has not returned after {self._timeout_s:g} s"
+
+    def _is_dead_after(
+        self, error: Exception, engine: Backend, give_up: Callable[[], None]
+    ) -> bool:
+        """Whether an engine that raised is dead; if that is not known yet, it is probed."""
+        if self._closed.is_set():
+            return False
+        with self._lock:
+            is_current = engine is self._engine and self.is_alive
+            self._in_use[engine] += is_current
+        if is_current:
+            try:
+                self._run(engine, lambda: self._probe(engine), give_up)
+                return False
+            except EngineHung:
+                raise
+            except Exception as failure:  # an engine's exceptions have no common base
+                logger.warning("the engine failed on a harmless image: %r", failure)
+        self._bury(engine, f"it raised {error!r} and fails on a harmless image too")
+        return True
+
+    def _bury(self, engine: Backend, reason: str) -> None:
+        """Stops using an engine and reports its death, once."""
+        with self._lock:
+            if engine is not self._engine or not self.is_alive or self._closed.is_set():
+                return
+            self._usable.clear()
+        logger.error("the engine is dead, another is built: %s", reason)
+        _interrupt(engine)
+        self._on_death(reason)
+
+
+def _close(engine: Backend | None) -> None:
+    if engine is not None:
+        try:
+            engine.close()
+        except Exception:  # it is not used any more
+            logger.exception("the engine %s could not be closed", engine.name)
+
+
+def _interrupt(engine: Backend) -> None:
+    """Ends the calls of an engine, which would use a core until the process ends."""
+    if isinstance(engine, Interruptible):
+        with contextlib.suppress(Exception):
+            engine.interrupt()

@@ -1,0 +1,205 @@
+"""What the HTTP layer asks of whoever segments: this process, or workers on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pipeline.model_config import ModelConfig
+from service.engines.state import EngineState
+from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
+from service.observe.metrics import Metrics
+from service.work.admission import Admission
+from service.work.request import Client, ImageFile, Options, Outcome, Progress
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A served version of a model.
+
+    Attributes:
+        config: From config.json.
+        engine: What it is served by at the moment.
+        max_batch: Canvases in one engine call.
+    """
+
+    config: ModelConfig
+    engine: EngineState
+    max_batch: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.config.name
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self.config.version
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """The outcome of a request.
+
+    Attributes:
+        model: The version that was used.
+        outcomes: One for each image, in their order.
+    """
+
+    model: ModelState
+    outcomes: Sequence[Outcome]
+
+
+def find_model(
+    served: Mapping[str, Mapping[int, M]],
+    unavailable: Collection[str],
+    default: str | None,
+    name: str | None,
+    version: int | None,
+) -> M:
+    """The model that a request means.
+
+    Args:
+        served: By name and version.
+        unavailable: Names of models that are not served.
+        default: Name of the model of requests that name none; None means the first by name.
+        name: None means the default model.
+        version: None means the highest that is served.
+
+    Raises:
+        UnknownModel: There is none of that name.
+        ModelUnavailable: It is in the repository, but not served.
+        UnknownVersion: It is not served in this version.
+    """
+    if name is None:
+        name = default or min(served, default="")
+    if name not in served:
+        if name in unavailable:
+            raise ModelUnavailable(f"model {name!r} is not served; see GET /v2/models")
+        raise UnknownModel(f"there is no model {name!r}, only {sorted(served)}")
+    versions = served[name]
+    model = versions.get(max(versions) if version is None else version)
+    if model is None:
+        raise UnknownVersion(
+            f"model {name!r} is served in version {', '.join(map(str, sorted(versions)))}, "
+            f"not {version}"
+        )
+    return model
+
+
+class Segmenter(Protocol):
+    """Serves models."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """Where everything is counted."""
+        ...
+
+    @property
+    def admission(self) -> Admission:
+        """What is in flight."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new work is taken."""
+        ...
+
+    @property
+    def models(self) -> Sequence[ModelState]:
+        """What is served, by name and version."""
+        ...
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """Why other models, or newer versions of served ones, are not served; by name."""
+        ...
+
+    def start(self) -> None:
+        """Begins to serve; needs a running event loop."""
+        ...
+
+    def find(self, name: str | None, version: int | None) -> ModelState:
+        """The model that a request means, if its engine answers.
+
+        Args:
+            name: None means the default model.
+            version: None means the highest that is served.
+
+        Raises:
+            UnknownModel: There is none of that name.
+            ModelUnavailable: It is in the repository, but not served.
+            UnknownVersion: It is not served in this version.
+            EngineRestarting: Its engine has died and another is being built.
+        """
+        ...
+
+    def use(
+        self, name: str | None, version: int | None, client: Client
+    ) -> AbstractContextManager[Any]:
+        """As `find`, for `segment`; the model stays until the context ends.
+
+        Raises:
+            Draining, Overloaded: Nothing can be admitted, so the request's body need not be read.
+        """
+        ...
+
+    async def segment(
+        self,
+        model: Any,
+        images: Sequence[ImageFile],
+        options: Options,
+        client: Client,
+        progress: Progress,
+    ) -> Segmented:
+        """Segments a request's images; cancelling it stops the work.
+
+        Args:
+            model: What `use` gave.
+            images: The request's.
+            options: What it asks for.
+            client: Who sent it.
+            progress: Kept up to date.
+
+        Raises:
+            Overloaded, QuotaExceeded, TooManyImages, Draining: None of the images was admitted.
+        """
+        ...
+
+    async def load(self, name: str) -> None:
+        """Serves what the model's config.json says now; what was served before stays until then.
+
+        Raises:
+            UnknownModel: The repository has no such folder.
+            ModelUnavailable: It cannot be served; what was served before still is.
+        """
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Stops serving a model; requests that use it are finished.
+
+        Raises:
+            UnknownModel: It is not served.
+        """
+        ...
+
+    async def finish_accepted(self) -> bool:
+        """Refuses new work and waits, within the drain timeout, for what was accepted.
+
+        Returns:
+            Whether all of it was finished.
+        """
+        ...
+
+    async def give_up(self) -> None:
+        """Answers what was accepted and is not finished with 503."""
+        ...
+
+    async def drain(self) -> None:
+        """Finishes accepted work, then frees what it holds."""
+        ...

@@ -1,0 +1,284 @@
+"""One image from its bytes to its entry of the answer: decode, canvases, instances, encode."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Sequence
+
+import orjson
+from PIL import Image
+
+from pipeline.decode import decode_image, peek_hw, read_image_hw, read_upright_hw
+from pipeline.draw import draw_instances
+from pipeline.encode import encode_index_png, instance_to_coco
+from pipeline.errors import CorruptImage
+from pipeline.model_config import InputSpec, ModelConfig, Task
+from pipeline.postprocess import Collector, Detections, TileCandidates
+from pipeline.preprocess import count_canvases, needed_hw, prepare
+from pipeline.types import Instance, Prepared, Tile, UInt8
+from service.errors import TooManyCanvases, describe_error
+from service.observe.timing import Interval, attribute_time
+from service.work.request import ImageFile, Options, Outcome
+
+HW = tuple[int, int]
+
+
+def peek_size(data: bytes | UInt8) -> HW | None:
+    """Height and width of an image if they can be read at once, before orientation."""
+    if isinstance(data, bytes):
+        return peek_hw(data)
+    height, width = data.shape[:2]
+    return int(height), int(width)
+
+
+def read_size(data: bytes | UInt8, max_pixels: int) -> HW:
+    """Height and width from the header alone, before orientation.
+
+    Raises:
+        DecodeError: The image is refused.
+    """
+    if isinstance(data, bytes):
+        return read_image_hw(data, max_pixels=max_pixels)
+    return int(data.shape[0]), int(data.shape[1])
+
+
+def count_cost(image_hw: HW, spec: InputSpec, max_canvases: int) -> int:
+    """Canvases of an image, before it is decoded.
+
+    The orientation is not known yet, so the larger of both counts is taken.
+
+    Raises:
+        TooManyCanvases: More than `max_canvases`.
+    """
+    canvases = max(count_canvases(image_hw, spec), count_canvases(image_hw[::-1], spec))
+    if canvases > max_canvases:
+        raise TooManyCanvases(
+            f"the image of {image_hw[1]}x{image_hw[0]} px needs {canvases} canvases, the server "
+            f"allows {max_canvases}; crop it, or send it in parts"
+        )
+    return canvases
+
+
+class Dropped(Exception):
+    """The request was dropped while a thread was about to process a canvas."""
+
+
+class ImageWork:
+    """The state of one image; `open` first, then each canvas once, in any order and thread.
+
+    Args:
+        file: The image.
+        image_hw: Height and width that were admitted, before orientation.
+        canvases: Canvases that were admitted.
+        config: The model's.
+        options: The request's.
+        scaled: A JPEG may be decoded no larger than the model needs it.
+
+    Attributes:
+        canvases: Corrected by `open`.
+        pixels: Of the decoded image, as admitted.
+        outcome: None until the image is finished or has failed.
+        taken, created, is_opening, held: State of the work queue: canvases that threads have
+            taken and created; whether a thread is in `open`; decoded pixels counted in the budget.
+    """
+
+    def __init__(
+        self,
+        file: ImageFile,
+        image_hw: HW,
+        canvases: int,
+        config: ModelConfig,
+        options: Options,
+        *,
+        scaled: bool = False,
+    ) -> None:
+        self.canvases = canvases
+        self.pixels = image_hw[0] * image_hw[1]
+        self.outcome: Outcome | None = None
+        self.taken = self.created = self.held = 0
+        self.is_opening = False
+        self._file = file
+        self._config = config
+        self._options = options
+        self._scaled = scaled
+        self._prepared: Prepared | None = None
+        self._picture: UInt8 | None = None
+        self._collector: Collector | None = None
+        self._lock = threading.Lock()
+        self._decoded: list[Interval] = []
+        self._calls: list[Interval] = []
+        self._searched: list[Interval] = []
+        self._engine_s = 0.0
+
+    def open(self) -> None:
+        """Decodes the image.
+
+        Raises:
+            DecodeError: The image is refused.
+        """
+        started_s = time.monotonic()
+        data, spec, image_hw = self._file.data, self._config.input, None
+        if not isinstance(data, bytes):
+            pixels = data
+        elif self._scaled and not self._options.overlay:
+            image_hw = read_upright_hw(data, max_pixels=self.pixels)
+            least_hw = needed_hw(image_hw, spec)
+            pixels = decode_image(data, max_pixels=self.pixels, least_hw=least_hw)
+        else:
+            pixels = decode_image(data, max_pixels=self.pixels)
+        self._file = ImageFile(self._file.file_name, b"")
+        prepared = prepare(pixels, spec, image_hw=image_hw)
+        if len(prepared.tiles) > self.canvases:
+            raise CorruptImage("the image is larger than its header says")
+        self.canvases = len(prepared.tiles)
+        self._picture = pixels if self._options.overlay else None
+        self._collector = Collector(
+            prepared.image_hw,
+            self.canvases,
+            self._config.postprocess,
+            score_threshold=self._options.score_threshold,
+            max_instances=self._options.max_instances,
+        )
+        self._prepared = prepared
+        self._decoded.append((started_s, time.monotonic()))
+
+    def make_canvas(self, index: int) -> Tile:
+        """Creates one canvas from the decoded pixels."""
+        prepared = self._prepared
+        if prepared is None:
+            raise Dropped
+        started_s = time.monotonic()
+        tile = prepared.tiles[index]
+        self._decoded.append((started_s, time.monotonic()))
+        return tile
+
+    def free_pixels(self) -> bool:
+        """Drops the decoded image, when no canvas is left to create.
+
+        Returns:
+            False if an overlay is asked for: then it is kept until the end.
+        """
+        if self._prepared is not None:
+            self._prepared = Prepared(self._prepared.image_hw, ())
+        return self._picture is None
+
+    def search(
+        self, index: int, tile: Tile, candidates: TileCandidates, call: Interval, share: float
+    ) -> bool:
+        """Post-processes one canvas.
+
+        Args:
+            index: The canvas.
+            tile: What `make_canvas` gave.
+            candidates: What the engine found.
+            call: When the engine call ran.
+            share: Of the call, 0..1: one over the canvases in it.
+
+        Returns:
+            Whether it was the last one: then `finish` is due.
+        """
+        collector = self._collector
+        assert collector is not None
+        started_s = time.monotonic()
+        detections = collector.search(tile, candidates)
+        with self._lock:
+            collector.add(index, tile, detections, candidates.mask_hw)
+            self._calls.append(call)
+            self._engine_s += (call[1] - call[0]) * share
+            self._searched.append((started_s, time.monotonic()))
+            return collector.is_complete
+
+    def finish(self, began_s: float) -> Outcome:
+        """Merges the canvases' instances and encodes the answer.
+
+        Args:
+            began_s: When the request arrived.
+        """
+        collector, prepared, options = self._collector, self._prepared, self._options
+        if collector is None or prepared is None:
+            raise Dropped
+        started_s = time.monotonic()
+        detections = collector.merge()
+        merged_s = time.monotonic()
+        if self._picture is None:
+            payload = encode_entry(
+                self._file.file_name,
+                prepared.image_hw,
+                detections,
+                self._config,
+                options,
+                self.canvases,
+            )
+        else:
+            payload = encode_overlay(self._picture, detections.instances, self._config.task)
+        ended_s = time.monotonic()
+        stages = {
+            "decode": self._decoded,
+            "infer": sorted(set(self._calls)),
+            "postprocess": [*self._searched, (started_s, merged_s)],
+            "encode": [(merged_s, ended_s)],
+        }
+        self._collector = self._picture = None
+        return Outcome(
+            payload,
+            attribute_time((began_s, ended_s), **stages),
+            canvases=self.canvases,
+            engine_s=self._engine_s,
+            instances=len(detections.instances),
+            stages={**stages},
+            whole=(began_s, ended_s),
+        )
+
+    def fail(self, error: Exception) -> Outcome:
+        """The outcome of an image that failed."""
+        return fail(self._file.file_name, error)
+
+    def drop(self) -> None:
+        """Frees the file and the decoded pixels; a thread that uses them keeps them until then."""
+        self._file = ImageFile(self._file.file_name, b"")
+        self._prepared = self._picture = None
+
+
+def encode_entry(
+    file_name: str | None,
+    image_hw: HW,
+    detections: Detections,
+    config: ModelConfig,
+    options: Options,
+    canvases: int,
+) -> bytes:
+    """An entry of `results` as JSON."""
+    instances = detections.instances
+    entry: dict[str, object] = {
+        "file_name": file_name,
+        "width": image_hw[1],
+        "height": image_hw[0],
+        "canvases": canvases,
+        "instances_found": detections.found,
+        "truncated": detections.found > len(instances),
+        "instances": [instance_to_coco(i, config, masks=options.masks) for i in instances],
+    }
+    if options.masks == "png":
+        entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
+    return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_error(file_name: str | None, error: Exception) -> bytes:
+    """An entry of `results` for an image that failed, as JSON."""
+    return orjson.dumps({"file_name": file_name, "error": describe_error(error)[1]})
+
+
+def encode_overlay(picture: UInt8, instances: Sequence[Instance], task: Task) -> bytes:
+    """The image [H, W, 3] with its masks or contours drawn on it, as PNG."""
+    buffer = io.BytesIO()
+    drawn = draw_instances(picture, instances, task)
+    Image.fromarray(drawn).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def fail(file_name: str | None, error: Exception) -> Outcome:
+    """The outcome of an image that failed."""
+    return Outcome(encode_error(file_name, error), error=error)

@@ -1,0 +1,63 @@
+"""The bound on decoded images in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+LARGE_SHARE = 16
+"""An image is large if it has more than this part of the budget's pixels."""
+
+
+class PixelBudget:
+    """Counts the pixels of decoded images; thread-safe.
+
+    Half of the budget is for large images, half for the others, so that neither keeps the other
+    kind waiting. One image of each kind is always allowed.
+
+    Args:
+        max_pixels: The budget; a decoded pixel takes 3 bytes.
+    """
+
+    def __init__(self, max_pixels: int = 200_000_000) -> None:
+        self.max_pixels = max_pixels
+        self.generation = 0
+        """Grows with every release."""
+        self._held = {True: 0, False: 0}
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def held(self) -> int:
+        """Pixels of decoded images in memory."""
+        return sum(self._held.values())
+
+    def take(self, pixels: int) -> bool:
+        """Reserves an image's pixels; False if it has to wait for `release`."""
+        is_large = self._is_large(pixels)
+        with self._lock:
+            held = self._held[is_large]
+            if held and held + pixels > self.max_pixels // 2:
+                return False
+            self._held[is_large] += pixels
+            return True
+
+    def release(self, pixels: int) -> None:
+        """Gives an image's pixels back and calls the callbacks."""
+        with self._lock:
+            self._held[self._is_large(pixels)] -= pixels
+            self.generation += 1
+        for callback in tuple(self._callbacks):
+            callback()
+
+    def on_release(self, callback: Callable[[], None]) -> None:
+        """Calls a function after every release, in the releasing thread."""
+        self._callbacks.append(callback)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Undoes `on_release`."""
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
+    def _is_large(self, pixels: int) -> bool:
+        return pixels * LARGE_SHARE > self.max_pixels

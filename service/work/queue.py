@@ -1,0 +1,241 @@
+"""The work queue of a model: requests of clients, and which canvas is next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from service.work.fair import FairQueue, Flow
+from service.work.image import ImageWork
+from service.work.pixels import PixelBudget
+from service.work.request import Client, Outcome, Priority, Progress
+
+BATCH_EVERY = 8
+"""While a client has both, one of so many of its canvases is of priority `batch`: its batch work
+gets at least an eighth of the client's service."""
+
+Pick = tuple["Job", ImageWork, int]
+"""A request, one of its images, and the index of a canvas."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Job(Flow):
+    """The images of one request in the scheduler.
+
+    Attributes:
+        client: Whose request it is.
+        images: In their order; each gets its outcome.
+        priority: The request's.
+        progress: Updated after every canvas.
+        done: Set when every image has its outcome.
+    """
+
+    client: Client
+    images: Sequence[ImageWork]
+    priority: Priority = "interactive"
+    progress: Progress = field(default_factory=Progress)
+    done: asyncio.Future[None]
+    pending: deque[ImageWork] = field(default_factory=deque)
+    unfinished: int = 0
+    removed: bool = False
+
+    def skips(self, image: ImageWork) -> bool:
+        """Whether canvases of an image need not be processed any more."""
+        return self.removed or image.outcome is not None
+
+
+@dataclass(eq=False)
+class _Tenant(Flow):
+    """A client with work in flight.
+
+    Attributes:
+        interactive, batch: Its requests that have a canvas to process.
+        jobs: Requests in flight.
+        since_batch: Interactive canvases since the last one of priority `batch`.
+    """
+
+    interactive: FairQueue[Job] = field(default_factory=FairQueue)
+    batch: FairQueue[Job] = field(default_factory=FairQueue)
+    jobs: int = 0
+    since_batch: int = 0
+
+    def queue_of(self, job: Job) -> FairQueue[Job]:
+        return self.batch if job.priority == "batch" else self.interactive
+
+    def pop(self) -> Job | None:
+        """The next request; one of priority `batch` at least every `BATCH_EVERY` canvases."""
+        if self.batch and (not self.interactive or self.since_batch >= BATCH_EVERY - 1):
+            self.since_batch = 0
+            return self.batch.pop()
+        if self.batch:
+            self.since_batch += 1
+        return self.interactive.pop()
+
+
+class WorkQueue:
+    """Chooses the next canvas; not thread-safe.
+
+    Args:
+        budget: An image is decoded only when its pixels fit.
+    """
+
+    def __init__(self, budget: PixelBudget) -> None:
+        self.budget = budget
+        self._tenants: dict[str, _Tenant] = {}
+        self._fair: FairQueue[_Tenant] = FairQueue()
+        self._active: dict[ImageWork, Job] = {}
+        self._blocked: list[Job] = []
+        self._seen = budget.generation
+
+    def add(self, job: Job) -> None:
+        """Queues a request."""
+        job.pending.extend(job.images)
+        job.unfinished = len(job.images)
+        tenant = self._tenants.get(job.client.name)
+        if tenant is None:
+            tenant = self._tenants[job.client.name] = _Tenant()
+        tenant.weight = job.client.weight
+        tenant.jobs += 1
+        self._push(job)
+
+    def remove(self, job: Job) -> int:
+        """Drops a request; canvases that threads are processing are finished and ignored.
+
+        Returns:
+            Decoded pixels that are no longer held.
+        """
+        if job.removed:
+            return 0
+        job.removed = True
+        job.pending.clear()
+        freed = 0
+        for image in job.images:
+            freed += self._drop(image)
+        tenant = self._tenants[job.client.name]
+        tenant.jobs -= 1
+        if tenant.jobs == 0:  # idle: its next request starts anew
+            del self._tenants[job.client.name]
+        return freed
+
+    def pick(self) -> Pick | None:
+        """The next canvas to process, or None."""
+        if self._blocked and self._seen != self.budget.generation:
+            blocked, self._blocked = self._blocked, []
+            for waiting in blocked:
+                self._push(waiting)
+        while (tenant := self._fair.pop()) is not None:
+            job = tenant.pop()
+            image = None if job is None else self._next_image(job)
+            if job is None or image is None:
+                self._requeue(tenant)
+                continue
+            picked = self._take(job, image)
+            job.charge()
+            tenant.charge()
+            if self._has_canvas(job):
+                tenant.queue_of(job).push(job)
+            self._requeue(tenant)
+            return picked
+        return None
+
+    def pick_active(self) -> Pick | None:
+        """Another canvas of an image that is decoded already, or None."""
+        for image, job in self._active.items():
+            tenant = self._tenants[job.client.name]
+            job.charge()
+            tenant.charge()
+            return self._take(job, image)
+        return None
+
+    def opened(self, job: Job, image: ImageWork) -> int:
+        """An image has been decoded.
+
+        Returns:
+            Canvases that other threads may process now.
+        """
+        image.is_opening = False
+        more = image.canvases - image.taken
+        if job.removed or more <= 0:
+            self._forget(job, image)
+            return 0
+        self._active[image] = job
+        self._push(job)
+        return more
+
+    def created(self, image: ImageWork) -> bool:
+        """A canvas has been created; whether it was the image's last."""
+        image.created += 1
+        return image.created == image.canvases
+
+    def finish(self, job: Job, image: ImageWork, outcome: Outcome) -> tuple[bool, int]:
+        """Sets an image's outcome, unless it has one.
+
+        Returns:
+            Whether the request is finished by it, and decoded pixels that are no longer held.
+        """
+        if job.skips(image):
+            return False, 0
+        image.outcome = outcome
+        job.unfinished -= 1
+        self._forget(job, image)
+        return job.unfinished == 0, self._drop(image)
+
+    def release(self, image: ImageWork) -> int:
+        """The pixels of an image are no longer needed: how many they were."""
+        held, image.held = image.held, 0
+        return held
+
+    def _drop(self, image: ImageWork) -> int:
+        self._active.pop(image, None)
+        image.drop()
+        return self.release(image)
+
+    def _push(self, job: Job) -> None:
+        tenant = self._tenants.get(job.client.name)
+        if tenant is not None and not job.removed and self._has_canvas(job):
+            tenant.queue_of(job).push(job)
+            self._fair.push(tenant)
+
+    def _requeue(self, tenant: _Tenant) -> None:
+        if tenant.interactive or tenant.batch:
+            self._fair.push(tenant)
+
+    @staticmethod
+    def _has_canvas(job: Job) -> bool:
+        """Whether some image of a request has a canvas that can be taken now."""
+        return any(not image.is_opening for image in job.pending)
+
+    def _next_image(self, job: Job) -> ImageWork | None:
+        """The first image with a canvas to take; its pixels are reserved."""
+        if job.removed:
+            return None
+        for image in job.pending:
+            if image.is_opening:
+                continue
+            if image.taken:
+                return image
+            generation = self.budget.generation
+            if self.budget.take(image.pixels):
+                image.held = image.pixels
+                return image
+            if not self._blocked:
+                self._seen = generation
+            self._blocked.append(job)
+            break
+        return None
+
+    def _take(self, job: Job, image: ImageWork) -> Pick:
+        index = image.taken
+        image.taken += 1
+        image.is_opening = index == 0
+        if image.taken == image.canvases:
+            self._forget(job, image)
+        return job, image, index
+
+    def _forget(self, job: Job, image: ImageWork) -> None:
+        """Takes an image without a canvas to take out of the queue."""
+        self._active.pop(image, None)
+        if image in job.pending:
+            job.pending.remove(image)

@@ -1,0 +1,112 @@
+"""What a request asks for, and what becomes of each of its images."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.types import UInt8
+from service.observe.timing import Interval, Timing
+
+Masks = Literal["rle", "polygon", "png", "none"]
+Priority = Literal["interactive", "batch"]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a request.
+
+    Attributes:
+        file_name: The client's name for it.
+        data: The encoded file, or pixels, [H, W, 3] uint8 RGB.
+    """
+
+    file_name: str | None
+    data: bytes | UInt8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Parameters of a request.
+
+    Attributes:
+        score_threshold: Least score; None uses the model's.
+        max_instances: Most instances of an image; None uses the model's.
+        masks: Mask encoding.
+        overlay: The answer is a PNG with the masks drawn on the image.
+        priority: Interactive requests of a client are scheduled before its batch requests.
+    """
+
+    score_threshold: float | None = None
+    max_instances: int | None = None
+    masks: Masks = "rle"
+    overlay: bool = False
+    priority: Priority = "interactive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Who sent a request: an API key, or else a peer address.
+
+    Attributes:
+        name: Unique among the clients of a server.
+        weight: Share of the server relative to other clients that have work waiting.
+        max_canvases: Canvases in flight; None: no bound of its own.
+        canvases_per_minute: Mean rate; one minute's worth may come at once. None: no bound.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+    max_canvases: int | None = None
+    canvases_per_minute: float | None = None
+
+
+@dataclass(eq=False)
+class Progress:
+    """How much of a request is done; written by worker threads, read by the event loop.
+
+    Attributes:
+        canvases: Of all images that were admitted; 0 before admission.
+        done: Canvases that have been post-processed.
+        began_s: When the request arrived, `time.monotonic`.
+        admitted: Set after admission, in the event loop.
+    """
+
+    canvases: int = 0
+    done: int = 0
+    began_s: float = field(default_factory=time.monotonic)
+    admitted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def admit(self, canvases: int) -> None:
+        """The request's images have been admitted."""
+        self.canvases = canvases
+        self.admitted.set()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Attributes:
+        payload: Its entry of `results` as JSON, or a PNG if an overlay was asked for and nothing
+            failed.
+        timing: None if it failed.
+        error: Why it failed.
+        canvases: Canvases that the engine processed.
+        engine_s: Engine time of these canvases; calls that were shared count by their share.
+        instances: Instances in the answer.
+        stages: For tracing: when the image was in each stage.
+        whole: For tracing: from the start of the request to the end of the image.
+    """
+
+    payload: bytes
+    timing: Timing | None = None
+    error: Exception | None = None
+    canvases: int = 0
+    engine_s: float = 0.0
+    instances: int = 0
+    stages: dict[str, Sequence[Interval]] = field(default_factory=dict)
+    whole: Interval = (0.0, 0.0)
