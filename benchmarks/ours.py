@@ -9,41 +9,45 @@ no more than they have.
 
 from __future__ import annotations
 
-import math
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import orjson
 
-from pipeline.model_config import ModelConfig, TileResize
+from pipeline.model_config import ModelConfig
 from pipeline.postprocess import TileCandidates
-from pipeline.preprocess import tile_starts
+from pipeline.preprocess import count_canvases
 from pipeline.types import Tile
 from service.engines.base import BackendOptions
 from service.engines.onnxruntime import OrtBackend, build_ort_backend
 from service.models.artefacts import ONNX_FILE as ONNX_FILE
 from service.models.repository import LoadedModel as LoadedModel
 from service.models.repository import load_version, read_config
-from service.work.steps import DecodedImage as DecodedImage
-from service.work.steps import Options, TiledImage, decode, find_in_tile, finish
+from service.work.image import ImageWork, count_cost, read_size
+from service.work.request import ImageFile, Options, Outcome
 
 MAX_BATCH = 8
 """Images, where a framework batches them; also the engine's most canvases at once."""
 MAX_PIXELS = 50_000_000
+MAX_CANVASES = 1_000_000
 OPTIONS = Options()
 
 
-def load_model(folder: Path, threads: int = 1, slots: int | None = None) -> LoadedModel:
-    """A model of a repository with its CPU engine.
+def load_model(folder: Path, threads: int | None = 1, **options: Any) -> LoadedModel:
+    """A model of a repository with its engine, on the CPU unless told otherwise.
 
     Args:
         folder: The model's.
-        threads: Of one engine call.
-        slots: Engine calls at once; None for the default.
+        threads: Of one engine call on the CPU.
+        **options: Of `BackendOptions`.
     """
-    return load_version(folder, options=BackendOptions(device="cpu", threads=threads, slots=slots))
+    wanted = {"device": "cpu", "threads": threads, **options}
+    return load_version(folder, options=BackendOptions(**wanted))
 
 
 def read_model(folder: Path, version: int | None = None) -> tuple[ModelConfig, Path]:
@@ -52,13 +56,9 @@ def read_model(folder: Path, version: int | None = None) -> tuple[ModelConfig, P
     return config, folder / str(config.version)
 
 
-def count_canvases(folder: Path, image_hw: tuple[int, int]) -> int:
+def canvases_of(folder: Path, image_hw: tuple[int, int]) -> int:
     """Canvases of an image of [H, W] for the served version of a model."""
-    resize = read_model(folder)[0].input.resize
-    if not isinstance(resize, TileResize):
-        return 1
-    sides = zip(image_hw, resize.tile_hw, strict=True)
-    return math.prod(len(tile_starts(side, tile, resize.overlap_px)) for side, tile in sides)
+    return count_canvases(image_hw, read_model(folder)[0].input)
 
 
 def build_engine(graph: bytes, threads: int) -> OrtBackend:
@@ -75,15 +75,40 @@ def open_session(graph: bytes | Path, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image whose canvases have been created.
+
+    Attributes:
+        work: The service's state of it.
+        tiles: All of its canvases.
+    """
+
+    work: ImageWork
+    tiles: Sequence[Tile]
+
+
+def decode(data: bytes, config: ModelConfig) -> DecodedImage:
+    """An image's file to canvases."""
+    image_hw = read_size(data, MAX_PIXELS)
+    most = count_cost(image_hw, config.input, MAX_CANVASES)
+    work = ImageWork(ImageFile(None, data), image_hw, most, config, OPTIONS)
+    work.open()
+    return DecodedImage(work, [work.make_canvas(index) for index in range(work.canvases)])
+
+
+def finish(image: DecodedImage, candidates: Iterable[TileCandidates]) -> Outcome:
+    """Post-processes the canvases, merges their instances and encodes the answer."""
+    began_s = time.monotonic()
+    for index, (tile, found) in enumerate(zip(image.tiles, candidates, strict=True)):
+        image.work.search(index, tile, found, (began_s, began_s), 1.0)
+    return image.work.finish(began_s)
+
+
 def segment(model: LoadedModel, body: bytes) -> int:
     """One image from its bytes to its answer in one thread; returns its number of instances."""
-    decoded = decode(body, model.config, MAX_PIXELS, OPTIONS)
-    image = TiledImage(None, decoded, model.config, OPTIONS)
-    for index, tile in enumerate(image.tiles):
-        (candidates,) = model.backend.infer([tile])
-        image.search(index, candidates)
-    assert image.answer is not None
-    return image.answer.instances
+    image = decode(body, model.config)
+    return finish(image, (model.backend.infer([tile])[0] for tile in image.tiles)).instances
 
 
 class Engine:
@@ -102,14 +127,14 @@ class Engine:
 
     def decode(self, data: bytes) -> DecodedImage:
         """An image's file to canvases."""
-        return decode(data, self._model.config, MAX_PIXELS, OPTIONS)
+        return decode(data, self._model.config)
 
     def infer(self, images: Sequence[DecodedImage]) -> list[list[TileCandidates]]:
         """The candidates of each canvas of each image; canvases of one shape share calls."""
         found: list[list[TileCandidates]] = [[] for _ in images]
         by_shape: dict[tuple[int, ...], list[tuple[int, Tile]]] = defaultdict(list)
         for index, image in enumerate(images):
-            for tile in image.prepared.tiles:
+            for tile in image.tiles:
                 by_shape[tile.image.shape].append((index, tile))
         for waiting in by_shape.values():
             for start in range(0, len(waiting), MAX_BATCH):
@@ -120,12 +145,7 @@ class Engine:
         return found
 
     def encode(self, image: DecodedImage, candidates: Sequence[TileCandidates]) -> bytes:
-        """An image's answer as our server writes it, without the times of its stages."""
-        config, image_hw = self._model.config, image.prepared.image_hw
-        found = [
-            find_in_tile(tile, of_tile, image_hw, config, OPTIONS)
-            for tile, of_tile in zip(image.prepared.tiles, candidates, strict=True)
-        ]
-        entry = finish(None, image, found, config, OPTIONS).payload
+        """An image's answer as our server writes it, without its times."""
+        config, entry = self._model.config, finish(image, candidates).payload
         body = {"model": config.name, "version": self._model.version, "task": config.task}
         return orjson.dumps({**body, "results": [orjson.Fragment(entry)]})

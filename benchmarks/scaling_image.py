@@ -107,7 +107,8 @@ def plan_batch(folder: Path, picture: Path) -> Points:
 
     def build(size: int) -> Callable[[], Costs]:
         model = load_model(folder)
-        tiles = prepare(decode_image(picture.read_bytes()), model.config.input).tiles[:1] * size
+        image = prepare(decode_image(picture.read_bytes()), model.config.input)
+        tiles = [image.tiles[0]] * size
 
         def run() -> Costs:
             clock = StageClock()

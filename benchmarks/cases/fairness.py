@@ -19,13 +19,15 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.rounds import ratio_of
 from benchmarks.harness.server import serve_ours
-from benchmarks.inputs import NUCLEI, build_nuclei
+from benchmarks.inputs import NUCLEI, SMALL_PX, build_nuclei
 from benchmarks.load import Load, run_closed_loop
-from benchmarks.ours import count_canvases
+from benchmarks.ours import canvases_of
 from tests.support.blob_model import encode_picture
 
 HEAVY, LIGHT = "127.0.0.2", "127.0.0.1"
 ALONE, DURING = "alone", "during"
+SMALL_CANVASES = 1000
+"""More than the small image has with any model."""
 
 
 def fairness(
@@ -37,16 +39,17 @@ def fairness(
     settle_s: Annotated[float, "from the heavy client's start to the measurement"] = 10,
     flags: Annotated[tuple[str, ...], "more flags of the server, without --"] = (),
 ) -> Report:
-    of_image = count_canvases(model, (side, side))
+    of_image = canvases_of(model, (side, side))
     clients = max(1, round(canvases / of_image))
+    pixels = max(side * side, SMALL_PX)
     body = encode_picture(np.zeros((side, side, 3), np.uint8))
     small = next(iter(build_nuclei().images.values()))
     limits = {
-        "SOLO_MAX_QUEUE_CANVASES": 2 * canvases,
-        "SOLO_MAX_IMAGE_CANVASES": of_image,
+        "SOLO_MAX_QUEUE_CANVASES": 4 * max(of_image * clients, SMALL_CANVASES),
+        "SOLO_MAX_IMAGE_CANVASES": max(of_image, SMALL_CANVASES),
         "SOLO_MAX_QUEUE_IMAGES": 2 * clients + 16,
-        "SOLO_MAX_QUEUE_PIXELS": 2 * clients * side * side,
-        "SOLO_MAX_IMAGE_PIXELS": side * side,
+        "SOLO_MAX_QUEUE_PIXELS": 2 * clients * pixels,
+        "SOLO_MAX_IMAGE_PIXELS": pixels,
     }
     environment = {name: str(value) for name, value in limits.items()}
     more = [f"--{flag}" for flag in flags]

@@ -99,10 +99,10 @@ def plan_cpu(fleet: Fleet, stages: Mapping[str, Any], server_ms: float) -> list[
             {
                 "image": name,
                 "core ms": image_ms,
-                "images/s of a core": 1e3 / image_ms,
-                "images/s of a node": node_images_s,
+                "images/s per core": 1e3 / image_ms,
+                "images/s per node": node_images_s,
                 "nodes": fleet.count_nodes(node_images_s),
-                "core hours a million": fleet.cores * fleet.node_hours_a_million(node_images_s),
+                "core hours per million": fleet.cores * fleet.node_hours_a_million(node_images_s),
             }
         )
     return rows
@@ -125,7 +125,7 @@ def plan_hosts(fleet: Fleet, decode: Mapping[str, Any]) -> list[Row]:
                 "kB": entry["file_bytes"] / 1e3,
                 "decode, core ms": entry["cpu_ms"]["server"],
                 "Gbit/s for 1000 images/s": 1e3 * image_gbit,
-                f"images/s that {fleet.gbit_s:g} Gbit/s carry": fleet.gbit_s / image_gbit,
+                f"images/s at {fleet.gbit_s:g} Gbit/s": fleet.gbit_s / image_gbit,
             }
         )
     return rows
@@ -139,8 +139,8 @@ def plan_gpu(fleet: Fleet, gpu: Mapping[str, Any] | None) -> list[Row]:
         gpu: Result of `benchmarks gpu`, or None.
     """
     if gpu is None:
-        names = ("model", "images/s of a GPU", "core ms", "images/s of a node", "bound by")
-        return [dict.fromkeys((*names, "nodes", "node hours a million"), UNKNOWN)]
+        names = ("model", "images/s per GPU", "core ms", "images/s per node", "bound by")
+        return [dict.fromkeys((*names, "nodes", "node hours per million"), UNKNOWN)]
     rows: list[Row] = []
     for row in gpu["rows"]:
         rates = [e["engine_images_per_s"] for e in row["batches"] if "engine_images_per_s" in e]
@@ -153,12 +153,12 @@ def plan_gpu(fleet: Fleet, gpu: Mapping[str, Any] | None) -> list[Row]:
         rows.append(
             {
                 "model": f"{row['model']}, {row['engine']} {row['precision']}",
-                "images/s of a GPU": max(rates),
+                "images/s per GPU": max(rates),
                 "core ms": host_ms,
-                "images/s of a node": bounds[bound],
+                "images/s per node": bounds[bound],
                 "bound by": bound,
                 "nodes": fleet.count_nodes(bounds[bound]),
-                "node hours a million": fleet.node_hours_a_million(bounds[bound]),
+                "node hours per million": fleet.node_hours_a_million(bounds[bound]),
             }
         )
     return rows

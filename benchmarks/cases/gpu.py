@@ -1,10 +1,10 @@
 """The paper's networks on one GPU, stage by stage and end to end. NOT RUN ON HARDWARE.
 
 Ends within about --minutes: what does not fit is named, not measured. Beside the numbers stand the
-limits of this GPU (copies, bf16 matrix products) and the paper's V100. Latency of a batch is
-`infer_ms` (copy, engine, and what the backend does with its outputs); `engine_ms` is the engine
-alone on inputs on the device. ONNX Runtime and TensorRT get the float32 graph. Candidates are
-forced (benchmarks/gpu/subjects.py).
+limits of this GPU (copies, bf16 matrix products) and the paper's V100. Each engine is built as the
+service builds it. Latency of a batch is `infer_ms`: copy, engine, and what the backend does with
+its outputs. ONNX Runtime and TensorRT get the float32 graph. Candidates are forced
+(benchmarks/gpu/subjects.py).
 
 `--device cpu --quick` runs the same code on tiny networks, to check that all of it works.
 """
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from benchmarks.gpu.engines import EngineUnderTest, build_engine
+from benchmarks.gpu.engines import EngineName, EngineUnderTest, build_engine
 from benchmarks.gpu.stages import (
     measure_batch,
     measure_end_to_end,
@@ -46,16 +46,15 @@ from service.errors import ServiceError
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 PACKAGES = ("torch", "triton", "onnxruntime-gpu", "tensorrt", "cuda-core")
-EngineName = Literal["aoti", "eager", "ort", "trt"]
 
 
 def gpu(
     *,
     device: Annotated[Literal["cuda", "cpu"], "where"] = "cuda",
-    quick: Annotated[bool, "tiny networks, batches of 1 and 2, eager and ort"] = False,
+    quick: Annotated[bool, "tiny networks, batches of 1 and 2, ort"] = False,
     models: Annotated[tuple[str, ...] | None, f"default: {' '.join(MODELS)}"] = None,
     engines: Annotated[tuple[EngineName, ...] | None, "default: aoti"] = None,
-    precision: Annotated[PackagePrecision, "of aoti and eager"] = "bf16",
+    precision: Annotated[PackagePrecision, "of aoti"] = "bf16",
     batches: Annotated[tuple[int, ...] | None, f"default: {BATCHES}"] = None,
     threads: Annotated[int, "that decode, in all"] = os.cpu_count() or 1,
     engine_threads: Annotated[int | None, "of an engine on the CPU"] = None,
@@ -79,7 +78,7 @@ def gpu(
     for name in models or (QUICK_MODELS if quick else MODELS):
         subject = build_subject(name, max(sizes))
         host = measure_host_stages(subject, seconds=seconds)
-        for kind in engines or (("eager", "ort") if quick else ("aoti",)):
+        for kind in engines or (("ort",) if quick else ("aoti",)):
             head = {"model": name, "canvas_hw": subject.canvas_hw}
             if time.monotonic() > end_s:
                 reason = f"the {minutes:g} minutes were over"
@@ -115,8 +114,8 @@ def measure_engine(
             break
     fitting = [row["batch"] for row in batches if "error" not in row]
     row: Row = {
-        "engine": engine.name,
-        "precision": engine.precision,
+        "engine": engine.backend.name,
+        "precision": engine.backend.precision,
         "reason": engine.backend.reason,
         "build_s": round(engine.build_s, 1),
         "batches": batches,
@@ -143,8 +142,10 @@ def build_report(
     if device == "cuda":
         about["compute_capability"] = torch.cuda.get_device_capability()
         about["memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
-    tables = {"batches": [line for row in rows for line in show_batches(row)]}
-    tables["images"] = [line for row in rows for line in show_images(row)]
+    tables = {
+        "batches": [line for row in rows for line in show_batches(row)],
+        "images": [line for row in rows for line in show_images(row)],
+    }
     notes = [f"not measured: {s['model']} with {s['engine']}: {s['reason']}" for s in skipped]
     notes.append("limits: " + ", ".join(f"{name} {value}" for name, value in limits.items()))
     data: dict[str, Any] = {
@@ -167,23 +168,18 @@ def build_report(
 
 def show_batches(row: Row) -> list[Row]:
     """A line for each batch size."""
-    lines = []
-    for entry in row["batches"]:
-        known = "error" not in entry
-        engine = (entry["engine_ms"] or entry["infer_ms"])["median"] if known else entry["error"]
-        lines.append(
-            {
-                "model": row["model"],
-                "engine": f"{row['engine']} {row['precision']}",
-                "batch": entry["batch"],
-                "copy, ms": entry["copy_ms"]["median"] if known else "-",
-                "engine, ms": engine,
-                "infer, ms": entry["infer_ms"]["median"] if known else "-",
-                "images/s": entry["engine_images_per_s"] if known else "-",
-                "paper, V100": PAPER_FPS.get(row["model"], "-"),
-            }
-        )
-    return lines
+    return [
+        {
+            "model": row["model"],
+            "engine": f"{row['engine']} {row['precision']}",
+            "batch": entry["batch"],
+            "copy, ms": entry["copy_ms"]["median"] if "error" not in entry else "-",
+            "infer, ms": entry["infer_ms"]["median"] if "error" not in entry else entry["error"],
+            "images/s": entry.get("engine_images_per_s", "-"),
+            "paper, V100": PAPER_FPS.get(row["model"], "-"),
+        }
+        for entry in row["batches"]
+    ]
 
 
 def show_images(row: Row) -> list[Row]:

@@ -230,9 +230,9 @@ def measure(
     candidates = processor.select(batch, stream)[0]
 
     def paste() -> int:
-        return len(
-            postprocess_tile(tile, candidates, case.image_hw, SPEC, max_instances=case.instances)
-        )
+        most = case.instances
+        found = postprocess_tile(tile, candidates, case.image_hw, SPEC, max_instances=most)
+        return len(found.instances)
 
     select_ms = median_ms(lambda: processor.select(batch, stream), repeats)
     paste_ms = median_ms(paste, repeats)

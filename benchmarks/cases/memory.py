@@ -20,10 +20,11 @@ from benchmarks.harness.memory import added_bytes, read_status
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.server import Server, serve_ours
 from benchmarks.inputs import NUCLEI
-from benchmarks.ours import count_canvases, read_model
+from benchmarks.ours import canvases_of, read_model
 from tests.support.blob_model import encode_picture, publish
 
 CHANNEL_BYTES = 3
+SMALL_PX = 256
 Case = Literal["line", "square", "photo"]
 SIZES_HW = {"line": (1, 2_000_000), "square": (7000, 7000), "photo": (3024, 4032)}
 """Blank PNGs, and a JPEG with many objects."""
@@ -42,7 +43,7 @@ def memory(
     with tempfile.TemporaryDirectory() as name:
         config, _ = read_model(NUCLEI)
         model = publish(Path(name) / "repo", input=config.input.model_dump(mode="json"))
-        small = encode_picture(draw_objects((256, 256), object_px), "JPEG")
+        small = encode_picture(draw_objects((SMALL_PX, SMALL_PX), object_px), "JPEG")
         for case in cases:
             image_hw = SIZES_HW[case]
             body = build_image(case, object_px)
@@ -54,7 +55,7 @@ def memory(
             rows.append(
                 {
                     "image": f"{case}, {image_hw[0]}x{image_hw[1]}",
-                    "canvases": count_canvases(model, image_hw),
+                    "canvases": canvases_of(model, image_hw),
                     "file, MB": len(body) / 1e6,
                     "pixels, MB": CHANNEL_BYTES * pixels / 1e6,
                     "baseline, MB": float(np.median([row["baseline_mb"] for row in found])),
@@ -91,11 +92,12 @@ def build_image(case: str, object_px: int) -> bytes:
 def measure(model: Path, image_hw: tuple[int, int], small: bytes, body: bytes, log: Path) -> Row:
     """Resident set before the image, and what it adds at its peak, MB."""
     pixels = image_hw[0] * image_hw[1]
+    canvases = max(canvases_of(model, hw) for hw in (image_hw, (SMALL_PX, SMALL_PX)))
     limits = {
-        "SOLO_MAX_IMAGE_PIXELS": pixels,
-        "SOLO_MAX_QUEUE_PIXELS": 2 * pixels,
-        "SOLO_MAX_IMAGE_CANVASES": count_canvases(model, image_hw),
-        "SOLO_MAX_QUEUE_CANVASES": 2 * count_canvases(model, image_hw),
+        "SOLO_MAX_IMAGE_PIXELS": max(pixels, SMALL_PX**2),
+        "SOLO_MAX_QUEUE_PIXELS": 2 * max(pixels, SMALL_PX**2),
+        "SOLO_MAX_IMAGE_CANVASES": canvases,
+        "SOLO_MAX_QUEUE_CANVASES": 4 * canvases,
     }
     environment = {name: str(value) for name, value in limits.items()}
     flags = ("--model-repo", f"{model.parent}", "--device", "cpu", "--threads", "1")

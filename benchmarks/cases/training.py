@@ -30,11 +30,11 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.harness.process import ChildProcess
 from benchmarks.harness.report import ROOT, Report, Row
 from benchmarks.harness.rounds import take_turns
+from training.configs.coco import LIGHT_SCALE_RANGES
 from training.configs.schema import PUBLISHED_SCALE_RANGES, HeadKind
 from training.convert import convert_key
 
 Kind = Literal["vanilla", "decoupled", "decoupled_light"]
-LIGHT_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-3
 STRIDES = (4, 8, 16, 32, 64)

@@ -23,9 +23,9 @@ from pipeline.decode import decode_image
 from pipeline.model_config import ClassSpec, InputSpec, KeepRatioResize, ModelConfig
 from pipeline.preprocess import prepare
 from pipeline.types import Tile
+from tests.support.tiny_solo import tiny_config
 from training.configs import get_config
-from training.configs.schema import BackboneConfig, Config, HeadConfig
-from training.configs.schema import ModelConfig as NetworkConfig
+from training.configs.schema import Config
 from training.model.head import LevelOutput
 from training.model.solo import Solo
 
@@ -42,21 +42,11 @@ def _decoupled_512(name: str, base: str) -> Config:
 
 
 def _tiny(name: str) -> Config:
-    head = HeadConfig(
-        kind="decoupled" if "decoupled" in name else "vanilla",
-        channels=16,
-        num_convs=1,
-        num_grids=(8, 5),
-        level_strides=(8, 16),
-        mask_strides=(4, 8),
-        scale_ranges=((1, 48), (32, 2048)),
-        norm_groups=4,
-    )
-    backbone = BackboneConfig(depth=18, base_width=8)
-    network = NetworkConfig(backbone=backbone, neck_channels=16, head=head, candidates=60)
     resize = KeepRatioResize(short_side=64, long_side=107)
-    base = get_config("solo_r50")
-    return replace(base, name=name, model=network, num_classes=3, input=InputSpec(resize=resize))
+    tiny = tiny_config("decoupled" if "decoupled" in name else "vanilla", "paper", name)
+    frozen = replace(tiny.model.backbone, norm="frozen_bn")
+    model = replace(tiny.model, backbone=frozen)
+    return replace(tiny, model=model, num_classes=3, classes=(), input=InputSpec(resize=resize))
 
 
 MODELS = (

@@ -114,7 +114,7 @@ def describe_missing(contenders: Iterable[Contender]) -> list[str]:
     """A line for each that is not installed, with the command that installs it."""
     return [
         f"{contender.name} is not installed and is left out: "
-        f"python -m benchmarks serving --install {contender.name}"
+        f"python -m benchmarks serving --install --servers {contender.name}"
         for contender in contenders
         if not contender.is_installed
     ]

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import fleet
-from benchmarks.fleet import UNKNOWN, Fleet, find_server_ms, plan_cpu, plan_gpu, plan_hosts
+from benchmarks.cases.fleet import UNKNOWN, Fleet, find_server_ms, plan_cpu, plan_gpu, plan_hosts
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FLEET = Fleet(rate=1000, cores=10, gpus=4, gbit_s=8, share=0.5, zones=3)
 
 
@@ -28,17 +27,17 @@ def test_nodes_without_a_gpu() -> None:
     stages = {"rows": {"a": {"total_ms": 98.0}, "b": {"total_ms": 198.0}}}
     light, mean, heavy = plan_cpu(FLEET, stages, 2.0)
     assert (light["core ms"], mean["core ms"], heavy["core ms"]) == (100, 150, 200)
-    assert light["images/s of a node"] == pytest.approx(100)
+    assert light["images/s per node"] == pytest.approx(100)
     assert light["nodes"] == 30
     # A million images of 0.1 s are 1e5 core seconds, and only half of a node is planned with.
-    assert light["core hours a million"] == pytest.approx(2 * 1e5 / 3600)
+    assert light["core hours per million"] == pytest.approx(2 * 1e5 / 3600)
 
 
 def test_what_images_ask_of_the_network() -> None:
     entry = {"image_hw": [480, 640], "file_bytes": 100_000, "cpu_ms": {"server": 2.0}}
     (row,) = plan_hosts(FLEET, {"rows": [entry]})
     assert row["Gbit/s for 1000 images/s"] == pytest.approx(0.8)
-    assert row["images/s that 8 Gbit/s carry"] == pytest.approx(10_000)
+    assert row["images/s at 8 Gbit/s"] == pytest.approx(10_000)
 
 
 def gpu_row(host_ms: float) -> dict[str, Any]:
@@ -57,12 +56,12 @@ def gpu_row(host_ms: float) -> dict[str, Any]:
 def test_a_gpu_node_is_as_fast_as_the_slower_of_engines_and_processors() -> None:
     unfinished = {**gpu_row(1.0), "batches": [{"error": "no memory"}]}
     rows = plan_gpu(FLEET, {"rows": [gpu_row(5.0), gpu_row(20.0), unfinished]})
-    assert [(row["bound by"], row["images/s of a node"]) for row in rows] == [
+    assert [(row["bound by"], row["images/s per node"]) for row in rows] == [
         ("GPUs", 1000.0),
         ("cores", 500.0),
     ]
     assert [row["nodes"] for row in rows] == [3, 6]
-    assert rows[0]["node hours a million"] == pytest.approx(1e6 / (1000 * 0.5 * 3600))
+    assert rows[0]["node hours per million"] == pytest.approx(1e6 / (1000 * 0.5 * 3600))
 
 
 def test_without_a_measurement_nothing_is_said_of_gpus() -> None:
@@ -75,14 +74,10 @@ def test_the_servers_own_cost_is_what_the_bare_loop_has_not() -> None:
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], run_case: Callable[..., Any]
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    fleet.main(["--out", str(tmp_path / "fleet.json")])
-    printed = capsys.readouterr().out
+    report = run_case("fleet")
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
     documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    for table in printed.strip().split("\n\n")[:2]:
-        assert table in documented
-    report = json.loads((tmp_path / "fleet.json").read_bytes())
-    assert report["command"].startswith("python -m benchmarks.fleet")
-    assert len(report["tables"]["nodes without a GPU"]) == 3
+    assert all(table in documented for table in tables[:2])
+    assert len(report["tables"]["nodes without a GPU"]) == len(report["tables"]["hosts"]) == 3

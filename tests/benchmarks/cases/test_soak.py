@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import soak
+from benchmarks.cases import soak
 from benchmarks.load import NO_ANSWER
 from tests.support.blob_model import publish
 from tests.support.server import CPU_FLAGS, run_server
 
 
-def test_a_small_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_soak(tmp_path: Path, run_case: Callable[..., Any]) -> None:
     publish(tmp_path / "repo")
-    out = tmp_path / "soak.json"
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS)
     with run_server(tmp_path / "log", *flags) as server:
-        options = ["--requests", "60", "--rate", "60", "--interval-s", "0.1", "--out", str(out)]
-        monkeypatch.setattr(sys, "argv", ["soak", server.url, *options])
-        soak.main()
-    numbers = json.loads(out.read_bytes())
+        options = ("--requests", 60, "--rate", 60, "--interval-s", 0.1)
+        numbers = run_case("soak", server.url, *options)
+        ping = run_case("ping", server.url, "--seconds", 0.3)
     assert numbers["statuses"] == {"200": 60}
     assert numbers["differences"] == []
     assert numbers["rss_mb_at_the_end"] > 10
-    assert numbers["command"].startswith("python -m benchmarks.soak http://")
+    assert numbers["command"].startswith("python -m benchmarks soak http://")
+    assert ping["count"] > 5 and 0 < ping["p50_ms"] <= ping["max_ms"]
 
 
 def test_a_counter_that_differs_is_named() -> None:

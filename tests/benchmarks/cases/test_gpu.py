@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_models import MODELS, OBJECTS, build_subject, find_config
-from benchmarks.gpu_plot import plot_rates
+from benchmarks.gpu.subjects import MODELS, OBJECTS, build_subject, find_config
 from pipeline.types import Candidates
 from training.configs.schema import Config
 
-COMMAND = ["--device", "cpu", "--quick", "--precision", "fp32", "--threads", "1"]
-
-
-def run(out: Path, *more: str) -> Any:
-    """The report of a run on one core."""
-    assert gpu.main([*COMMAND, "--engine-threads", "1", "--out", str(out), *more]) == 0
-    return json.loads(out.with_suffix(".json").read_text())
+RunCase = Callable[..., Any]
+COMMAND = (*("gpu", "--device", "cpu", "--quick", "--precision", "fp32"), "--threads", "1")
+ONE_CORE = ("--engine-threads", "1")
 
 
 def check_row(row: Any) -> None:
@@ -32,48 +25,48 @@ def check_row(row: Any) -> None:
 
 
 def test_it_runs_to_its_end_without_a_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_case: RunCase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "results" / "gpu"
-    report = run(out, "--engines", "eager")
-    assert [row["model"] for row in report["rows"]] == ["tiny_vanilla", "tiny_decoupled"]
+    models = ("tiny_vanilla", "tiny_decoupled")
+    report = run_case(*COMMAND, *ONE_CORE, "--engines", "trt", "ort", "--models", *models)
+    assert [row["model"] for row in report["rows"]] == list(models)
     for row in report["rows"]:
         check_row(row)
     assert min(report["ceilings"].values()) > 0
-    assert "end to end, batch 2, 1 threads" in capsys.readouterr().out
-    note = plot_rates(report, out.with_suffix(".png"))
-    assert out.with_suffix(".png").is_file() or "matplotlib" in str(note)
-
-
-def test_an_engine_that_cannot_run_is_named(tmp_path: Path) -> None:
-    report = run(tmp_path / "gpu", "--engines", "trt", "eager", "--models", "tiny_vanilla")
-    assert [entry["engine"] for entry in report["skipped"]] == ["trt"]
-    assert report["skipped"][0]["reason"]
+    assert [entry["engine"] for entry in report["skipped"]] == ["trt", "trt"]
+    assert all(entry["reason"] for entry in report["skipped"])
+    printed = capsys.readouterr().out
+    assert "| tiny_vanilla | onnxruntime fp32 | 2 |" in printed
+    assert "not measured: tiny_vanilla with trt: " in printed
 
 
 @pytest.mark.slow
-def test_onnx_runtime_and_compiled_packages_run_too(tmp_path: Path) -> None:
-    report = run(tmp_path / "gpu", "--engines", "ort", "aoti", "--models", "tiny_decoupled")
+def test_compiled_packages_run_too(run_case: RunCase) -> None:
+    flags = ("--engines", "aoti", "--models", "tiny_decoupled")
+    report = run_case(*COMMAND, *ONE_CORE, *flags)
     assert report["skipped"] == []
     for row in report["rows"]:
         check_row(row)
 
 
 def test_without_a_gpu_it_refuses(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_case: RunCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 1
+    assert run_case("gpu", status=1) is None
     assert "finds no CUDA device" in capsys.readouterr().err
 
 
-def test_wrong_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--device", "cpu", "--quick", "--batches", "0"]) == 2
+def test_wrong_numbers_are_refused(run_case: RunCase, capsys: pytest.CaptureFixture[str]) -> None:
+    run_case("gpu", "--device", "cpu", "--quick", "--batches", 0, status=1)
     assert "at least 1" in capsys.readouterr().err
 
 
-def test_no_engine_is_built_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--device", "cpu", "--quick", "--minutes", "0"]) == 1
+def test_no_engine_is_built_when_the_time_is_over(
+    run_case: RunCase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--models", "tiny_vanilla", "--minutes", 0)
+    assert run_case("gpu", "--device", "cpu", "--quick", *flags, status=1)["rows"] == []
     assert "were over" in capsys.readouterr().out
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,40 +9,43 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import exits, model
+from benchmarks.cases import exits, model
+from benchmarks.harness import BenchmarkError
 from pipeline.types import Candidates
 from tests.support.tiny_solo import tiny_config, tiny_network
 
 
-def tiny_subject(_: str) -> model.Subject:
+def tiny_subject(_: str) -> model.CanvasSubject:
     config = tiny_config("vanilla", name="tiny")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8, generator=generator)
-    return model.Subject(config, tiny_network(config), images, torch.tensor([[64, 96]]))
+    return model.CanvasSubject(config, tiny_network(config), images, torch.tensor([[64, 96]]))
 
 
 @pytest.mark.slow
-def test_the_command_runs_all_sides_in_turns_and_writes_its_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_runs_all_sides_in_turns(
+    run_case: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(model, "build_subject", tiny_subject)
-    out = tmp_path / "model"
-    assert model.main(["--models", "tiny", "--rounds", "2", "--out", str(out)]) == 0
-    report = json.loads(out.with_suffix(".json").read_text())
-    found = report["models"]["tiny"]
-    assert set(found["cpu_s"]) == {"eager", "graph", "exits"}
+    found = run_case("model", "--models", "tiny", "--rounds", 2)["models"]["tiny"]
+    assert set(found["cpu_s"]) == set(found["wall_s"]) == {"eager", "graph", "exits"}
     assert all(len(values) == 2 for values in found["cpu_s"].values())
-    assert found["candidates"] > 0 and found["ratios"]["eager"]["ratio"] == 1
+    assert found["candidates"] > 0
     assert found["agreement"]["graph"]["unmatched"] <= 2
-    table = out.with_suffix(".md").read_text()
-    assert "| tiny, 64x96 | graph with early exits |" in table
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| tiny, 64x96 | graph with early exits |" in printed
+    assert "no --mmdet-python" in printed
 
 
 def test_an_interpreter_without_mmdetection_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run_case: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def subject(name: str) -> model.Subject:
+    def subject(name: str) -> model.CanvasSubject:
         tiny = tiny_subject(name)
         return replace(tiny, config=replace(tiny.config, name="solo_512_r50"))
 
@@ -52,7 +55,10 @@ def test_an_interpreter_without_mmdetection_is_named(
     interpreter = tmp_path / "python"
     interpreter.write_text("#!/bin/sh\necho 'no module named mmdet' >&2\nexit 1\n")
     interpreter.chmod(0o755)
-    assert model.main(["--models", "solo_512_r50", "--mmdet-python", str(interpreter)]) == 1
+    flags = ("--mmdet-python", interpreter)
+    run_case("model", "--models", "solo_512_r50", *flags, status=1)
+    assert "cannot run mmdetection (no module named mmdet)" in capsys.readouterr().err
+    run_case("training", "--kinds", "vanilla", "--size", 64, 64, *flags, status=1)
     assert "cannot run mmdetection (no module named mmdet)" in capsys.readouterr().err
 
 
@@ -66,7 +72,7 @@ def test_random_weights_find_as_many_candidates_as_asked_for(
     assert 10 < len(find(subject).scores) <= 20 < before  # masks that are too small are none
 
 
-def find(subject: model.Subject) -> Candidates:
+def find(subject: model.CanvasSubject) -> Candidates:
     with torch.inference_mode():
         outputs = subject.network.candidates(subject.images, subject.valid_hw)
     scores, labels, masks = (output[0].numpy() for output in outputs)
@@ -83,25 +89,21 @@ def test_other_candidates_are_refused_and_rounding_is_not() -> None:
     expected = candidates([0.9, 0.8, 0.7, 0.6])
     near = candidates([0.9001, 0.8, 0.7, 0.6])
     assert model.check_same("graph", expected, near)["unmatched"] == 0
-    with pytest.raises(ValueError, match=r"graph: 8 of 4 and 4 candidates have no partner"):
+    with pytest.raises(BenchmarkError, match=r"graph: 8 of 4 and 4 candidates have no partner"):
         model.check_same("graph", expected, candidates([0.5, 0.4, 0.3, 0.2]))
-    with pytest.raises(ValueError, match="mmdet: 0 of 0 and 0"):
+    with pytest.raises(BenchmarkError, match="mmdet: 0 of 0 and 0"):
         model.check_same("mmdet", candidates([]), candidates([]))
 
 
 @pytest.mark.slow
 def test_exits_are_measured_beside_the_plain_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = tiny_subject("tiny")
     model.spread_outputs(subject.network, subject.images, subject.valid_hw)
     monkeypatch.setattr(exits, "build_subject", lambda _: subject)
-    out = tmp_path / "exits"
-    flags: list[Any] = ["--models", "solo_512_r50", "--rounds", "2", "--out", out]
-    monkeypatch.setattr("sys.argv", ["exits", *map(str, flags)])
-    assert exits.main() == 0
-    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    rows = run_case("exits", "--models", "solo_512_r50", "--rounds", 2)["rows"]
     empty = [row["empty_share"] for row in rows.values()]
     assert empty[0] == [1, 1] and empty[-1][0] == 0
     assert all(len(row["exits_cpu_s"]) == 2 for row in rows.values())
-    assert "solo_512_r50, no candidate" in out.with_suffix(".md").read_text()
+    assert "solo_512_r50, no candidate" in rows

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from benchmarks.pipeline_stages import build_stages, find_edges
+from benchmarks.harness import BenchmarkError
+from benchmarks.pipeline_ways import build_stages, find_edges
 
 
 @pytest.mark.parametrize("image_hw", [(60, 80), (1000, 1500)])
@@ -19,7 +20,7 @@ def test_all_ways_of_all_stages_come_to_the_same(image_hw: tuple[int, int]) -> N
 def test_a_way_that_comes_to_something_else_is_refused() -> None:
     stage = next(build_stages((60, 80), []))
     other = {**stage.ways, "Pillow": lambda: np.zeros((60, 80, 3), np.uint8)}
-    with pytest.raises(ValueError, match=r"Pillow differs by .* grey levels"):
+    with pytest.raises(BenchmarkError, match=r"Pillow differs by .* grey levels"):
         replace(stage, ways=other).find_differences()
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.flops import CANVASES, count_flops, count_mask_bytes
+from benchmarks.cases.flops import CANVASES, count_flops, count_mask_bytes
 
 
 def test_parts_add_up_and_follow_the_canvas() -> None:

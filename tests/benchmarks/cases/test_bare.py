@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import bare
-from benchmarks.bare import run_bare_loop
+from benchmarks.cases.bare import run_bare_loop, run_bare_processes
+from benchmarks.inputs import Workload
 from pipeline.errors import DecodeError
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Tile
@@ -63,19 +63,17 @@ def test_there_must_be_images_and_threads(
         run_bare_loop(model, bodies, threads=threads, seconds=1)
 
 
-def test_the_command_writes_its_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, out = publish(tmp_path / "models"), tmp_path / "bare.json"
+def test_the_command_writes_its_numbers(tmp_path: Path, run_case: Callable[..., Any]) -> None:
+    folder = publish(tmp_path / "models")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(IMAGE)
-    arguments = f"--model {folder} --images {tmp_path / 'images'} --seconds 0.1 --warm-up-s 0.1"
-    monkeypatch.setattr(
-        "sys.argv", ["bare", *arguments.split(), "--threads", "1", "--json", f"{out}"]
-    )
-    bare.main()
-    report = json.loads(out.read_text())
+    flags = f"--images {tmp_path / 'images'} --seconds 0.1 --warm-up-s 0.1 --threads 1"
+    report = run_case("bare", "--model", folder, *flags.split())
     assert report["model"] == "blobs 1"
-    assert report["images_per_s"] > 0
-    assert "cores" in report["machine"]
-    assert json.loads(capsys.readouterr().out)["images"] == report["images"]
+    assert report["images_per_s"] > 0 and report["instances"] == 2 * report["images"]
+
+
+def test_the_loop_in_processes_adds_up(tmp_path: Path) -> None:
+    workload = Workload("blobs", publish(tmp_path / "models"), {"a.png": IMAGE}, {})
+    costs = run_bare_processes(workload, 2, 0.1)
+    assert costs["images_per_s"] > 0 and costs["cpu_ms_per_image"] > 0
