@@ -94,7 +94,7 @@ def decode(data: bytes, config: ModelConfig) -> DecodedImage:
     most = count_cost(image_hw, config.input, MAX_CANVASES)
     work = ImageWork(ImageFile(None, data), image_hw, most, config, OPTIONS)
     work.open()
-    return DecodedImage(work, [work.make_canvas(index) for index in range(work.canvases)])
+    return DecodedImage(work, [work.make_canvas(index)[0] for index in range(work.canvases)])
 
 
 def finish(image: DecodedImage, candidates: Iterable[TileCandidates]) -> Outcome:
@@ -111,7 +111,7 @@ def segment(model: LoadedModel, body: bytes) -> int:
     return finish(image, (model.backend.infer([tile])[0] for tile in image.tiles)).instances
 
 
-class Engine:
+class SharedEngine:
     """A model as every other server of the comparison uses it: our steps, engine and answer.
 
     What the servers differ in is the rest: HTTP, queues, batches, threads, processes. Every method

@@ -79,7 +79,10 @@ def select(
     """
     least_score = max(least_score, spec.update_threshold)
     used = (candidates.scores > 0) & (candidates.scores >= least_score)
-    count = int(used.nonzero()[0].max(initial=-1)) + 1  # empty slots come last: no copy of them
+    slots = used.nonzero()[0]
+    if slots.size == 0:
+        return candidates.scores[:0], slots
+    count = int(slots[-1]) + 1  # empty slots come last: no copy of them
     masks = candidates.mask_probs[:count] > spec.mask_threshold
     filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
     if filled.size < count:
@@ -212,6 +215,10 @@ def _find_instances(
     return Detections(found, len(found))
 
 
+Found = tuple[list[TileInstance], int]
+"""Instances of a tile, and how many there were before they were cut off."""
+
+
 class Collector:
     """Collects the instances of one image tile by tile, in any order; not thread-safe.
 
@@ -242,13 +249,13 @@ class Collector:
         self._found: dict[int, list[TileInstance]] = {}
         self._dropped = 0
 
-    def search(self, tile: Tile, candidates: TileCandidates) -> Detections:
+    def search(self, tile: Tile, candidates: TileCandidates) -> Found:
         """Instances of one tile, for `add`; any number of threads may call it at once.
 
         Raises:
             ValueError: The masks do not fit the canvas.
         """
-        return postprocess_tile(
+        detections = postprocess_tile(
             tile,
             candidates,
             self._image_hw,
@@ -256,31 +263,24 @@ class Collector:
             score_threshold=self._threshold,
             max_instances=self._bound,
         )
+        entries = []
+        if detections.instances:
+            stride = mask_stride(tile, candidates.mask_hw)
+            entries = [
+                TileInstance(instance, tile.window, _is_cut(instance, tile, stride))
+                for instance in detections.instances
+            ]
+        return entries, detections.found
 
-    def add(self, index: int, tile: Tile, detections: Detections, mask_hw: tuple[int, int]) -> None:
-        """Takes what `search` found in the tile with this index.
-
-        Args:
-            index: The tile's place among the image's tiles.
-            tile: What the engine saw.
-            detections: Its instances.
-            mask_hw: Height and width of the candidates' masks.
-        """
-        stride = mask_stride(tile, mask_hw)
-        self._found[index] = [
-            TileInstance(i, tile.window, _is_cut(i, tile, stride)) for i in detections.instances
-        ]
-        self._dropped += detections.found - len(detections.instances)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every tile has been added."""
-        return len(self._found) == self._tiles
+    def add(self, index: int, found: Found) -> None:
+        """Takes what `search` found in the tile with this index."""
+        self._found[index] = found[0]
+        self._dropped += found[1] - len(found[0])
 
     def merge(self) -> Detections:
         """Instances of the image: those of its only tile, or those of all tiles merged."""
         entries = [entry for index in sorted(self._found) for entry in self._found[index]]
-        if self._tiles == 1:
+        if self._tiles == 1 or not entries:
             instances = [entry.instance for entry in entries]
         else:
             instances = merge_tiles(entries, compare=self._spec.compare)
@@ -319,7 +319,7 @@ def postprocess(
     for count, found in enumerate(candidates, 1):
         if count <= total:
             tile = prepared.tiles[count - 1]
-            collector.add(count - 1, tile, collector.search(tile, found), found.mask_hw)
+            collector.add(count - 1, collector.search(tile, found))
     if count != total:
         raise ValueError(f"{count} candidate sets for {total} tiles")
     return collector.merge().instances

@@ -131,9 +131,15 @@ class _Canvases(Sequence[Tile]):
                 tile_starts(image_hw[0], tile_hw[0], overlap),
                 tile_starts(image_hw[1], tile_hw[1], overlap),
             )
+            h, w = (min(pair) for pair in zip(tile_hw, image_hw, strict=True))
+            scale = spec.resize.scale
+            self._part_hw = h, w
+            self._size = max(1, round(h * scale)), max(1, round(w * scale))
+            self._canvas_hw = spec.resize.canvas_hw
+        self._length = len(self._starts[0]) * len(self._starts[1])
 
     def __len__(self) -> int:
-        return len(self._starts[0]) * len(self._starts[1])
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> Tile: ...
@@ -144,20 +150,19 @@ class _Canvases(Sequence[Tile]):
     def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"canvas {index} of {len(self)}")
-        row, column = divmod(index % len(self), len(self._starts[1]))
+        if not -self._length <= index < self._length:
+            raise IndexError(f"canvas {index} of {self._length}")
+        row, column = divmod(index % self._length, len(self._starts[1]))
         if isinstance(self._resize, TileResize):
-            return self._cut(self._resize, self._starts[0][row], self._starts[1][column])
+            return self._cut(self._starts[0][row], self._starts[1][column])
         return self._shrink(self._resize)
 
-    def _cut(self, resize: TileResize, y: int, x: int) -> Tile:
-        height, width = self._image_hw
-        h, w = min(resize.tile_hw[0], height), min(resize.tile_hw[1], width)
-        size = max(1, round(h * resize.scale)), max(1, round(w * resize.scale))
+    def _cut(self, y: int, x: int) -> Tile:
+        (height, width), (h, w) = self._image_hw, self._part_hw
         part = self._stretch(self._image[y : y + h, x : x + w])
         cut = (y > 0, x > 0, y + h < height, x + w < width)
-        return Tile(_canvas(part, size, resize.canvas_hw), size, Window(y, x, h, w), cut)
+        canvas = _canvas(part, self._size, self._canvas_hw)
+        return Tile(canvas, self._size, Window(y, x, h, w), cut)
 
     def _shrink(self, resize: KeepRatioResize) -> Tile:
         size = keep_ratio_size(self._image_hw, resize.short_side, resize.long_side)

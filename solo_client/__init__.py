@@ -1,5 +1,6 @@
 """A Python client of solo-serve: `Client("http://localhost:8000").segment("image.jpg")`."""
 
+from solo_client.answer import Progress
 from solo_client.client import AsyncClient, Client
 from solo_client.errors import (
     Busy,
@@ -13,7 +14,7 @@ from solo_client.errors import (
     UnexpectedAnswer,
 )
 from solo_client.images import ImageInput
-from solo_client.messages import Options
+from solo_client.request import Options
 from solo_client.result import Instance, Result
 from solo_client.retry import Retry
 
@@ -26,6 +27,7 @@ __all__ = [
     "ImageInput",
     "Instance",
     "Options",
+    "Progress",
     "RequestRefused",
     "Result",
     "Retry",

@@ -1,16 +1,16 @@
-"""What can go wrong.
+"""Errors of the client.
 
     SoloError
     ├── ConnectionFailed      no connection, or it broke
-    ├── TimedOut              no answer in time
-    ├── ServerError           an answer that is an error: `status`, `code`, `message`, `request_id`
-    │   ├── RequestRefused    4xx: asking again gives the same
+    ├── TimedOut              the server sent nothing for `timeout_s`
+    ├── ServerError           the server answered with an error: `status`, `code`, `message`
+    │   ├── RequestRefused    4xx: a retry gives the same error
     │   ├── Busy              429 or 503, `retry_after_s`
     │   └── ServerFailed      any other status
     ├── ImageFailed           the server cannot segment an image: `index`, `code`, `message`
     └── UnexpectedAnswer      not an answer of solo-serve
 
-A file that cannot be read is an OSError, a wrong argument a TypeError or ValueError.
+A file that cannot be read raises OSError, a wrong argument TypeError or ValueError.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class SoloError(Exception):
 
 
 class ConnectionFailed(SoloError):
-    """There is no connection, or it broke before the answer was complete."""
+    """There is no connection, or it ended before the answer was complete."""
 
 
 class TimedOut(SoloError):
-    """The server did not answer in time."""
+    """The server sent nothing for `timeout_s`."""
 
 
 class ServerError(SoloError):
     """The server answered with an error.
 
     Attributes:
-        status: The HTTP status.
-        code: The server's name of the error, e.g. "unsupported_format"; "" if it gave none.
-        message: Its text.
-        request_id: Finds the request in the server's log; None if it gave none.
+        status: HTTP status.
+        code: Name of the error, e.g. "unsupported_format"; "" if the server sent none.
+        message: Text of the error.
+        request_id: Id of the request in the server's log; None if the server sent none.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class ServerError(SoloError):
 
 
 class RequestRefused(ServerError):
-    """Something is wrong with the request (4xx)."""
+    """The request is invalid or not allowed (4xx)."""
 
 
 class Busy(ServerError):
-    """The server takes no more work now (429, 503).
+    """The server accepts no work at the moment (429, 503).
 
     Attributes:
-        retry_after_s: When it wants to be asked again; None if it did not say.
+        retry_after_s: Time to wait before a retry; None if the server sent none.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class Busy(ServerError):
 
 
 class ServerFailed(ServerError):
-    """The server failed (any status but 2xx, 4xx and 503)."""
+    """The server failed (any status except 2xx, 4xx and 503)."""
 
 
 class ImageFailed(SoloError):
     """The server cannot segment an image, e.g. because it is damaged.
 
     Attributes:
-        index: Its place in the request.
-        file_name: As it was sent; None if it has none.
-        code: The server's name of the error, e.g. "corrupt_image".
-        message: Its text.
+        index: Position of the image in the request, from 0.
+        file_name: File name of the path that was sent; None for any other input.
+        code: Name of the error, e.g. "corrupt_image".
+        message: Text of the error.
     """
 
     def __init__(self, index: int, file_name: str | None, code: str, message: str) -> None:

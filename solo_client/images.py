@@ -1,4 +1,4 @@
-"""What may be given as an image, and the bytes that are sent for it."""
+"""Accepted image inputs, and the bytes that are sent for them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
-"""A path, a file's bytes, a PIL image, or an array: [H, W] uint8 or uint16, [H, W, 3] uint8 RGB,
-[H, W, 4] uint8 RGBA."""
+"""A path, the bytes of a file, a PIL image, or an array: [H, W] uint8 or uint16, [H, W, 3] uint8
+RGB, [H, W, 4] uint8 RGBA."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def read_input(image: ImageInput) -> tuple[str | None, bytes]:
-    """An image's file name, if it has one, and a file's bytes.
+    """The file name of a path (else None), and the bytes of an image file.
 
-    A path's bytes are sent as they are. A PIL image and an array are sent as PNG, without EXIF:
-    what is seen is what is segmented.
+    Files and bytes are sent unchanged. PIL images and arrays are sent as PNG without EXIF, so that
+    the server does not rotate their pixels.
 
     Raises:
         OSError: The file cannot be read.
-        TypeError, ValueError: It is nothing that can be sent.
+        TypeError, ValueError: The input cannot be sent.
     """
     if isinstance(image, bytes):
         return None, image

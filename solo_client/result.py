@@ -1,4 +1,4 @@
-"""What was found, for people and their libraries.
+"""Results: the instances of an image, as numpy arrays, COCO results or supervision detections.
 
 Symbols: n instances, H W image.
 """
@@ -17,16 +17,16 @@ from pycocotools import mask as coco_mask
 
 @dataclass(frozen=True)
 class Instance:
-    """One object.
+    """One instance.
 
     Attributes:
-        category_id: As in COCO's annotations.
-        category: Its name.
+        category_id: COCO category id.
+        category: Name of the category.
         score: In 0..1.
         bbox_xywh: Box of the mask, px.
-        area: Mask pixels.
-        rle: COCO compressed run-length encoding, {"size": [H, W], "counts": text}; None if masks
-            were not asked for.
+        area: Number of mask pixels.
+        rle: COCO compressed run-length encoding, {"size": [H, W], "counts": text}; None if the
+            request said masks=False.
     """
 
     category_id: int
@@ -38,13 +38,13 @@ class Instance:
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """[H, W], of the whole image; decoded when it is first asked for.
+        """[H, W] bool, of the whole image; decoded at the first access.
 
         Raises:
-            ValueError: Masks were not asked for.
+            ValueError: The request said masks=False.
         """
         if self.rle is None:
-            raise ValueError("there is no mask: the request said masks=False")
+            raise ValueError("no mask: the request said masks=False")
         decoded: NDArray[np.uint8] = coco_mask.decode(dict(self.rle))
         return np.ascontiguousarray(decoded, bool)
 
@@ -63,15 +63,18 @@ class Instance:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found in an image, best first.
+    """The instances of an image, by decreasing score.
 
     Attributes:
-        file_name: As it was sent; None if it has none.
-        height, width: The image's, px, upright.
-        instances: The objects.
-        model, version: Who found them.
-        task: "segmentation", or "contour": then the masks are outlines.
-        timing_ms: Where the server's time went, by stage; of several images, of the last one.
+        file_name: File name of the path that was sent; None for any other input.
+        height, width: Size of the upright image, px.
+        instances: The instances.
+        model, version: Model and version that were used.
+        task: "segmentation", or "contour" (the masks are outlines).
+        timing_ms: Time in the server by stage; with several images, of the last one.
+        canvases: Model inputs that the image was cut into; None from an older server.
+        instances_found: Instances before max_instances was applied; None from an older server.
+        truncated: Whether max_instances cut the list; an older server does not report it.
     """
 
     file_name: str | None
@@ -82,37 +85,40 @@ class Result:
     version: int
     task: str
     timing_ms: Mapping[str, float]
+    canvases: int | None = None
+    instances_found: int | None = None
+    truncated: bool = False
 
     @property
     def scores(self) -> NDArray[np.float32]:
-        """[n], in 0..1."""
+        """[n] float32, in 0..1."""
         return np.array([i.score for i in self.instances], np.float32)
 
     @property
     def category_ids(self) -> NDArray[np.int64]:
-        """[n]."""
+        """[n] int64."""
         return np.array([i.category_id for i in self.instances], np.int64)
 
     @property
     def boxes_xyxy(self) -> NDArray[np.float32]:
-        """[n, 4]: left, top, right, bottom, px."""
+        """[n, 4] float32: left, top, right, bottom, px."""
         boxes = np.array([i.bbox_xywh for i in self.instances], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return boxes
 
     @property
     def masks(self) -> NDArray[np.bool_]:
-        """[n, H, W]: all of them at once; for large images `instance.mask` needs less memory."""
+        """[n, H, W] bool; for large images use `instance.mask`, which decodes one at a time."""
         if not self.instances:
             return np.zeros((0, self.height, self.width), bool)
         return np.stack([instance.mask for instance in self.instances])
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results."""
+        """A COCO result for each instance."""
         return [instance.to_coco(image_id) for instance in self.instances]
 
     def to_supervision(self) -> Any:
-        """`supervision.Detections`, with the classes' names as `class_name`.
+        """`supervision.Detections`, with the category names as `class_name`.
 
         Raises:
             ImportError: The package is not installed.

@@ -1,4 +1,4 @@
-"""When to ask again."""
+"""When a request is sent again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from solo_client.errors import Busy, ConnectionFailed, SoloError
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """Asks again while the server is busy or the connection fails; segmenting twice does no harm.
+    """Retries while the server is busy or the connection fails (segmenting is idempotent).
 
-    Before attempt n + 1 it waits as long as the server asked for (Retry-After), and then a random
-    part of `backoff_s * 2 ** (n - 1)`, so that clients that were turned away together do not come
-    back together.
+    The wait before attempt n + 1 is the server's Retry-After plus a random part of
+    `backoff_s * 2 ** (n - 1)`, which spreads the retries of clients that were refused together.
 
     Attributes:
-        attempts: How often one request is sent at most; 1 never asks again.
-        backoff_s: The first random wait is at most this long.
-        max_wait_s: No random wait is longer; a server that wants a longer one is not asked again.
+        attempts: Highest number of attempts; 1 disables retries.
+        backoff_s: Upper bound of the first random wait.
+        max_wait_s: Upper bound of every random wait; a longer Retry-After ends the retries.
     """
 
     attempts: int = 5
@@ -28,19 +27,19 @@ class Retry:
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.backoff_s < 0 or self.max_wait_s < 0:
-            raise ValueError(f"{self}: attempts must be positive, times not negative")
+            raise ValueError(f"{self}: attempts must be positive, times must not be negative")
 
     def wait_s(self, failure: SoloError, attempt: int) -> float | None:
-        """How long to wait after a failure; None: give up.
+        """Seconds to wait before the next attempt; None if there is none.
 
         Args:
-            failure: What happened.
-            attempt: Which attempt it was, from 1.
+            failure: The error of this attempt.
+            attempt: Number of this attempt, from 1.
         """
         asked_s = 0.0
         if isinstance(failure, Busy):
             if failure.code and failure.retry_after_s is None:
-                return None  # solo-serve says with Retry-After that it will be better
+                return None  # solo-serve sends Retry-After whenever a retry can succeed
             asked_s = failure.retry_after_s or 0.0
         elif not isinstance(failure, ConnectionFailed):
             return None

@@ -16,6 +16,8 @@ from tests.support.kernel_host import (
     has_compiler,
     load_gpu,
 )
+from tests.support.parity_files import SHARED, WITHOUT_SHARED, has_shared
+from tests.support.time_limit import TimeLimits
 
 TOGETHER = {
     # Two clusters at once are too much for a machine.
@@ -47,12 +49,33 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
 
+        def remove_node(self, node: Any) -> str | None:
+            """Returns the test that ended a worker; xdist alone would run it again and again."""
+            units = self.assigned_work[node].values()
+            open_tests = [test for unit in units for test, done in unit.items() if not done]
+            if open_tests:
+                self.assigned_work[node][group_of(open_tests[0])][open_tests[0]] = True
+            super().remove_node(node)
+            return open_tests[0] if open_tests else None
+
     return Groups(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(TimeLimits())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that wait for a package index begin before all others."""
     items.sort(key=lambda item: item.get_closest_marker("network") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in one line which parity fixtures the parity tests used."""
+    ran = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    if any("tests/training/parity/" in report.nodeid for report in ran):
+        found = f"{SHARED} was used" if has_shared() else f"only a part was used: {WITHOUT_SHARED}"
+        terminalreporter.line(f"parity fixtures: {found}")
 
 
 @pytest.fixture(autouse=True, scope="module")

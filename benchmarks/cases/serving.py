@@ -42,7 +42,7 @@ WorkloadName = Literal["light", "nuclei"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """The loads on each server in a round.
 
     Attributes:
@@ -61,8 +61,8 @@ class Plan:
 
 
 PLANS = {
-    "light": Plan((1, 4, 16, 64), 1.5, 2.5, True, 1.0),
-    "nuclei": Plan((1, 8), 6.0, 5.0, False, 1.5),
+    "light": LoadPlan((1, 4, 16, 64), 1.5, 2.5, True, 1.0),
+    "nuclei": LoadPlan((1, 8), 6.0, 5.0, False, 1.5),
 }
 
 
@@ -110,7 +110,7 @@ def choose(names: Sequence[str]) -> tuple[list[Contender], list[str]]:
     return [c for c in chosen if c.is_installed], describe_missing(chosen)
 
 
-def scale_plan(plan: Plan, scale: float, clients: tuple[int, ...] | None) -> Plan:
+def scale_plan(plan: LoadPlan, scale: float, clients: tuple[int, ...] | None) -> LoadPlan:
     """The plan with other lengths and clients."""
     return replace(
         plan,
@@ -122,7 +122,7 @@ def scale_plan(plan: Plan, scale: float, clients: tuple[int, ...] | None) -> Pla
 
 
 def compare(
-    contenders: Sequence[Contender], workload: Workload, plan: Plan, rounds: int, folder: Path
+    contenders: Sequence[Contender], workload: Workload, plan: LoadPlan, rounds: int, folder: Path
 ) -> Samples:
     """Checks the answers, then measures all servers and the bare loop in turns."""
     cores, log = count_cores(), folder / "log"
@@ -144,7 +144,7 @@ def compare(
 
 
 def check_all(
-    contenders: Sequence[Contender], workload: Workload, plan: Plan, cores: int, log: Path
+    contenders: Sequence[Contender], workload: Workload, plan: LoadPlan, cores: int, log: Path
 ) -> float:
     """Compares the answers of all with those of the first.
 
@@ -165,7 +165,7 @@ def check_all(
     return min(capacities)
 
 
-def warm_up(server: Server, workload: Workload, plan: Plan) -> dict[str, float]:
+def warm_up(server: Server, workload: Workload, plan: LoadPlan) -> dict[str, float]:
     """A closed loop of 8 clients."""
     return measure_load(server, [*workload.images.values()], seconds=plan.warm_up_s, clients=8)
 
@@ -195,7 +195,7 @@ def check_answers(name: str, found: dict[str, Any], expected: dict[str, Any]) ->
 def visit(
     contender: Contender,
     workload: Workload,
-    plan: Plan,
+    plan: LoadPlan,
     cores: int,
     log: Path,
     same_rate: float | None,

@@ -42,7 +42,7 @@ OURS, MMDET = "ours", "mmdet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class StepShape:
     """The inputs of a step: canvas [H, W] px, images, objects of an image."""
 
     canvas_hw: tuple[int, int]
@@ -65,7 +65,7 @@ def training(
 ) -> Report:
     if len(size) != 2 or min(size) < 32 or any(side % 32 for side in size):
         raise BenchmarkError(f"--size {size} is not two multiples of 32")
-    shape = Batch(canvas_hw=(size[0], size[1]), images=batch, objects=instances)
+    shape = StepShape(canvas_hw=(size[0], size[1]), images=batch, objects=instances)
     found = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def levels_of(kind: HeadKind) -> dict[str, Any]:
     }
 
 
-def prepare(kind: HeadKind, folder: Path, python: str, shape: Batch, threads: int) -> Path:
+def prepare(kind: HeadKind, folder: Path, python: str, shape: StepShape, threads: int) -> Path:
     """Writes what both sides read: features, ground truth and mmdetection's initial weights.
 
     Raises:

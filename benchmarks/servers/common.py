@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.ours import MAX_BATCH, Engine
+from benchmarks.ours import MAX_BATCH, SharedEngine
 
-__all__ = ["HOST", "JSON", "MAX_BATCH", "Engine", "load_engine", "read_cores", "read_port"]
+__all__ = ["HOST", "JSON", "MAX_BATCH", "SharedEngine", "load_engine", "read_cores", "read_port"]
 
 MODEL, PORT, CORES = "SERVING_MODEL", "SERVING_PORT", "SERVING_CORES"
 HOST = "127.0.0.1"
@@ -24,6 +24,6 @@ def read_cores() -> int:
     return int(os.environ[CORES])
 
 
-def load_engine() -> Engine:
+def load_engine() -> SharedEngine:
     """The model with an engine of one thread."""
-    return Engine(Path(os.environ[MODEL]))
+    return SharedEngine(Path(os.environ[MODEL]))

@@ -15,7 +15,7 @@ import anyio.to_thread
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 
-from benchmarks.servers.common import HOST, JSON, Engine, load_engine, read_cores, read_port
+from benchmarks.servers.common import HOST, JSON, SharedEngine, load_engine, read_cores, read_port
 
 WORKERS = read_cores() if "SERVING_WORKERS" in os.environ else 1
 
@@ -39,7 +39,7 @@ async def read_body(request: Request) -> bytes:
 @app.post("/segment")
 def segment(request: Request, body: Annotated[bytes, Depends(read_body)]) -> Response:
     """Segments one image."""
-    engine: Engine = request.app.state.engine
+    engine: SharedEngine = request.app.state.engine
     image = engine.decode(body)
     (candidates,) = engine.infer([image])
     return Response(engine.encode(image, candidates), media_type=JSON)

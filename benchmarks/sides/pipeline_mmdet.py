@@ -28,7 +28,7 @@ THRESHOLD = 0.5
 STRIDE = 4
 
 
-class Case:
+class PostprocessCase:
     """Candidates of an image and its sizes."""
 
     def __init__(self, file: Path) -> None:
@@ -41,7 +41,7 @@ class Case:
             self.count = int(data["count"])
 
 
-def select(case: Case, matrix_nms: Any) -> tuple[Tensor, Tensor, Tensor]:
+def select(case: PostprocessCase, matrix_nms: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, labels and indices after Matrix NMS, with the published settings."""
     masks = case.probs > THRESHOLD
     scores, labels, _, kept = matrix_nms(
@@ -58,7 +58,7 @@ def select(case: Case, matrix_nms: Any) -> tuple[Tensor, Tensor, Tensor]:
     return scores, labels, kept
 
 
-def paste(case: Case, kept: Tensor) -> Tensor:
+def paste(case: PostprocessCase, kept: Tensor) -> Tensor:
     """Binary masks of the original image: [N, H, W]."""
     probs = case.probs[kept]
     canvas_hw = (probs.shape[1] * STRIDE, probs.shape[2] * STRIDE)
@@ -69,7 +69,7 @@ def paste(case: Case, kept: Tensor) -> Tensor:
     return probs > THRESHOLD
 
 
-def measure(case: Case, layers: Any, masks: Any) -> dict[str, Any]:
+def measure(case: PostprocessCase, layers: Any, masks: Any) -> dict[str, Any]:
     """One run; seconds of each stage."""
     reset_peak()
     before = read_status("VmRSS")
@@ -93,7 +93,7 @@ def main(file: Path) -> None:
     """Entry point."""
     stub_operators()
     layers, masks = import_module("mmdet.models.layers"), import_module("mmdet.structures.mask")
-    case, default = Case(file), torch.get_num_threads()
+    case, default = PostprocessCase(file), torch.get_num_threads()
 
     def answer(line: str) -> dict[str, Any]:
         torch.set_num_threads(int(line) or default)

@@ -26,7 +26,7 @@ from service.work.request import Client, ImageFile, Options, Outcome, Progress
 from service.work.scheduler import Policy, Scheduler
 
 
-class StubEngine:
+class AfterEngine:
     """Answers each call after `infer_s` with the same candidates for every canvas."""
 
     name, device, reason, precision, concurrency = "stub", "cpu", "benchmark", "fp32", 1
@@ -45,25 +45,22 @@ class StubEngine:
         pass
 
 
-class StubImage(ImageWork):
+class AfterImage(ImageWork):
     """Canvases whose decoding and post-processing take no time."""
 
     def __init__(self, tile: Tile, canvases: int) -> None:
         no_config: Any = None
         super().__init__(ImageFile(None, b""), (64, 64), canvases, no_config, Options())
         self._tile = tile
-        self._left = canvases
 
     def open(self) -> None:
         pass
 
-    def make_canvas(self, index: int) -> Tile:
-        return self._tile
+    def make_canvas(self, index: int) -> tuple[Tile, bool]:
+        return self._tile, next(self._created) == self.canvases
 
-    def search(self, *of_canvas: Any) -> bool:
-        with self._lock:
-            self._left -= 1
-            return self._left == 0
+    def search(self, *of_canvas: Any) -> None:
+        pass
 
     def finish(self, began_s: float) -> Outcome:
         return Outcome(b"")
@@ -76,7 +73,7 @@ async def run(scheduler: Scheduler, tile: Tile, images: int, canvases: int, clie
 
     async def run_client() -> None:
         for _ in left:
-            image = StubImage(tile, canvases)
+            image = AfterImage(tile, canvases)
             progress = Progress(canvases=canvases)
             client = Client(name="benchmark")
             done = loop.create_future()
@@ -89,7 +86,7 @@ async def run(scheduler: Scheduler, tile: Tile, images: int, canvases: int, clie
 async def main() -> None:
     """Entry point: answers lines until the end of standard input."""
     options = SimpleNamespace(**json.loads(sys.argv[1]))
-    engine: Any = StubEngine(options.infer_s)
+    engine: Any = AfterEngine(options.infer_s)
     policy = Policy(
         threads=Settings().pool_threads + 1,
         batch=True,

@@ -29,7 +29,7 @@ BATCHER, METRICS, STAGES, SETTINGS, TYPES = map(
 """Of that checkout, so the names are those of its commit."""
 
 
-class StubEngine:
+class BeforeEngine:
     """Answers each call after `infer_s` with the same candidates for every canvas."""
 
     name, device, reason, precision, concurrency = "stub", "cpu", "benchmark", "fp32", 1
@@ -48,7 +48,7 @@ class StubEngine:
         pass
 
 
-class StubImage:
+class BeforeImage:
     """Canvases whose post-processing takes no time."""
 
     def __init__(self, tiles: list[Any]) -> None:
@@ -69,7 +69,7 @@ async def run(
 
     async def run_client() -> None:
         for number in left:
-            build = partial(lambda _: StubImage(tiles))
+            build = partial(lambda _: BeforeImage(tiles))
             carried = await stages._hand_over(lambda: None, build, batcher, float(number))
             assert carried.picture.searched == canvases
 
@@ -81,7 +81,7 @@ async def main() -> None:
     options = SimpleNamespace(**json.loads(sys.argv[1]))
     stages = STAGES.Stages(SETTINGS.Settings(), METRICS.Metrics())
     batcher = BATCHER.DynamicBatcher(
-        StubEngine(options.infer_s), max_batch=options.max_batch, max_delay_s=options.max_delay_s
+        BeforeEngine(options.infer_s), max_batch=options.max_batch, max_delay_s=options.max_delay_s
     )
     batcher.start()
     image = np.zeros((64, 64, 3), np.uint8)

@@ -24,6 +24,7 @@ from service.engines.state import EngineBuild, EngineState
 logger = logging.getLogger(__name__)
 
 Results = Sequence[TileCandidates]
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -119,16 +120,17 @@ class WatchedEngine:
             EngineHung: `give_up` was called.
             Exception: What the engine raised, if it is alive, or died of these canvases twice.
         """
-        engine = self._enter()
+        call = self._enter(give_up)
+        engine = call.engine
         try:
-            return self._run(engine, lambda: engine.infer(tiles), give_up)
+            return self._run(call, engine.infer, tiles)
         except EngineHung:
             raise
         except Exception as error:
             if not self._is_dead_after(error, engine, give_up):
                 raise
-        other = self._enter()
-        return self._run(other, lambda: other.infer(tiles), give_up)
+        call = self._enter(give_up)
+        return self._run(call, call.engine.infer, tiles)
 
     def swap(self, engine: Backend) -> None:
         """Makes another engine the current one; the old one is closed after its last call."""
@@ -140,7 +142,8 @@ class WatchedEngine:
                 self._retired.add(old)
                 self._usable.set()
                 unused = self._pop_unused(old)
-        _close(unused)
+        if unused is not None:
+            _close(unused)
 
     def close(self) -> None:
         """Closes the engine at once; calls in flight are given up."""
@@ -153,32 +156,39 @@ class WatchedEngine:
         for call in calls:
             call.give_up()
 
-    def _enter(self) -> Backend:
-        """Waits for a usable engine and counts a call of it."""
-        self._usable.wait()
-        with self._lock:
-            if self._closed.is_set():
-                raise BackendError("the engine is closed")
-            self._in_use[self._engine] += 1
-            return self._engine
+    def _enter(self, give_up: Callable[[], None], engine: Backend | None = None) -> _Call:
+        """Waits for a usable engine, or takes the one given, and counts a call of it."""
+        while True:
+            if engine is None and not self._usable.is_set():
+                self._usable.wait()
+            with self._lock:
+                if self._closed.is_set():
+                    raise BackendError("the engine is closed")
+                if engine is None and not self._usable.is_set():
+                    continue  # it has died in this moment
+                entered = self._engine if engine is None else engine
+                call = _Call(entered, time.monotonic() + self._timeout_s, give_up)
+                self._in_use[entered] += 1
+                self._calls.add(call)
+                if self._watchdog is None:
+                    self._watchdog = threading.Thread(
+                        target=self._watch, name="watchdog", daemon=True
+                    )
+                    self._watchdog.start()
+                return call
 
-    def _run(self, engine: Backend, call: Callable[[], T], give_up: Callable[[], None]) -> T:
-        """Runs a call of an engine that was entered; it is left afterwards."""
-        entry = _Call(engine, time.monotonic() + self._timeout_s, give_up)
-        with self._lock:
-            self._calls.add(entry)
-            if self._watchdog is None:
-                self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-                self._watchdog.start()
+    def _run(self, call: _Call, function: Callable[[A], T], argument: A) -> T:
+        """Makes a call that was entered, and leaves it."""
         try:
-            return call()
+            return function(argument)
         finally:
             with self._lock:
-                self._calls.discard(entry)
-                self._in_use[engine] -= 1
-                unused = self._pop_unused(engine)
-            _close(unused)
-            if entry.is_given_up:
+                self._calls.discard(call)
+                self._in_use[call.engine] -= 1
+                unused = self._pop_unused(call.engine) if self._retired else None
+            if unused is not None:
+                _close(unused)
+            if call.is_given_up:
                 raise EngineHung(self._describe_hang())
 
     def _pop_unused(self, engine: Backend) -> Backend | None:
@@ -217,12 +227,9 @@ class WatchedEngine:
         """Whether an engine that raised is dead; if that is not known yet, it is probed."""
         if self._closed.is_set():
             return False
-        with self._lock:
-            is_current = engine is self._engine and self.is_alive
-            self._in_use[engine] += is_current
-        if is_current:
+        if engine is self._engine and self.is_alive:
             try:
-                self._run(engine, lambda: self._probe(engine), give_up)
+                self._run(self._enter(give_up, engine), self._probe, engine)
                 return False
             except EngineHung:
                 raise
@@ -242,12 +249,11 @@ class WatchedEngine:
         self._on_death(reason)
 
 
-def _close(engine: Backend | None) -> None:
-    if engine is not None:
-        try:
-            engine.close()
-        except Exception:  # it is not used any more
-            logger.exception("the engine %s could not be closed", engine.name)
+def _close(engine: Backend) -> None:
+    try:
+        engine.close()
+    except Exception:  # it is not used any more
+        logger.exception("the engine %s could not be closed", engine.name)
 
 
 def _interrupt(engine: Backend) -> None:

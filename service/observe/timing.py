@@ -66,7 +66,12 @@ def attribute_time(
 
 def measure_union(intervals: Sequence[Interval]) -> float:
     """Seconds that at least one interval covers."""
-    return sum(end_s - start_s for start_s, end_s in merge_intervals(intervals))
+    seconds, covered_s = 0.0, float("-inf")
+    for start_s, end_s in sorted(intervals):
+        if end_s > covered_s:
+            seconds += end_s - (start_s if start_s > covered_s else covered_s)
+            covered_s = end_s
+    return seconds
 
 
 def merge_intervals(intervals: Sequence[Interval]) -> list[Interval]:

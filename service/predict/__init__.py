@@ -1,7 +1,7 @@
 """solo-predict: segments files with a model of model_repo, or through a running server.
 
-Writes COCO results (`pycocotools` loads them as they are) and, if asked, pictures with the masks.
-A run that was cut goes on where it stopped.
+Writes COCO results that `pycocotools` loads and, with --overlays, pictures with the masks. An
+interrupted run continues where it stopped.
 """
 
 from service.predict.command import main

@@ -19,48 +19,54 @@ from service.predict.errors import ImageFailed, RunFailed
 from service.predict.files import ImageFile, as_text
 from service.predict.inputs import assign_ids, find_files
 from service.predict.job import Item, Job, Notes, Run, build_items, write_results
-from service.predict.journal import Journal
+from service.predict.journal import Journal, JournalDiffers, JournalInUse
 from service.predict.predictors import (
     RETRY,
-    TIMEOUT_S,
     Bounds,
     LocalPredictor,
     Predictor,
     RemotePredictor,
 )
+from service.predict.progress import CanvasProgress
 
 EPILOG = """\
 examples:
-  solo-predict images/ --out results.json                      in process, model_repo/ beside you
+  solo-predict images/ --out results.json                      with a model of ./model_repo
   solo-predict 'scans/*.png' --overlays drawn/ --score-threshold 0.3
   solo-predict images/ --url http://localhost:8000             through a running server
   solo-predict images/ --annotations val.json                  image ids from a COCO file
   solo-predict s3://bucket/images --ray --ray-address auto     on a Ray cluster
 
 Without --annotations the image ids are 1, 2, 3 ... in the order of the files; each result also has
-its file_name. An image that fails is named at the end, and the exit status is then 1.
+its file_name. Images that fail are listed at the end, and the exit status is then 1.
 
-Results are noted image by image in OUT.partial, and --out is written when all is done. After a stop
-of any kind the same command goes on; after failures it tries the failed images again.
+Each image's results are stored in OUT.partial at once, and --out is written at the end. If the run
+is interrupted in any way, the same command continues it; after failures it retries only the images
+that failed.
 """
+JOURNAL_ADVICE = (
+    "To continue, give the same options (and --version); otherwise give another --out, or "
+    "--restart to start again"
+)
 
 
-def build_predictor(arguments: argparse.Namespace) -> Predictor:
-    """The model or the server that the arguments name.
+def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> Predictor:
+    """Loads the model, or configures the client of the server, that the arguments name.
 
     Raises:
-        StartupError: The model cannot be used.
+        StartupError: The model cannot be used, or the server's address is invalid.
+        OSError: The file with the API key cannot be read.
     """
     bounds = _bounds_of(arguments)
     if arguments.url is not None:
         try:
             key = arguments.api_key_file and arguments.api_key_file.read_text().strip()
-            client = solo_client.Client(
-                arguments.url, api_key=key, timeout_s=TIMEOUT_S, retry=RETRY
-            )
+            client = solo_client.Client(arguments.url, api_key=key, retry=RETRY)
         except ValueError as error:
             raise StartupError(str(error)) from error
-        return RemotePredictor(client, bounds, arguments.model, arguments.version)
+        return RemotePredictor(
+            client, bounds, arguments.model, arguments.version, on_progress=canvases.update
+        )
     folder = find_model(arguments.model_repo, arguments.model)
     options = BackendOptions(device=arguments.device, threads=arguments.threads)
     return LocalPredictor(load_version(folder, arguments.version, options), bounds)
@@ -71,10 +77,14 @@ def _bounds_of(arguments: argparse.Namespace) -> Bounds:
 
 
 def find_model(folder: Path, name: str | None) -> Path:
-    """A model's folder: the one that is given, or that of a name in a repository.
+    """The folder of a model.
+
+    Args:
+        folder: A model's folder, or a repository of models.
+        name: Name in the repository; None: the first by name.
 
     Raises:
-        StartupError: There is none.
+        StartupError: The repository has no such model.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -85,14 +95,15 @@ def find_model(folder: Path, name: str | None) -> Path:
     return folders[name]
 
 
-def choose_run(arguments: argparse.Namespace) -> Callable[[Notes], Run]:
-    """In this process, through a server or on Ray.
+def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Callable[[Notes], Run]:
+    """Builds the run: in this process, through a server or on Ray.
 
     Raises:
-        StartupError: It cannot be done so.
+        StartupError: The model, the server's address or Ray cannot be used.
+        OSError: The file with the API key cannot be read.
     """
     if not arguments.ray:
-        predictor = build_predictor(arguments)
+        predictor = build_predictor(arguments, canvases)
         jobs = arguments.jobs if arguments.url is not None else 1
         return lambda notes: Job(predictor, notes, jobs)
     from service.predict.ray_job import Plan, Pool, RayJob
@@ -130,15 +141,17 @@ def _positive(text: str) -> int:
 def _share(text: str) -> float:
     value = float(text)
     if value < 0 or (value > 1 and not value.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text} is neither a part of one GPU nor whole GPUs")
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a fraction of one GPU nor a whole number"
+        )
     return value
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="solo-predict",
-        description="Finds the instances in images; writes COCO results and pictures.",
+        description="Segments the instances in images; writes COCO results and pictures.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -147,60 +160,67 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="image, folder (with its folders) or glob; or a URI",
+        help="image, folder (recursive), glob or URI",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model-repo",
         type=Path,
         default=Path("model_repo"),
-        help="repository, or one model's folder (default: model_repo)",
+        help="repository of models, or folder of one model (default: model_repo)",
     )
-    source.add_argument("--url", help="ask this server instead, e.g. http://localhost:8000")
-    add("--model", help="default: the first by name, or the server's default")
+    source.add_argument("--url", help="use this server instead, e.g. http://localhost:8000")
+    add("--model", help="name (default: the first by name, or the server's default)")
     add("--version", type=_positive, help="default: the latest")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="not with --url")
-    add("--threads", type=_positive, help="of the engine (default: real cores, with --ray 1)")
-    add("--jobs", type=_positive, default=4, help="requests at once with --url (default: 4)")
-    add("--api-key-file", type=Path, metavar="FILE", help="its text is sent as X-API-Key")
-    add("--score-threshold", type=_fraction, metavar="0..1", help="default: the model's")
-    add("--max-instances", type=_positive, metavar="N", help="default: the model's")
-    add("--annotations", type=Path, metavar="COCO.json", help="take image ids from this file")
+    add("--threads", type=_positive, help="of the engine (default: physical cores; with --ray 1)")
+    add("--jobs", type=_positive, default=4, help="concurrent requests with --url (default: 4)")
+    add("--api-key-file", type=Path, metavar="FILE", help="file with the API key for --url")
+    add(
+        "--score-threshold",
+        type=_fraction,
+        metavar="0..1",
+        help="lowest score (default: the model's)",
+    )
+    add("--max-instances", type=_positive, metavar="N", help="per image (default: the model's)")
+    add("--annotations", type=Path, metavar="COCO.json", help="file with the image ids")
     add("--out", type=Path, default=Path("results.json"), help="default: results.json")
-    add("--overlays", type=Path, metavar="DIR", help="also draw the masks into this folder")
-    add("--restart", action="store_true", help="forget what an earlier run has done")
+    add("--overlays", type=Path, metavar="DIR", help="folder for pictures with the masks")
+    add("--restart", action="store_true", help="discard the results of an interrupted run")
     add("--quiet", action="store_true", help="no progress bar")
-    on_ray = parser.add_argument_group("on Ray")
+    on_ray = parser.add_argument_group("Ray")
     add = on_ray.add_argument
-    add("--ray", action="store_true", help="models in actors of Ray, on one machine or many")
-    add("--ray-address", help="of a cluster (default: $RAY_ADDRESS, or Ray is started here)")
-    add("--actors", type=_positive, metavar="N", help="default: as many as there is room for")
-    add("--gpus-per-actor", type=_share, default=0.0, metavar="GPUS", help="default: 0; or 0.5, 1")
+    add("--ray", action="store_true", help="run on Ray, on one or more machines")
+    add("--ray-address", help="cluster (default: $RAY_ADDRESS, else Ray is started here)")
+    add("--actors", type=_positive, metavar="N", help="loaded models (default: as many as fit)")
+    add("--gpus-per-actor", type=_share, default=0.0, metavar="GPUS", help="e.g. 0.5 (default: 0)")
     return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; what does not go together exits 2."""
+    """Parses the command line; exits 2 if it is invalid."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     if parsed.ray and parsed.url is not None:
-        parser.error("--ray has the models in its actors: not with --url")
+        parser.error("--ray loads the model itself and cannot be combined with --url")
     if not parsed.ray and (parsed.ray_address or parsed.actors or parsed.gpus_per_actor):
         parser.error("--ray-address, --actors and --gpus-per-actor need --ray")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exits 1 if an image failed or nothing could be done."""
+    """Runs the command; exits 1 if an image or the whole run failed."""
     parsed = parse(arguments)
     try:
         failed = run(parsed)
-    except (StartupError, OSError) as error:
+    except (StartupError, JournalInUse, OSError) as error:
         sys.exit(f"solo-predict: error: {error}")
+    except JournalDiffers as error:
+        sys.exit(f"solo-predict: error: {error}. {JOURNAL_ADVICE}")
     except RunFailed as error:
-        sys.exit(f"solo-predict: error: {error}; the same command goes on from here")
+        sys.exit(f"solo-predict: error: {error}; the same command continues from here")
     except KeyboardInterrupt:
-        print("solo-predict: stopped; the same command goes on from here", file=sys.stderr)
+        print("solo-predict: stopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
     if failed:
         named = [f"{as_text(file)}: {reason}" for file, reason in failed.items()]
@@ -208,18 +228,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageFailed]:
-    """Does what the command line says.
+    """Processes the images, writes the results and prints a summary.
 
     Returns:
         The images that failed, in their order.
 
     Raises:
-        StartupError, OSError: It cannot begin, or a file cannot be written.
-        RunFailed: It cannot go on.
+        StartupError: The run cannot start.
+        JournalInUse, JournalDiffers: An earlier run's journal prevents it.
+        OSError: A file cannot be read or written.
+        RunFailed: The run cannot continue.
     """
     files = find_files(arguments.inputs)
     ids, failed = assign_ids(files, arguments.annotations)
-    start = choose_run(arguments)
+    canvases = CanvasProgress()
+    start = choose_run(arguments, canvases)
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.overlays is not None:
@@ -228,27 +251,33 @@ def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageFailed]:
     partial = out.with_name(out.name + ".partial")
     with Journal(partial, read_options(arguments), restart=arguments.restart) as journal:
         notes = Notes(journal, arguments.overlays)
-        failed.update(_do_open(start(notes), notes, items, quiet=arguments.quiet))
+        open_items = notes.find_open(items)
+        with tqdm(
+            total=len(items),
+            initial=len(items) - len(open_items),
+            unit="image",
+            disable=arguments.quiet,
+        ) as canvases.bar:
+            failed.update(_process(start(notes), open_items, canvases.bar))
         done = [item for item in items if item.file not in failed]
         count = write_results(out, done, journal)
+        truncated = notes.count_truncated(done)
         if not failed:
             journal.remove()
     print(f"{count} instances in {len(done)} images -> {out}")
+    if truncated:
+        print(
+            f"solo-predict: warning: {truncated} images reached the limit of --max-instances; "
+            "instances may be missing from their results",
+            file=sys.stderr,
+        )
     return {file: failed[file] for file in files if file in failed}
 
 
-def _do_open(
-    run: Run, notes: Notes, items: Sequence[Item], *, quiet: bool
-) -> dict[ImageFile, ImageFailed]:
-    """Does what is not done yet; the images that failed."""
-    waiting = notes.find_open(items)
+def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile, ImageFailed]:
+    """Processes the images; returns those that failed."""
     failed: dict[ImageFile, ImageFailed] = {}
-    with (
-        tqdm(
-            total=len(items), initial=len(items) - len(waiting), unit="image", disable=quiet
-        ) as bar,
-        closing(run.run(waiting)) as outcomes,
-    ):
+    with closing(run.run(items)) as outcomes:
         for item, failure in outcomes:
             bar.update()
             if failure is not None:
@@ -257,7 +286,7 @@ def _do_open(
 
 
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the results depend on: a run goes on only with the same."""
+    """The options that the results depend on: only a run with the same ones can be continued."""
     options = vars(arguments)
     same = ("url", "model", "version", "score_threshold", "max_instances")
     found = {name: options[name] for name in same}

@@ -1,11 +1,11 @@
-"""What stops an image, and what stops a run."""
+"""Errors of one image and of a whole run."""
 
 from __future__ import annotations
 
 
 class ImageFailed(Exception):
-    """An image has no result; the text says why. The others are not concerned."""
+    """An image has no result; the text gives the reason. The run continues."""
 
 
 class RunFailed(Exception):
-    """No other image would fare better; the text says why."""
+    """The run cannot continue; the text gives the reason."""

@@ -1,4 +1,4 @@
-"""Image files: of this machine, or of an object store that pyarrow or fsspec knows."""
+"""Image files: local, or in an object store that pyarrow or fsspec supports."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[^/]*)/?(?P<path>.*)", re.DOTALL)
 _QUERY = re.compile(r"\?\w+=[^&?/]*(&\w+=[^&?/]*)*$")
-"""Settings of the store at the end of a URI; any other question mark belongs to a glob."""
+"""Settings of the store at the end of a URI; any other question mark is part of a glob."""
 _MAGIC = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that a URI names.
+    """A file in an object store.
 
     Attributes:
-        uri: Its name, without the store's settings.
-        root: URI of its store, with them: "s3://bucket/?region=eu-west-1".
-        path: In the store.
-        stamp: Size in bytes and time of modification in ns when it was listed.
+        uri: URI without the store's settings.
+        root: URI of the store with its settings: "s3://bucket/?region=eu-west-1".
+        path: Path in the store.
+        stamp: Size in bytes and modification time in ns when it was listed.
     """
 
     uri: str
@@ -40,12 +40,12 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """Last part of the path."""
         return PurePosixPath(self.path).name
 
     @property
     def stem(self) -> str:
-        """The name without its suffix."""
+        """Name without its suffix."""
         return PurePosixPath(self.path).stem
 
     def __str__(self) -> str:
@@ -56,25 +56,25 @@ ImageFile = Path | RemoteFile
 
 
 def is_uri(text: str) -> bool:
-    """Whether an input names a store and is no path."""
+    """Whether an input is a URI, not a local path."""
     return _URI.fullmatch(text) is not None
 
 
 def as_text(file: ImageFile | str) -> str:
-    """A name for JSON and for people; bytes of it that are no UTF-8 are escaped."""
+    """A name for JSON and messages; bytes that are not UTF-8 are escaped."""
     return os.fsencode(str(file)).decode("utf-8", "backslashreplace")
 
 
 def key_of(file: ImageFile) -> str:
-    """What tells a file from all others."""
+    """A unique name of a file: absolute path or URI."""
     return as_text(file.absolute() if isinstance(file, Path) else file)
 
 
 def stamp_of(file: ImageFile) -> list[int]:
-    """Tells a changed file: size in bytes, time of modification in ns.
+    """Size in bytes and modification time in ns; differs when the file was changed.
 
     Raises:
-        OSError: It is gone.
+        OSError: The file does not exist.
     """
     if isinstance(file, RemoteFile):
         return list(file.stamp)
@@ -83,10 +83,10 @@ def stamp_of(file: ImageFile) -> list[int]:
 
 
 def read_file(file: ImageFile) -> bytes:
-    """A file's bytes.
+    """The content of a file.
 
     Raises:
-        OSError: It is gone or its store does not answer.
+        OSError: It does not exist, or its store cannot be read.
     """
     if isinstance(file, Path):
         return file.read_bytes()
@@ -98,7 +98,7 @@ def read_file(file: ImageFile) -> bytes:
 
 @cache
 def _open_store(root: str) -> tuple[FileSystem, str]:
-    """The store and the path that its URI stands for."""
+    """The store, and the path in it that the URI stands for."""
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
@@ -118,11 +118,11 @@ def _open_store(root: str) -> tuple[FileSystem, str]:
 
 
 def list_store(uri: str) -> list[RemoteFile]:
-    """The image that a URI names, the images below it, or what it matches as a glob; in order.
+    """The file that a URI names, the images below it, or its matches as a glob; sorted.
 
     Raises:
-        StartupError: No such kind of store, or a URI with a password.
-        OSError: The store does not answer.
+        StartupError: The kind of store is unknown, or the URI has a password.
+        OSError: The store cannot be read.
     """
     query = _QUERY.search(uri)
     settings = query[0] if query else ""
@@ -147,7 +147,7 @@ def list_store(uri: str) -> list[RemoteFile]:
 
 
 def _find(store: FileSystem, start: str) -> dict[str, tuple[int, int]]:
-    """Stamps of files by path."""
+    """Stamps of the files by path."""
     from fsspec.utils import glob_translate
     from pyarrow.fs import FileSelector, FileType
 

@@ -1,4 +1,4 @@
-"""Which images, and which ids they have."""
+"""Finds the image files of a run, and assigns their ids."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from service.predict.files import SUFFIXES, ImageFile, is_uri, list_store
 
 
 def find_files(inputs: Sequence[str]) -> list[ImageFile]:
-    """Files, the images in folders (and their folders), and what globs match; each once.
+    """Files, images in folders (recursively) and matches of globs; each file once.
 
     Raises:
         StartupError: An input gives no file.
-        OSError: An object store does not answer.
+        OSError: An object store cannot be read.
     """
     files: dict[ImageFile, None] = {}
     for given in inputs:
@@ -32,7 +32,9 @@ def find_files(inputs: Sequence[str]) -> list[ImageFile]:
         else:
             found = sorted(Path(p) for p in glob.glob(given, recursive=True) if Path(p).is_file())
         if not found:
-            raise StartupError(f"{given!r} is no image, no folder with images and matches none")
+            raise StartupError(
+                f"{given!r} is not an image or a folder with images, and matches none"
+            )
         files.update(dict.fromkeys(found))
     return list(files)
 
@@ -41,20 +43,20 @@ def read_image_ids(annotations: Path) -> dict[str, int]:
     """Image ids by file name, from a COCO file.
 
     Raises:
-        StartupError: It cannot be read or has no images.
+        StartupError: It cannot be read or has no list of images.
     """
     try:
         content = json.loads(annotations.read_bytes())
         return {str(image["file_name"]): int(image["id"]) for image in content["images"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StartupError(f"{annotations}: no COCO file with images: {error!r}") from error
+        raise StartupError(f"{annotations}: not a COCO file with images: {error!r}") from error
 
 
 def find_image_id(file: ImageFile, ids: Mapping[str, int]) -> int:
-    """The id of a file: the longest end of its path that is a file name in `ids`.
+    """The id of a file: of the longest end of its path that is a file name in `ids`.
 
     Raises:
-        ImageFailed: There is none.
+        ImageFailed: No end of its path is.
     """
     parts = str(file).split("/")
     for start in range(len(parts)):
@@ -71,7 +73,7 @@ def assign_ids(
 
     Args:
         files: The images.
-        annotations: COCO file with the ids; None: they are 1, 2, 3 ...
+        annotations: COCO file with the ids; None: the ids are 1, 2, 3 ...
 
     Raises:
         StartupError: The annotations cannot be read.

@@ -1,4 +1,4 @@
-"""A run over many images, several at a time."""
+"""Processes the images of a run and stores what was found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.draw import draw_instances
 from pipeline.errors import DecodeError
 from pipeline.types import Instance
 from service.predict.errors import ImageFailed
-from service.predict.files import ImageFile, as_text, read_file, stamp_of
+from service.predict.files import ImageFile, as_text, key_of, read_file, stamp_of
 from service.predict.journal import Journal
 from service.predict.predictors import Answer, Predictor
 
@@ -30,8 +30,8 @@ class Item:
 
     Attributes:
         file: The image.
-        image_id: Of its results.
-        overlay: Name of its picture, or None.
+        image_id: COCO image id of its results.
+        overlay: File name of the picture with its masks; None if none is drawn.
     """
 
     file: ImageFile
@@ -42,7 +42,7 @@ class Item:
 def build_items(
     files: Sequence[ImageFile], ids: Mapping[ImageFile, int], *, overlays: bool
 ) -> list[Item]:
-    """The images that have an id, in their order."""
+    """The items of the files that have an id, in the order of the files."""
     return [
         Item(file, ids[file], f"{number:05d}_{file.stem}.png" if overlays else None)
         for number, file in enumerate(files, 1)
@@ -51,41 +51,44 @@ def build_items(
 
 
 class Run(Protocol):
-    """How images are done."""
+    """A way to process images."""
 
     def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
-        """Does the images; tells of each when it is in the journal or has failed.
+        """Processes the images; yields each one when it is in the journal or has failed.
 
-        What has begun when this is closed is finished or forgotten, never half in the journal.
+        Closing the generator stops the run: an image in progress is completed or discarded.
 
         Raises:
-            RunFailed: It is useless to go on.
-            OSError: The journal cannot be written.
+            RunFailed: The remaining images would fail too.
+            JournalDiffers: Another model or version found the images that are in the journal.
+            OSError: The journal or a picture cannot be written.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is kept of an image.
+    """What is stored for an image.
 
     Attributes:
-        served: Model and version that found it, "name:version".
+        served: Model and version that were used, "name:version".
         results: COCO results without their image_id.
+        truncated: Whether max_instances cut the results.
         picture: PNG with the masks, or None.
     """
 
     served: str
     results: list[dict[str, Any]]
+    truncated: bool
     picture: bytes | None
 
 
 @dataclass(frozen=True)
 class Notes:
-    """Where what is done goes.
+    """Stores what was found, and knows which images are complete.
 
     Attributes:
-        journal: Has the results.
+        journal: Stores the results.
         overlays: Folder for pictures, or None.
     """
 
@@ -93,50 +96,64 @@ class Notes:
     overlays: Path | None
 
     def find_open(self, items: Sequence[Item]) -> list[Item]:
-        """Those that are not done yet."""
+        """The images that are not complete, e.g. because their file has changed."""
         return [item for item in items if not self._is_done(item)]
 
     def _is_done(self, item: Item) -> bool:
-        entry = self.journal.find(item.file)
+        entry = self.journal.find(key_of(item.file))
         try:
-            if entry is None or entry.stamp != stamp_of(item.file):
+            if entry is None or entry["stamp"] != stamp_of(item.file):
                 return False
         except OSError:
             return False
         if self.overlays is None or item.overlay is None:
             return True
-        return entry.overlay == item.overlay and (self.overlays / item.overlay).is_file()
+        return entry["overlay"] == item.overlay and (self.overlays / item.overlay).is_file()
 
     def note(self, item: Item, stamp: list[int], found: Found) -> None:
-        """Writes the picture, then the results: an image in the journal is done.
+        """Writes the picture, then the results: the picture of an image in the journal exists.
+
+        Args:
+            item: The image.
+            stamp: Of its file when it was read.
+            found: What was found in it.
 
         Raises:
-            RunFailed: It was found by another model or version than the others.
-            OSError: It cannot be written.
+            JournalDiffers: Another model or version found the images that are in the journal.
+            OSError: A file cannot be written.
         """
         if self.overlays is not None and item.overlay is not None and found.picture is not None:
             (self.overlays / item.overlay).write_bytes(found.picture)
-        self.journal.append(item.file, stamp, found.served, found.results, item.overlay)
+        properties = {"stamp": stamp, "overlay": item.overlay, "truncated": found.truncated}
+        self.journal.append(
+            key_of(item.file), found.results, served=found.served, properties=properties
+        )
+
+    def count_truncated(self, items: Sequence[Item]) -> int:
+        """How many of these images, all of them complete, have results cut by max_instances."""
+        entries = (self.journal.find(key_of(item.file)) for item in items)
+        return sum(entry is not None and entry["truncated"] for entry in entries)
 
 
 def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
-    """Segments an encoded image and, if asked, draws what was found.
+    """Segments an encoded image and, if `draw`, draws the masks.
 
     Raises:
-        ImageFailed, RunFailed: As the predictor does.
+        ImageFailed, RunFailed: From the predictor.
     """
     answer = predictor.predict(data)
-    return Found(answer.served, answer.results, draw_overlay(data, answer) if draw else None)
+    picture = draw_overlay(data, answer) if draw else None
+    return Found(answer.served, answer.results, answer.truncated, picture)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run in this process's threads.
+    """A run in threads of this process.
 
     Attributes:
-        predictor: Who finds the instances.
-        notes: Where they go.
-        jobs: Images at once.
+        predictor: Segments the images.
+        notes: Stores the results.
+        jobs: Number of threads: images in progress at once.
     """
 
     predictor: Predictor
@@ -144,7 +161,7 @@ class Job:
     jobs: int
 
     def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
-        """See `Run`; what has begun when this is closed is finished."""
+        """Processes the images in threads; images in progress are completed on closing."""
         waiting = iter(items)
         pool = ThreadPoolExecutor(self.jobs)
         try:
@@ -175,13 +192,13 @@ class Job:
 
 
 def draw_overlay(data: bytes, answer: Answer) -> bytes:
-    """COCO results drawn on their image.
+    """Draws an image's COCO results on it.
 
     Returns:
         A PNG.
 
     Raises:
-        ImageFailed: It cannot be decoded here, e.g. because the server takes larger ones.
+        ImageFailed: It cannot be decoded here, e.g. because the server accepts larger images.
     """
     instances = [
         Instance(
@@ -203,7 +220,7 @@ def draw_overlay(data: bytes, answer: Answer) -> bytes:
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
-    """Writes COCO results; `out` is there whole or not at all.
+    """Writes COCO results; `out` is replaced only when the new file is complete.
 
     Args:
         out: The file.
@@ -211,14 +228,18 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
         journal: Has their results.
 
     Returns:
-        How many instances.
+        The number of instances.
+
+    Raises:
+        KeyError: An image is not in the journal.
+        OSError: The file cannot be written.
     """
     count = 0
     unfinished = out.with_name(out.name + ".tmp")
     with open(unfinished, "wb") as file:
         file.write(b"[")
         for item in items:
-            for result in journal.read_results(item.file):
+            for result in journal.read_results(key_of(item.file)):
                 named = {"image_id": item.image_id, "file_name": as_text(item.file.name)}
                 file.write((b",\n" if count else b"\n") + orjson.dumps({**named, **result}))
                 count += 1

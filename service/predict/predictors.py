@@ -1,7 +1,8 @@
-"""Who finds the instances: a model in this process, or a server."""
+"""Segments encoded images with a model in this process, or through a server."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -14,8 +15,9 @@ from service.models.repository import LoadedModel
 from service.predict.errors import ImageFailed, RunFailed
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
-TIMEOUT_S = 120.0
-_OF_THE_IMAGE = (408, 413)
+"""Lasts while a server restarts: the random waits add up to 2 min at most."""
+_IMAGE_STATUSES = (408, 413)
+"""Refusals that depend on the image: too slow to upload, too large."""
 
 
 @dataclass(frozen=True)
@@ -24,26 +26,33 @@ class Answer:
 
     Attributes:
         results: COCO results without their image_id, with RLE.
-        task: What their masks are.
-        served: Model and version that found them, "name:version".
+        task: What the masks are.
+        served: Model and version that were used, "name:version".
+        truncated: Whether max_instances cut the results.
     """
 
     results: list[dict[str, Any]]
     task: Task
     served: str
+    truncated: bool = False
 
 
 class Predictor(Protocol):
-    """What finds the instances of an encoded image."""
+    """Finds the instances of an encoded image."""
 
     def predict(self, data: bytes) -> Answer:
-        """Raises `ImageFailed` or `RunFailed`."""
+        """Segments an image file's bytes.
+
+        Raises:
+            ImageFailed: The image cannot be segmented.
+            RunFailed: No image can be segmented.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Least score and most instances; None takes the model's."""
+    """Lowest score and highest number of instances; None: the model's default."""
 
     score_threshold: float | None = None
     max_instances: int | None = None
@@ -51,13 +60,13 @@ class Bounds:
 
 @dataclass(frozen=True)
 class LocalPredictor:
-    """A model in this process: the server's own code without the server."""
+    """Segments with a model in this process."""
 
     model: LoadedModel
     bounds: Bounds
 
     def predict(self, data: bytes) -> Answer:
-        """See `Predictor`."""
+        """Decodes the image and runs the model; any error is the image's."""
         try:
             image = decode_image(data)
         except DecodeError as error:
@@ -72,30 +81,35 @@ class LocalPredictor:
             raise ImageFailed(f"engine_error: {error}") from error
         config = self.model.config
         results = [instance_to_coco(i, config) for i in instances]
-        return Answer(results, config.task, f"{config.name}:{self.model.version}")
+        limit = self.bounds.max_instances or config.postprocess.max_instances
+        served = f"{config.name}:{self.model.version}"
+        return Answer(results, config.task, served, truncated=len(results) == limit)
 
 
 @dataclass(frozen=True)
 class RemotePredictor:
-    """A running server.
+    """Segments through a running server.
 
     Attributes:
-        client: Talks to it; asks again as long as the server is too busy.
-        bounds: Of the answers.
-        model: None takes the server's default.
-        version: None takes the one that is served.
+        client: Client of the server; it retries while the server is busy.
+        bounds: Limits of the results.
+        model: None: the server's default.
+        version: None: the version that is served.
+        on_progress: Called with the progress of an image, in the thread that called `predict`.
     """
 
     client: solo_client.Client
     bounds: Bounds
     model: str | None = None
     version: int | None = None
+    on_progress: Callable[[solo_client.Progress], None] | None = None
 
     def predict(self, data: bytes) -> Answer:
-        """See `Predictor`."""
+        """Sends the image; an error that every image would get ends the run."""
         try:
             result = self.client.segment(
                 data,
+                on_progress=self.on_progress,
                 model=self.model,
                 version=self.version,
                 score_threshold=self.bounds.score_threshold,
@@ -104,7 +118,7 @@ class RemotePredictor:
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
         except solo_client.RequestRefused as error:
-            kind = ImageFailed if error.status in _OF_THE_IMAGE else RunFailed
+            kind = ImageFailed if error.status in _IMAGE_STATUSES else RunFailed
             raise kind(str(error)) from error
         except solo_client.ImageFailed as error:
             raise ImageFailed(f"{error.code}: {error.message}") from error
@@ -114,4 +128,5 @@ class RemotePredictor:
             {key: value for key, value in found.items() if key != "image_id"}
             for found in result.to_coco(0)
         ]
-        return Answer(results, cast(Task, result.task), f"{result.model}:{result.version}")
+        served = f"{result.model}:{result.version}"
+        return Answer(results, cast(Task, result.task), served, truncated=result.truncated)

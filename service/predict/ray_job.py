@@ -1,7 +1,7 @@
-"""A run on Ray: Ray Data reads the images and hands them to actors that have the model loaded.
+"""A run on Ray: Ray Data reads the images and passes them to actors that have the model loaded.
 
-What an actor does with an image is what `Job` does, so the results are the same. The journal
-stays with the command: only it writes, whatever becomes of the others.
+Actors process an image with the code that `Job` uses, so the results are the same. Only the
+command writes: the journal and the pictures.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _FOUND = pa.schema(
         ("number", pa.int64()),
         ("served", pa.string()),
         ("results", pa.large_binary()),
+        ("truncated", pa.bool_()),
         ("picture", pa.large_binary()),
         ("error", pa.string()),
     ]
@@ -55,14 +56,14 @@ _FOUND = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every actor does.
+    """Settings of every actor.
 
     Attributes:
-        folder: The model's folder, at this place on every node.
+        folder: The model's folder, at the same path on every node.
         config: Its config.json where the run was started, with the version.
-        options: How the engine is built.
-        bounds: Of the results.
-        draw: Whether pictures are asked for.
+        options: Options of the engine.
+        bounds: Limits of the results.
+        draw: Whether to draw pictures.
     """
 
     folder: Path
@@ -74,13 +75,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Where it is done.
+    """The cluster and the actors to run in it.
 
     Attributes:
-        address: Of a cluster; None takes RAY_ADDRESS, or else starts Ray on this machine.
-        actors: How many hold the model; None: as many as there is room for.
-        cpus: Cores of each.
-        gpus: GPUs of each; a half lets two share one.
+        address: Address of the cluster; None: RAY_ADDRESS, or else Ray is started here.
+        actors: Number of actors; None: as many as fit into the cluster.
+        cpus: Cores of an actor.
+        gpus: GPUs of an actor; 0.5 lets two share one.
     """
 
     address: str | None = None
@@ -89,22 +90,22 @@ class Pool:
     gpus: float = 0.0
 
     def count_actors(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        """How many actors there will be.
+        """The number of actors to start.
 
         Args:
             nodes: Resources of each node.
 
         Raises:
-            StartupError: There is no room for one.
+            StartupError: No node has room for an actor.
         """
         if self.actors is not None:
             return self.actors
         count = sum(self._count_on(node) for node in nodes)
         if count == 0:
             raise StartupError(
-                f"an actor needs {self.cpus} CPUs and {self.gpus:g} GPUs of one node, and Ray has "
-                f"none such, only {[(n.get('CPU', 0), n.get('GPU', 0)) for n in nodes]} (CPUs, "
-                "GPUs); see --threads and --gpus-per-actor"
+                f"an actor needs {self.cpus} CPUs and {self.gpus:g} GPUs of one node; the nodes "
+                f"have (CPUs, GPUs): {[(n.get('CPU', 0), n.get('GPU', 0)) for n in nodes]}; change "
+                "--threads or --gpus-per-actor"
             )
         return count
 
@@ -114,7 +115,7 @@ class Pool:
 
 
 def read_images(batch: pa.Table) -> pa.Table:
-    """Reads the files of a task."""
+    """Reads the files of a task: a table of `_READ`."""
     return pa.Table.from_pylist([_read(row) for row in batch.to_pylist()], _READ)
 
 
@@ -130,23 +131,23 @@ class Segmenter:
     """An actor: one loaded model.
 
     Raises:
-        StartupError: The model cannot be used, or is another than where the run was started.
+        StartupError: The model cannot be used, or differs from the one where the run was started.
     """
 
     def __init__(self, plan: Plan) -> None:
         model = load_version(plan.folder, plan.config.version, plan.options)
         if model.config != plan.config:
             raise StartupError(
-                f"{plan.folder}: config.json is another than where the run was started"
+                f"{plan.folder}: config.json differs from the one where the run was started"
             )
         self._predictor = LocalPredictor(model, plan.bounds)
         self._draw = plan.draw
-        # On a GPU the actor's cores decode and post-process beside the engine's calls.
+        # With a GPU the actor's cores decode and post-process while the engine runs.
         at_once = (plan.options.threads or 1) if model.backend.device == "cuda" else 1
         self._threads = ThreadPoolExecutor(at_once)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Segments the images of a task."""
+        """Segments the images of a task: a table of `_FOUND`."""
         return pa.Table.from_pylist(list(self._threads.map(self._do, batch.to_pylist())), _FOUND)
 
     def _do(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -160,12 +161,13 @@ class Segmenter:
             "number": row["number"],
             "served": found.served,
             "results": orjson.dumps(found.results),
+            "truncated": found.truncated,
             "picture": found.picture,
         }
 
 
 def _check_head(address: str) -> None:
-    """Ray itself waits for minutes for a head that is not there."""
+    """Fails early if no Ray head listens; Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return
@@ -177,10 +179,10 @@ def _check_head(address: str) -> None:
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Uses the Ray that this process is connected to, or connects it for a while.
+    """Uses the Ray that this process is connected to, or connects and disconnects.
 
     Raises:
-        StartupError: There is no Ray at the address.
+        StartupError: Ray cannot be reached at the address, or not started.
     """
     if ray.is_initialized():
         yield
@@ -189,7 +191,7 @@ def connect(address: str | None) -> Iterator[None]:
     _check_head(address)
     own: dict[str, Any] = {}
     if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends them unless told not to
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # on by default
         own = {"include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -206,9 +208,9 @@ class RayJob:
     """A run on Ray.
 
     Attributes:
-        plan: What is done.
-        pool: Where.
-        notes: Where results go.
+        plan: Settings of the actors.
+        pool: The cluster and its actors.
+        notes: Stores the results.
     """
 
     plan: Plan
@@ -216,13 +218,13 @@ class RayJob:
     notes: Notes
 
     def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
-        """See `job.Run`; what has begun when this is closed is forgotten.
+        """Processes the images in actors; images in progress are discarded on closing.
 
-        An image on which a process ends without a word takes the others of its task with it. So
-        all that have no outcome are tried once more, each in a task of its own.
+        When an image crashes its process, the other images of its task have no outcome either. So
+        all images without an outcome are tried once more, each in a task of its own.
 
         Raises:
-            StartupError: There is no Ray, or no room in it.
+            StartupError: Ray cannot be used, or has no room for an actor.
         """
         if not items:
             return
@@ -235,7 +237,10 @@ class RayJob:
                 for number, failure in self._do(dict(left), images_a_task, actors):
                     yield left.pop(number), failure
         for item in left.values():
-            yield item, ImageFailed("its process ended or failed each time; Ray's logs say how")
+            yield (
+                item,
+                ImageFailed("its process ended or failed each time; Ray's logs have the reason"),
+            )
 
     def _do(
         self, items: Mapping[int, Item], images_a_task: int, actors: int
@@ -253,14 +258,15 @@ class RayJob:
             if row["error"] is not None:
                 yield number, ImageFailed(row["error"])
                 continue
-            found = Found(row["served"], orjson.loads(row["results"]), row["picture"])
+            results = orjson.loads(row["results"])
+            found = Found(row["served"], results, row["truncated"], row["picture"])
             self.notes.note(items[number], stamps[number], found)
             yield number, None
 
     def _segment(
         self, rows: Sequence[Mapping[str, Any]], images_a_task: int, actors: int
     ) -> Iterator[dict[str, Any]]:
-        """Rows of `_FOUND` as they come; those whose task failed are missing.
+        """Rows of `_FOUND` in the order in which tasks finish, without those of failed tasks.
 
         Raises:
             RunFailed: No actor can start, or Ray has ended.
@@ -271,9 +277,9 @@ class RayJob:
         tasks = [pa.Table.from_pylist(rows[start : start + images_a_task]) for start in starts]
         actors = min(actors, len(tasks))
         data: ray.data.Dataset = ray.data.from_arrow(tasks)
-        # A process that ends on an image takes what waits for it along; alone, nothing does.
+        # A process that crashes loses all its tasks in flight; the second pass has one at a time.
         in_flight = 2 if images_a_task > 1 else 1
-        # Reading waits for disks and networks, so it has no cores of its own, only a bound.
+        # Reading waits for disks and networks: it reserves no cores, but has a limit of tasks.
         data = data.map_batches(
             read_images,
             batch_size=None,

@@ -66,11 +66,22 @@ class FairQueue(Generic[F]):
             flow.tag = max(flow.tag, self._time)
             heapq.heappush(self._heap, (flow.tag, next(self._arrivals), flow))
 
-    def pop(self) -> F | None:
-        """Removes and returns the flow that has received the least service; None if empty."""
-        if not self._heap:
-            return None
-        tag, _, flow = heapq.heappop(self._heap)
-        self._time = max(self._time, tag)
-        flow.queued = False
-        return flow
+    def first(self) -> F | None:
+        """The flow that has received the least service; it stays in the queue. None if empty."""
+        return self._heap[0][2] if self._heap else None
+
+    def served(self, flow: F, *, goes_on: bool) -> None:
+        """The first flow has been served and charged.
+
+        Args:
+            flow: What `first` gave.
+            goes_on: Whether it stays in the queue, at its new place.
+        """
+        heap = self._heap
+        self._time = max(self._time, heap[0][0])
+        if goes_on:
+            flow.tag = max(flow.tag, self._time)
+            heapq.heapreplace(heap, (flow.tag, next(self._arrivals), flow))
+        else:
+            heapq.heappop(heap)
+            flow.queued = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -81,8 +82,9 @@ class ImageWork:
         canvases: Corrected by `open`.
         pixels: Of the decoded image, as admitted.
         outcome: None until the image is finished or has failed.
-        taken, created, is_opening, held: State of the work queue: canvases that threads have
-            taken and created; whether a thread is in `open`; decoded pixels counted in the budget.
+        taken, searched, is_opening, held: State of the work queue: canvases that threads have
+            taken and post-processed; whether a thread is in `open`; decoded pixels counted in the
+            budget.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class ImageWork:
         self.canvases = canvases
         self.pixels = image_hw[0] * image_hw[1]
         self.outcome: Outcome | None = None
-        self.taken = self.created = self.held = 0
+        self.taken = self.searched = self.held = 0
         self.is_opening = False
         self._file = file
         self._config = config
@@ -108,9 +110,10 @@ class ImageWork:
         self._picture: UInt8 | None = None
         self._collector: Collector | None = None
         self._lock = threading.Lock()
+        self._created = itertools.count(1)  # counting with it is atomic
         self._decoded: list[Interval] = []
         self._calls: list[Interval] = []
-        self._searched: list[Interval] = []
+        self._searches: list[Interval] = []
         self._engine_s = 0.0
 
     def open(self) -> None:
@@ -145,30 +148,28 @@ class ImageWork:
         self._prepared = prepared
         self._decoded.append((started_s, time.monotonic()))
 
-    def make_canvas(self, index: int) -> Tile:
-        """Creates one canvas from the decoded pixels."""
+    def make_canvas(self, index: int) -> tuple[Tile, bool]:
+        """Creates one canvas from the decoded pixels.
+
+        Returns:
+            The canvas, and whether the decoded pixels have been dropped because it was the last;
+            they are kept for an overlay.
+        """
         prepared = self._prepared
         if prepared is None:
             raise Dropped
         started_s = time.monotonic()
         tile = prepared.tiles[index]
         self._decoded.append((started_s, time.monotonic()))
-        return tile
-
-    def free_pixels(self) -> bool:
-        """Drops the decoded image, when no canvas is left to create.
-
-        Returns:
-            False if an overlay is asked for: then it is kept until the end.
-        """
-        if self._prepared is not None:
-            self._prepared = Prepared(self._prepared.image_hw, ())
-        return self._picture is None
+        if next(self._created) < self.canvases:
+            return tile, False
+        self._prepared = Prepared(prepared.image_hw, ())
+        return tile, self._picture is None
 
     def search(
         self, index: int, tile: Tile, candidates: TileCandidates, call: Interval, share: float
-    ) -> bool:
-        """Post-processes one canvas.
+    ) -> None:
+        """Post-processes one canvas; after the last one `finish` is due.
 
         Args:
             index: The canvas.
@@ -176,20 +177,16 @@ class ImageWork:
             candidates: What the engine found.
             call: When the engine call ran.
             share: Of the call, 0..1: one over the canvases in it.
-
-        Returns:
-            Whether it was the last one: then `finish` is due.
         """
         collector = self._collector
         assert collector is not None
         started_s = time.monotonic()
-        detections = collector.search(tile, candidates)
+        found = collector.search(tile, candidates)
         with self._lock:
-            collector.add(index, tile, detections, candidates.mask_hw)
+            collector.add(index, found)
             self._calls.append(call)
             self._engine_s += (call[1] - call[0]) * share
-            self._searched.append((started_s, time.monotonic()))
-            return collector.is_complete
+            self._searches.append((started_s, time.monotonic()))
 
     def finish(self, began_s: float) -> Outcome:
         """Merges the canvases' instances and encodes the answer.
@@ -218,7 +215,7 @@ class ImageWork:
         stages = {
             "decode": self._decoded,
             "infer": sorted(set(self._calls)),
-            "postprocess": [*self._searched, (started_s, merged_s)],
+            "postprocess": [*self._searches, (started_s, merged_s)],
             "encode": [(merged_s, ended_s)],
         }
         self._collector = self._picture = None

@@ -64,14 +64,15 @@ class _Tenant(Flow):
     def queue_of(self, job: Job) -> FairQueue[Job]:
         return self.batch if job.priority == "batch" else self.interactive
 
-    def pop(self) -> Job | None:
-        """The next request; one of priority `batch` at least every `BATCH_EVERY` canvases."""
+    def first(self) -> FairQueue[Job] | None:
+        """The queue that is served next; `batch` at least every `BATCH_EVERY` canvases."""
         if self.batch and (not self.interactive or self.since_batch >= BATCH_EVERY - 1):
-            self.since_batch = 0
-            return self.batch.pop()
-        if self.batch:
-            self.since_batch += 1
-        return self.interactive.pop()
+            return self.batch
+        return self.interactive if self.interactive else None
+
+    def served(self, queue: FairQueue[Job]) -> None:
+        """Counts a canvas of a request in one of the queues."""
+        self.since_batch = 0 if queue is self.batch else self.since_batch + bool(self.batch)
 
 
 class WorkQueue:
@@ -88,6 +89,9 @@ class WorkQueue:
         self._active: dict[ImageWork, Job] = {}
         self._blocked: list[Job] = []
         self._seen = budget.generation
+
+    def __bool__(self) -> bool:
+        return bool(self._fair)
 
     def add(self, job: Job) -> None:
         """Queues a request."""
@@ -125,18 +129,23 @@ class WorkQueue:
             blocked, self._blocked = self._blocked, []
             for waiting in blocked:
                 self._push(waiting)
-        while (tenant := self._fair.pop()) is not None:
-            job = tenant.pop()
-            image = None if job is None else self._next_image(job)
-            if job is None or image is None:
-                self._requeue(tenant)
+        while (tenant := self._fair.first()) is not None:
+            queue = tenant.first()
+            if queue is None:
+                self._fair.served(tenant, goes_on=False)
                 continue
+            job = queue.first()
+            assert job is not None
+            image = self._next_image(job)
+            if image is None:
+                queue.served(job, goes_on=False)
+                continue
+            tenant.served(queue)
             picked = self._take(job, image)
             job.charge()
             tenant.charge()
-            if self._has_canvas(job):
-                tenant.queue_of(job).push(job)
-            self._requeue(tenant)
+            queue.served(job, goes_on=self._has_canvas(job))
+            self._fair.served(tenant, goes_on=tenant.first() is not None)
             return picked
         return None
 
@@ -164,10 +173,11 @@ class WorkQueue:
         self._push(job)
         return more
 
-    def created(self, image: ImageWork) -> bool:
-        """A canvas has been created; whether it was the image's last."""
-        image.created += 1
-        return image.created == image.canvases
+    def searched(self, job: Job, image: ImageWork) -> bool:
+        """A canvas has been post-processed; whether it was the image's last."""
+        job.progress.done += 1
+        image.searched += 1
+        return image.searched == image.canvases
 
     def finish(self, job: Job, image: ImageWork, outcome: Outcome) -> tuple[bool, int]:
         """Sets an image's outcome, unless it has one.
@@ -198,14 +208,13 @@ class WorkQueue:
             tenant.queue_of(job).push(job)
             self._fair.push(tenant)
 
-    def _requeue(self, tenant: _Tenant) -> None:
-        if tenant.interactive or tenant.batch:
-            self._fair.push(tenant)
-
     @staticmethod
     def _has_canvas(job: Job) -> bool:
         """Whether some image of a request has a canvas that can be taken now."""
-        return any(not image.is_opening for image in job.pending)
+        for image in job.pending:
+            if not image.is_opening:
+                return True
+        return False
 
     def _next_image(self, job: Job) -> ImageWork | None:
         """The first image with a canvas to take; its pixels are reserved."""

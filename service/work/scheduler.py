@@ -101,12 +101,14 @@ class _Batches:
     """Canvases before and after the engine.
 
     Attributes:
+        preparing: Canvases that threads are creating.
         buckets: Created, by shape, oldest first.
         retry: Of batches that failed; each runs alone.
         results: Not post-processed yet.
         calls: Engine calls in flight.
     """
 
+    preparing: int = 0
     buckets: dict[Shape, list[_Canvas]] = field(default_factory=dict)
     retry: deque[_Canvas] = field(default_factory=deque)
     results: deque[_Canvas] = field(default_factory=deque)
@@ -182,6 +184,7 @@ class Scheduler:
     async def drain(self) -> None:
         """Takes no more work, finishes what is in flight and ends the threads."""
         self._draining = True
+        self._wake()  # a batch that waits for its delay is due
         if self._jobs:
             await asyncio.wait([job.done for job in self._jobs])
         self._stop()
@@ -224,13 +227,18 @@ class Scheduler:
         if batches.buckets or batches.retry:
             batch = self._take_batch()
             if batch:
+                if self._queue:  # threads that found no room for more canvases
+                    self._threads.wake(len(batch))
                 return partial(self._call_batch, batch)
-            if batches.waiting >= 2 * policy.max_batch * policy.calls:
-                return self._seconds_until_ripe()
-        picked = self._queue.pick()
+        if not policy.batch:
+            picked = self._queue.pick()
+            return self._seconds_until_ripe() if picked is None else partial(self._carry, *picked)
+        ahead = batches.waiting + batches.preparing
+        picked = self._queue.pick() if ahead < 2 * policy.max_batch * policy.calls else None
         if picked is None:
             return self._seconds_until_ripe()
-        return partial(self._prepare if policy.batch else self._carry, *picked)
+        batches.preparing += 1
+        return partial(self._prepare, *picked)
 
     def _next_help(self) -> Callable[[], None] | None:
         picked = self._queue.pick_active()
@@ -286,10 +294,13 @@ class Scheduler:
         try:
             tile = self._make_canvas(job, image, index)
         except BaseException as error:
+            with self._lock:
+                self._batches.preparing -= 1
             self._fail(job, image, error)
             return
         canvas = _Canvas(job, image, index, tile, time.monotonic())
         with self._lock:
+            self._batches.preparing -= 1
             self._batches.buckets.setdefault(tile.image.shape, []).append(canvas)
 
     def _make_canvas(self, job: Job, image: ImageWork, index: int) -> Tile:
@@ -302,10 +313,8 @@ class Scheduler:
                 if more:
                     self._threads.wake(more)
                     self._helpers.wake(more)
-        tile = image.make_canvas(index)
-        with self._lock:
-            is_last = self._queue.created(image)
-        if is_last and image.free_pixels():
+        tile, is_freed = image.make_canvas(index)
+        if is_freed:
             with self._lock:
                 freed = self._queue.release(image)
             self._release(freed)
@@ -392,12 +401,11 @@ class Scheduler:
         canvas.candidates = None
         if job.skips(image):
             return
-        is_last = image.search(canvas.index, canvas.tile, candidates, canvas.call, canvas.share)
-        outcome = image.finish(job.progress.began_s) if is_last else None
+        image.search(canvas.index, canvas.tile, candidates, canvas.call, canvas.share)
         with self._lock:
-            job.progress.done += 1
-        if outcome is not None:
-            self._finish(job, image, outcome)
+            is_last = self._queue.searched(job, image)
+        if is_last:
+            self._finish(job, image, image.finish(job.progress.began_s))
 
     def _fail(self, job: Job, image: ImageWork, error: BaseException) -> None:
         """Ends an image with an error; any thread may call it."""

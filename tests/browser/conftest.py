@@ -12,14 +12,14 @@ from tests.support.blob_model import KEEP_RATIO_INPUT, publish
 from tests.support.server import ServerProcess, run_server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of four models: tiles, whole images, contours, and one that is refused."""
+    """A server with four models: tiles, whole images, contours, and one that is refused."""
     folder = tmp_path_factory.mktemp("browser")
     repo = folder / "repo"
     publish(repo)
@@ -35,8 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def browser() -> Iterator[Browser]:
     """Chromium without a window.
 
-    Of one module's tests: while it is open its event loop runs in this thread, and no test of
-    asyncio could.
+    It is closed after each module: its event loop runs in this thread, where tests of asyncio
+    would fail meanwhile.
     """
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -48,12 +48,21 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
+@pytest.fixture(scope="module")
+def page(browser: Browser, server: ServerProcess) -> Iterator[Page]:
+    """A page of the server, from which its scripts are imported."""
+    opened = browser.new_page()
+    opened.goto(server.url)
+    yield opened
+    opened.close()
+
+
 OpenDemo = Callable[..., Demo]
 
 
 @pytest.fixture
 def open_demo(browser: Browser, server: ServerProcess) -> Iterator[OpenDemo]:
-    """Opens the demo page; at the end no script has failed and no other host was asked."""
+    """Opens the demo page; then checks that no script failed and no other host was asked."""
     opened: list[Demo] = []
 
     def open_page(path: str = "", url: str = server.url, **options: Any) -> Demo:

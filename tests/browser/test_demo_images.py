@@ -60,7 +60,7 @@ def test_an_image_can_be_pasted_and_dropped(demo: Demo, kind: str) -> None:
     assert demo.by_id("about").inner_text().startswith("handed.png")
     assert len(demo.shown_rows()) == 2
     demo.hand_over(kind, None)
-    problem = "The clipboard holds no image." if kind == "paste" else "That was no file."
+    problem = "The clipboard has no image." if kind == "paste" else "This is not a file."
     assert problem in demo.page.get_by_role("alert").inner_text()
     assert len(demo.shown_rows()) == 2, "what was there stays"
     assert count_segmentations(demo) == 1
@@ -94,14 +94,14 @@ def test_a_text_file_named_jpg_is_explained(demo: Demo) -> None:
 
 def test_a_full_server_can_be_asked_again(demo: Demo) -> None:
     def refuse(route: Route) -> None:
-        error = {"code": "overloaded", "message": "256 images are in work"}
+        error = {"code": "overloaded", "message": "256 canvases are in flight"}
         route.fulfill(status=503, body=json.dumps({"error": error}), content_type="text/json")
 
     demo.page.route("**/segment?*", refuse, times=1)
     demo.choose(SCENE)
     alert = demo.page.get_by_role("alert")
     alert.wait_for()
-    assert "too much to do right now" in alert.inner_text()
+    assert "The server is overloaded." in alert.inner_text()
     demo.page.get_by_role("button", name="Try again").click()
     demo.await_result()
     assert len(demo.shown_rows()) == 2
@@ -122,7 +122,7 @@ def test_a_model_that_is_gone_is_explained(demo: Demo) -> None:
     demo.page.get_by_role("combobox", name="Model").select_option("blobs")
     alert = demo.page.get_by_role("alert")
     alert.wait_for()
-    assert "does not have this model any more" in alert.inner_text()
+    assert "no longer has this model" in alert.inner_text()
     assert "there is no model 'gone'" in alert.inner_text()
     assert len(demo.shown_rows()) == 2, "what was there stays"
 
@@ -138,7 +138,7 @@ def test_a_key_can_be_given_where_the_server_asks_for_one(
         demo.choose(SCENE)
         field = demo.page.get_by_label("API key")
         field.wait_for()
-        assert "asks for an API key" in demo.page.get_by_role("alert").inner_text()
+        assert "requires an API key" in demo.page.get_by_role("alert").inner_text()
         for given in ("wrong", key):
             field.fill(given)
             field.press("Enter")
@@ -169,7 +169,7 @@ def test_a_model_can_be_chosen(open_demo: OpenDemo) -> None:
     select = demo.page.get_by_role("combobox", name="Model")
     options = select.locator("option")
     options.first.wait_for(state="attached")
-    assert options.all_inner_texts() == ["blobs", "broken (not usable)", "contours", "wide"]
+    assert options.all_inner_texts() == ["blobs", "broken (not available)", "contours", "wide"]
     assert options.nth(1).is_disabled()
     demo.segment(SCENE)
     assert "blobs version 1" in demo.by_id("about").inner_text()

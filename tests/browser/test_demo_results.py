@@ -40,11 +40,11 @@ def test_the_time_of_each_stage_is_shown(demo: Demo) -> None:
 def test_the_slider_filters_without_a_request(demo: Demo) -> None:
     demo.segment(SCENE)
     asked = len(demo.requests)
-    slider = demo.page.get_by_role("slider", name="Least score")
+    slider = demo.page.get_by_role("slider", name="Minimum score")
     assert (slider.input_value(), slider.get_attribute("min")) == ("0.1", "0.05")
     slider.fill("0.8")
     assert demo.by_id("count").inner_text() == "1 instance"
-    assert demo.by_id("weaker").inner_text() == "1 weaker one is hidden."
+    assert demo.by_id("filtered").inner_text() == "1 with a lower score is hidden."
     assert demo.by_id("threshold-value").inner_text() == "0.80"
     assert slider.get_attribute("aria-valuetext") == "0.80, 1 instance"
     assert [row[:3] for row in demo.shown_rows()] == ["red"]

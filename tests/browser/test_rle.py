@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +10,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from pipeline.encode import decode_counts
-from tests.support.server import ServerProcess
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
 
@@ -41,15 +39,6 @@ async (instance) => {
   return Array.from({ length: width * height }, (_, i) => data[4 * i + 3]).join(" ");
 }
 """
-
-
-@pytest.fixture(scope="module")
-def page(browser: Browser, server: ServerProcess) -> Iterator[Page]:
-    """A page of the server, from which its scripts are imported."""
-    opened = browser.new_page()
-    opened.goto(server.url)
-    yield opened
-    opened.close()
 
 
 def draw_disc(height: int, width: int, y: float, x: float, radius: float) -> Mask:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,12 @@ class TestDockerfile:
             assert "export" not in install
 
     def test_every_install_is_constrained(self, name: str) -> None:
-        for word, rest in instructions(name):
-            for command in rest.split("&&") if word == "RUN" else []:
-                if re.search(r"pip .*\binstall\b", command):
-                    assert re.search(r"--constraint (engines-)?constraints\.txt", command), command
+        runs = [rest for word, rest in instructions(name) if word == "RUN"]
+        commands = [command for run in runs for command in run.split("&&")]
+        installs = [each for each in commands if re.search(r"pip .*\binstall\b", each)]
+        assert installs
+        for install in installs:
+            assert re.search(r"--constraint (engines-)?constraints\.txt", install), install
 
     def test_package_lists_do_not_stay_in_a_layer(self, name: str) -> None:
         for word, rest in instructions(name):
@@ -79,11 +82,12 @@ class TestDockerfile:
             for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
             if line.startswith("!")
         }
-        for word, rest in instructions(name):
-            if word == "COPY" and not rest.startswith("--from"):
-                for source in rest.split()[:-1]:
-                    assert (ROOT / source).exists(), source
-                    assert source in allowed, source
+        copies = [rest.split() for word, rest in instructions(name) if word == "COPY"]
+        sources = [copy[:-1] for copy in copies if not copy[0].startswith("--from")]
+        assert sources
+        for source in chain.from_iterable(sources):
+            assert (ROOT / source).exists(), source
+            assert source in allowed, source
 
     def test_health_is_asked_of_ready(self, name: str) -> None:
         (check,) = [rest for word, rest in last_stage(name) if word == "HEALTHCHECK"]

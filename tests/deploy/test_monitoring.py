@@ -145,10 +145,11 @@ def test_provisioning_leads_to_the_dashboard() -> None:
 
 
 def test_every_alert_has_a_severity_and_a_summary() -> None:
-    for rule in load_rules():
-        if "alert" in rule:
-            assert rule["labels"]["severity"] in ("critical", "warning"), rule["alert"]
-            assert rule["annotations"]["summary"], rule["alert"]
+    alerts = [rule for rule in load_rules() if "alert" in rule]
+    assert alerts
+    for alert in alerts:
+        assert alert["labels"]["severity"] in ("critical", "warning"), alert["alert"]
+        assert alert["annotations"]["summary"], alert["alert"]
 
 
 def test_every_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from export.errors import ParityError
 from export.parity import (
     Case,
+    Comparison,
     Tolerances,
     build_cases,
     canvas_sizes,
@@ -173,10 +175,16 @@ def test_a_bad_report_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         require_parity(report)
 
 
-def test_a_report_that_compared_nothing_is_refused() -> None:
-    total = {"candidates_torch": 0, "candidates_onnx": 0}
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_report_that_compared_nothing_is_refused(batches: int) -> None:
+    comparison = Comparison(Tolerances())
+    for case in itertools.islice(cases(), batches):
+        none = [some_candidates(0)] * len(case.images)
+        comparison.add(case, none, none)
+    report = comparison.report({})
+    assert report["passed"] is False and len(report["cases"]) == batches
     with pytest.raises(ParityError, match="nothing could be compared"):
-        require_parity({"passed": False, "total": total})
+        require_parity(report)
 
 
 def test_a_graph_that_does_not_load_is_an_error() -> None:

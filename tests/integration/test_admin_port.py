@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,16 +10,18 @@ import httpx
 
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import ServerProcess, run_server
+from tests.support.waiting import poll_until
 
 WAIT_S = 30.0
 
 
 def await_sample(url: str, line: str) -> None:
     """Waits until the metrics have this line."""
-    deadline_s = time.monotonic() + WAIT_S
-    while line not in httpx.get(f"{url}/metrics").text.splitlines():
-        assert time.monotonic() < deadline_s, line
-        time.sleep(0.02)
+    poll_until(
+        lambda: line in httpx.get(f"{url}/metrics").text.splitlines(),
+        timeout_s=WAIT_S,
+        pause_s=0.02,
+    )
 
 
 def test_both_ports_are_served_and_drained_together(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +33,10 @@ from solo_client import (
     ServerFailed,
 )
 from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.journals import read_keys
 from tests.support.processes import free_port
 from tests.support.server import ROOT, ServerProcess, run_server
+from tests.support.waiting import poll_until
 
 PIXELS = draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)})
 FILE = encode_picture(PIXELS)
@@ -195,17 +196,20 @@ def test_predict_killed_and_started_again_gives_what_one_run_gives(
     command = [sys.executable, "-m", "service.predict", *inputs, "--jobs", "2"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     journal = out.with_name("results.json.partial")
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+
+    def has_begun() -> bool:
         assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.005)
+        return len(read_keys(journal)) >= 5
+
+    poll_until(has_begun, timeout_s=60, pause_s=0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = journal.read_bytes()
+    done = len(read_keys(journal))
     assert not out.exists()
     served = read_images(server)
     predict_main([*inputs, "--jobs", "3"])
     assert not journal.exists()
-    assert read_images(server) - served == 40 - (before.count(b"\n") - 1)
+    assert read_images(server) - served == 40 - done
     local = ["--model-repo", str(repo), "--device", "cpu", "--out", str(tmp_path / "local.json")]
     predict_main([str(tmp_path / "images"), "--quiet", *local])
     remote: list[dict[str, Any]] = json.loads(out.read_bytes())
@@ -229,7 +233,7 @@ def test_predict_ends_when_the_server_does_and_goes_on_with_it(
     flags = ("--model-repo", str(repo), *FLAGS, "--port", port)
     inputs = [str(tmp_path / "images"), "--quiet", "--out", str(tmp_path / "out.json")]
     inputs += ["--url", f"http://127.0.0.1:{port}", "--jobs", "1"]
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command continues"):
         predict_main(inputs)
     with run_server(tmp_path / "log", *flags):
         predict_main(inputs)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ import pytest
 
 from service.predict import main as predict_main
 from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.journals import read_keys
 from tests.support.processes import free_port
 from tests.support.slow_model import build_slow_graph, publish_graph
+from tests.support.waiting import poll_until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra ray")
@@ -80,9 +81,11 @@ def start_on_ray(repo: Path, images: Path, out: Path, *more: str) -> subprocess.
 
 
 def wait_for_notes(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= count:
+    def are_there() -> bool:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+        return len(read_keys(journal)) >= count
+
+    poll_until(are_there, timeout_s=200, pause_s=0.005)
 
 
 def spoil(file: Path) -> None:
@@ -103,7 +106,7 @@ def test_killed_and_started_again_it_gives_what_one_process_gives(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    done = [Path(json.loads(line)["file"]) for line in journal.read_bytes().splitlines()[1:]]
+    done = [Path(key) for key in read_keys(journal)]
     assert 5 <= len(done) < 40
     for file in done:
         spoil(file)
@@ -158,7 +161,7 @@ def test_a_model_that_no_actor_can_load_ends_the_run(
     model = repo / "blobs" / "1" / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     same = ["--model-repo", str(repo), "--out", str(tmp_path / "out.json"), "--quiet", "--ray"]
-    with pytest.raises(SystemExit, match=r"ModelRefused.*model\.onnx.*the same command goes on"):
+    with pytest.raises(SystemExit, match=r"ModelRefused.*model\.onnx.*the same command continues"):
         predict_main([str(images), *same])
 
 

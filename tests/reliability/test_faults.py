@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from tests.support.slow_model import (
     build_slow_graph,
     publish_graph,
 )
+from tests.support.waiting import poll_until
 
 PICTURE = encode_picture(draw_picture())
 POISON = encode_picture(poisoned_picture())
@@ -33,6 +35,10 @@ def read_cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+async def wait_until(condition: Callable[[], bool]) -> None:
+    await asyncio.to_thread(poll_until, condition, timeout_s=30, pause_s=0.02)
+
+
 async def hang_among_others(server: ServerProcess, report: Report) -> None:
     """One image on which the engine hangs, and seven that share its batch."""
     async with open_client(server.url) as client:
@@ -41,9 +47,7 @@ async def hang_among_others(server: ServerProcess, report: Report) -> None:
         answers = await asyncio.gather(*(ask(client, "/segment", body) for body in bodies))
         report("seconds_until_all_are_answered", time.monotonic() - began_s)
         assert [answer.status for answer in answers] == [200] * 3 + [500] + [200] * 4
-        ready = f"{server.url}/v2/health/ready"
-        while (await asyncio.to_thread(httpx.get, ready)).status_code != 200:
-            await asyncio.sleep(0.02)
+        await wait_until(lambda: httpx.get(f"{server.url}/v2/health/ready").status_code == 200)
         report("seconds_until_ready", time.monotonic() - began_s)
         assert (await ask(client, "/segment", PICTURE)).status == 200
 
@@ -84,8 +88,7 @@ def test_a_server_ends_while_its_engine_hangs(tmp_path: Path, report: Report) ->
     async def hang_and_end(server: ServerProcess) -> int:
         async with open_client(server.url) as client:
             task = asyncio.create_task(ask(client, "/segment", POISON))
-            while (await asyncio.to_thread(read_metrics, server.url))["solo_queue_images"] != 1:
-                await asyncio.sleep(0.01)
+            await wait_until(lambda: read_metrics(server.url)["solo_queue_images"] == 1)
             began_s = time.monotonic()
             server.terminate()
             status = await asyncio.to_thread(server.wait, 30)

@@ -18,6 +18,7 @@ from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import CPU_FLAGS, ServerProcess, run_server
 from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
+from tests.support.waiting import poll_until
 
 PICTURE = encode_picture(draw_picture())
 
@@ -28,13 +29,14 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, repo
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-batch", "2")
     with run_server(tmp_path / "log", *flags) as server, ThreadPoolExecutor(2) as pool:
         before = pool.submit(send, server, lambda sent: sent < 32)
-        while count_accepted(server.url) < 32:  # sent is not yet accepted
-            time.sleep(0.01)
+        # Sent is not yet accepted.
+        poll_until(lambda: count_accepted(server.url) >= 32, timeout_s=30, pause_s=0.01)
         ordered_s = time.monotonic()
         server.terminate()
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            while client.get("/v2/health/ready").status_code != 503:
-                pass
+            poll_until(
+                lambda: client.get("/v2/health/ready").status_code == 503, timeout_s=30, pause_s=0
+            )
             report("not_ready_after_ms", 1e3 * (time.monotonic() - ordered_s))
             later = pool.submit(send, server, lambda _: server.process.poll() is None)
             assert client.get("/v2/health/live").status_code == 200

@@ -16,6 +16,7 @@ from tests.reliability.overload import PICTURE, measure_overload
 from tests.support.blob_model import encode_picture, poisoned_picture
 from tests.support.server import CPU_FLAGS, run_server
 from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
+from tests.support.waiting import poll_until
 
 BATCH = 8
 
@@ -57,9 +58,10 @@ async def leave_90_of_100(url: str, report: Report) -> None:
 
 
 async def wait_for_queue(url: str, images: int) -> None:
-    async with asyncio.timeout(30):
-        while (await asyncio.to_thread(read_metrics, url))["solo_queue_images"] != images:
-            await asyncio.sleep(0.01)
+    def holds() -> bool:
+        return read_metrics(url)["solo_queue_images"] == images
+
+    await asyncio.to_thread(poll_until, holds, timeout_s=30, pause_s=0.01)
 
 
 def test_work_of_clients_that_left_is_not_done(tmp_path: Path, report: Report) -> None:

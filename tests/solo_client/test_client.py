@@ -26,7 +26,7 @@ from solo_client import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.messages import read_failure
+from solo_client.answer import read_failure
 from tests.solo_client.conftest import INSTANCE, answer, found
 
 URL = "http://test"
@@ -272,14 +272,14 @@ def test_wrong_arguments_are_named() -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | None) -> None:
-    failure = read_failure(busy(value))
+    failure = read_failure(busy(value), b"")
     assert isinstance(failure, Busy)
     assert failure.retry_after_s == expected
 
 
 def test_retry_after_may_be_a_date_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: datetime(2030, 1, 1, tzinfo=UTC).timestamp())
-    failure = read_failure(busy("Tue, 01 Jan 2030 00:00:20 GMT"))
+    failure = read_failure(busy("Tue, 01 Jan 2030 00:00:20 GMT"), b"")
     assert isinstance(failure, Busy)
     assert failure.retry_after_s == 20
 

@@ -1,13 +1,12 @@
-"""The published implementation's numbers: where they lie and how they are read.
+"""Outputs of the published implementation: reading them and comparing with them.
 
-A cut-down set is part of the repository; the whole one is read where it is at hand, from
-`$SOLO_SHARED/fixtures/parity` or `../shared/fixtures/parity` beside the repository.
+A part of them is in the repository. The complete set is optional (`tests.support.parity_files`).
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,15 +17,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
+from tests.support.parity_files import LOCAL, SHARED, WITHOUT_SHARED, has_shared
 from training.configs.schema import BackboneConfig, HeadConfig, ModelConfig
 from training.convert import load_published
 from training.model.solo import Solo
 from training.targets import Objects
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCAL = ROOT / "tests" / "data" / "parity" / "training"
-SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared")) / "fixtures" / "parity"
+TIE = 1e-6
+"""Difference of two neighbouring probabilities below which rounding decides the points NMS.
+
+Rounding depends on the instruction set: the same network differs by up to 1e-7 between AVX2 and
+AVX-512.
+"""
 KINDS = {"solo": "vanilla", "decoupled": "decoupled", "light": "decoupled_light"}
 
 
@@ -55,7 +59,7 @@ class ParityModel:
 
 
 def parity_models() -> list[ParityModel]:
-    """Every stored model; those of the whole set only where it is at hand."""
+    """The stored models of the repository, and of the complete set if it is present."""
     found = []
     for root in (LOCAL, SHARED):
         for path in sorted(root.glob("*_*/model.pth")):
@@ -64,12 +68,27 @@ def parity_models() -> list[ParityModel]:
     return found
 
 
+def each(names: str, cases: Sequence[tuple[object, ...]]) -> pytest.MarkDecorator:
+    """Parametrises a test; without the complete set one more case says what is left out.
+
+    Args:
+        names: Of the parameters, separated by commas.
+        cases: Values of the parameters.
+    """
+    params = [pytest.param(*case, id="-".join(map(str, case))) for case in cases]
+    if not has_shared():
+        absent = [None] * len(names.split(","))
+        params.append(
+            pytest.param(*absent, id="shared", marks=pytest.mark.skip(reason=WITHOUT_SHARED))
+        )
+    return pytest.mark.parametrize(names, params)
+
+
 def shared_file(name: str) -> Path:
-    """A file of the whole set; skips the test where it is not at hand."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not at hand")
-    return path
+    """A file of the complete set; skips the test without that set."""
+    if not has_shared():
+        pytest.skip(WITHOUT_SHARED)
+    return SHARED / name
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -79,7 +98,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 @cache
 def load_parity_model(which: ParityModel) -> Solo:
-    """The stored weights in our network, in evaluation mode."""
+    """Our network with the stored weights, in evaluation mode."""
     content = torch.load(which.folder / "model.pth", map_location="cpu", weights_only=True)
     published = json.loads(content["meta"]["cfg"])
     head, backbone = published["mask_head"], published["backbone"]
@@ -130,3 +149,35 @@ def load_objects(which: ParityModel, scene: str) -> list[Objects]:
     return [
         Objects(stored[f"{i}_masks"], stored[f"{i}_bboxes"], stored[f"{i}_labels"]) for i in images
     ]
+
+
+def close(found: NDArray[Any], stored: NDArray[Any], tolerance: float) -> None:
+    """Asserts that no element differs by more than `tolerance`."""
+    np.testing.assert_allclose(found, stored, rtol=0, atol=tolerance)
+
+
+def check_points_nms(
+    probs: Tensor, kept: Tensor, stored: NDArray[np.float32], tolerance: float
+) -> NDArray[np.bool_]:
+    """Asserts that our points NMS suppresses the same entries as the stored one, except for ties.
+
+    An entry is tied if it differs from its greatest neighbour above or left by less than `TIE`.
+
+    Args:
+        probs: [B, C, S, S] our probabilities.
+        kept: [B, C, S, S] the same after our points NMS.
+        stored: [B, C, S, S] the published probabilities after points NMS.
+        tolerance: Of a probability.
+
+    Returns:
+        [B, C, S, S] the tied entries that only one of the two keeps.
+    """
+    padded = F.pad(probs, (1, 0, 1, 0), value=-1.0)
+    neighbours = padded[..., :-1, :-1], padded[..., :-1, 1:], padded[..., 1:, :-1]
+    tied = (probs - torch.stack(neighbours).amax(0)).abs() < TIE
+    differs: NDArray[np.bool_] = (kept.numpy() > 0) != (stored > 0)
+    wrong = np.argwhere(differs & ~tied.numpy())
+    assert not len(wrong), f"not tied, but suppressed by one of the two: {wrong.tolist()}"
+    found = np.where(differs, probs.numpy(), kept.numpy())
+    close(found, np.where(differs & (stored == 0), found, stored), tolerance)
+    return differs

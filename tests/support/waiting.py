@@ -1,4 +1,4 @@
-"""Waiting for what comes about elsewhere: in a thread, or in another process."""
+"""Waits for a condition that another thread or process brings about."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 def poll_until(condition: Callable[[], bool], *, timeout_s: float, pause_s: float) -> None:
-    """Asks again and again until a condition holds.
+    """Returns as soon as a condition holds.
 
     Raises:
-        AssertionError: The time is up.
+        AssertionError: It does not hold within `timeout_s`.
     """
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"it has not come in {timeout_s:g} s"
+        assert time.monotonic() < deadline_s, f"the condition does not hold after {timeout_s:g} s"
         time.sleep(pause_s)

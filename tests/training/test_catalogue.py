@@ -82,9 +82,11 @@ def test_locations() -> None:
 
 
 def test_the_names_carry_the_hashes() -> None:
-    for file in (*SOLO_MODELS, *IMAGENET_RESNETS.values()):
-        if file.sha256:
-            assert len(file.sha256) == 8 and file.file_name.endswith(f"-{file.sha256}.pth")
+    files = [*SOLO_MODELS, *IMAGENET_RESNETS.values()]
+    hashed = [file for file in files if file.sha256]
+    assert set(hashed) & set(SOLO_MODELS)
+    for file in hashed:
+        assert len(file.sha256) == 8 and file.file_name.endswith(f"-{file.sha256}.pth")
     assert {depth: file.sha256 for depth, file in IMAGENET_RESNETS.items()} == {
         18: "f37072fd",
         34: "b627a593",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.parity import LOCAL, ParityModel, load_parity_model
+from tests.support.parity import ParityModel, load_parity_model
+from tests.support.parity_files import LOCAL
 from training.checkpoint import CheckpointError
 from training.convert import convert_key, convert_state_dict, load_published
 from training.model.solo import Solo

@@ -93,6 +93,7 @@ def brute_force(
 def test_cells_labels_and_masks_against_brute_force(seed: int, config: TargetConfig) -> None:
     objects = random_objects(seed, 9)
     found = assign_targets(objects, CANVAS, HEAD, config, 3)
+    assert count_positives(found) > 0
     for level, (labels, owner) in enumerate(brute_force(objects, HEAD, config)):
         target = found[level]
         np.testing.assert_array_equal(target.labels, labels)

@@ -1,6 +1,6 @@
-"""GET /, /web/{name} and /docs: the pages for people; everything they load comes from here.
+"""GET /, /web/{name} and /docs: the web pages and the files that they load.
 
-The files are known by an allow-list, so no path of a request ever reaches the disk.
+Files are served from an allow-list: a path of a request is never used as a path on the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _MEDIA_TYPES = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-_SCRIPTS = ("api", "app", "docs", "draw", "list", "rle", "save", "text", "viewer")
+_SCRIPTS = (
+    *("api", "app", "busy", "docs", "draw", "estimate"),
+    *("list", "rle", "save", "text", "viewer"),
+)
 _SAMPLES = ("crowded", "sparse", "tissue")
 WEB_FILES = frozenset(
     (
@@ -32,9 +35,9 @@ WEB_FILES = frozenset(
         *(f"samples/{name}.jpg" for name in _SAMPLES),
     )
 )
-"""What GET /web/{name} answers, in service/http/web."""
+"""Files of GET /web/{name}, in service/http/web."""
 DOCS_FILES = frozenset(("swagger-ui.css", "swagger-ui-bundle.js"))
-"""What GET /docs/{name} answers, from the package fastapi_offline."""
+"""Files of GET /docs/{name}, from the package fastapi_offline."""
 
 _POLICY = {
     "default-src": "'none'",
@@ -48,20 +51,20 @@ _POLICY = {
 }
 _DEMO_POLICY = _POLICY | {"require-trusted-types-for": "'script'"}
 _DOCS_POLICY = _POLICY | {"style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:"}
-"""Swagger UI sets styles of its own and shows pictures that it was answered."""
+"""Swagger UI sets inline styles and shows pictures of responses."""
 
 _HEADERS = {
-    "cache-control": "no-cache",  # kept, but asked for again: a new version shows at once
+    "cache-control": "no-cache",  # cached, but revalidated: a new version shows at once
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
-"""Beside those that the middleware gives every response."""
+"""In addition to those that the middleware adds to every response."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A file with what HTTP says of it."""
+    """A file with its HTTP headers."""
 
     data: bytes
     media_type: str
@@ -70,12 +73,12 @@ class Asset:
 
 @cache
 def load_asset(package: str, folder: str, name: str) -> Asset:
-    """Reads a file of an installed package, once.
+    """Reads a file of an installed package; cached.
 
     Args:
-        package: Whose file.
-        folder: Its folder in the package.
-        name: Its path in the folder; never taken from a request unchecked.
+        package: The package.
+        folder: Folder in the package.
+        name: Path in the folder; from the allow-list.
     """
     data = resources.files(package).joinpath(folder, name).read_bytes()
     etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
@@ -83,7 +86,7 @@ def load_asset(package: str, folder: str, name: str) -> Asset:
 
 
 def _answer(request: Request, asset: Asset, policy: Mapping[str, str] = _DEMO_POLICY) -> Response:
-    """The file, or 304 if the client has it already."""
+    """The file, or 304 if the client has its current version."""
     written = "; ".join(f"{name} {value}" for name, value in policy.items())
     headers = _HEADERS | {"content-security-policy": written, "etag": asset.etag}
     known = request.headers.get("if-none-match", "").replace("W/", "").split(",")
@@ -108,7 +111,7 @@ async def web_file(request: Request, name: str) -> Response:
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 async def docs_page(request: Request) -> Response:
-    """The description of the API, to be tried out (Swagger UI)."""
+    """The interactive description of the API (Swagger UI)."""
     return _answer(request, load_asset("service.http", "web", "docs.html"), _DOCS_POLICY)
 
 

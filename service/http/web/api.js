@@ -1,31 +1,34 @@
-// What the page asks the server, and the server's refusals in plain words.
+// Requests to the server; its errors in plain words.
 
 const PLAIN_WORDS = {
-  unsupported_format: "The server cannot read this file as an image. JPEG, PNG, WebP and BMP work.",
-  corrupt_image: "This image is damaged or cut off.",
+  unsupported_format: "The server cannot read this file as an image. Use JPEG, PNG, WebP or BMP.",
+  corrupt_image: "This image is damaged or incomplete.",
   empty_image: "This file is empty.",
   empty_body: "This file is empty.",
-  image_too_large: "This image has more pixels than the server takes.",
-  body_too_large: "This file is larger than the server takes.",
-  body_timeout: "The file did not arrive in time. Try again.",
-  overloaded: "The server has too much to do right now. Try again in a moment.",
+  image_too_large: "This image has more pixels than the server allows.",
+  too_many_canvases: "This image needs more tiles than the server allows.",
+  too_many_images: "This image needs more tiles than the server accepts at once.",
+  body_too_large: "This file is larger than the server allows.",
+  body_timeout: "The upload took too long. Try again.",
+  overloaded: "The server is overloaded. Try again in a moment.",
   draining: "The server is shutting down. Try again in a moment.",
-  engine_restarting: "The model is being started again. Try again in a moment.",
-  model_unavailable: "This model cannot be used right now.",
-  unknown_model: "The server does not have this model any more. Reload the page.",
+  engine_restarting: "The model is being restarted. Try again in a moment.",
+  model_unavailable: "This model is not available at the moment.",
+  unknown_model: "The server no longer has this model. Reload the page.",
   engine_error: "The model failed on this image.",
-  internal_error: "Something failed inside the server.",
+  internal_error: "The server failed.",
 };
 const BY_STATUS = {
-  401: "This server asks for an API key.",
+  401: "This server requires an API key.",
   403: "The server does not allow this.",
   413: PLAIN_WORDS.body_too_large,
-  429: "That was too much for one user. Try again in a moment.",
-  503: "The server is not available right now. Try again in a moment.",
-  504: "The server took too long. Try again in a moment.",
+  429: "You have reached your limit. Try again in a moment.",
+  503: "The server is not available. Try again in a moment.",
+  504: "The server did not finish in time. Try again in a moment.",
 };
+const PROGRESS_LINES = "application/x-ndjson";
 
-/** A request that was not answered as hoped; `message` is for people, `detail` the server's. */
+/** A request that failed; `message` is for the user, `detail` is the server's text. */
 export class Refused extends Error {
   constructor(message, { detail = "", requestId = "", canRetry = false, needsKey = false } = {}) {
     super(message);
@@ -33,28 +36,32 @@ export class Refused extends Error {
   }
 }
 
-let apiKey = ""; // in memory alone
+let apiKey = ""; // only in memory
 
-/** Sends an API key from now on. */
+/** Sets the API key of all later requests. */
 export function useKey(key) {
   apiKey = key;
 }
 
-async function ask(path, options) {
+async function ask(path, { headers, ...options } = {}) {
+  const key = apiKey ? { "x-api-key": apiKey } : {};
   let response;
   try {
-    response = await fetch(path, { ...options, headers: apiKey ? { "x-api-key": apiKey } : {} });
+    response = await fetch(path, { ...options, headers: { ...headers, ...key } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused("The server cannot be reached.", { detail: error.message, canRetry: true });
   }
   if (response.ok) return response;
-  const { status } = response;
   const body = await response.json().catch(() => ({}));
-  // Below /v2 the Open Inference Protocol wants {error: text}; elsewhere it is {error: {...}}.
-  const { code, message } = body.error?.message ? body.error : { ...body, message: body.error };
+  // Below /v2 the Open Inference Protocol requires {error: text}; elsewhere it is {error: {...}}.
+  const detail = body.error?.message ? body.error : { ...body, message: body.error };
+  throw refuse(response, response.status, detail);
+}
+
+function refuse(response, status, { code, message }) {
   const words = PLAIN_WORDS[code] ?? BY_STATUS[status] ?? "The server refused this request.";
-  throw new Refused(words, {
+  return new Refused(words, {
     detail: message ?? `status ${status}`,
     requestId: response.headers.get("x-request-id") ?? "",
     canRetry: status === 429 || status >= 500,
@@ -62,12 +69,12 @@ async function ask(path, options) {
   });
 }
 
-/** Every model of the repository, as GET /v2/models lists them. */
+/** All models of the repository, as GET /v2/models lists them. */
 export async function listModels() {
   return (await (await ask("v2/models")).json()).models;
 }
 
-/** One model: classes, thresholds, what it runs on. */
+/** One model: input, classes, thresholds, device. */
 export async function describeModel(name) {
   return (await ask(`v2/models/${encodeURIComponent(name)}`)).json();
 }
@@ -81,12 +88,15 @@ export async function fetchSample(name, signal) {
 /**
  * Segments one image.
  *
- * The least score that the model ever keeps is asked for, so that any threshold above it can be
- * applied here, without another request.
+ * The request has the lowest score that the model keeps, so that the page can apply any higher
+ * threshold without another request.
  *
- * @returns {result, timing, version, roundTripMs}; result is the image's entry of `results`.
+ * @param onProgress Called with {canvases_done, canvases, elapsed_s} while the server works.
+ * @param signal Aborts the request; then the server stops the work.
+ * @returns {result, timing, canvases, version, roundTripMs}; result is the image's entry of
+ *   `results`.
  */
-export async function segment(file, model, signal) {
+export async function segment(file, model, { onProgress, signal }) {
   const query = new URLSearchParams({
     model: model.name,
     score_threshold: leastScore(model),
@@ -95,12 +105,50 @@ export async function segment(file, model, signal) {
   const body = new FormData();
   body.append("images", file, file.name || "image");
   const began = performance.now();
-  const answer = await ask(`segment?${query}`, { method: "POST", body, signal });
-  const { results, timing_ms: timing, version } = await answer.json();
-  return { result: results[0], timing, version, roundTripMs: performance.now() - began };
+  const headers = { accept: PROGRESS_LINES };
+  const response = await ask(`segment?${query}`, { method: "POST", body, headers, signal });
+  const answer = await readAnswer(response, onProgress);
+  const { results, timing_ms: timing, cost, version } = answer;
+  const roundTripMs = performance.now() - began;
+  return { result: results[0], timing, canvases: cost.canvases, version, roundTripMs };
 }
 
-/** The least score that is asked for: below it the model keeps nothing. */
+/** The answer: the last line of a stream of progress lines, or the whole body. */
+async function readAnswer(response, onProgress) {
+  const type = response.headers.get("content-type") ?? "";
+  if (!type.startsWith(PROGRESS_LINES)) return response.json();
+  for await (const text of readLines(response.body)) {
+    const line = JSON.parse(text);
+    if (line.result) return line.result;
+    if (line.error) throw refuse(response, line.status, line.error);
+    onProgress(line.progress);
+  }
+  throw lostConnection("the answer is incomplete");
+}
+
+function lostConnection(detail) {
+  return new Refused("The connection to the server was lost.", { detail, canRetry: true });
+}
+
+/** The complete lines of a stream of UTF-8. */
+async function* readLines(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let parts = []; // of a line that is not complete; joined once, as a result may be large
+  for (;;) {
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : lostConnection(error.message);
+    });
+    if (done) return;
+    const [first, ...rest] = value.split("\n");
+    parts.push(first);
+    for (const start of rest) {
+      yield parts.join("");
+      parts = [start];
+    }
+  }
+}
+
+/** The lowest score of a request: the model keeps nothing below. */
 export function leastScore(model) {
   const { update_threshold: least, score_threshold: usual } = model.postprocess;
   return Math.min(least, usual);

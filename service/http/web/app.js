@@ -1,4 +1,4 @@
-// The demo page: takes an image, asks the server, shows what it found.
+// The demo page: takes an image, sends it to the server, shows the instances.
 
 import {
   describeModel,
@@ -9,52 +9,58 @@ import {
   segment,
   useKey,
 } from "./api.js";
+import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
+import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { InstanceList } from "./list.js";
 import { savePicture, saveResult } from "./save.js";
 import {
   announce,
   byId,
   describeCount,
-  describeWeaker,
+  describeEstimate,
+  describeHidden,
   showFacts,
   showNotes,
   showTime,
+  showTruncation,
 } from "./text.js";
 import { Viewer } from "./viewer.js";
 
 const state = {
   model: null, // as GET /v2/models/{name} describes it
   file: null,
-  answer: null, // {result, timing, version, roundTripMs}
+  answer: null, // what `segment` of api.js returns
   instances: [], // by descending score
-  shown: [], // the first of them, down to the threshold
+  shown: [], // those with at least the threshold's score
   hovered: null,
   pinned: null,
-  job: null, // AbortController of what is under way
+  job: null, // AbortController of the work in progress
 };
+const MAX_UNASKED = 100; // canvases of an image that is sent without a question
 
 const viewer = new Viewer(byId("viewer"), { onHover: hover, onPick: togglePin });
 const list = new InstanceList(byId("list"), { onHover: hover, onPick: togglePin, onMove: pin });
 const threshold = byId("threshold");
+const pace = new Pace();
 
 // --- models -------------------------------------------------------------------------------------
 
 async function loadModels() {
   const models = await listModels();
   const ready = models.filter((model) => model.state === "READY");
-  if (!ready.length) throw new Refused("The server has no model that can be used.");
+  if (!ready.length) throw new Refused("The server has no model that is ready.");
   byId("model").replaceChildren(
     ...models.map((model) => {
-      const usable = model.state === "READY";
-      const option = new Option(usable ? model.name : `${model.name} (not usable)`, model.name);
-      option.disabled = !usable;
+      const isReady = model.state === "READY";
+      const option = new Option(isReady ? model.name : `${model.name} (not available)`, model.name);
+      option.disabled = !isReady;
       return option;
     }),
   );
   byId("model-field").hidden = models.length < 2;
-  const wished = new URLSearchParams(location.search).get("model");
-  await chooseModel(ready.find((model) => model.name === wished)?.name ?? ready[0].name);
+  const requested = new URLSearchParams(location.search).get("model");
+  await chooseModel(ready.find((model) => model.name === requested)?.name ?? ready[0].name);
 }
 
 async function chooseModel(name) {
@@ -69,7 +75,7 @@ async function chooseModel(name) {
 
 // --- one image ----------------------------------------------------------------------------------
 
-/** Runs work that a later call, or Cancel, replaces; its refusal is shown. */
+/** Runs work that Cancel or a later call aborts; shows its error. */
 async function run(work, retry) {
   state.job?.abort();
   const job = new AbortController();
@@ -82,7 +88,7 @@ async function run(work, retry) {
     if (document.body.dataset.state === "busy") leaveImage();
     showProblem(error, retry);
   } finally {
-    if (state.job === job) setBusy(false);
+    if (state.job === job) hideBusy();
   }
 }
 
@@ -104,15 +110,20 @@ function openSample(name) {
 
 async function show(file, signal) {
   clearResult();
-  setBusy(true, `Segmenting ${file.name || "the image"}`);
+  const name = file.name || "the image";
+  showBusy(`Segmenting ${name}`);
   if (!state.model) await loadModels();
-  // The server turns an image upright by its EXIF orientation; so must the browser.
+  // The server applies the EXIF orientation; so must the browser.
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
   signal.throwIfAborted();
   viewer.showPicture(bitmap);
   const { model } = state;
-  const answer = await segment(file, model, signal);
+  const expected = bitmap && (await confirmCost(bitmap, model, signal));
+  const left = new TimeLeft(expected);
+  const onProgress = (line) => showProgress(line, left.update(line));
+  const answer = await segment(file, model, { onProgress, signal });
   signal.throwIfAborted();
+  pace.learn(model.name, answer.canvases, answer.timing.total / 1000);
   state.answer = answer;
   state.instances = prepareInstances(answer.result.instances);
   const pictureNote = viewer.showResult(answer.result, model.task === "contour");
@@ -123,7 +134,19 @@ async function show(file, signal) {
   showTime(answer);
   document.body.dataset.state = "done";
   filter();
-  announce(`${describeCount(state)} in ${file.name || "the image"}.`);
+  const truncation = byId("truncation").firstElementChild.textContent;
+  announce(`${describeCount(state)} in ${name}. ${truncation}`.trimEnd());
+}
+
+/** Asks before a large image is sent; returns the expected seconds, null if not known. */
+async function confirmCost(size, model, signal) {
+  const canvases = countCanvases(size, model.input.resize);
+  const seconds = pace.estimate(model.name, canvases);
+  if (canvases <= MAX_UNASKED) return seconds;
+  const send = await confirmSending(describeEstimate(canvases, seconds), signal);
+  if (!send) cancel();
+  signal.throwIfAborted();
+  return seconds;
 }
 
 function clearResult() {
@@ -135,16 +158,7 @@ function clearResult() {
   viewer.clear();
 }
 
-function setBusy(busy, text = "") {
-  byId("busy").hidden = !busy;
-  byId("panel").setAttribute("aria-busy", String(busy));
-  if (!busy) return;
-  byId("busy-text").textContent = text;
-  document.body.dataset.state = "busy";
-  announce(`${text}.`);
-}
-
-/** Back to the page as it was opened. */
+/** Shows the page as it was when it was opened. */
 function leaveImage() {
   clearResult();
   document.body.dataset.state = "empty";
@@ -153,7 +167,7 @@ function leaveImage() {
 function showProblem(error, retry) {
   const known = error instanceof Refused;
   byId("problem").hidden = false;
-  byId("problem-text").textContent = known ? error.message : "This page failed.";
+  byId("problem-text").textContent = known ? error.message : "An error occurred in this page.";
   const id = error.requestId ? ` (request ${error.requestId})` : "";
   byId("problem-detail").textContent = `${known ? error.detail : error.message}${id}`;
   byId("retry").hidden = !error.canRetry;
@@ -169,7 +183,7 @@ function showProblem(error, retry) {
 function cancel() {
   state.job.abort();
   leaveImage();
-  setBusy(false);
+  hideBusy();
   announce("Cancelled.");
   byId("file").focus();
 }
@@ -185,7 +199,8 @@ function filter() {
   const text = describeCount(state);
   byId("count").textContent = text;
   byId("threshold-value").textContent = least.toFixed(2);
-  byId("weaker").textContent = describeWeaker(state);
+  byId("filtered").textContent = describeHidden(state);
+  showTruncation(state);
   threshold.setAttribute("aria-valuetext", `${least.toFixed(2)}, ${text}`);
   list.showFirst(state.shown.length);
   viewer.showInstances(state.shown, `${text} in the image`);
@@ -233,7 +248,7 @@ function wireSources() {
   document.addEventListener("paste", (event) => {
     if (event.target.closest("input")) return;
     event.preventDefault();
-    take(event.clipboardData.files, "The clipboard holds no image.");
+    take(event.clipboardData.files, "The clipboard has no image.");
   });
   const hint = byId("drop-hint");
   document.addEventListener("dragover", (event) => {
@@ -246,7 +261,7 @@ function wireSources() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     hint.hidden = true;
-    take(event.dataTransfer.files, "That was no file. Save the image first, then drop the file.");
+    take(event.dataTransfer.files, "This is not a file. Save the image first, then drop the file.");
   });
 }
 

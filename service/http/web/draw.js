@@ -1,4 +1,4 @@
-// Instances on their image: paths from run lengths, colours, drawing, and what lies under a point.
+// Instances on their image: paths from run lengths, colours, drawing, and the instance at a point.
 
 import { measureRing, traceRings } from "./rle.js";
 
@@ -14,7 +14,7 @@ export function colourOf(index) {
 export function prepareInstances(instances) {
   return instances.map((instance, index) => {
     const path = new Path2D();
-    const enclosed = new Path2D(); // holes are left out: a contour is hit inside, too
+    const enclosed = new Path2D(); // without holes: the inside of a contour counts as hit
     for (const ring of traceRings(instance.segmentation)) {
       addRing(path, ring);
       if (measureRing(ring) > 0) addRing(enclosed, ring);
@@ -30,12 +30,12 @@ function addRing(path, ring) {
 }
 
 /**
- * Draws instances over what the context shows, the best last.
+ * Draws instances over the context's image, those with the highest score last.
  *
  * @param context Of a canvas that shows the whole image.
  * @param view {scale, unit, contour}: canvas pixels per image pixel; canvas pixels of one thin
  *   line's width; whether masks are outlines, drawn as lines in full colour.
- * @param strength Less than 1 where another instance is to stand out.
+ * @param strength Opacity, 0..1; less than 1 while another instance is highlighted.
  */
 export function drawInstances(context, instances, view, strength = 1) {
   inImage(context, view, (one) => {
@@ -46,7 +46,7 @@ export function drawInstances(context, instances, view, strength = 1) {
   });
 }
 
-/** Draws the instance that stands out. */
+/** Draws the highlighted instance. */
 export function drawLit(context, { path, enclosed, colour }, view) {
   inImage(context, view, (one) => {
     context.globalAlpha = view.contour ? 0.25 : 0.5;
@@ -81,7 +81,7 @@ function drawLine(context, { path, colour }, one, strength) {
   context.globalAlpha = strength;
   context.fillStyle = colour.line;
   context.fill(path, "evenodd");
-  stroke(context, path, colour.line, 0.75 * one, strength); // seen, too, where the image is small
+  stroke(context, path, colour.line, 0.75 * one, strength); // visible also where the image is shown small
 }
 
 function stroke(context, path, colour, width, alpha) {
@@ -91,7 +91,7 @@ function stroke(context, path, colour, width, alpha) {
   context.stroke(path);
 }
 
-/** The instance at a point of the image, or null; where several lie there, the smallest. */
+/** The instance at a point of the image, or null; the smallest of several. */
 export function findAt(context, instances, x, y, contour) {
   let found = null;
   for (const instance of instances) {
@@ -105,7 +105,7 @@ export function findAt(context, instances, x, y, contour) {
   return found?.instance ?? null;
 }
 
-/** The picture drawn to a canvas of a size; `brighten` stretches dark pictures for the eye. */
+/** The picture drawn to a canvas of a size; `brighten` stretches the contrast of dark pictures. */
 export function renderPicture(bitmap, width, height, brighten) {
   const canvas = document.createElement("canvas");
   canvas.width = width;

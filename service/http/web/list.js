@@ -1,4 +1,4 @@
-// The list of instances: a listbox in which the arrow keys move, and what is chosen lights up.
+// The list of instances: a listbox with arrow keys; the selected instance is highlighted.
 
 import { describeInstance, formatArea } from "./text.js";
 
@@ -23,7 +23,7 @@ export class InstanceList {
     });
   }
 
-  /** One row for each instance; all are shown. */
+  /** Builds one row per instance; all are shown. */
   fill(instances, task) {
     this.instances = instances;
     this.rows = instances.map((instance) => buildRow(instance, task === "contour"));
@@ -31,7 +31,7 @@ export class InstanceList {
     this.root.scrollTop = 0;
   }
 
-  /** Hides all but the first. */
+  /** Shows the first `count` rows and hides the others. */
   showFirst(count) {
     this.count = count;
     this.rows.forEach((row, index) => (row.hidden = index >= count));

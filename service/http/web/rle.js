@@ -1,4 +1,4 @@
-// COCO run-length encoding: counts -> runs -> the pixels' outline, without ever building the mask.
+// COCO run-length encoding: counts -> runs -> the pixels' outline, without building the mask.
 //
 // Coordinates are pixel corners: pixel (x, y) is the square from (x, y) to (x + 1, y + 1).
 
@@ -18,7 +18,7 @@ export function decodeCounts(counts) {
       unit *= 32;
     } while (group & 32);
     if (group & 16) value -= unit;
-    // From the third run on, the difference to the run before the last is written.
+    // From the fourth run on, the difference to the run two before is stored.
     if (runs.length > 2) value += runs[runs.length - 2];
     runs.push(value);
   }
@@ -44,7 +44,7 @@ function pushColumns(columns, start, end, height) {
     const to = Math.min(end, (x + 1) * height);
     const last = columns.at(-1);
     if (last?.x === x && last.bottom === from - x * height) {
-      last.bottom = to - x * height; // a run of no zeros lies between
+      last.bottom = to - x * height; // the run of zeros between them is empty
     } else {
       columns.push({ x, top: from - x * height, bottom: to - x * height });
     }
@@ -61,7 +61,7 @@ const UP = 3;
  * The mask's outline as closed rings of corners, [x0, y0, x1, y1, ...].
  *
  * Rings around pixels run clockwise on the screen, rings around holes the other way. Pixels that
- * touch at a corner belong together, so that a thin slanting curve is one ring.
+ * touch at a corner belong together, so that a thin diagonal curve is one ring.
  */
 export function traceRings(rle) {
   const stride = rle.size[1] + 1;
@@ -100,7 +100,7 @@ function collectEdges(columns, stride) {
   return edges;
 }
 
-/** What of the intervals `from` no interval of `minus` covers; both ascending and disjoint. */
+/** The parts of the intervals `from` outside all of `minus`; both ascending and disjoint. */
 function subtract(from, minus) {
   const rest = [];
   let next = 0;
@@ -127,14 +127,14 @@ function followRing(edges, first, stride) {
     const end = edges.get(edge);
     edges.delete(edge);
     before = direction;
-    // Turning left first keeps pixels together that touch at a corner.
+    // Turning left first keeps pixels that touch at a corner in one ring.
     const turns = [(direction + 3) % 4, direction, (direction + 1) % 4];
     edge = turns.map((turn) => end * 4 + turn).find((key) => key === first || edges.has(key));
   } while (edge !== first);
   return ring;
 }
 
-/** Twice the area inside a ring, less than zero for a hole. */
+/** Twice the area inside a ring; negative for a hole. */
 export function measureRing(ring) {
   let sum = 0;
   for (let i = 0; i < ring.length; i += 2) {

@@ -1,8 +1,8 @@
-// The result as files: COCO JSON and the picture.
+// Saves the result: COCO JSON, or the picture.
 
 import { announce } from "./text.js";
 
-/** A COCO data set of one image: what is shown, with scores; masks as the server sent them. */
+/** A COCO data set of one image: the shown instances, with scores; masks as the server sent them. */
 export function buildCoco({ file, answer, shown, model }) {
   const { width, height } = answer.result;
   return {

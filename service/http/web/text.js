@@ -1,4 +1,7 @@
-// What the page says: counts, notes, times.
+// Texts of the page: counts, progress, notes, times.
+
+import { leastScore } from "./api.js";
+import { countCanvases } from "./estimate.js";
 
 const STAGES = {
   decode: "Decode",
@@ -12,13 +15,17 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
-/** For screen readers: said once, politely. */
+/** Announces a text to screen readers. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }
 
+export function formatCount(count) {
+  return count.toLocaleString("en");
+}
+
 export function formatArea(pixels) {
-  return `${pixels.toLocaleString("en")} px`;
+  return `${formatCount(pixels)} px`;
 }
 
 export function describeInstance({ category, score, area }, contour) {
@@ -31,10 +38,49 @@ export function describeCount({ shown }) {
 }
 
 /** Below the slider: what it hides. */
-export function describeWeaker({ shown, instances }) {
+export function describeHidden({ shown, instances }) {
   const hidden = instances.length - shown.length;
-  if (!hidden) return "All that the server answered is shown.";
-  return `${hidden} weaker ${hidden === 1 ? "one is" : "ones are"} hidden.`;
+  if (!hidden) return "All instances of the answer are shown.";
+  return `${hidden} with a lower score ${hidden === 1 ? "is" : "are"} hidden.`;
+}
+
+/**
+ * Below the count: what max_instances left out. While the slider hides instances nothing is missing
+ * above its score, as the server leaves out those with the lowest scores.
+ */
+export function showTruncation({ answer, shown, instances, model }) {
+  const { truncated, instances_found: found } = answer.result;
+  const isIncomplete = truncated && shown.length === instances.length;
+  const [text, about] = byId("truncation").children;
+  text.textContent = isIncomplete
+    ? `${formatCount(shown.length)} of ${formatCount(found)} objects shown (max_instances)`
+    : "";
+  about.textContent = isIncomplete
+    ? `${formatCount(found)} have a score of at least ${leastScore(model).toFixed(2)}. Those below ` +
+      `${instances.at(-1).score.toFixed(2)} are not in the answer.`
+    : "";
+}
+
+/** "about 20 s", "about 3 minutes"; no more precise than the estimate is. */
+export function describeDuration(seconds) {
+  if (seconds < 9.5) return `about ${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 57.5) return `about ${Math.round(seconds / 5) * 5} s`;
+  const [value, unit] = seconds < 90 * 60 ? [seconds / 60, "minute"] : [seconds / 3600, "hour"];
+  const rounded = Math.max(1, Math.round(value));
+  return `about ${rounded} ${unit}${rounded === 1 ? "" : "s"}`;
+}
+
+/** Before a large image is sent; seconds is null if nothing is known yet. */
+export function describeEstimate(canvases, seconds) {
+  const time = seconds === null ? "" : ` (${describeDuration(seconds)})`;
+  return `This image needs ${formatCount(canvases)} tiles${time}`;
+}
+
+/** While an image is processed; secondsLeft is null if nothing is known yet. */
+export function describeProgress(done, canvases, secondsLeft) {
+  const tiles = `${formatCount(done)} of ${formatCount(canvases)} tiles`;
+  if (done === canvases) return `${tiles}, preparing the answer`;
+  return secondsLeft === null ? tiles : `${tiles}, ${describeDuration(secondsLeft)} left`;
 }
 
 /** Below the count: which image, how large, which model. */
@@ -44,18 +90,14 @@ export function showFacts(file, { result, version }, model) {
   byId("about").textContent = `${name}, ${size}. ${model.name} version ${version}.`;
 }
 
-/** What a person must know to trust what is shown; opened where it is about the picture. */
+/** What the user must know to judge the result; opened if it is about the picture. */
 export function showNotes({ result }, model, pictureNote) {
   const notes = pictureNote ? [pictureNote] : [];
-  const most = model.postprocess.max_instances;
-  if (result.instances.length >= most) {
-    const last = result.instances.at(-1).score.toFixed(2);
-    notes.push(`The server answers the best ${most} instances: below score ${last} some are missing.`);
-  }
   if (isTiled(result, model)) {
     notes.push(
-      "The model saw this image in tiles. The tiles' instances are merged before the slider filters " +
-        "them, so a request with this score may answer a few more or less where tiles meet.",
+      "The model processed this image in tiles. The tiles' instances are merged before the slider " +
+        "filters them, so a request with this score may return slightly different instances where " +
+        "tiles meet.",
     );
   }
   if (model.task === "contour") notes.push("This model finds outlines: areas are those of the lines.");
@@ -66,9 +108,8 @@ export function showNotes({ result }, model, pictureNote) {
   );
 }
 
-function isTiled({ width, height }, model) {
-  const { rule, tile_hw: tile } = model.input.resize;
-  return rule === "tile" && (height > tile[0] || width > tile[1]);
+function isTiled(result, model) {
+  return countCanvases(result, model.input.resize) > 1;
 }
 
 /** The stages as a bar and as text. */
@@ -89,7 +130,7 @@ export function showTime({ timing, roundTripMs }) {
   byId("time-bar").replaceChildren(...bars);
   byId("time-list").replaceChildren(...items);
   byId("time-total").textContent =
-    `${formatMs(timing.total)} in the server, ${formatMs(roundTripMs)} as seen from here.`;
+    `${formatMs(timing.total)} in the server, ${formatMs(roundTripMs)} in total.`;
 }
 
 function formatMs(ms) {

@@ -1,4 +1,4 @@
-// The image on the screen, scaled to fit, with its instances; and the picture that is saved.
+// The image on the screen, scaled to fit, with its instances; and the saved picture.
 
 import { drawInstances, drawLit, findAt, renderPicture } from "./draw.js";
 import { byId, describeInstance } from "./text.js";
@@ -6,8 +6,8 @@ import { byId, describeInstance } from "./text.js";
 const MOST_UPSCALED = 8;
 const SIDE_BY_SIDE = matchMedia("(min-width: 60rem)");
 const SHARE_OF_SCREEN = 0.65; // of a phone's height
-const STEPPED_BACK = 0.4; // of the others, while one is lit
-const MAX_SAVED_PIXELS = 100_000_000; // canvases of browsers end somewhere above
+const DIMMED = 0.4; // opacity of the others while one is highlighted
+const MAX_SAVED_PIXELS = 100_000_000; // below the limits of the browsers' canvases
 
 export class Viewer {
   constructor(root, { onHover, onPick }) {
@@ -32,14 +32,14 @@ export class Viewer {
     this.instances = [];
     this.lit = null;
     this.contour = false;
-    this.forget();
+    this.dropLayers();
     this.tip.hidden = true;
     this.canvas.setAttribute("aria-label", "No image yet");
     this.redraw();
   }
 
-  /** Drops what was drawn for another picture or another size. */
-  forget() {
+  /** Drops the layers drawn for another picture or another size. */
+  dropLayers() {
     this.pictures = new Map();
     this.layers = new Map();
   }
@@ -48,11 +48,11 @@ export class Viewer {
   showPicture(bitmap) {
     this.bitmap = bitmap;
     this.size = bitmap && { width: bitmap.width, height: bitmap.height };
-    this.forget();
+    this.dropLayers();
     this.redraw();
   }
 
-  /** Takes the size that the server has seen; returns what must be said about the picture. */
+  /** Takes the image's size at the server; returns a note about the picture, or "". */
   showResult({ width, height }, contour) {
     let note = "";
     if (!this.bitmap) {
@@ -66,7 +66,7 @@ export class Viewer {
     }
     this.size = { width, height };
     this.contour = contour;
-    this.forget();
+    this.dropLayers();
     return note;
   }
 
@@ -92,7 +92,7 @@ export class Viewer {
     this.redraw();
   }
 
-  /** The image with its masks at its own size, as a canvas; nothing is lit. */
+  /** The image with its masks at its own size, as a canvas; nothing is highlighted. */
   render() {
     const { width, height } = this.size;
     const scale = Math.min(1, Math.sqrt(MAX_SAVED_PIXELS / (width * height)));
@@ -121,7 +121,7 @@ export class Viewer {
     if (fit <= 0) return;
     const density = devicePixelRatio;
     const [w, h] = [width, height].map((side) => Math.max(1, Math.floor(side * fit * density)));
-    if (this.canvas.width !== w || this.canvas.height !== h) this.forget();
+    if (this.canvas.width !== w || this.canvas.height !== h) this.dropLayers();
     this.canvas.width = w;
     this.canvas.height = h;
     this.canvas.style.width = `${w / density}px`;
@@ -134,14 +134,14 @@ export class Viewer {
     this.placeTip();
   }
 
-  /** All that does not change while one instance after the other lights up. */
+  /** The picture with all masks; cached, as it does not depend on which instance is highlighted. */
   layer(width, height, view) {
     const look = `${width} ${height} ${this.brighten}`;
     const picture = keep(this.pictures, look, () =>
       renderPicture(this.bitmap, width, height, this.brighten),
     );
     if (!this.masks) return picture;
-    const strength = this.lit ? STEPPED_BACK : 1;
+    const strength = this.lit ? DIMMED : 1;
     return keep(this.layers, `${look} ${strength}`, () => {
       const canvas = renderPicture(picture, width, height, false);
       drawInstances(canvas.getContext("2d"), this.instances, view, strength);
@@ -157,7 +157,7 @@ export class Viewer {
     return findAt(this.canvas.getContext("2d"), this.instances, x, y, this.contour);
   }
 
-  /** Puts the tip above the lit instance, or below where there is no room; inside the viewer. */
+  /** Places the tip above the highlighted instance, or below if there is no room above. */
   placeTip() {
     this.tip.hidden = !this.lit;
     if (!this.lit) return;

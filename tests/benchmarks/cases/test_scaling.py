@@ -56,10 +56,10 @@ def test_a_curve_shows_its_medians_ranges_and_bends() -> None:
     samples = Samples({place: {"cost": r} for place, r in zip(places, rounds, strict=True)})
     curve = Curve("Things", "things", samples)
     assert curve.places == PLACES
-    assert curve.costs["cost"] == [4, 3, 3, 6, 12]
+    assert curve.costs == {"cost": [4.0, 3.0, 3.0, 6.0, 12.0]}
     assert build_rows(curve)[0] == {"things": "1", "cost": "4 (3-5)"}
     panel = build_panel(curve)
-    assert panel.lines["cost"][0] == (1, 4)
+    assert panel.lines["cost"][0] == (1.0, 4.0)
     assert panel.rings == {"cost": [(4.0, 3.0)]}
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import serving
-from benchmarks.cases.serving import BARE, BEST, OWN_RATE, SAME_RATE, Plan
+from benchmarks.cases.serving import BARE, BEST, OWN_RATE, SAME_RATE, LoadPlan
 from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import ROOT
 from benchmarks.harness.rounds import Samples
 from benchmarks.harness.server import summarise
 from benchmarks.inputs import LIGHT_SIZE, Workload, build_light, build_nuclei
 from benchmarks.load import NO_ANSWER, Answer, Load
-from benchmarks.ours import Engine
+from benchmarks.ours import SharedEngine
 from benchmarks.servers import contenders
 from benchmarks.servers.contenders import CONTENDERS, OURS
 from pipeline.decode import read_image_hw
@@ -40,7 +40,7 @@ def test_a_plain_server_answers_as_ours_does(light: Workload, tmp_path: Path) ->
 
 
 def test_a_visit_gives_the_numbers_of_each_load(light: Workload, tmp_path: Path) -> None:
-    plan = Plan((1, 2), 0.2, 0.2, True, 0.1)
+    plan = LoadPlan((1, 2), 0.2, 0.2, True, 0.1)
     costs = serving.visit(FASTAPI, light, plan, 1, tmp_path / "log", same_rate=10.0)
     assert costs[f"{SAME_RATE}/requests"] == 2
     assert costs["errors"] == 0
@@ -108,7 +108,7 @@ def test_the_workloads_have_what_they_say(light: Workload) -> None:
 
 
 def test_images_share_engine_calls_and_keep_their_results(light: Workload) -> None:
-    engine = Engine(light.model)
+    engine = SharedEngine(light.model)
     images = [engine.decode(data) for data in light.images.values()]
     found = []
     for image, candidates in zip(images, engine.infer(images), strict=True):

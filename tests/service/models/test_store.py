@@ -7,7 +7,6 @@ import gc
 import json
 import os
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from service.http.app import create_app
 from service.http.keys import add_key
 from service.models.repository import load_repository
 from service.models.store import ModelStore
-from service.observe.metrics import Metrics
 from service.settings import Settings
-from service.work.lanes import Lanes
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import build_graph, draw_picture, encode_picture, publish
 
@@ -101,7 +98,7 @@ async def test_a_new_version_is_served_and_the_old_one_ends(
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "unknown_version")
     await wait_for_retirement(store)
     with pytest.raises(BackendError, match="closed"):
-        old.loaded.probe(old.engine)
+        old.loaded.probe(old.engine.current)
     metrics = (await client.get("/metrics")).text
     assert 'solo_model_info{backend="onnxruntime",device="cpu",model="blobs"' in metrics
     assert 'model="blobs",precision="fp32",version="2"} 1.0' in metrics
@@ -152,10 +149,10 @@ async def test_a_request_keeps_its_version_to_the_end(app: FastAPI, model_repo: 
         assert await store.load("blobs") == [2]
         await asyncio.sleep(0.05)
         assert model.loaded.version == 1
-        model.loaded.probe(model.engine)
+        model.loaded.probe(model.engine.current)
     await wait_for_retirement(store)
     with pytest.raises(BackendError, match="closed"):
-        model.loaded.probe(model.engine)
+        model.loaded.probe(model.engine.current)
 
 
 async def test_several_versions_are_served_side_by_side(
@@ -306,36 +303,3 @@ async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Pa
         gc.collect()
         sizes.append(read_resident_bytes())
     assert max(sizes[-5:]) - max(sizes[:5]) < 12_000_000
-
-
-@pytest.mark.parametrize(
-    ("device", "threads", "slots", "max_delay_ms", "expected_s"),
-    [
-        ("cpu", 1, 1, None, None),
-        ("cpu", 4, 2, None, None),
-        ("cpu", 4, 1, None, 0.0),
-        ("cpu", 1, 1, 7.0, 0.007),
-        ("cuda", 1, 1, None, 0.005),
-        ("cuda", 1, 2, 0.0, 0.0),
-    ],
-)
-def test_canvases_wait_for_company_where_it_gains_something_or_who_is_told_to(
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    threads: int,
-    slots: int,
-    max_delay_ms: float | None,
-    expected_s: float | None,
-) -> None:
-    repository = load_repository(settings.model_repo, replace(OPTIONS, slots=slots))
-    for versions in repository.models.values():
-        for model in versions.values():
-            monkeypatch.setattr(model.backend, "device", device)
-    asked = settings.model_copy(update={"max_delay_ms": max_delay_ms, "threads": threads})
-    store = ModelStore(asked, repository, Metrics())
-    for served in store.all_models:
-        feeder = served.feeder
-        assert (None if isinstance(feeder, Lanes) else feeder.max_delay_s) == expected_s
-        assert feeder.max_batch == (1 if expected_s is None else 8)
-        served.engine.close()

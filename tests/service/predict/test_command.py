@@ -12,7 +12,9 @@ from pycocotools import mask as coco_mask
 
 from service.predict import command, main
 from service.predict.errors import ImageFailed, RunFailed
+from service.predict.journal import Journal
 from service.predict.predictors import Answer
+from tests.solo_client.fake_server import FakeServer, line, progress, stream
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
 RED = {"red": (4, 8, 12, 16)}
@@ -78,7 +80,7 @@ def test_a_bad_image_is_named_and_the_others_are_written(tmp_path: Path, images:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["missing.png"], "'missing.png' is no image"),
+        (["missing.png"], "'missing.png' is not an image"),
         (["*.nothing"], "matches none"),
         (["IMAGES", "--model", "cats"], "no model 'cats'"),
         (["IMAGES", "--version", "3"], "no version 3"),
@@ -136,19 +138,20 @@ class FakePredictor:
         self.seen: list[bytes] = []
         self.failure: dict[bytes, Exception] = {}
         self.served = "blobs:1"
+        self.truncated: set[bytes] = set()
 
     def predict(self, data: bytes) -> Answer:
         self.seen.append(data)
         if data in self.failure:
             raise self.failure[data]
         result = {"category_id": 1, "score": 0.5, "of": data.decode()}
-        return Answer([result], "segmentation", self.served)
+        return Answer([result], "segmentation", self.served, truncated=data in self.truncated)
 
 
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePredictor:
     fake = FakePredictor()
-    monkeypatch.setattr(command, "build_predictor", lambda arguments: fake)
+    monkeypatch.setattr(command, "build_predictor", lambda arguments, canvases: fake)
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.png").write_bytes(name.encode())
     monkeypatch.chdir(tmp_path)
@@ -157,7 +160,7 @@ def predictor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePredictor:
 
 def test_a_run_that_was_cut_goes_on(predictor: FakePredictor) -> None:
     predictor.failure[b"c"] = RunFailed("the server is gone")
-    with pytest.raises(SystemExit, match="is gone; the same command goes on from here"):
+    with pytest.raises(SystemExit, match="is gone; the same command continues from here"):
         main(["*.png", "--quiet"])
     assert not Path("results.json").exists()
     predictor.failure.clear()
@@ -242,7 +245,7 @@ def test_another_version_does_not_go_on(predictor: FakePredictor) -> None:
         main(["*.png", "--quiet"])
     predictor.failure.clear()
     predictor.served = "blobs:2"
-    with pytest.raises(SystemExit, match="found by blobs:2, but the run began with blobs:1"):
+    with pytest.raises(SystemExit, match="was found by blobs:2, but the run began with blobs:1"):
         main(["*.png", "--quiet"])
 
 
@@ -272,3 +275,82 @@ def test_overlays_that_are_gone_are_drawn_again(tmp_path: Path, images: Path) ->
             predict(tmp_path, str(images), "--overlays", str(drawn))
         assert (drawn / "00001_a.png").exists()
         (drawn / "00001_a.png").unlink()
+
+
+def test_truncated_images_are_counted_also_those_of_the_run_before(
+    predictor: FakePredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor.truncated = {b"a", b"c"}
+    predictor.failure[b"d"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    assert "warning" not in capsys.readouterr().err
+    predictor.failure.clear()
+    predictor.truncated = set()
+    main(["*.png", "--quiet"])
+    assert (
+        "solo-predict: warning: 2 images reached the limit of --max-instances; instances may be "
+        "missing from their results\n"
+    ) in capsys.readouterr().err
+    main(["*.png", "--quiet"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_result_that_is_as_long_as_the_limit_is_counted(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(tmp_path, str(images), "--max-instances", "1")
+    assert "warning: 2 images reached" in capsys.readouterr().err
+
+
+def test_a_journal_of_another_format_is_kept_until_restart(predictor: FakePredictor) -> None:
+    old = b'{"format":1,"options":{}}\n{"format":1,"file":"/a.png"}\n'
+    Path("results.json.partial").write_bytes(old)
+    with pytest.raises(SystemExit, match=r"is not a journal of this version.*--restart"):
+        main(["*.png", "--quiet"])
+    assert predictor.seen == []
+    assert Path("results.json.partial").read_bytes() == old
+    main(["*.png", "--quiet", "--restart"])
+    assert len(json.loads(Path("results.json").read_bytes())) == 4
+    assert not Path("results.json.partial").exists()
+
+
+def test_two_runs_into_one_file_are_refused(predictor: FakePredictor) -> None:
+    with (
+        Journal(Path("results.json.partial"), {}),
+        pytest.raises(SystemExit, match=r"^solo-predict: error: .*: another run is writing it$"),
+    ):
+        main(["*.png", "--quiet"])
+    assert predictor.seen == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(predictor: FakePredictor) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^solo-predict: error: cannot use the journal /proc/x\.partial: [^\n]+$"
+    ):
+        main(["*.png", "--quiet", "--out", "/proc/x"])
+    assert predictor.seen == []
+
+
+def test_an_interrupted_and_a_whole_run_write_the_same_bytes(predictor: FakePredictor) -> None:
+    main(["*.png", "--quiet", "--out", "whole.json"])
+    predictor.failure[b"c"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    predictor.failure.clear()
+    main(["*.png", "--quiet"])
+    assert Path("results.json").read_bytes() == Path("whole.json").read_bytes()
+
+
+def test_the_bar_shows_the_canvases_of_large_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"a")
+    answer = {"model": "m", "version": 1, "results": [{"width": 1, "height": 1, "instances": []}]}
+    lines = [progress(0, 441, 0.0), progress(12, 441, 1.0), line(result=answer)]
+    with FakeServer(stream(*lines)) as server:
+        main(["a.png", "--url", server.url])
+    shown = capsys.readouterr().err
+    assert "0/441 canvases" in shown
+    assert "12/441 canvases" in shown

@@ -22,7 +22,7 @@ def images(tmp_path: Path) -> Path:
 def test_inputs_may_be_files_folders_and_globs_and_count_once(images: Path) -> None:
     found = find_files([str(images / "*.png"), str(images), str(images / "a.png")])
     assert [p.name for p in found] == ["a.png", "b.JPG"]
-    with pytest.raises(StartupError, match="no image"):
+    with pytest.raises(StartupError, match="is not an image"):
         find_files([str(images / "*.webp")])
 
 
@@ -45,5 +45,5 @@ def test_ids_are_numbers_in_order_or_from_annotations(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"images": 3}', '{"images": [{"id": 1}]}'])
 def test_a_file_without_images_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "truth.json").write_text(text)
-    with pytest.raises(StartupError, match=r"truth\.json: no COCO file"):
+    with pytest.raises(StartupError, match=r"truth\.json: not a COCO file"):
         read_image_ids(tmp_path / "truth.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.predict.errors import ImageFailed, RunFailed
+from service.predict.files import key_of
 from service.predict.job import Item, Job, Notes, build_items, write_results
 from service.predict.journal import Journal
 from service.predict.predictors import Answer
@@ -57,7 +58,7 @@ def path_of(item: Item) -> Path:
 
 
 def done(journal: Journal, items: list[Item]) -> list[int]:
-    return [item.image_id for item in items if journal.find(item.file) is not None]
+    return [item.image_id for item in items if journal.find(key_of(item.file)) is not None]
 
 
 def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:

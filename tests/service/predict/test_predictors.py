@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ from service.engines.base import BackendOptions
 from service.models.repository import load_version
 from service.predict.errors import ImageFailed, RunFailed
 from service.predict.predictors import Bounds, LocalPredictor, RemotePredictor
+from tests.solo_client.fake_server import line, progress
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 
 EMPTY = {"model": "blobs", "version": 1, "task": "contour", "results": [], "timing_ms": {}}
@@ -103,3 +105,22 @@ def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> Non
         predictor.predict(b"no image")
     with pytest.raises(ImageFailed, match="engine_error"):
         predictor.predict(encode_picture(poisoned_picture()))
+
+
+def test_progress_and_truncation_of_the_server_are_passed_on() -> None:
+    found = {**FOUND, "truncated": True}
+    lines = [progress(1, 4, 2.0), line(result={**EMPTY, "results": [found]})]
+    headers = {"content-type": "application/x-ndjson"}
+    predictor, _ = build_remote(httpx.Response(200, headers=headers, content=b"".join(lines)))
+    seen: list[solo_client.Progress] = []
+    answer = replace(predictor, on_progress=seen.append).predict(b"data")
+    assert answer.truncated
+    assert [(p.done, p.total) for p in seen] == [(1, 4)]
+
+
+def test_a_model_in_this_process_reports_when_the_limit_is_reached(tmp_path: Path) -> None:
+    model = load_version(publish(tmp_path), None, BackendOptions(device="cpu", threads=1))
+    two = encode_picture(draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)}))
+    for limit, count, truncated in ((1, 1, True), (2, 2, True), (3, 2, False), (None, 2, False)):
+        answer = LocalPredictor(model, Bounds(max_instances=limit)).predict(two)
+        assert (len(answer.results), answer.truncated) == (count, truncated)

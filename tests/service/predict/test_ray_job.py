@@ -47,7 +47,7 @@ def predict(repo: Path, out: Path, *arguments: str) -> tuple[str, bytes]:
 
 
 def test_ray_finds_and_draws_what_this_process_does_and_names_the_same_failures(
-    tmp_path: Path, plan: Plan, own_ray: None
+    tmp_path: Path, plan: Plan, own_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, more = tmp_path / "images", tmp_path / "more"
     for folder in (images, more / "deeper"):
@@ -60,8 +60,10 @@ def test_ray_finds_and_draws_what_this_process_does_and_names_the_same_failures(
     repo, drawn = tmp_path / "repo", [tmp_path / name for name in ("drawn", "drawn_on_ray")]
     local = [str(images), str(more), "--device", "cpu", "--overlays", str(drawn[0])]
     on_ray = [str(images), f"file://{more}", "--ray", "--overlays", str(drawn[1])]
-    expected, expected_out = predict(repo, tmp_path / "local.json", *local)
-    found, found_out = predict(repo, tmp_path / "on_ray.json", *on_ray)
+    limit = ("--max-instances", "2")
+    expected, expected_out = predict(repo, tmp_path / "local.json", *local, *limit)
+    found, found_out = predict(repo, tmp_path / "on_ray.json", *on_ray, *limit)
+    assert capsys.readouterr().err.count("warning: 8 images reached the limit") == 2
     assert "2 images failed" in expected
     assert found.replace(f"file://{more}", str(more)) == expected
     assert found_out == expected_out
@@ -83,7 +85,7 @@ def test_files_are_read_or_the_reason_is_given(tmp_path: Path) -> None:
 
 def test_an_actor_refuses_a_model_that_is_not_the_runs(plan: Plan) -> None:
     other = replace(plan, config=plan.config.model_copy(update={"candidates": 2}))
-    with pytest.raises(StartupError, match=r"config\.json is another"):
+    with pytest.raises(StartupError, match=r"config\.json differs"):
         Segmenter(other)
     (plan.folder / "1" / "model.onnx").write_bytes(b"other")
     with pytest.raises(ModelRefused, match=r"model\.onnx"):

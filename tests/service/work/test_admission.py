@@ -1,60 +1,207 @@
+"""Admission: limits, shares of clients, quotas of keys."""
+
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import pytest
 
-from service.errors import Draining, Overloaded, TooManyImages
+from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
 from service.work.admission import Admission
+from service.work.request import Client
+
+ANN, BOB, CAT = (Client(name=name) for name in ("ann", "bob", "cat"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def refuse(admission: Admission, client: Client, *costs: int) -> Exception:
+    """The error of a request that is refused."""
+    with pytest.raises((Overloaded, QuotaExceeded, TooManyImages, Draining)) as caught:
+        admission.admit(client, costs).__enter__()
+    return caught.value
 
 
 def test_work_is_counted_until_it_is_done() -> None:
-    admission = Admission(4, 100)
-    with admission.admit(3, 60):
-        assert (admission.images, admission.pixels) == (3, 60)
-        with admission.admit(1, 40):
-            assert (admission.images, admission.pixels) == (4, 100)
-    assert (admission.images, admission.pixels) == (0, 0)
+    admission = Admission(100)
+    with admission.admit(ANN, [30, 5]):
+        assert (admission.images, admission.canvases, admission.held(ANN)) == (2, 35, 35)
+        with admission.admit(BOB, [10]):
+            assert (admission.images, admission.canvases) == (3, 45)
+            assert (admission.held(ANN), admission.held(BOB)) == (35, 10)
+    assert (admission.images, admission.canvases, admission.held(ANN)) == (0, 0, 0)
 
 
 def test_work_that_fails_gives_its_room_back() -> None:
-    admission = Admission(4, 100)
-    with pytest.raises(RuntimeError), admission.admit(4, 100):
+    admission = Admission(4)
+    with pytest.raises(RuntimeError), admission.admit(ANN, [4]):
         raise RuntimeError
-    assert (admission.images, admission.pixels) == (0, 0)
+    assert (admission.images, admission.canvases, admission.held(ANN)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("images", "pixels", "reason"), [(3, 1, "queue_images"), (1, 50, "queue_pixels")]
-)
-def test_what_does_not_fit_now_is_overload(images: int, pixels: int, reason: str) -> None:
-    admission = Admission(4, 100)
-    with admission.admit(2, 60):
-        with pytest.raises(Overloaded, match="would exceed") as caught:
-            admission.admit(images, pixels).__enter__()
-        assert caught.value.reason == reason
-        assert (admission.images, admission.pixels) == (2, 60)
+def test_what_does_not_fit_now_is_overload() -> None:
+    admission = Admission(100)
+    with admission.admit(ANN, [50]), admission.admit(BOB, [25]):
+        error = refuse(admission, CAT, 26)
+        assert isinstance(error, Overloaded) and error.reason == "queue_canvases"
+        assert str(error) == "75 canvases are in flight, 26 more would exceed 100"
+        with admission.admit(CAT, [25]):
+            assert admission.canvases == 100
 
 
-@pytest.mark.parametrize(("images", "pixels"), [(5, 1), (1, 101)])
-def test_what_can_never_fit_is_no_overload(images: int, pixels: int) -> None:
-    with pytest.raises(TooManyImages, match=f"{images} images of {pixels} px"):
-        Admission(4, 100).admit(images, pixels).__enter__()
+def test_a_request_may_fill_an_idle_server() -> None:
+    admission = Admission(100)
+    with admission.admit(ANN, [60, 40]):
+        assert admission.canvases == 100
+
+
+def test_a_client_holds_no_more_than_is_free() -> None:
+    admission = Admission(100)
+    with admission.admit(ANN, [30]), admission.admit(ANN, [20, 0]):
+        error = refuse(admission, ANN, 1)
+        assert isinstance(error, Overloaded) and error.reason == "client_share"
+        assert "50 canvases in flight, 1 more would exceed the 50 that are free" in str(error)
+        with admission.admit(BOB, [25]):  # there is room for others
+            assert isinstance(refuse(admission, BOB, 1), Overloaded)
+            with admission.admit(CAT, [12]):
+                pass
+
+
+@pytest.mark.parametrize("clients", [1, 2, 5, 20])
+def test_greedy_clients_leave_room_for_another(clients: int) -> None:
+    """Each takes one canvas after another as long as it can."""
+    admission = Admission(1000)
+    with ExitStack() as stack:
+        for _ in range(1000):
+            for index in range(clients):
+                try:
+                    stack.enter_context(admission.admit(Client(name=f"{index}"), [1]))
+                except Overloaded:
+                    continue
+        held = [admission.held(Client(name=f"{index}")) for index in range(clients)]
+        assert min(held) >= 1000 // (clients + 1) - 1
+        with admission.admit(ANN, [1000 // (clients + 1) // 2]):
+            pass
+
+
+@pytest.mark.parametrize("costs", [[101], [60, 41]])
+def test_what_can_never_fit_is_no_overload(costs: list[int]) -> None:
+    error = refuse(Admission(100), ANN, *costs)
+    assert isinstance(error, TooManyImages)
+    assert f"{len(costs)} images with {sum(costs)} canvases" in str(error)
+    assert "at most 100" in str(error)
 
 
 def test_closed_admission_takes_nothing_and_lets_accepted_work_end() -> None:
-    admission = Admission(4, 100)
-    with admission.admit(1, 1):
+    admission = Admission(4)
+    with admission.admit(ANN, [1]):
+        assert Admission(4).is_open
         admission.close()
         assert not admission.is_open
+        assert isinstance(refuse(admission, BOB, 1), Draining)
         with pytest.raises(Draining):
-            admission.admit(1, 1).__enter__()
-        with pytest.raises(Draining):
-            admission.check_open()
-        assert admission.images == 1
-    assert admission.images == 0
+            admission.request(BOB).__enter__()
+    assert admission.canvases == 0
 
 
-def test_a_full_queue_is_seen_before_a_body_is_read() -> None:
-    admission = Admission(1, 100)
-    admission.check_open()
-    with admission.admit(1, 1), pytest.raises(Overloaded):
-        admission.check_open()
+def test_a_request_is_refused_before_its_body_is_read_if_nothing_fits() -> None:
+    admission = Admission(4)
+    with admission.admit(ANN, [2]):
+        with pytest.raises(Overloaded, match="the client has 2"):
+            admission.request(ANN).__enter__()
+        with admission.request(BOB):
+            assert admission.requests == 1
+            full = pytest.raises(Overloaded, match="4 canvases are in flight")
+            with admission.admit(BOB, [1]), admission.admit(CAT, [1]), full:
+                admission.request(CAT).__enter__()
+        assert admission.requests == 0
+
+
+async def test_finishing_waits_for_the_requests_in_flight(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    admission = Admission(4)
+    assert await admission.finish(0.0)
+    admission = Admission(4)
+    with admission.request(ANN):
+        assert not await admission.finish(0.02)
+        assert "1 requests were not finished" in caplog.text
+    assert await admission.finish(10.0)
+    assert not admission.is_open
+
+
+class TestQuotas:
+    KEY = Client(name="key shop", max_canvases=8)
+    RATE = Client(name="key rate", canvases_per_minute=60.0)
+
+    def test_a_key_has_no_more_in_flight_than_it_may(self) -> None:
+        admission = Admission(100)
+        with admission.admit(self.KEY, [4, 2]):
+            error = refuse(admission, self.KEY, 3)
+            assert isinstance(error, QuotaExceeded)
+            assert (error.reason, error.retry_after_s) == ("key_canvases", 1)
+            assert str(error) == "key shop has 6 canvases in flight, 3 more would exceed 8"
+            with admission.admit(self.KEY, [2]):
+                pass
+        error = refuse(admission, self.KEY, 9)
+        assert isinstance(error, TooManyImages) and "at most 8" in str(error)
+
+    def test_a_minutes_worth_may_come_at_once_and_then_the_rate_holds(self) -> None:
+        clock = Clock()
+        admission = Admission(1000, clock)
+        with admission.admit(self.RATE, [60]):
+            pass
+        error = refuse(admission, self.RATE, 2)
+        assert isinstance(error, QuotaExceeded)
+        assert (error.reason, error.retry_after_s) == ("key_rate", 2)
+        assert "60 canvases a minute; 2 are too many now" in str(error)
+        clock.now_s += 1.9
+        assert isinstance(refuse(admission, self.RATE, 2), QuotaExceeded)
+        clock.now_s += 0.1
+        with admission.admit(self.RATE, [2]):
+            pass
+        clock.now_s += 3600  # no more than a minute's worth is saved up
+        with admission.admit(self.RATE, [60]):
+            pass
+        assert isinstance(refuse(admission, self.RATE, 1), QuotaExceeded)
+
+    def test_a_request_of_more_than_a_minutes_worth_leaves_a_debt(self) -> None:
+        clock = Clock()
+        admission = Admission(1000, clock)
+        with admission.admit(self.RATE, [90]):
+            pass
+        error = refuse(admission, self.RATE, 1)
+        assert isinstance(error, QuotaExceeded) and error.retry_after_s == 31
+
+    def test_what_is_refused_costs_nothing(self) -> None:
+        clock = Clock()
+        admission = Admission(100, clock)
+        with admission.admit(ANN, [50]), admission.admit(BOB, [25]):
+            for _ in range(50):
+                assert isinstance(refuse(admission, self.RATE, 26), Overloaded)
+        both = Client(name="key both", canvases_per_minute=60.0, max_canvases=4)
+        with admission.admit(both, [4]):
+            for _ in range(50):
+                assert isinstance(refuse(admission, both, 1), QuotaExceeded)
+        for client, canvases in ((self.RATE, 60), (both, 4)):
+            with admission.admit(client, [canvases]):
+                pass
+
+    def test_bounds_that_change_hold_at_once(self) -> None:
+        admission = Admission(100)
+        with admission.admit(self.KEY, [4]):
+            smaller = Client(name="key shop", max_canvases=4)
+            assert isinstance(refuse(admission, smaller, 1), QuotaExceeded)
+
+    def test_addresses_are_forgotten_and_rates_are_not(self) -> None:
+        admission = Admission(100)
+        for client in (ANN, self.RATE):
+            with admission.admit(client, [1]):
+                assert client.name in admission._accounts
+        assert list(admission._accounts) == ["key rate"]

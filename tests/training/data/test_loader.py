@@ -2,12 +2,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import CANVAS, TINY, TINY_SGD, build_tiny_data, disc
+from tests.support.tiny import (
+    CANVAS,
+    TINY,
+    TINY_SGD,
+    build_tiny_data,
+    disc,
+    write_image,
+    write_split,
+)
 from training.configs.schema import Config
 from training.data.augment import build_sample
 from training.data.coco import CocoDataset
@@ -119,3 +128,31 @@ def test_a_batch_counts_its_positive_cells(tmp_path: Path) -> None:
     (batch,) = build_loader(data, config, seed=0, start_step=0, stop_step=1, workers=0)
     labelled = [level.labels < config.num_classes for image in batch.targets for level in image]
     assert batch.num_positives == sum(int(cells.sum()) for cells in labelled) > 0
+
+
+def build_mixed_data(root: Path) -> CocoDataset:
+    """Eight landscape and eight portrait images without objects, in turns."""
+    sizes = [(40, 80), (80, 40)] * 8
+    images = [(f"{i}.png", height, width) for i, (height, width) in enumerate(sizes)]
+    for name, height, width in images:
+        write_image(root / "images" / name, np.zeros((height, width, 3), np.uint8))
+    write_split(root, "train", images, [])
+    return CocoDataset(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("config", "grouped"), [(keep_ratio(4, 2), True), (keep_ratio(4, 1), False), (TINY, False)]
+)
+def test_images_of_one_canvas_have_one_orientation(
+    config: Config, grouped: bool, tmp_path: Path
+) -> None:
+    """Only with the keep-ratio rule: tiles have one canvas, so their order stays free."""
+    data = build_mixed_data(tmp_path)
+    config = replace(config, schedule=replace(config.schedule, batch_size=4))
+    loader = build_loader(data, config, seed=0, start_step=0, stop_step=12, workers=0)
+    batches: Any = loader.sampler
+    items = [item for batch in batches for item in batch.items]
+    portrait = [data.records[index].height > data.records[index].width for _, index in items]
+    assert len(portrait) == 48
+    pairs = list(zip(portrait[::2], portrait[1::2], strict=True))
+    assert all(a == b for a, b in pairs) == grouped

@@ -30,9 +30,11 @@ def build(config: Config = TINY, **changes: Any) -> Solo:
     torch.manual_seed(0)
     changes = {"candidate_threshold": 0.0, **changes}
     model = Solo(replace(config.model, **changes), config.num_classes)
-    for parameter in model.head.parameters():
+    for name, parameter in model.head.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
+        elif "mask_out" in name:  # the initial bias leaves no pixel above the mask threshold
+            torch.nn.init.ones_(parameter)
     return model.eval()
 
 
@@ -118,6 +120,7 @@ def test_candidates_against_brute_force(config: Config, recipe: str) -> None:
     assert scores.shape == labels.shape == (2, 20) and probs.shape == (2, 20, 16, 24)
     assert scores.dtype == probs.dtype == torch.float32 and labels.dtype == torch.int64
     for image, rows in enumerate(brute_force(model, pixels, valid_hw)):
+        assert any(score > 0 for score, *_ in rows)
         for k, (score, label, mask, _) in enumerate(rows):
             assert scores[image, k].item() == pytest.approx(score, abs=1e-6)
             if score > 0:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.parity import LOCAL, ROOT, read_npz, shared_file
+from tests.support.parity import read_npz, shared_file
+from tests.support.parity_files import LOCAL, ROOT
 from training.checkpoint import CheckpointError
 from training.coco_metrics import mask_ap
 from training.configs import get_config
@@ -86,14 +87,16 @@ def test_focal_loss() -> None:
 
 def test_mask_resize() -> None:
     stored = read_npz(UNITS / "mask_imrescale.npz")
-    for key, expected in stored.items():
-        if "_div" in key:
-            name, stride = key.split("_div")
-            np.testing.assert_array_equal(resize_mask(stored[name], int(stride)), expected)
+    results = {key: expected for key, expected in stored.items() if "_div" in key}
+    assert results
+    for key, expected in results.items():
+        name, stride = key.split("_div")
+        np.testing.assert_array_equal(resize_mask(stored[name], int(stride)), expected)
 
 
 def test_mask_resize_of_every_centre_pattern() -> None:
     stored = read_npz(UNITS / "mask_imrescale_patterns.npz")
+    assert len(stored["patterns"])
     for pattern, expected in zip(stored["patterns"], stored["result"], strict=True):
         np.testing.assert_array_equal(resize_mask(pattern, 4), expected)
 

@@ -143,7 +143,7 @@ def test_every_refusal_has_plain_words() -> None:
     text = (WEB / "api.js").read_text(encoding="utf-8")
     known = set(re.findall(r"^  (\w+): ", text, re.MULTILINE))
     own_mistakes = {
-        *("invalid_request", "invalid_multipart", "invalid_parameter", "too_many_images"),
+        *("invalid_request", "invalid_multipart", "invalid_parameter"),
         *("not_found", "unknown_version", "method_not_allowed"),
     }
     for code, status in STATUS_BY_CODE.items():

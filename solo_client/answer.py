@@ -1,0 +1,292 @@
+"""Answers of the server: plain JSON, or a stream of JSON lines with progress."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from solo_client.errors import (
+    Busy,
+    ConnectionFailed,
+    ImageFailed,
+    RequestRefused,
+    ServerError,
+    ServerFailed,
+    SoloError,
+    TimedOut,
+    UnexpectedAnswer,
+)
+from solo_client.images import ImageInput
+from solo_client.request import name_of
+from solo_client.result import Instance, Result
+
+IMAGE_CODES = frozenset(
+    ("empty_image", "unsupported_format", "image_too_large", "corrupt_image", "engine_error")
+)
+"""Errors of a single image, not of the request."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the server is with a request.
+
+    Attributes:
+        done: Canvases (model inputs of a fixed size that images are cut into) that are finished.
+        total: Canvases of all images of the request.
+        elapsed_s: Time since the server admitted the request.
+        remaining_s: Estimate from the rate so far; None before the first canvas is finished.
+    """
+
+    done: int
+    total: int
+    elapsed_s: float
+    remaining_s: float | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class AnswerParser:
+    """Parses the answer to one attempt of a request; does no I/O.
+
+    Args:
+        response: Status and headers; the body is passed to `feed`.
+        on_progress: Called for each progress line.
+    """
+
+    def __init__(self, response: httpx.Response, on_progress: OnProgress | None) -> None:
+        self._response = response
+        self._on_progress = on_progress
+        content_type = response.headers.get("content-type", "").partition(";")[0].strip()
+        self._is_stream = response.is_success and content_type == "application/x-ndjson"
+        self._pieces: list[bytes] = []
+        self._waited_s = 0.0  # last time at which no canvas was finished
+        self._last: dict[str, Any] | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Takes a part of the body.
+
+        Raises:
+            UnexpectedAnswer: A line that is not one of solo-serve.
+        """
+        if not self._is_stream:
+            self._pieces.append(chunk)
+            return
+        first, *others = chunk.split(b"\n")
+        self._pieces.append(first)
+        for piece in others:
+            self._read_line(b"".join(self._pieces))
+            self._pieces = [piece]
+
+    def finish(self) -> Any:
+        """The content of the complete answer, from JSON.
+
+        Raises:
+            ServerError: The server answered with an error.
+            ConnectionFailed: A stream ended without its last line.
+            UnexpectedAnswer: It is not an answer of solo-serve.
+        """
+        data = b"".join(self._pieces)
+        if not self._response.is_success:
+            raise read_failure(self._response, data)
+        if not self._is_stream:
+            try:
+                return json.loads(data)
+            except ValueError as error:
+                raise self._unexpected(data) from error
+        with suppress(UnexpectedAnswer):  # a line that was cut, or the last one without a newline
+            self._read_line(data)
+        if self._last is None:
+            raise ConnectionFailed(f"{self._response.url}: the answer ended before its result")
+        if "result" in self._last:
+            return self._last["result"]
+        raise self._read_error(self._last)
+
+    def _read_line(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            content = dict(json.loads(line))
+            progress = self._read_progress(content["progress"]) if "progress" in content else None
+            if progress is None and not content.keys() & {"result", "error"}:
+                raise ValueError("an unknown kind of line")
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._unexpected(line) from error
+        if progress is None:
+            self._last = content
+        elif self._on_progress is not None:
+            self._on_progress(progress)
+
+    def _read_progress(self, content: Mapping[str, Any]) -> Progress:
+        done, total = int(content["canvases_done"]), int(content["canvases"])
+        elapsed_s = float(content["elapsed_s"])
+        if done == 0:
+            self._waited_s = elapsed_s
+            return Progress(done, total, elapsed_s, None)
+        canvas_s = max(0.0, elapsed_s - self._waited_s) / done
+        return Progress(done, total, elapsed_s, canvas_s * (total - done))
+
+    def _read_error(self, line: Mapping[str, Any]) -> ServerError:
+        """The error of a stream's last line.
+
+        After the request was admitted, a 503 is temporary even without a time to retry at.
+        """
+        try:
+            return build_error(
+                int(line["status"]),
+                str(line["error"]["code"]),
+                str(line["error"]["message"]),
+                request_id=self._response.headers.get("x-request-id"),
+                retry_after_s=float(line.get("retry_after_s", 0)),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._unexpected(json.dumps(line).encode()) from error
+
+    def _unexpected(self, data: bytes) -> UnexpectedAnswer:
+        start = data[:100].decode("utf-8", "replace")
+        return UnexpectedAnswer(f"{self._response.url}: not an answer of solo-serve: {start!r}")
+
+
+def read_results(
+    content: Any, images: Sequence[ImageInput], url: str
+) -> list[Result | ImageFailed]:
+    """The results of POST /segment, in the order of the images.
+
+    Raises:
+        UnexpectedAnswer: The content does not fit the request.
+    """
+    try:
+        common = {
+            "model": str(content["model"]),
+            "version": int(content["version"]),
+            "task": str(content.get("task", "segmentation")),
+            "timing_ms": content.get("timing_ms", {}),
+        }
+        names = [name_of(image) for image in images]
+        return [
+            _read_result(index, name, entry, common)
+            for index, (name, entry) in enumerate(zip(names, content["results"], strict=True))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(url, content, error) from error
+
+
+def _read_result(
+    index: int, name: str | None, entry: Mapping[str, Any], common: Mapping[str, Any]
+) -> Result | ImageFailed:
+    if entry.get("error") is not None:
+        return ImageFailed(index, name, entry["error"]["code"], entry["error"]["message"])
+    instances = tuple(
+        Instance(
+            category_id=found["category_id"],
+            category=found["category"],
+            score=found["score"],
+            bbox_xywh=tuple(found["bbox"]),
+            area=found["area"],
+            rle=found.get("segmentation"),
+        )
+        for found in entry["instances"]
+    )
+    return Result(
+        name,
+        entry["height"],
+        entry["width"],
+        instances,
+        **common,
+        canvases=entry.get("canvases"),
+        instances_found=entry.get("instances_found"),
+        truncated=bool(entry.get("truncated", False)),
+    )
+
+
+def blame_image(error: ServerError, images: Sequence[ImageInput]) -> list[Result | ImageFailed]:
+    """The result for a single image that the server refused; raises any other error again."""
+    if len(images) != 1 or error.code not in IMAGE_CODES:
+        raise error
+    failed = ImageFailed(0, name_of(images[0]), error.code, error.message)
+    failed.__cause__ = error
+    return [failed]
+
+
+def read_models(content: Any, url: str) -> list[dict[str, Any]]:
+    """The list of models of GET /v2/models.
+
+    Raises:
+        UnexpectedAnswer: The content has no list of models.
+    """
+    try:
+        models: list[dict[str, Any]] = content["models"]
+    except (KeyError, TypeError) as error:
+        raise _not_ours(url, content, error) from error
+    return models
+
+
+def _not_ours(url: str, content: Any, error: Exception) -> UnexpectedAnswer:
+    start = json.dumps(content)[:100]
+    return UnexpectedAnswer(f"{url}: not an answer of solo-serve ({error!r}): {start!r}")
+
+
+def read_failure(response: httpx.Response, data: bytes) -> ServerError:
+    """The error that an answer with a status other than 2xx stands for.
+
+    Args:
+        response: Status and headers.
+        data: The body.
+    """
+    code, message = "", response.reason_phrase
+    try:
+        body = json.loads(data)
+        error = body["error"]
+        if isinstance(error, dict):
+            code, message = str(error["code"]), str(error["message"])
+        else:  # under /v2: the Open Inference Protocol's format
+            code, message = str(body.get("code", "")), str(error)
+    except (ValueError, KeyError, TypeError):
+        pass  # the answer of a proxy
+    return build_error(
+        response.status_code,
+        code,
+        message,
+        request_id=response.headers.get("x-request-id"),
+        retry_after_s=_read_retry_after(response.headers.get("retry-after")),
+    )
+
+
+def build_error(
+    status: int, code: str, message: str, *, request_id: str | None, retry_after_s: float | None
+) -> ServerError:
+    """The error for an HTTP status."""
+    if status in (429, 503):
+        return Busy(status, code, message, request_id=request_id, retry_after_s=retry_after_s)
+    kind = RequestRefused if 400 <= status < 500 else ServerFailed
+    return kind(status, code, message, request_id=request_id)
+
+
+def _read_retry_after(value: str | None) -> float | None:
+    """Seconds from now; the header contains seconds or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def translate(error: httpx.RequestError | SoloError, url: str) -> SoloError:
+    """The client's error for an error of httpx, which becomes its cause."""
+    if isinstance(error, SoloError):
+        return error
+    text = f"{url}: {error or type(error).__name__}"
+    slow = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
+    failure: SoloError = TimedOut(text) if slow else ConnectionFailed(text)
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,406 @@
+"""`ModelStore.replace`: dead engines, faster engines, versions; one operation for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.postprocess import TileCandidates
+from pipeline.preprocess import prepare
+from pipeline.types import Tile
+from service.engines.base import Backend, BackendError, Precision
+from service.engines.state import EngineBuild
+from service.errors import EngineRestarting, ModelUnavailable
+from service.models import repository as repository_module
+from service.models import store as store_module
+from service.models.repository import LoadedModel, Repository, load_repository
+from service.models.store import ModelStore, ServedModel, run_in_thread
+from service.observe.metrics import Metrics
+from service.settings import Settings
+from tests.service.conftest import OPTIONS
+from tests.service.models.test_store import add_version, edit, wait_for_retirement
+from tests.support.blob_model import draw_picture, publish
+
+
+class Controlled:
+    """An engine around another one that tests can hold, kill and watch.
+
+    Attributes:
+        inside: Set by every call; calls wait for `go`.
+    """
+
+    device = "cpu"
+    precision: Precision = "fp32"
+    concurrency = 1
+
+    def __init__(self, engine: Backend | None, name: str = "first") -> None:
+        self.name = self.reason = name
+        self.engine = engine
+        self.dead = self.closed = False
+        self.upgrade: FakeUpgrade | None = None
+        self.inside, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
+        self.inside.set()
+        assert self.go.wait(20)
+        if self.dead:
+            raise MemoryError("bad allocation")
+        assert self.engine is not None
+        return self.engine.infer(tiles)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeUpgrade:
+    """Builds `engine` when it is told to.
+
+    Attributes:
+        failure: Raised instead, if there is one.
+    """
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.engine = Controlled(None, "faster")
+        self.failure = failure
+        self.may_build, self.cancelled = threading.Event(), threading.Event()
+        self.loads = 0
+
+    def build(self, report: Callable[[str, float], None]) -> None:
+        report("compiling", 0.25)
+        while not self.may_build.wait(0.01):
+            if self.cancelled.is_set():
+                raise OSError("cancelled")
+        if self.failure is not None:
+            raise self.failure
+
+    def load(self) -> Backend:
+        self.loads += 1
+        return self.engine
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "FIRST_PAUSE_S", 0.01)
+
+
+@asynccontextmanager
+async def open_store(
+    settings: Settings, upgrade: FakeUpgrade | None = None
+) -> AsyncIterator[ModelStore]:
+    """A started store whose model `blobs` has controlled engines."""
+    repository = load_repository(settings.model_repo, OPTIONS)
+    versions = {}
+    for version, model in repository.models["blobs"].items():
+        engine = Controlled(model.backend)
+        if upgrade is not None:
+            engine.upgrade, upgrade.engine.engine = upgrade, model.backend
+        versions[version] = replace(model, backend=engine)
+    repository = replace(repository, models={**repository.models, "blobs": versions})
+    store = ModelStore(settings, repository, Metrics())
+    store.start()
+    try:
+        yield store
+    finally:
+        await store.close(finished=True)
+
+
+async def infer(model: ServedModel) -> Sequence[TileCandidates]:
+    """One call of a model's engine in a thread, as the scheduler makes it."""
+    tiles = list(prepare(draw_picture(), model.config.input).tiles)
+    return await asyncio.to_thread(model.engine.infer, tiles, lambda: None)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def engine_of(model: ServedModel) -> Controlled:
+    engine = model.engine.current
+    assert isinstance(engine, Controlled)
+    return engine
+
+
+def graph_of(model_repo: Path) -> Path:
+    return model_repo / "blobs" / "1" / "model.onnx"
+
+
+class TestDeadEngines:
+    async def test_a_dead_engine_is_built_again_from_its_own_version(
+        self, settings: Settings, model_repo: Path
+    ) -> None:
+        add_version(model_repo / "blobs", 2)
+        edit(model_repo / "blobs", lambda content: content.update(serve={"policy": "all"}))
+        async with open_store(settings) as store:
+            one, two = store.find("blobs", 1), store.find("blobs", 2)
+            dead = engine_of(one)
+            dead.dead = True
+            (wanted,), (found,) = await infer(two), await infer(one)
+            assert (found.scores == wanted.scores).all()
+            assert one.engine.current is not dead
+            await until(lambda: dead.closed)
+            assert one.loaded.version == 1 and one.loaded.backend is one.engine.current
+            assert engine_of(two).name == "first"
+            restarts = store._metrics.engine_restarts.labels("blobs")
+            await until(lambda: restarts._value.get() == 1)
+
+    @pytest.mark.usefixtures("quick")
+    async def test_building_is_tried_until_it_succeeds_and_calls_wait(
+        self, settings: Settings, model_repo: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        graph = graph_of(model_repo)
+        content = graph.read_bytes()
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            graph.write_bytes(b"broken")
+            call = asyncio.create_task(infer(model))
+            await until(lambda: caplog.text.count("no new engine yet") >= 3)
+            with pytest.raises(EngineRestarting, match="'blobs' has died"):
+                store.find("blobs", None)
+            assert not call.done()
+            graph.write_bytes(content)
+            assert len(await call) == 1
+            assert store.find("blobs", None) is model
+        pauses = [float(p) for p in re.findall(r"next attempt in ([\d.]+) s", caplog.text)]
+        assert pauses == [0.01 * 2**n for n in range(len(pauses))]
+
+    @pytest.mark.usefixtures("quick")
+    async def test_the_pause_is_bounded_and_closing_ends_the_attempts(
+        self,
+        settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+        model_repo: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(store_module, "LONGEST_PAUSE_S", 0.02)
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            graph_of(model_repo).unlink()
+            call = asyncio.create_task(infer(model))
+            await until(lambda: caplog.text.count("next attempt in 0.02 s") >= 3)
+            await store.close(finished=False)
+            with pytest.raises(BackendError, match="closed"):
+                await call
+            await until(lambda: not model.builds)
+
+    @pytest.mark.usefixtures("quick")
+    async def test_a_version_that_has_ended_is_not_built_again(
+        self, settings: Settings, model_repo: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            graph_of(model_repo).unlink()
+            call = asyncio.create_task(infer(model))
+            await until(lambda: "no new engine yet" in caplog.text)
+            await store.unload("blobs")
+            await wait_for_retirement(store)
+            with pytest.raises(BackendError, match="closed"):
+                await call
+            await until(lambda: not model.builds)
+
+    async def test_an_engine_that_is_built_for_nobody_is_closed(self, settings: Settings) -> None:
+        built: list[Controlled] = []
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+
+            def build() -> dict[int, LoadedModel]:
+                built.append(Controlled(None))
+                return {1: replace(model.loaded, backend=built[-1])}
+
+            await store.unload("blobs")
+            await wait_for_retirement(store)
+            await store.replace("blobs", build, only=model)
+            assert built[0].closed and "blobs" not in store.served
+            task = asyncio.create_task(store.replace("blobs", build, only=model))
+            await asyncio.sleep(0)
+            task.cancel()
+            await until(lambda: len(built) == 2 and built[1].closed)
+
+
+class TestUpgrades:
+    async def test_the_first_engine_serves_until_the_faster_one_is_warm(
+        self, settings: Settings
+    ) -> None:
+        upgrade = FakeUpgrade()
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            first = engine_of(model)
+            await until(lambda: model.engine.build == EngineBuild("compiling", 0.25))
+            assert len(await infer(model)) == 1
+            upgrade.engine.go.clear()
+            upgrade.may_build.set()
+            assert await asyncio.to_thread(upgrade.engine.inside.wait, 10)  # it is warmed up
+            assert model.engine.current is first
+            assert model.engine.build == EngineBuild("loading", 1.0)
+            upgrade.engine.go.set()
+            await until(lambda: model.engine.build == EngineBuild("done", 1.0))
+            assert model.state.engine.name == "faster" and first.closed
+            assert len(await infer(model)) == 1
+            assert store.find("blobs", None) is model and upgrade.loads == 1
+
+    async def test_a_call_in_flight_finishes_on_the_first_engine(self, settings: Settings) -> None:
+        upgrade = FakeUpgrade()
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            first = engine_of(model)
+            first.go.clear()
+            call = asyncio.create_task(infer(model))
+            assert await asyncio.to_thread(first.inside.wait, 10)
+            upgrade.may_build.set()
+            await until(lambda: model.engine.current is upgrade.engine)
+            assert not first.closed and not call.done()
+            first.go.set()
+            assert len(await call) == 1
+            await until(lambda: first.closed)
+
+    @pytest.mark.parametrize("when", ["building", "loading", "warming"])
+    async def test_a_failure_leaves_the_first_engine_and_says_why(
+        self, settings: Settings, when: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        upgrade = FakeUpgrade(OSError("no memory") if when == "building" else None)
+        upgrade.engine.dead = when == "warming"
+
+        def fail() -> Backend:
+            raise OSError("no memory")
+
+        if when == "loading":
+            monkeypatch.setattr(upgrade, "load", fail)
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            upgrade.may_build.set()
+            await until(lambda: "failed" in str(model.engine.build))
+            assert model.engine.build is not None
+            assert ("bad allocation" if when == "warming" else "no memory") in (
+                model.engine.build.status
+            )
+            assert upgrade.engine.closed is (when == "warming")
+            assert len(await infer(model)) == 1 and not engine_of(model).closed
+
+    @pytest.mark.parametrize("by", ["closing", "unloading"])
+    async def test_a_build_is_cancelled_when_its_version_ends(
+        self, settings: Settings, by: str
+    ) -> None:
+        upgrade = FakeUpgrade()
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            await until(lambda: model.engine.build is not None)
+            if by == "unloading":
+                await store.unload("blobs")
+            else:
+                await store.close(finished=True)
+            await until(upgrade.cancelled.is_set)
+            await until(lambda: not model.builds)
+            assert upgrade.loads == 0
+
+    async def test_the_policy_follows_the_engine(self, settings: Settings) -> None:
+        upgrade = FakeUpgrade()
+        upgrade.engine.device = "cuda"
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            assert model.state.max_batch == 1 and not model.scheduler.policy.batch
+            upgrade.may_build.set()
+            await until(lambda: model.scheduler.policy.batch)
+            assert model.state.max_batch == 8
+
+
+class TestVersions:
+    async def test_two_loads_at_once_build_one_after_the_other(
+        self, settings: Settings, model_repo: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        async with open_store(settings) as store:
+            add_version(model_repo / "blobs", 2)
+            both = await asyncio.gather(store.load("blobs"), store.load("blobs"))
+            assert list(both) == [[2], [2]]
+            await wait_for_retirement(store)
+        assert caplog.text.count("model blobs version 1 has ended") == 1
+
+    async def test_a_model_loaded_at_run_time_is_rebuilt_and_counted(
+        self, settings: Settings, model_repo: Path
+    ) -> None:
+        async with open_store(settings) as store:
+            publish(model_repo, "late")
+            assert await store.load("late") == [1]
+            model = store.find("late", None)
+            dead = Controlled(model.engine.current)
+            dead.dead = True
+            model.engine.swap(dead)
+            assert len(await infer(model)) == 1
+            assert model.engine.current is not dead
+            restarts = store._metrics.engine_restarts.labels("late")
+            await until(lambda: restarts._value.get() == 1)
+            page = (await store._metrics.answer(""))[0].decode()
+            assert 'model="late",precision="fp32",version="1"} 1.0' in page
+
+    async def test_engines_of_a_load_that_fails_are_closed(
+        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        built: list[Controlled] = []
+        build: Callable[..., Backend] = vars(repository_module)["build_backend"]
+
+        def watch(*arguments: Any) -> Backend:
+            built.append(Controlled(build(*arguments)))
+            return built[-1]
+
+        async with open_store(settings) as store:
+            monkeypatch.setattr(repository_module, "build_backend", watch)
+            add_version(model_repo / "blobs", 2)
+            add_version(model_repo / "blobs", 3, graph=b"broken")
+            wanted = {"policy": "specific", "versions": [2, 3]}
+            edit(model_repo / "blobs", lambda content: content.update(serve=wanted))
+            with pytest.raises(ModelUnavailable, match=r"blobs/3/model\.onnx"):
+                await store.load("blobs")
+            assert [engine.closed for engine in built] == [True]
+            assert sorted(store.served["blobs"]) == [1]
+
+
+class TestRunInThread:
+    async def test_results_and_errors_come_back(self) -> None:
+        def fail() -> None:
+            raise RuntimeError("7 is wrong")
+
+        assert await run_in_thread(lambda: 7) == 7
+        with pytest.raises(RuntimeError, match="7 is wrong"):
+            await run_in_thread(fail)
+
+    async def test_a_result_that_nobody_waits_for_is_discarded(self) -> None:
+        go = threading.Event()
+        discarded: list[int] = []
+
+        def work() -> int:
+            go.wait(10)
+            return 7
+
+        task = asyncio.create_task(run_in_thread(work, discarded.append))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        go.set()
+        await until(lambda: discarded == [7])
+
+    async def test_the_thread_does_not_keep_the_process(self) -> None:
+        assert await run_in_thread(lambda: threading.current_thread().daemon)
+
+
+def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:
+    engine = Controlled(None)
+    loaded = load_repository(settings.model_repo, OPTIONS)
+    model = replace(loaded.models["blobs"][1], backend=engine)
+    Repository(loaded.root, {"blobs": {1: model}}, {}).close()
+    assert engine.closed

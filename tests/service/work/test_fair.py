@@ -1,0 +1,128 @@
+"""Fair queueing: order, weights, bursts and the bound."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from service.work.fair import BURST, BURST_CHARGE, FairQueue, Flow
+
+BOUND = BURST * (1 - BURST_CHARGE) + 2
+"""Of the module's docstring, for weights of 1."""
+
+
+def serve(queue: FairQueue[Flow], canvases: int) -> list[Flow]:
+    """Serves flows that always have work waiting."""
+    served = []
+    for _ in range(canvases):
+        flow = queue.first()
+        assert flow is not None
+        served.append(flow)
+        flow.charge()
+        queue.served(flow, goes_on=True)
+    return served
+
+
+def steady(weight: float = 1.0) -> Flow:
+    """A flow whose burst is over."""
+    return Flow(weight=weight, burst=0)
+
+
+def test_an_empty_queue_gives_nothing() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    assert not queue
+    assert queue.first() is None
+
+
+def test_flows_that_are_equal_take_turns_by_arrival() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    flows = [steady() for _ in range(3)]
+    for flow in flows:
+        queue.push(flow)
+    assert serve(queue, 9) == flows * 3
+
+
+def test_a_flow_is_in_the_queue_once() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    flow = steady()
+    queue.push(flow)
+    queue.push(flow)
+    assert queue.first() is flow
+    flow.charge()
+    queue.served(flow, goes_on=False)
+    assert queue.first() is None
+    queue.push(flow)
+    assert queue.first() is flow
+
+
+@pytest.mark.parametrize("weight", [2.0, 3.0, 0.5])
+def test_service_is_proportional_to_the_weight(weight: float) -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    heavy, light = steady(weight), steady()
+    queue.push(heavy)
+    queue.push(light)
+    served = serve(queue, 600)
+    assert abs(served.count(heavy) / weight - served.count(light)) <= 1 / weight + 1
+
+
+def test_a_burst_is_charged_less_and_then_over() -> None:
+    flow = Flow()
+    for _ in range(BURST):
+        flow.charge()
+    assert flow.tag == pytest.approx(BURST * BURST_CHARGE)
+    flow.charge()
+    assert flow.tag == pytest.approx(BURST * BURST_CHARGE + 1)
+
+
+def test_a_newcomer_goes_next_and_gets_three_of_four_canvases_of_its_burst() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    old = steady()
+    queue.push(old)
+    serve(queue, 1000)
+    new = Flow()
+    queue.push(new)
+    served = serve(queue, 16)
+    assert served.count(new) >= 12
+    assert served.count(old) >= 3  # it goes on meanwhile
+
+
+def test_an_idle_flow_saves_up_no_credit() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    busy, idle = steady(), steady()
+    queue.push(idle)
+    assert queue.first() is idle
+    idle.charge()
+    queue.served(idle, goes_on=False)
+    queue.push(busy)
+    serve(queue, 1000)
+    queue.push(idle)
+    served = serve(queue, 100)
+    assert abs(served.count(idle) - served.count(busy)) <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_flows_that_wait_all_the_time_differ_by_no_more_than_the_bound(seed: int) -> None:
+    """Whatever others do, at any moment, for any length of time."""
+    rng = random.Random(seed)
+    queue: FairQueue[Flow] = FairQueue()
+    pair = [Flow(), Flow()]
+    queue.push(pair[0])
+    serve(queue, rng.randrange(50))
+    queue.push(pair[1])
+    others: list[Flow] = []
+    counts = [0, 0]
+    low = high = 0
+    for _ in range(3000):
+        if rng.random() < 0.02:
+            others.append(Flow(weight=rng.choice([0.5, 1, 4])))
+            queue.push(others[-1])
+        flow = queue.first()
+        assert flow is not None
+        flow.charge()
+        queue.served(flow, goes_on=flow in pair or rng.random() < 0.9)
+        if flow in pair:
+            counts[pair.index(flow)] += 1
+            low, high = min(low, counts[0] - counts[1]), max(high, counts[0] - counts[1])
+    assert min(counts) > 100
+    assert high - low <= BOUND
