@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from service.engines.device import CudaDevice
 from service.engines.kernels.launcher import Launcher
+from tests.support.fake_cuda import FakeCuda
 from tests.support.kernel_host import (
     COMPILER,
     HostLauncher,
@@ -98,8 +100,16 @@ def kernel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def host_launcher(kernel_library: Path) -> HostLauncher:
-    return HostLauncher(kernel_library)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A fake in the place of `cuda.core`."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    return cuda
+
+
+@pytest.fixture
+def host_launcher(kernel_library: Path, fake_cuda: FakeCuda) -> HostLauncher:
+    return HostLauncher(kernel_library, CudaDevice(), fake_cuda)
 
 
 @pytest.fixture(params=["host", "gpu"])

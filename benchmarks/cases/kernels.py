@@ -21,10 +21,11 @@ from benchmarks.harness.rounds import repeat
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess_tile
 from pipeline.types import Float32, Tile, Window
-from service.engines.kernels.launcher import CudaLauncher, Memory
+from service.engines.device import CudaDevice, CudaError, DeviceMemory
+from service.engines.kernels.launcher import CudaLauncher
 from service.engines.kernels.nvrtc import default_cache, load_cubins
-from service.engines.kernels.postprocessor import CudaPostprocessor, DeviceBatch, find_obstacle
-from service.engines.kernels.select import ITEM_BYTES, MaskType
+from service.engines.kernels.postprocessor import CudaPostprocessor
+from service.engines.kernels.select import ITEM_BYTES, DeviceBatch, MaskType
 
 SPEC = PostprocessSpec(nms=MatrixNms(), update_threshold=0, score_threshold=0)
 STRIDE = 4
@@ -37,16 +38,17 @@ def kernels(
     copy_bytes: Annotated[int, "of the copy that gives the bandwidth"] = COPY_BYTES,
     batches: Annotated[tuple[int, ...], "images"] = (1, 8, 16),
 ) -> Report:
-    obstacle = find_obstacle()
-    if obstacle is not None:
-        raise BenchmarkError(f"nothing to measure: {obstacle}")
+    try:
+        device = CudaDevice()
+    except CudaError as error:
+        raise BenchmarkError(f"nothing to measure: {error}") from error
     from cuda.core import Device
 
-    device = Device(0)
-    capability = device.compute_capability
+    gpu = Device(0)
+    capability = gpu.compute_capability
     cubins = load_cubins((capability.major, capability.minor), cache=default_cache())
-    launcher = TimedLauncher(cubins)
-    bytes_s = measure_copy(launcher, launcher.open_stream(), repeats, copy_bytes)
+    launcher = TimedLauncher(device, cubins)
+    bytes_s = measure_copy(device, device.open_stream(), repeats, copy_bytes)
     kinds: tuple[MaskType, ...] = ("float32", "float16", "bfloat16")
     cases = [
         measure(
@@ -72,9 +74,9 @@ def kernels(
     ]
     copy = round(bytes_s / 1e9, 1)
     return Report(
-        data={"gpu": device.name, "copy_gb_per_s": copy, "cases": cases},
+        data={"gpu": gpu.name, "copy_gb_per_s": copy, "cases": cases},
         tables={"ms of an image": rows, "ms of each kernel": times},
-        notes=[f"{device.name}: copies {copy} GB/s"],
+        notes=[f"{gpu.name}: copies {copy} GB/s"],
         packages=("cuda-core",),
     )
 
@@ -101,8 +103,8 @@ class TimedLauncher(CudaLauncher):
 
     timing = False
 
-    def __init__(self, cubins: dict[str, bytes]) -> None:
-        super().__init__(0, cubins)
+    def __init__(self, device: CudaDevice, cubins: dict[str, bytes]) -> None:
+        super().__init__(device, cubins)
         self._laps: list[tuple[str, Any, Any]] = []
 
     def launch(
@@ -111,7 +113,7 @@ class TimedLauncher(CudaLauncher):
         if not self.timing:
             super().launch(kernel, threads, arguments, stream)
             return
-        queue, options = self._stream(stream), self._core.EventOptions(timing_enabled=True)
+        queue, options = self.device.stream(stream), self._core.EventOptions(timing_enabled=True)
         before = queue.record(options=options)
         super().launch(kernel, threads, arguments, stream)
         self._laps.append((kernel, before, queue.record(options=options)))
@@ -138,19 +140,19 @@ def draw_masks(case: KernelCase) -> Float32:
     return masks
 
 
-def put(launcher: CudaLauncher, array: np.ndarray[Any, Any], stream: int) -> Memory:
+def put(device: CudaDevice, array: np.ndarray[Any, Any], stream: int) -> DeviceMemory:
     """A copy on the device, valid as long as the result."""
-    host, memory = launcher.allocate_host(array.nbytes), launcher.allocate(array.nbytes)
+    host, memory = device.allocate_pinned(array.nbytes), device.allocate(array.nbytes)
     host.array[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    launcher.copy(memory.pointer, host.pointer, array.nbytes, stream)
-    launcher.synchronize(stream)
-    launcher.free(host)
+    device.copy(memory.pointer, host.pointer, array.nbytes, stream)
+    device.synchronize(stream)
+    device.free(host)
     return memory
 
 
 def build_batch(
-    launcher: CudaLauncher, case: KernelCase, masks: Float32, stream: int
-) -> tuple[DeviceBatch, list[Memory]]:
+    device: CudaDevice, case: KernelCase, masks: Float32, stream: int
+) -> tuple[DeviceBatch, list[DeviceMemory]]:
     """The same ranked masks of 80 classes for each image; and the memory that holds them."""
     stored: np.ndarray[Any, Any] = masks
     if case.mask_type == "float16":
@@ -161,9 +163,9 @@ def build_batch(
     labels = np.random.default_rng(1).integers(0, 80, case.candidates)
     tiled = np.tile(stored, (case.batch, 1, 1))
     memory = [
-        put(launcher, np.tile(scores, case.batch), stream),
-        put(launcher, np.tile(labels, case.batch), stream),
-        put(launcher, tiled, stream),
+        put(device, np.tile(scores, case.batch), stream),
+        put(device, np.tile(labels, case.batch), stream),
+        put(device, tiled, stream),
     ]
     batch = DeviceBatch(
         scores=memory[0].pointer,
@@ -183,17 +185,17 @@ def median_ms(step: Callable[[], object], repeats: int) -> float:
     return 1e3 * statistics.median(repeat(step, least=repeats))
 
 
-def measure_copy(launcher: CudaLauncher, stream: int, repeats: int, size_bytes: int) -> float:
+def measure_copy(device: CudaDevice, stream: int, repeats: int, size_bytes: int) -> float:
     """Bytes a second that a copy on the device reads and writes."""
-    memory = launcher.allocate(size_bytes), launcher.allocate(size_bytes)
+    memory = device.allocate(size_bytes), device.allocate(size_bytes)
 
     def copy() -> None:
-        launcher.copy(memory[0].pointer, memory[1].pointer, size_bytes, stream)
-        launcher.synchronize(stream)
+        device.copy(memory[0].pointer, memory[1].pointer, size_bytes, stream)
+        device.synchronize(stream)
 
     ms = median_ms(copy, repeats)
     for part in memory:
-        launcher.free(part)
+        device.free(part)
     return 2 * size_bytes / (ms / 1e3)
 
 
@@ -220,10 +222,11 @@ def measure(
     launcher: TimedLauncher, case: KernelCase, repeats: int, bytes_s: float
 ) -> dict[str, Any]:
     """Times of a batch: NMS, then each image's run lengths."""
-    stream = launcher.open_stream()
+    device = launcher.device
+    stream = device.open_stream()
     masks = draw_masks(case)
-    batch, memory = build_batch(launcher, case, masks, stream)
-    processor = CudaPostprocessor(SPEC, STRIDE, launcher=launcher)
+    batch, memory = build_batch(device, case, masks, stream)
+    processor = CudaPostprocessor(SPEC, STRIDE, launcher)
     height, width = (STRIDE * size for size in case.mask_hw)
     window = Window(0, 0, *case.image_hw)
     tile = Tile(np.zeros((height, width, 3), np.uint8), case.image_hw, window)
@@ -245,7 +248,7 @@ def measure(
     floors = {name: 1e3 * size / bytes_s for name, size in floors_bytes(case, masks).items()}
     processor.close()
     for part in memory:
-        launcher.free(part)
+        device.free(part)
     return {
         "batch": case.batch,
         "candidates": case.candidates,

@@ -1,7 +1,7 @@
-"""What an AOTInductor package says of itself, read without torch and without running any of it.
+"""Metadata of an AOTInductor package, read without torch and without running any of it.
 
-A .pt2 file is a ZIP archive with machine code in it. Whether that code is the published one, and
-made for this machine, is known before any of it is loaded.
+A .pt2 file is a ZIP archive with machine code. It is checked that the code is the published one and
+was compiled for this machine before any of it is loaded.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CPU_TARGET = "cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class PackageInfo:
-    """What a package was made of and for.
+    """What a package was compiled from and for.
 
     Attributes:
         config: Name of the training configuration.
         target: "cpu", or a GPU architecture, e.g. "sm_90".
         precision: Of the convolutions and of the masks.
-        torch: Version of the torch that made it, without its build's suffix.
+        torch: Version of the torch that compiled it, without the build suffix.
         machine: Of the host code, as `platform.machine` names it.
         max_batch: Most canvases in a call.
         max_canvas_hw: Largest canvas, px.
-        fixed_canvas: Whether it is the only one.
-        onnx_sha256: Of the model.onnx of the same weights; None if that is not known.
+        fixed_canvas: Whether `max_canvas_hw` is the only one.
+        onnx_sha256: Of the model.onnx of the same weights; None if unknown.
     """
 
     config: str
@@ -52,7 +52,7 @@ class PackageInfo:
     onnx_sha256: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
-        """As the compiler puts it into the package."""
+        """As stored in the package."""
         return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
 
 
@@ -67,10 +67,10 @@ def name_target(capability: tuple[int, int] | None) -> str:
 
 
 def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:
-    """A package's bytes, which are those that config.json describes.
+    """Reads a package and compares it with config.json.
 
     Raises:
-        BackendError: config.json does not list the file, or the file is missing or another one.
+        BackendError: config.json does not list the file, or the file is missing or differs.
     """
     if package.name not in files:
         raise BackendError(f"config.json lists {sorted(files)}, but no {package.name}")
@@ -87,10 +87,10 @@ def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:
 
 
 def read_info(data: bytes) -> PackageInfo:
-    """What a package says of itself.
+    """Reads a package's metadata.
 
     Raises:
-        BackendError: It is no package, or none of `solo-export`.
+        BackendError: It is no package, or was not made by `solo-export`.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -120,7 +120,7 @@ def find_misfit(
         info: The package's.
         target: This machine's, as in `name_target`.
         torch_version: Of the torch that would run it.
-        cpu_capability: What torch says of this CPU, e.g. "AVX2".
+        cpu_capability: Of this CPU, from torch, e.g. "AVX2".
     """
     if info.target != target:
         return f"the package is for {info.target}, this is {target}"

@@ -1,7 +1,7 @@
-"""Packages of AOTInductor, on the CPU or on CUDA: the one place of the service that uses torch.
+"""Packages of AOTInductor, on the CPU or on CUDA: the only module of the service that uses torch.
 
-torch is imported when a package is to be loaded, never before. A package needs no compiler where
-it runs. The way on CUDA was not run on hardware.
+torch is imported only when a package is loaded. A package needs no compiler where it runs. CUDA was
+NOT RUN ON HARDWARE.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 """
@@ -13,34 +13,39 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
+from pipeline.canvases import list_canvases
 from pipeline.model_config import ModelConfig
-from pipeline.postprocess import TileCandidates
-from pipeline.types import Tile
+from pipeline.types import Int64, UInt8
 from service.cores import count_cores
 from service.engines.aoti_package import (
     CPU_TARGET,
     PackageInfo,
+    PackagePrecision,
     find_misfit,
     name_target,
     read_info,
     read_verified,
 )
-from service.engines.aoti_slots import (
-    SLOTS,
-    GraphSlot,
-    Inputs,
-    Select,
-    Slot,
-    SlotPool,
-    batch_sizes,
-)
-from service.engines.base import BackendError, BackendOptions, Precision, collate, split_batch
+from service.engines.base import BackendError, BackendOptions
+from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
+from service.engines.device import CudaDevice
+from service.engines.device_slot import DeviceSlot, build_device_slots
+from service.engines.kernels.postprocessor import load_select
 from service.engines.kernels.select import MaskType
+from service.engines.slots import HostSlot, Slot, SlotBackend
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MASK_TYPES: dict[PackagePrecision, MaskType] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 
 Runner = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
 """images [B, H, W, 3] and valid_hw [B, 2] -> scores, labels, mask_probs, on the runner's device."""
@@ -62,9 +67,9 @@ def find_obstacle(options: BackendOptions) -> str | None:
 
 
 def find_target(options: BackendOptions) -> str:
-    """Target of the package that would run here: of the GPU, unless the CPU is asked for.
+    """Target of the package that would run here: the GPU's, unless the CPU is asked for.
 
-    Only to be called where `find_obstacle` finds none.
+    Call it only if `find_obstacle` finds none.
     """
     import torch
 
@@ -74,7 +79,7 @@ def find_target(options: BackendOptions) -> str:
 
 
 def load_runner(data: bytes, device: str) -> Runner:
-    """Loads a package's code; whoever calls it has verified the bytes.
+    """Loads a package's code; the caller has verified the bytes.
 
     On CUDA a runner may be captured into CUDA graphs, and one thread at a time may call it.
 
@@ -85,11 +90,11 @@ def load_runner(data: bytes, device: str) -> Runner:
 
     cuda = device == "cuda"
     try:
-        # The loader takes names only. It reads a file of ours, not the one that could change.
+        # The loader takes a file name. It reads a copy, not the file that could change.
         with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
             file.write(data)
             file.flush()
-            # One runner: batches run beside each other as graphs, or each has all cores.
+            # One runner: on CUDA each slot loads its own, on the CPU a call has all cores.
             loader = torch._C._aoti.AOTIModelPackageLoader(
                 file.name, "model", cuda, 1, torch.cuda.current_device() if cuda else -1
             )
@@ -98,229 +103,201 @@ def load_runner(data: bytes, device: str) -> Runner:
     return lambda inputs: loader.run(list(inputs))
 
 
-class AotiBackend:
-    """A package that is loaded.
+def check_canvases(info: PackageInfo, batch: int, canvas_hw: tuple[int, int]) -> None:
+    """Refuses what the package was not made for: its code would read past the end.
 
-    Args:
-        info: What the package says of itself.
-        slots: What runs the batches, at least one.
-        device: "cpu" or "cuda".
-        concurrency: Threads that may be in `infer` at once.
-        reason: See `Backend`.
+    Raises:
+        BackendError: Names the batch or the canvas.
     """
-
-    name = "aotinductor"
-
-    def __init__(
-        self,
-        info: PackageInfo,
-        slots: Sequence[Slot],
-        *,
-        device: str,
-        concurrency: int,
-        reason: str,
-    ) -> None:
-        self.device = device
-        self.precision: Precision = info.precision
-        self.reason = reason
-        self.concurrency = concurrency
-        self._info = info
-        self._pool = SlotPool(slots)
-
-    def infer(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
-        """See `Backend.infer`."""
-        self._check(tiles)
-        slot = self._pool.take()
-        try:
-            return slot.run(tiles)
-        except BackendError:
-            raise
-        except Exception as error:  # torch's exceptions have no common base
-            raise BackendError(f"torch cannot run {len(tiles)} canvases: {error}") from error
-        finally:
-            self._pool.give(slot)
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        self._pool.close()
-
-    def _check(self, tiles: Sequence[Tile]) -> None:
-        """The package's code would read past the end of a canvas that it was not made for."""
-        if not 1 <= len(tiles) <= self._info.max_batch:
-            raise BackendError(
-                f"{len(tiles)} canvases, the package takes 1 to {self._info.max_batch}"
-            )
-        height, width = tiles[0].image.shape[:2]
-        largest = self._info.max_canvas_hw
-        if self._info.fixed_canvas:
-            fits = (height, width) == largest
-        else:
-            fits = height <= largest[0] and width <= largest[1] and not (height % 32 or width % 32)
-        if not fits:
-            kind = "is for" if self._info.fixed_canvas else "takes multiples of 32 up to"
-            raise BackendError(f"a canvas of {(height, width)}, the package {kind} {largest}")
+    if not 1 <= batch <= info.max_batch:
+        raise BackendError(f"{batch} canvases, the package takes 1 to {info.max_batch}")
+    height, width = canvas_hw
+    largest = info.max_canvas_hw
+    if info.fixed_canvas:
+        fits = canvas_hw == largest
+    else:
+        fits = height <= largest[0] and width <= largest[1] and not (height % 32 or width % 32)
+    if not fits:
+        kind = "is for" if info.fixed_canvas else "takes multiples of 32 up to"
+        raise BackendError(f"a canvas of {canvas_hw}, the package {kind} {largest}")
 
 
-class HostSlot:
-    """Runs batches on the CPU; NumPy and torch share their memory.
+def build_host_slot(info: PackageInfo, runner: Runner, threads: int) -> HostSlot:
+    """A slot on the CPU; NumPy and torch share the memory.
 
     Args:
+        info: The package's metadata.
         runner: The package's.
         threads: Of one call.
     """
+    prepared = threading.local()
 
-    def __init__(self, runner: Runner, threads: int) -> None:
-        self._runner = runner
-        self._threads = threads
-        self._prepared = threading.local()
-
-    def run(self, tiles: Sequence[Tile]) -> list[TileCandidates]:
-        """See `Slot.run`."""
+    def run(images: UInt8, valid_hw: Int64) -> list[NDArray[Any]]:
         import torch
 
-        if not hasattr(self._prepared, "threads"):  # OpenMP counts for each calling thread
-            torch.set_num_threads(self._threads)
-            self._prepared.threads = self._threads
-        images, valid_hw = collate(tiles)
-        outputs = self._runner([torch.from_numpy(images), torch.from_numpy(valid_hw)])
-        scores, labels, masks = (_to_numpy(output) for output in outputs)
-        if len(scores) != len(tiles):
-            raise BackendError(f"{len(tiles)} canvases gave {len(scores)} results")
-        return list(split_batch(scores, labels, masks))
+        check_canvases(info, len(images), (images.shape[1], images.shape[2]))
+        if not hasattr(prepared, "threads"):  # OpenMP has a number for each calling thread
+            torch.set_num_threads(threads)
+            prepared.threads = threads
+        outputs = runner([torch.from_numpy(images), torch.from_numpy(valid_hw)])
+        # NumPy has no bfloat16.
+        return [(o.float() if o.dtype.itemsize == 2 else o).numpy() for o in outputs]
 
-    def close(self) -> None:
-        """See `Slot.close`."""
+    return HostSlot(run)
 
 
-class CudaDevice:
-    """What `GraphSlot` needs of CUDA: its own stream, pinned memory, graphs."""
+class AotiCall:
+    """A package on CUDA, called and recorded on a slot's stream.
 
-    def __init__(self) -> None:
+    Args:
+        info: The package's metadata.
+        runner: The package's code, used by this slot alone.
+        mask_stride: Canvas px per mask px.
+        stream: The slot's, by its handle.
+    """
+
+    def __init__(self, info: PackageInfo, runner: Runner, mask_stride: int, stream: int) -> None:
         import torch
 
         self._torch = torch
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._info = info
+        self._runner = runner
+        self._mask_stride = mask_stride
+        self._stream = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+        # The graphs of a slot share their memory: their outputs are copied before the next run.
         self._pool = torch.cuda.graph_pool_handle()
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._outputs: Sequence[Tensor] = ()
 
-    @property
-    def stream(self) -> int:
-        """The stream's handle."""
-        return int(self._stream.cuda_stream)
+    def bind(self, shape: BatchShape, memory: SlotMemory) -> EngineRun:
+        """Wraps the slot's inputs as tensors; the package allocates its outputs.
 
-    def build_inputs(self, batch: int, canvas_hw: tuple[int, int]) -> Inputs:
-        """See `GraphDevice.build_inputs`."""
-        torch = self._torch
-        shapes = ((batch, *canvas_hw, 3), torch.uint8), ((batch, 2), torch.int64)
-        host = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in shapes]
-        with torch.cuda.stream(self._stream):
-            device = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in shapes]
-        return Inputs(host[0].numpy(), host[1].numpy(), host, device)
-
-    def upload(self, inputs: Inputs) -> None:
-        """See `GraphDevice.upload`."""
-        with self._torch.cuda.stream(self._stream):
-            for source, target in zip(inputs.host, inputs.device, strict=True):
-                target.copy_(source, non_blocking=True)
-            self._copied.record()
-
-    def wait_for_upload(self) -> None:
-        """See `GraphDevice.wait_for_upload`."""
-        self._copied.synchronize()
-
-    def capture(
-        self, run: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """See `GraphDevice.capture`.
-
-        The graphs of a slot share their memory: only the last one's outputs are ever in use.
+        Raises:
+            BackendError: The package was not made for the shape.
         """
+        check_canvases(self._info, shape.batch, shape.canvas_hw)
         torch = self._torch
-        with torch.cuda.stream(self._stream):
-            run()  # what a library does only once must not be recorded
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            outputs = run()
+        inputs = [
+            view_tensor(memory.images, (shape.batch, *shape.canvas_hw, 3), "|u1"),
+            view_tensor(memory.valid_hw, (shape.batch, 2), "<i8"),
+        ]
 
-        def replay() -> None:
+        def enqueue() -> EngineOutputs:
             with torch.cuda.stream(self._stream):
-                graph.replay()
+                # Held until the next run, when copies of them are queued on the same stream.
+                self._outputs = [output.contiguous() for output in self._runner(inputs)]
+            return self._describe(self._outputs, shape)
 
-        return replay, outputs
+        def record() -> EngineRun:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                outputs = enqueue()
 
-    def clone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """See `GraphDevice.clone`."""
-        with self._torch.cuda.stream(self._stream):
-            return [tensor.clone() for tensor in tensors]
+            def replay() -> EngineOutputs:
+                with torch.cuda.stream(self._stream):
+                    graph.replay()
+                return outputs
 
-    def to_host(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """See `GraphDevice.to_host`."""
-        with self._torch.cuda.stream(self._stream):
-            return [_to_numpy(tensor.cpu()) for tensor in tensors]
+            return EngineRun(replay, close=graph.reset)
+
+        return EngineRun(enqueue, record)
+
+    def _describe(self, outputs: Sequence[Tensor], shape: BatchShape) -> EngineOutputs:
+        """Addresses of outputs whose shapes and types are those of the graph contract.
+
+        Raises:
+            BackendError: They are not.
+        """
+        scores, labels, masks = outputs
+        layout = OutputLayout(
+            candidates=scores.shape[-1],
+            mask_stride=self._mask_stride,
+            mask_type=MASK_TYPES[self._info.precision],
+        )
+        types = {"scores": "float32", "labels": "int64", "mask_probs": layout.mask_type}
+        for (name, wanted), output in zip(layout.shapes(shape).items(), outputs, strict=True):
+            found = tuple(output.shape), str(output.dtype).removeprefix("torch.")
+            if found != (wanted, types[name]):
+                raise BackendError(f"{name} is {found}, expected {(wanted, types[name])}")
+        return EngineOutputs(layout, scores.data_ptr(), labels.data_ptr(), masks.data_ptr())
 
     def close(self) -> None:
-        """See `GraphDevice.close`; memory goes with its last user."""
-        self._stream.synchronize()
+        """Drops the package's code and its last outputs."""
+        self._outputs = ()
+        del self._runner
 
 
-def _to_numpy(tensor: Tensor) -> Any:
-    """Shares the memory, unless NumPy has no such type (bfloat16) or the service none (float16)."""
-    return (tensor.float() if tensor.dtype.itemsize == 2 else tensor).numpy()
+def view_tensor(address: int, shape: tuple[int, ...], kind: str) -> Tensor:
+    """Memory of the device as a tensor that does not own it.
 
-
-def _load_select(config: ModelConfig) -> tuple[Select | None, str]:
-    """Post-processing on the device where its kernels can be loaded, and which way it is."""
+    Args:
+        address: Of the first element.
+        shape: Dense, row-major.
+        kind: NumPy's name of the element type, e.g. "<i8".
+    """
     import torch
 
-    try:
-        from service.engines.kernels import postprocessor as kernels
+    class Array:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": shape,
+            "typestr": kind,
+            "data": (address, False),
+            "version": 3,
+        }
 
-        postprocessor = kernels.CudaPostprocessor(
-            config.postprocess, config.mask_stride, device_id=torch.cuda.current_device()
-        )
-    except (ImportError, OSError, BackendError) as error:
-        return None, f"post-processed on the host: {error}"
-
-    def select(outputs: list[Tensor], stream: int) -> Sequence[TileCandidates]:
-        scores, labels, masks = outputs
-        batch = kernels.DeviceBatch(
-            scores=scores.data_ptr(),
-            labels=labels.data_ptr(),
-            mask_probs=masks.data_ptr(),
-            mask_type=cast(MaskType, str(masks.dtype).removeprefix("torch.")),
-            batch=scores.shape[0],
-            candidates=scores.shape[1],
-            mask_hw=(masks.shape[2], masks.shape[3]),
-            release=outputs.clear,
-        )
-        return postprocessor.select(batch, stream)
-
-    return select, "post-processed on the device"
+    return torch.as_tensor(Array(), device="cuda")
 
 
-def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConfig) -> AotiBackend:
+def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConfig) -> SlotBackend:
     """Verifies a package against config.json and against this machine, then loads it.
 
     Args:
         package: Its file, in the version's folder.
-        options: Device and threads.
+        options: Device, threads and slots.
         config: Of the version; lists the package's hash.
 
     Raises:
         BackendError: There is no torch, the file is not the published one, or the package is for
-            another machine, torch or larger limits than config.json has. None of its code has run.
+            another machine, another torch or smaller batches than config.json allows; then none of
+            its code has run. Or CUDA does not work.
     """
     obstacle = find_obstacle(options)
     if obstacle is not None:
         raise BackendError(obstacle)
-    import torch
-
     data = read_verified(package, config.files)
     info = read_info(data)
     target = find_target(options)
+    _check_fit(package.name, info, target, config)
+    made = f"package {package.name} made for torch {info.torch}"
+    if target == CPU_TARGET:
+        slot = build_host_slot(info, load_runner(data, "cpu"), options.threads or count_cores())
+        return serve_package([slot], info, "cpu", made)
+    import torch
+
+    device = CudaDevice(torch.cuda.current_device())
+    select = load_select(device, config.postprocess, config.mask_stride)
+    how = f"post-processed on the {'host: ' + select if isinstance(select, str) else 'device'}"
+
+    def build_call(stream: int) -> AotiCall:
+        return AotiCall(info, load_runner(data, "cuda"), config.mask_stride, stream)
+
+    def build_slot() -> DeviceSlot:
+        return DeviceSlot(
+            device,
+            build_call,
+            max_batch=info.max_batch,
+            canvases=list_canvases(config.input),
+            select=None if isinstance(select, str) else select,
+        )
+
+    slots, _ = build_device_slots(options.slots, build_slot, config, threads=False)
+    return serve_package(slots, info, "cuda", f"{made}; {how}")
+
+
+def _check_fit(name: str, info: PackageInfo, target: str, config: ModelConfig) -> None:
+    import torch
+
     misfit = find_misfit(
         info,
         target=target,
@@ -328,21 +305,23 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
     )
     if misfit is not None:
-        raise BackendError(f"{package.name}: {misfit}")
+        raise BackendError(f"{name}: {misfit}")
     if info.max_batch < config.limits.max_batch:
         raise BackendError(
-            f"{package.name} takes {info.max_batch} canvases, config.json allows batches of "
+            f"{name} takes {info.max_batch} canvases, config.json allows batches of "
             f"{config.limits.max_batch}"
         )
-    made = f"package {package.name} made for torch {info.torch}"
-    if target == CPU_TARGET:
-        slots: list[Slot] = [HostSlot(load_runner(data, "cpu"), options.threads or count_cores())]
-        return AotiBackend(info, slots, device="cpu", concurrency=1, reason=made)
-    select, how = _load_select(config)
-    capturing = threading.Lock()
-    sizes = batch_sizes(info.max_batch)
-    slots = [
-        GraphSlot(CudaDevice(), load_runner(data, "cuda"), sizes, select, capturing)
-        for _ in range(options.slots or SLOTS)
-    ]
-    return AotiBackend(info, slots, device="cuda", concurrency=len(slots), reason=f"{made}; {how}")
+
+
+def serve_package(
+    slots: Sequence[Slot], info: PackageInfo, device: str, reason: str
+) -> SlotBackend:
+    """The backend of a package's slots."""
+    return SlotBackend(
+        slots,
+        name="aotinductor",
+        device=device,
+        precision=info.precision,
+        reason=reason,
+        max_batch=info.max_batch,
+    )

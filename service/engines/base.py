@@ -1,4 +1,4 @@
-"""What an engine is to the service.
+"""The interface between the service and its engines.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 """
@@ -20,7 +20,7 @@ EngineKind = Literal["auto", "ort", "trt", "aoti"]
 
 
 class BackendError(RuntimeError):
-    """The engine cannot be built, or its output is not what the graph contract says."""
+    """An engine cannot be built, fails, or breaks the graph contract."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ class BackendOptions:
     """How an engine is built.
 
     Attributes:
-        device: "auto" takes CUDA where it works, "cuda" raises `DeviceError` where it does not.
-        engine: "auto" takes the fastest that works; any other raises where it does not.
+        device: "auto" uses CUDA where it works, "cuda" raises `DeviceError` where it does not.
+        engine: "auto" uses the fastest that works; any other raises where it does not.
         precision: Of the engine's arithmetic.
-        threads: Threads of one engine call on the CPU; None takes the real cores.
-        slots: Batches in the engine at once; None takes 1 on the CPU and 2 on a GPU.
+        threads: Threads of one engine call on the CPU; None takes the number of physical cores.
+        slots: Batches in flight; None takes 1 on the CPU and 2 on a GPU.
         divide: On the CPU without `slots`, which models get a call of one thread for each of the
             `threads` instead of one call with all: those that cut images into tiles, or all; for
             callers that call it from several threads.
-        cache: Folder for engines that are built here; None takes one in the version's folder.
+        cache: Folder for engines built on this machine; None takes one in the version's folder.
         gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
     """
 
@@ -51,7 +51,7 @@ class BackendOptions:
 
 
 class Backend(Protocol):
-    """An engine that is built and ready."""
+    """A model's engine, ready to run."""
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """What it really runs on: "cpu" or "cuda"."""
+        """The device in use: "cpu" or "cuda"."""
         ...
 
     @property
@@ -75,7 +75,7 @@ class Backend(Protocol):
 
     @property
     def concurrency(self) -> int:
-        """How many threads may be in `infer` at once: one batch is copied, another computed."""
+        """How many threads may call `infer` at once."""
         ...
 
     def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
@@ -96,15 +96,15 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Interruptible(Protocol):
-    """An engine whose calls can be ended from outside."""
+    """An engine whose calls can be interrupted."""
 
     def interrupt(self) -> None:
-        """Makes the calls under way raise soon; for an engine that is used no more."""
+        """Makes calls in flight raise soon; the engine is not used afterwards."""
         ...
 
 
 def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
-    """Canvases of one shape as the graph's inputs.
+    """Stacks canvases of one shape into the graph's inputs.
 
     Returns:
         `images` [B, H, W, 3] and `valid_hw` [B, 2].
@@ -116,19 +116,17 @@ def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
 def split_batch(
     scores: Float32, labels: Int64, mask_probs: Float32, *, copy: bool = True
 ) -> list[Candidates]:
-    """Checks a graph's output and cuts it into one result for each canvas, empty slots dropped.
-
-    Each result owns its memory, so that the batch's can go or be used again.
+    """Checks a graph's outputs and splits them into one result a canvas, without empty slots.
 
     Args:
         scores: [B, K] float32, 0 for an empty slot.
         labels: [B, K] int64.
         mask_probs: [B, K, h, w] float32, or float16, which is cast.
-        copy: False if nobody else writes into the arrays: results are then views of them, as long
-            as at least half of the slots are used. With fewer, copies need less memory.
+        copy: False if nothing writes into the arrays afterwards: results are then views of them,
+            if at least half of the slots are used. With fewer, copies need less memory.
 
     Raises:
-        BackendError: Shapes that do not fit each other, or scores that are not finite.
+        BackendError: The shapes do not match, or scores are not finite.
     """
     if labels.shape != scores.shape or mask_probs.ndim != 4 or mask_probs.shape[:2] != scores.shape:
         raise BackendError(

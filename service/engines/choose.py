@@ -1,8 +1,8 @@
-"""Which engine a model gets: the fastest that works, and why the faster ones do not.
+"""Chooses a model's engine: the fastest that works, and why the faster ones do not.
 
 On a GPU TensorRT, then AOTInductor, then ONNX Runtime; on the CPU ONNX Runtime, with the graph that
-has early exits if the version has one. What was asked for and is not there is refused. An engine's
-module is imported only when its turn comes; one that is missing counts as an engine that is not
+has early exits if the version has one. An engine that was asked for and does not work is an error.
+An engine's module is imported only when its turn comes; one that is missing counts as not
 installed.
 """
 
@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.model_config import ModelConfig
+from service.engines.aoti_package import name_package
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.driver import Gpu, find_gpu
+from service.engines.slots import SlotBackend
 from service.errors import DeviceError, ModelRefused
 from service.models.artefacts import ONNX_FILE, Artefacts
 
@@ -25,10 +27,9 @@ logger = logging.getLogger(__name__)
 Warm = Callable[[Backend], None]
 """Runs a backend once; raises if its output is not what the model's configuration says."""
 
-Kind = Literal["trt", "ort_trt", "aoti", "ort"]
+Kind = Literal["trt", "aoti", "ort"]
 _TITLES: dict[Kind, str] = {
     "trt": "TensorRT",
-    "ort_trt": "ONNX Runtime's TensorRT provider",
     "aoti": "AOTInductor",
     "ort": "ONNX Runtime",
 }
@@ -54,7 +55,7 @@ class _Route:
 
 
 class _Refused(Exception):
-    """A route cannot be taken; says why, without the route's name."""
+    """A route cannot be taken; says why, without naming the route."""
 
 
 def check_device(options: BackendOptions) -> None:
@@ -71,14 +72,17 @@ def check_device(options: BackendOptions) -> None:
 
 def build_backend(
     artefacts: Artefacts, options: BackendOptions, config: ModelConfig, warm: Warm
-) -> Backend:
+) -> SlotBackend:
     """Builds the engine of a model's version.
+
+    Where TensorRT works but has no engine in the cache, the result is ONNX Runtime, and its
+    `upgrade` builds and loads the TensorRT engine.
 
     Args:
         artefacts: The version's files; only what is loaded is read and verified.
         options: Engine, device and precision that are asked for, or `auto`.
         config: The version's configuration.
-        warm: Tries the backend, and one that replaces it while requests are served.
+        warm: Runs the backend once.
 
     Raises:
         ModelRefused: A file is missing, damaged, or not in the precision asked for.
@@ -91,7 +95,7 @@ def build_backend(
     for route in _list_routes(options, artefacts, refusals):
         taken = replace(options, device=route.device)
         try:
-            backend: Any = _build(route, taken, artefacts, config, warm)
+            backend = _build(route, taken, artefacts, config)
             _try_out(backend, warm)
         except _Refused as error:
             refusals.append(f"{route}: {error}")
@@ -102,16 +106,15 @@ def build_backend(
         else:
             reason = f"{backend.reason}, early exits" if route.exits else backend.reason
             backend.reason = _explain(reason, options, refusals)
-            built: Backend = backend
-            return built
+            return backend
     raise _give_up(options, artefacts, refusals, errors)
 
 
 def _try_out(backend: Backend, warm: Warm) -> None:
-    """What fails at the first run, e.g. a library that is loaded late, is no engine to serve with.
+    """Runs an engine once: some libraries are loaded, and fail, only then.
 
     Raises:
-        BackendError: It does.
+        BackendError: It fails; it is closed then.
     """
     try:
         warm(backend)
@@ -126,13 +129,8 @@ def graph_file(precision: str) -> str:
 
 
 def exits_file(precision: str) -> str:
-    """Name of the ONNX file with early exits in a precision; the CPU takes it if it is there."""
+    """Name of the ONNX file with early exits in a precision, which the CPU prefers."""
     return f"{graph_file(precision).removesuffix('.onnx')}.exits.onnx"
-
-
-def package_file(target: str, precision: str) -> str:
-    """Name of the AOTInductor package for a target, "cpu" or e.g. "sm_90"."""
-    return f"model.{target}.{precision}.pt2"
 
 
 def _list_routes(
@@ -144,10 +142,8 @@ def _list_routes(
     if isinstance(gpu, Gpu):
         if engine in ("auto", "trt"):
             yield _Route("trt", "cuda", graph)
-        if engine == "trt":  # nothing serves while that provider builds, so not for `auto`
-            yield _Route("ort_trt", "cuda", graph)
         if engine in ("auto", "aoti"):
-            yield _Route("aoti", "cuda", package_file(gpu.target, options.precision))
+            yield _Route("aoti", "cuda", name_package(gpu.target, options.precision))
         if engine in ("auto", "ort"):
             yield _Route("ort", "cuda", graph)
     elif options.device == "auto" or engine == "trt":
@@ -155,7 +151,7 @@ def _list_routes(
     if options.device == "cuda":
         return
     if engine == "aoti":
-        yield _Route("aoti", "cpu", package_file("cpu", options.precision))
+        yield _Route("aoti", "cpu", name_package("cpu", options.precision))
     if engine in ("auto", "ort"):
         exits = exits_file(options.precision)
         if exits in artefacts:
@@ -165,44 +161,36 @@ def _list_routes(
 
 
 def _build(
-    route: _Route, options: BackendOptions, artefacts: Artefacts, config: ModelConfig, warm: Warm
-) -> Backend:
+    route: _Route, options: BackendOptions, artefacts: Artefacts, config: ModelConfig
+) -> SlotBackend:
     """Takes a route, or refuses it as early as can be known.
 
     Raises:
-        _Refused: The engine is not installed, or has no file.
+        _Refused: The engine is not installed, does not work here, or has no file.
     """
-    engine = _load("ort" if route.kind == "ort_trt" else route.kind)
+    engine = _load(route.kind)
     if engine is None:
         raise _Refused("it is not part of this installation")
-    find_obstacle = (
-        engine.find_tensorrt_obstacle if route.kind == "ort_trt" else engine.find_obstacle
-    )
-    obstacle = find_obstacle(options)
+    obstacle = engine.find_obstacle(options)
     if obstacle is None and route.file not in artefacts:
         obstacle = f"the version has no {route.file}"
     if obstacle is not None:
         raise _Refused(obstacle)
-    backend: Backend
+    backend: SlotBackend
     if route.kind == "aoti":
         # It verifies the file itself: it loads the very bytes that were hashed.
         backend = engine.build_aoti_backend(artefacts.folder / route.file, options, config)
     elif route.kind == "ort":
         backend = engine.build_ort_backend(artefacts.read_graph(route.file), options, config)
     else:
-        backend = _build_tensorrt(engine, route, options, artefacts, config, warm)
+        backend = _build_tensorrt(engine, route, options, artefacts, config)
     return backend
 
 
 def _build_tensorrt(
-    engine: Any,
-    route: _Route,
-    options: BackendOptions,
-    artefacts: Artefacts,
-    config: ModelConfig,
-    warm: Warm,
-) -> Backend:
-    """An engine from the cache, or one that ONNX Runtime stands in for while it is built."""
+    engine: Any, route: _Route, options: BackendOptions, artefacts: Artefacts, config: ModelConfig
+) -> SlotBackend:
+    """An engine from the cache, or ONNX Runtime, which serves while the engine is built."""
     graph = artefacts.read_graph(route.file)
     if not isinstance(graph, bytes):
         raise _Refused("it takes no graph that has data files beside it")
@@ -210,20 +198,18 @@ def _build_tensorrt(
     if trt_cache is None:
         raise _Refused("it is not part of this installation")
     cache = trt_cache.choose_cache(artefacts.folder, options.cache).folder
-    backend: Backend
-    if route.kind == "ort_trt":
-        backend = engine.build_ort_tensorrt_backend(graph, options, config, cache)
-    elif engine.has_engine(graph, options, config, cache):
+    backend: SlotBackend
+    if engine.has_engine(graph, options, config, cache):
         backend = engine.build_trt_backend(graph, options, config, cache)
     else:
         runtime: Any = _load("ort")
-        first = runtime.build_ort_backend(graph, replace(options, device="auto"), config)
-        backend = engine.build_in_background(first, graph, options, config, cache, warm)
+        backend = runtime.build_ort_backend(graph, replace(options, device="auto"), config)
+        backend.upgrade = engine.plan_upgrade(graph, options, config, cache)
     return backend
 
 
 def _load(name: str) -> Any:
-    """An engine's module, or None if it is not there; what it imports itself must be."""
+    """An engine's module, None if it is missing; a missing import of its own is an error."""
     try:
         return importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
@@ -244,7 +230,7 @@ def _explain(reason: str, options: BackendOptions, refusals: list[str]) -> str:
 def _give_up(
     options: BackendOptions, artefacts: Artefacts, refusals: list[str], errors: list[Exception]
 ) -> Exception:
-    """The error that says best why no engine is left."""
+    """The error that says most precisely why no engine works."""
     graph = graph_file(options.precision)
     if graph not in artefacts and options.engine != "aoti":
         return ModelRefused(

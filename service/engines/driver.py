@@ -1,7 +1,7 @@
-"""What the NVIDIA driver says of the GPU, asked through its C library: no package is needed.
+"""Queries the NVIDIA driver for a GPU through its C library, without any package.
 
-Asked first, so that a machine without a GPU is known as one in milliseconds and none of the large
-CUDA libraries is loaded there.
+This comes first, so that a machine without a GPU is detected in milliseconds and loads none of the
+large CUDA libraries.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Gpu:
     """The first GPU that this process may use.
 
     Attributes:
-        name: As the driver calls it.
-        target: Its architecture as compilers call it, e.g. "sm_90".
+        name: From the driver.
+        target: Its architecture, e.g. "sm_90".
     """
 
     name: str

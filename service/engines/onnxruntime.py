@@ -1,93 +1,49 @@
-"""ONNX Runtime on the CPU, on CUDA or with its TensorRT provider; never on another than it says.
+"""ONNX Runtime on the CPU or on CUDA; never on another device than it says.
 
-CUDA and TensorRT were not run on hardware; what can run without one does so in the tests.
+CUDA was not run on hardware: the tests give the slots memory on the host.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+from pipeline.canvases import list_canvases
 from pipeline.model_config import ModelConfig
-from pipeline.postprocess import TileCandidates
-from pipeline.types import Tile
+from pipeline.types import Int64, UInt8
 from service.cores import count_cores
 from service.engines.base import BackendError, BackendOptions
+from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
+from service.engines.device import CudaDevice, CudaError
+from service.engines.device_slot import GPU_SLOTS, DeviceSlot, build_device_slots
 from service.engines.driver import Gpu, find_gpu
-from service.engines.ort_memory import CudaMemory
-from service.engines.ort_options import (
+from service.engines.kernels.postprocessor import Select, load_select
+from service.engines.kernels.select import MaskType
+from service.engines.ort_session import (
     CPU,
     CUDA,
-    TENSORRT,
-    Provider,
-    cuda_options,
-    find_fixed_canvas,
-    list_batch_sizes,
-    tensorrt_cache_key,
-    tensorrt_options,
+    OUTPUTS,
+    build_cuda_session,
+    build_session,
+    check_signature,
+    read_layout,
 )
-from service.engines.ort_slots import BoundSlot, GraphLayout, HostSlot, Outputs, Select, Slot
+from service.engines.slots import HostSlot, Slot, SlotBackend
 from service.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
-GPU_SLOTS = 2  # one batch is copied while another is computed
-INPUTS = {"images": ("uint8", 4), "valid_hw": ("int64", 2)}
-OUTPUTS = {"scores": ("float", 2), "labels": ("int64", 2), "mask_probs": ("float", 4)}
-_MASK_TYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-_NVINFER = "libnvinfer.so.10"  # what the runtime's TensorRT provider is linked with
-
-
-class OrtBackend:
-    """A graph in ONNX Runtime.
-
-    Args:
-        slots: One entry for each batch that may run at once; the same one again if it can.
-        device: "cpu" or "cuda".
-        options: Gives the precision.
-        reason: Why this device.
-    """
-
-    name = "onnxruntime"
-
-    def __init__(
-        self, slots: Sequence[Slot], device: str, options: BackendOptions, reason: str
-    ) -> None:
-        self.device = device
-        self.precision = options.precision
-        self.reason = reason
-        self.concurrency = len(slots)
-        self._slots = slots
-        self._free: SimpleQueue[Slot] = SimpleQueue()
-        for slot in slots:
-            self._free.put(slot)
-
-    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
-        """See `Backend.infer`."""
-        slot = self._free.get()
-        try:
-            return slot.infer(tiles)
-        finally:
-            self._free.put(slot)
-
-    def interrupt(self) -> None:
-        """See `Interruptible`; a call on a GPU ends by itself or not at all."""
-        for slot in self._slots:
-            if isinstance(slot, HostSlot):
-                slot.interrupt()
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        for slot in self._slots:
-            slot.close()
+# 16 is onnx.TensorProto.BFLOAT16, a type that NumPy does not have.
+_BOUND_TYPES: dict[MaskType, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}
 
 
 def find_obstacle(options: BackendOptions) -> str | None:
@@ -111,7 +67,7 @@ def _find_cuda_obstacle(options: BackendOptions) -> str | None:
 
 def build_ort_backend(
     model: bytes | Path, options: BackendOptions, config: ModelConfig | None = None
-) -> OrtBackend:
+) -> SlotBackend:
     """Builds the sessions on the device asked for.
 
     Args:
@@ -122,7 +78,7 @@ def build_ort_backend(
             there are tiles.
 
     Raises:
-        BackendError: The graph cannot be read or does not honour the graph contract.
+        BackendError: The graph cannot be read or breaks the graph contract.
         DeviceError: CUDA was asked for and does not work.
     """
     reason = "CPU provider"
@@ -138,18 +94,35 @@ def build_ort_backend(
             if obstacle is None:
                 logger.warning("device auto takes the CPU: %s", error)
             reason += f", for {error}"
-    slots, options = _divide(options, config)
-    session = _build_session(model, options, [(CPU, {})])
-    if _check_signature(session) == "bfloat16":
+    count, options = _divide(options, config)
+    session = build_session(model, options, [(CPU, {})])
+    if check_signature(session) == "bfloat16":
         raise BackendError("ONNX Runtime has no bfloat16 on the CPU; fp32, fp16 and int8 work")
-    return OrtBackend([HostSlot(session)] * slots, "cpu", options, reason)
+    return _name(_build_host_slots(session, count), "cpu", options, reason)
+
+
+def _name(
+    slots: Sequence[Slot],
+    device: str,
+    options: BackendOptions,
+    reason: str,
+    max_batch: int | None = None,
+) -> SlotBackend:
+    return SlotBackend(
+        slots,
+        name="onnxruntime",
+        device=device,
+        precision=options.precision,
+        reason=reason,
+        max_batch=max_batch,
+    )
 
 
 def _divide(options: BackendOptions, config: ModelConfig | None) -> tuple[int, BackendOptions]:
     """How many calls there are at once on the CPU, and the options of one.
 
-    The tiles of an image are canvases of the same cost, so cores that have some each need not
-    wait for each other after every operator.
+    The tiles of an image are canvases of the same cost: one thread for each is faster than all
+    threads for one after the other, which wait for each other after every operator.
     """
     has_tiles = config is not None and config.input.resize.rule == "tile"
     divide = options.divide == "all" or (options.divide == "tiles" and has_tiles)
@@ -158,234 +131,157 @@ def _divide(options: BackendOptions, config: ModelConfig | None) -> tuple[int, B
     return options.slots or 1, options
 
 
-def find_tensorrt_obstacle(options: BackendOptions) -> str | None:
-    """Why ONNX Runtime's TensorRT provider cannot run here, or None."""
-    if TENSORRT not in ort.get_available_providers():
-        return f"this ONNX Runtime {ort.__version__} has no TensorRT provider"
-    if options.precision != "fp32":
-        # Its networks are weakly typed: with a lower precision allowed, the parts of the graph
-        # that must stay float32 would not.
-        return (
-            "ONNX Runtime's TensorRT provider keeps no types, so it serves fp32 only, not "
-            f"{options.precision}"
-        )
-    try:
-        ctypes.CDLL(_NVINFER)
-    except OSError as error:
-        return f"TensorRT 10, which ONNX Runtime's provider needs, is not there ({error})"
-    return _find_cuda_obstacle(options)
+def _build_host_slots(session: ort.InferenceSession, count: int) -> list[HostSlot]:
+    """Slots that share a session, which several threads may run; its outputs are new arrays."""
 
+    def build() -> HostSlot:
+        # One for all of a slot's calls: after an interrupt the backend is not used again.
+        run_options = ort.RunOptions()
 
-def build_ort_tensorrt_backend(
-    model: bytes, options: BackendOptions, config: ModelConfig, cache: Path
-) -> OrtBackend:
-    """Builds an engine with the TensorRT provider, or reads it from the cache; takes minutes.
+        def run(images: UInt8, valid_hw: Int64) -> list[NDArray[Any]]:
+            feeds = {"images": images, "valid_hw": valid_hw}
+            outputs = session.run(list(OUTPUTS), feeds, run_options)
+            return [np.asarray(output) for output in outputs]
 
-    Args:
-        model: The graph's bytes, float32.
-        options: Slots.
-        config: Canvases and largest batch.
-        cache: Folder with a folder for each engine.
+        def interrupt() -> None:
+            run_options.terminate = True
 
-    Raises:
-        BackendError: The graph cannot be built.
-        DeviceError: TensorRT does not work here.
-    """
-    obstacle = find_tensorrt_obstacle(options)
-    if obstacle is not None:
-        raise DeviceError(obstacle)
-    gpu = find_gpu()
-    versions = {"onnxruntime": ort.__version__, "gpu": repr(gpu), "tensorrt": _tensorrt_version()}
-    folder = cache / tensorrt_cache_key(model, versions, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(f"the engine cache {folder} cannot be made: {error}") from error
-    return _build_on_gpu(model, options, config, folder)
+        return HostSlot(run, interrupt)
 
-
-def _tensorrt_version() -> str:
-    library = ctypes.CDLL(_NVINFER)
-    return str(library.getInferLibVersion())
+    return [build() for _ in range(count)]
 
 
 def _build_on_gpu(
-    model: bytes | Path,
-    options: BackendOptions,
-    config: ModelConfig | None,
-    tensorrt_cache: Path | None = None,
-) -> OrtBackend:
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN from their own packages, if they are installed
-    canvas_hw = find_fixed_canvas(config.input) if config is not None else None
-
-    def build(stream: int | None, *, cuda_graph: bool = False) -> ort.InferenceSession:
-        wanted = cuda_options(
-            options, one_canvas=canvas_hw is not None, stream=stream, cuda_graph=cuda_graph
-        )
-        providers = [(CUDA, wanted), (CPU, {})]
-        if tensorrt_cache is not None:
-            assert config is not None
-            providers.insert(0, (TENSORRT, tensorrt_options(config, tensorrt_cache, stream)))
-        session = _build_session(model, options, providers)
-        session.disable_fallback()
-        return session
-
-    what = "TensorRT provider" if tensorrt_cache is not None else "CUDA provider"
-    select = _load_select(config)
-    if isinstance(select, str):
-        session = build(None)
-        if _check_signature(session) == "bfloat16":
-            raise BackendError(f"bfloat16 masks cannot be copied to the host, and {select}")
-        reason = f"{what}; outputs are copied to the host: {select}"
-        return OrtBackend(
-            [HostSlot(session)] * (options.slots or GPU_SLOTS), "cuda", options, reason
-        )
-    assert config is not None
-    graphs = canvas_hw is not None and tensorrt_cache is None
-    slots, graphs = _build_bound_slots(build, select, options, config, graphs)
-    reason = f"{what}, post-processing on the GPU" + (", CUDA graphs" if graphs else "")
-    return OrtBackend(slots, "cuda", options, reason)
-
-
-def _build_bound_slots(
-    build: Callable[..., ort.InferenceSession],
-    select: Select,
-    options: BackendOptions,
-    config: ModelConfig,
-    graphs: bool,
-) -> tuple[list[BoundSlot], bool]:
-    """Slots with CUDA graphs if that works, and whether it did."""
-    canvas_hw, max_batch = find_fixed_canvas(config.input), config.limits.max_batch
-    slots: list[BoundSlot] = []
-    try:
-        for _ in range(options.slots or GPU_SLOTS):
-            slots.append(
-                BoundSlot(
-                    build_memory=CudaMemory,
-                    build_session=lambda stream: build(stream, cuda_graph=graphs),
-                    select=select,
-                    read_layout=lambda session: _read_layout(session, config),
-                    sizes=list_batch_sizes(max_batch) if canvas_hw else range(1, max_batch + 1),
-                    fixed_canvas_hw=canvas_hw,
-                    cuda_graph=graphs,
-                )
-            )
-            if canvas_hw is not None:
-                slots[-1].warm_up()
-    except Exception as error:  # the runtime's and CUDA's exceptions have no common base
-        for slot in slots:
-            slot.close()
-        if graphs:
-            logger.warning("no CUDA graphs: %s", error)
-            return _build_bound_slots(build, select, options, config, graphs=False)
-        if isinstance(error, (BackendError, DeviceError)):
-            raise
-        raise DeviceError(f"device cuda: {error}") from error
-    return slots, graphs
-
-
-def _load_select(config: ModelConfig | None) -> Select | str:
-    """What post-processes on the GPU, or why nothing does."""
-    if config is None:
-        return "nothing is known of the model"
-    try:
-        kernels: Any = importlib.import_module("service.engines.kernels.postprocessor")
-        processor = kernels.CudaPostprocessor(config.postprocess, config.mask_stride)
-    except Exception as error:  # compilers, drivers and loaders fail in many ways
-        return f"the CUDA kernels cannot be loaded ({error})"
-
-    def select(outputs: Outputs, stream: int) -> list[TileCandidates]:
-        batch = kernels.DeviceBatch(
-            scores=outputs.scores,
-            labels=outputs.labels,
-            mask_probs=outputs.mask_probs,
-            mask_type=outputs.layout.mask_type,
-            batch=outputs.batch,
-            candidates=outputs.layout.candidates,
-            mask_hw=outputs.mask_hw,
-            release=outputs.release,
-        )
-        return list(processor.select(batch, stream))
-
-    return select
-
-
-def _build_session(
-    model: bytes | Path, options: BackendOptions, providers: Sequence[Provider]
-) -> ort.InferenceSession:
-    """A session whose first provider is the one asked for.
+    model: bytes | Path, options: BackendOptions, config: ModelConfig | None
+) -> SlotBackend:
+    """Slots on CUDA; outputs stay on the device where the kernels can be loaded.
 
     Raises:
-        BackendError: The graph cannot be loaded.
-        DeviceError: The provider cannot; the runtime alone would fall back without an error.
+        BackendError: The graph cannot be read or breaks the graph contract.
+        DeviceError: CUDA does not work.
     """
-    session_options = ort.SessionOptions()
-    session_options.intra_op_num_threads = options.threads or count_cores()
-    session_options.inter_op_num_threads = 1
-    session_options.log_severity_level = 3
-    # Waiting threads must not burn the cores that decode and encode.
-    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = str(model) if isinstance(model, Path) else model
-    wanted = providers[0][0]
-    try:
-        session = ort.InferenceSession(source, session_options, providers=list(providers))
-    except Exception as error:  # the runtime's exceptions have no common base
-        if wanted != CPU and ("cuda" in str(error).lower() or "tensorrt" in str(error).lower()):
-            raise DeviceError(f"device cuda: {error}") from error
-        raise BackendError(f"ONNX Runtime cannot load the graph: {error}") from error
-    if session.get_providers()[0] != wanted:
-        raise DeviceError(
-            f"device cuda: ONNX Runtime cannot use its {wanted} here (driver or libraries are "
-            f"missing or do not fit); it offers {session.get_providers()}"
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN from their own packages, if they are installed
+    select = "nothing is known of the model" if config is None else _load_select(config)
+    if config is None or isinstance(select, str):
+        one_canvas = config is not None and len(list_canvases(config.input)) == 1
+        session = build_cuda_session(model, options, one_canvas=one_canvas)
+        if check_signature(session) == "bfloat16":
+            raise BackendError(f"bfloat16 masks cannot be copied to the host, and {select}")
+        reason = f"CUDA provider; outputs are copied to the host: {select}"
+        return _name(
+            _build_host_slots(session, options.slots or GPU_SLOTS), "cuda", options, reason
         )
-    return session
+    try:
+        slots, has_graphs = _build_slots(model, options, config, *select)
+    except CudaError as error:
+        raise DeviceError(f"device cuda: {error}") from error
+    reason = "CUDA provider, post-processing on the GPU" + (", CUDA graphs" if has_graphs else "")
+    return _name(slots, "cuda", options, reason, config.limits.max_batch)
 
 
-def _read_layout(session: ort.InferenceSession, config: ModelConfig) -> GraphLayout:
-    """What the slots must know of the graph; config.json says it where the graph leaves it open."""
-    mask_type = _check_signature(session)
-    slots = session.get_outputs()[0].shape[1]
-    return GraphLayout(
-        candidates=slots if isinstance(slots, int) else config.candidates,
-        mask_stride=config.mask_stride,
-        mask_type=mask_type,
-    )
+def _load_select(config: ModelConfig) -> tuple[CudaDevice, Select] | str:
+    try:
+        device = CudaDevice()
+    except CudaError as error:
+        return f"the CUDA kernels cannot be loaded ({error})"
+    select = load_select(device, config.postprocess, config.mask_stride)
+    return select if isinstance(select, str) else (device, select)
 
 
-def _check_signature(session: ort.InferenceSession) -> str:
-    """Compares the graph with the graph contract.
+def _build_slots(
+    model: bytes | Path,
+    options: BackendOptions,
+    config: ModelConfig,
+    device: CudaDevice,
+    select: Select,
+) -> tuple[list[Slot], bool]:
+    """Slots with CUDA graphs, if there is one canvas and that works, and whether they have them.
 
-    Returns:
-        The masks' type: "float32", "float16" or "bfloat16".
+    Each slot has its own thread: the runtime keeps a session's recorded graphs for each thread.
     """
-    mask_type = "float"
-    for kind, found, wanted in (
-        ("input", session.get_inputs(), INPUTS),
-        ("output", session.get_outputs(), OUTPUTS),
-    ):
-        signature = {a.name: (_element_type(a.type), len(a.shape)) for a in found}
-        expected = dict(wanted)
-        masks = signature.get("mask_probs", ("", 0))[0]
-        if kind == "output" and masks in _MASK_TYPES:
-            expected["mask_probs"], mask_type = (masks, 4), masks
-        if signature != expected:
-            raise BackendError(f"the graph's {kind}s are {signature}, they must be {wanted}")
-        _check_dynamic(kind, found)
-    return _MASK_TYPES[mask_type]
+    canvases = list_canvases(config.input)
+
+    def build(has_graphs: bool) -> tuple[list[Slot], bool]:
+        def build_call(stream: int) -> OrtCall:
+            session = build_cuda_session(
+                model, options, one_canvas=len(canvases) == 1, stream=stream, has_graphs=has_graphs
+            )
+            return OrtCall(session, read_layout(session, config))
+
+        def build_slot() -> DeviceSlot:
+            return DeviceSlot(
+                device,
+                build_call,
+                max_batch=config.limits.max_batch,
+                canvases=canvases,
+                select=select,
+                has_graphs=has_graphs,
+            )
+
+        return build_device_slots(options.slots, build_slot, config, threads=True)
+
+    if len(canvases) == 1:
+        try:
+            slots, has_graphs = build(has_graphs=True)
+        except Exception as error:  # the runtime refuses the session, or fails while it records
+            logger.warning("no CUDA graphs: %s", error)
+        else:
+            if has_graphs:
+                return slots, True
+            for slot in slots:  # a session that could not record is not trusted with more runs
+                slot.close()
+    return build(has_graphs=False)
 
 
-def _element_type(text: str) -> str:
-    return text.removeprefix("tensor(").removesuffix(")")
+class OrtCall:
+    """A session that is bound to a slot's memory; used by the slot's thread alone.
+
+    Args:
+        session: On the slot's stream.
+        layout: Of its outputs.
+    """
+
+    def __init__(self, session: ort.InferenceSession, layout: OutputLayout) -> None:
+        self._session = session
+        self._layout = layout
+        self._graph_ids = itertools.count(1)
+
+    def bind(self, shape: BatchShape, memory: SlotMemory) -> EngineRun:
+        """Binds inputs and outputs; a recorded run is one with a graph id of its own."""
+        outputs = memory.outputs(self._layout, shape)
+        binding: Any = self._session.io_binding()
+        images, valid_hw = (shape.batch, *shape.canvas_hw, 3), (shape.batch, 2)
+        binding.bind_input("images", "cuda", 0, np.uint8, images, memory.images)
+        binding.bind_input("valid_hw", "cuda", 0, np.int64, valid_hw, memory.valid_hw)
+        types = {
+            "scores": np.float32,
+            "labels": np.int64,
+            "mask_probs": _BOUND_TYPES[self._layout.mask_type],
+        }
+        for name, output_shape in self._layout.shapes(shape).items():
+            address = getattr(outputs, name)
+            binding.bind_output(name, "cuda", 0, types[name], output_shape, address)
+
+        def run(run_options: ort.RunOptions) -> EngineOutputs:
+            self._session.run_with_iobinding(binding, run_options)
+            return outputs
+
+        def record() -> EngineRun:
+            run_options = _build_run_options(next(self._graph_ids))
+            run(run_options)  # the first run with an id records
+            return EngineRun(partial(run, run_options))
+
+        return EngineRun(partial(run, _build_run_options(-1)), record)
+
+    def close(self) -> None:
+        """Drops the session."""
+        del self._session
 
 
-def _check_dynamic(kind: str, arguments: list[Any]) -> None:
-    """The batch is symbolic everywhere, and H and W of the images are."""
-    for argument in arguments:
-        axes = (0, 1, 2) if argument.name == "images" else (0,)
-        for axis in axes:
-            if isinstance(argument.shape[axis], int):
-                raise BackendError(
-                    f"{kind} {argument.name!r} has the fixed shape {argument.shape}; "
-                    "batch, height and width must be dynamic"
-                )
+def _build_run_options(graph_id: int) -> ort.RunOptions:
+    """Options of a run that does not wait for the device; -1 neither records nor replays."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options

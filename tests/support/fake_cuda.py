@@ -1,16 +1,28 @@
-"""A `cuda.core` whose device memory is the host's: copies are real, a graph replays what it took.
+"""A `cuda.core` whose device memory is the host's, and whose streams run as late as CUDA's may.
 
-Only what our sources call, which tests/service/engines/test_trt_api.py holds against the real one.
+What is queued on a stream runs only when somebody waits for the stream or for an event on it. So
+code that reads a result, or writes into pinned memory, before it has waited, sees wrong data here
+as it would on a GPU. Only what our sources call, which tests/service/engines/tensorrt/test_api.py
+holds against the real one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
+import itertools
+import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+
+POISON = 0xFF
+"""Fills new and freed memory, so that nothing may count on zeros; NaN as float32 and float16."""
 
 
 class Capability(NamedTuple):
@@ -19,7 +31,7 @@ class Capability(NamedTuple):
 
 
 class Buffer:
-    def __init__(self, address: int, size: int, owner: object) -> None:
+    def __init__(self, address: int, size: int, owner: Any = None) -> None:
         self.handle = address
         self.size = size
         self.owner = owner
@@ -34,13 +46,9 @@ class Buffer:
         stream.put(lambda: ctypes.memmove(self.handle, src.handle, self.size))
 
     def close(self) -> None:
+        assert not self.closed, "a buffer is freed twice"
         self.closed = True
-
-
-def allocate(size: int) -> Buffer:
-    """Memory filled with a poison, so that nothing may count on zeros."""
-    memory = np.full(size, 0xA5, np.uint8)
-    return Buffer(memory.ctypes.data, size, memory)
+        self.owner.fill(POISON)
 
 
 class Graph:
@@ -63,6 +71,7 @@ class Recorder:
         self.steps: list[Callable[[], object]] = []
 
     def begin_building(self, mode: str) -> None:
+        assert mode == "thread_local"
         if not self.stream.cuda.graphs_work:
             raise RuntimeError("this stream cannot be captured")
         self.stream.recorder = self
@@ -76,43 +85,110 @@ class Recorder:
         return graph
 
 
+class Event:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.marks: list[bool] = []
+
+    def sync(self) -> None:
+        while not self.marks[-1]:
+            self.stream.run_next()
+
+
 class Stream:
-    """Runs what is put on it at once, or records it."""
+    """Keeps what is put on it until somebody waits, or records it."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
-        self.handle = 1000 + len(cuda.streams)
+        self.handle = next(cuda.handles)
         self.recorder: Recorder | None = None
-        cuda.streams.append(self)
+        self.closed = False
+        self._queued: deque[Callable[[], object]] = deque()
+        cuda.streams[self.handle] = self
 
     def put(self, step: Callable[[], object]) -> None:
+        self.cuda.check_thread()
+        assert not self.closed, "a closed stream is used"
         if self.recorder is not None:
             self.recorder.steps.append(step)
         else:
-            step()
+            self._queued.append(step)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._queued
+
+    def run_next(self) -> None:
+        self._queued.popleft()()
 
     def sync(self) -> None:
+        self.cuda.check_thread()
+        assert not self.closed, "a closed stream is used"
         assert self.recorder is None, "a stream that is captured cannot be waited for"
+        while self._queued:
+            self.run_next()
+
+    def record(self, event: Event | None = None, options: None = None) -> Event:
+        event = event or Event(self)
+        index = len(event.marks)
+        event.marks.append(False)
+        self.put(lambda: event.marks.__setitem__(index, True))
+        return event
 
     def create_graph_builder(self) -> Recorder:
         return Recorder(self)
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 class FakeCuda:
-    """The module `cuda.core`, and what happened in it."""
+    """The module `cuda.core`, and what happened in it.
+
+    Attributes:
+        graphs_work: Whether streams can be captured.
+        memory_bytes: What may be allocated.
+        streams: By handle, closed ones too.
+        buffers, graphs: All that there were.
+    """
 
     def __init__(self) -> None:
+        self._thread = threading.local()
         self.graphs_work = True
-        self.streams: list[Stream] = []
+        self.memory_bytes = 1 << 40
+        self.handles = itertools.count(1000)
+        self.streams: dict[int, Stream] = {}
         self.buffers: list[Buffer] = []
         self.graphs: list[Graph] = []
         self.module = self._build_module()
 
-    def find_stream(self, handle: int) -> Stream:
-        return next(stream for stream in self.streams if stream.handle == handle)
+    @property
+    def open_buffers(self) -> set[int]:
+        """Addresses of what is allocated."""
+        return {buffer.handle for buffer in self.buffers if not buffer.closed}
+
+    @property
+    def open_streams(self) -> set[int]:
+        return {stream.handle for stream in self.streams.values() if not stream.closed}
+
+    def check_thread(self) -> None:
+        """CUDA needs a current device in each thread."""
+        assert hasattr(self._thread, "device"), "no device is current in this thread"
+
+    def allocate(self, size: int) -> Buffer:
+        self.check_thread()
+        self.memory_bytes -= size
+        if self.memory_bytes < 0:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+        memory = np.full(size, POISON, np.uint8)
+        self.buffers.append(Buffer(memory.ctypes.data, size, memory))
+        return self.buffers[-1]
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Makes `import cuda.core` give this module."""
+        for name, module in (("cuda", ModuleType("cuda")), ("cuda.core", self.module)):
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            monkeypatch.setitem(sys.modules, name, module)
 
     def _build_module(self) -> ModuleType:
         cuda = self
@@ -126,19 +202,18 @@ class FakeCuda:
                 pass
 
             def set_current(self) -> None:
-                pass
+                cuda._thread.device = 0
 
             def create_stream(self) -> Stream:
                 return Stream(cuda)
 
             def allocate(self, size: int, *, stream: Stream) -> Buffer:
-                cuda.buffers.append(allocate(size))
-                return cuda.buffers[-1]
+                assert not stream.closed
+                return cuda.allocate(size)
 
         class LegacyPinnedMemoryResource:
             def allocate(self, size: int) -> Buffer:
-                cuda.buffers.append(allocate(size))
-                return cuda.buffers[-1]
+                return cuda.allocate(size)
 
         system = ModuleType("cuda.core.system")
         system.__dict__["get_user_mode_driver_version"] = lambda: (13, 0)
@@ -150,3 +225,16 @@ class FakeCuda:
             system=system,
         )
         return module
+
+
+def read_memory(address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """A copy of what lies at an address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape).copy()
+
+
+def view_memory(address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """What lies at an address, which must outlive the result."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype).reshape(shape)

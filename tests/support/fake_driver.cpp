@@ -1,6 +1,6 @@
 // A CUDA driver for tests without a GPU: memory is the host's, a stream does its work at once, and
 // kernels are those of kernel_host.h in the library that FAKE_DRIVER_KERNELS names. It has the calls
-// that cuda-core makes for service/engines/kernels/launcher.py and no other, so that the real cuda-core runs.
+// that cuda-core makes for service/engines/device.py and kernels/launcher.py and no other, so that the real cuda-core runs.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -97,6 +97,7 @@ Status cuEventDestroy(void* event) {
   return SUCCESS;
 }
 Status cuEventRecord(void*, void*) { return SUCCESS; }
+Status cuEventSynchronize(void*) { return SUCCESS; }
 Status cuEventElapsedTime(float* ms, void*, void*) {
   *ms = 1;
   return SUCCESS;

@@ -3,12 +3,12 @@
 An engine gives every canvas K candidates: scores fall from the canvas's first red value / 255,
 labels count up, masks are the first green value / 255. It writes only into the addresses it was
 given, through fake streams, so that what is captured, padded or mixed up is seen in the results.
-Only what our sources call, which tests/service/engines/test_trt_api.py holds against the real one.
+Only what our sources call, which tests/service/engines/tensorrt/test_api.py holds against the real
+one.
 """
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import json
 from types import ModuleType, SimpleNamespace
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_cuda import FakeCuda, view_memory
 
 K = 4
 STRIDE = 4
@@ -151,9 +151,7 @@ class Context:
     def array(self, name: str) -> NDArray[Any]:
         dtype = np.dtype(NUMPY.get(self.engine.dtypes[name], np.uint16))
         shape = tuple(self.get_tensor_shape(name))
-        size = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_uint8 * size).from_address(self.addresses[name])
-        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
+        return view_memory(self.addresses[name], dtype, shape)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         tensorrt = self.engine.tensorrt
@@ -161,7 +159,7 @@ class Context:
         if tensorrt.refuses_runs:
             return False
         tensorrt.batches.append(self.shapes["images"][0])
-        tensorrt.cuda.find_stream(stream_handle).put(self.compute)
+        tensorrt.cuda.streams[stream_handle].put(self.compute)
         return True
 
     def compute(self) -> None:
@@ -184,11 +182,14 @@ class Engine:
         self.tensorrt = tensorrt
         self.profiles: list[dict[str, Any]] = plan["profiles"]
         self.dtypes: dict[str, str] = plan["dtypes"]
-        self.num_optimization_profiles = len(self.profiles)
+        self.num_optimization_profiles = len(self.profiles) + tensorrt.more_profiles
         self.num_io_tensors = len(self.dtypes)
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.dtypes)[index]
+
+    def get_tensor_shape(self, name: str) -> Dims:
+        return {"scores": Dims((-1, K)), "labels": Dims((-1, K))}.get(name, Dims((-1, K, -1, -1)))
 
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name=self.dtypes[name])
@@ -210,6 +211,7 @@ class FakeTensorrt:
         self.refuses_profiles = False
         self.refuses_plans = 0
         self.refuses_runs = False
+        self.more_profiles = 0
         self.fails_with: str | None = None
         self.flags: list[int] = []
         self.configs: list[Config] = []

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the host, and a launcher that runs them there.
 
-Device memory is host memory, filled with 0xFF when it is allocated, so that a kernel which reads
-what it has not written fails.
+Device memory is filled with 0xFF when it is allocated, so that a kernel that reads what it has not
+written fails.
 """
 
 from __future__ import annotations
@@ -10,26 +10,23 @@ import ctypes
 import functools
 import shutil
 import subprocess
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.types import UInt8
+from service.engines.device import CudaDevice, CudaError, DeviceMemory, PinnedMemory
 from service.engines.kernels.launcher import (
     BLOCK,
     SIGNATURES,
     CudaLauncher,
-    HostMemory,
     Launcher,
-    Memory,
     grid_of,
     typed_arguments,
 )
 from service.engines.kernels.nvrtc import KERNELS, SOURCES, default_cache, load_cubins
-from service.engines.kernels.postprocessor import find_obstacle
+from tests.support.fake_cuda import FakeCuda
 
 SUPPORT = Path(__file__).parent
 COMPILER = "g++"
@@ -54,80 +51,46 @@ def build_library(folder: Path) -> Path:
 
 
 class HostLauncher:
-    """Implements `Launcher` on the host; counts what is open.
+    """Implements `Launcher` on the host: the service's `CudaDevice` over a fake `cuda.core`.
 
     Attributes:
-        memory: What is allocated.
-        streams: What is open.
+        device: Its memory and streams.
+        cuda: The fake, which knows what is open.
         launched: Names of the kernels that ran.
         fail_at: The kernel at which a launch raises `failure`, if any.
     """
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, device: CudaDevice, cuda: FakeCuda) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._lock = threading.Lock()
-        self._next_stream = 1
-        self.memory: dict[int, Memory] = {}
-        self.streams: set[int] = set()
+        self.device = device
+        self.cuda = cuda
         self.launched: list[str] = []
         self.fail_at: str | None = None
         self.failure: BaseException = RuntimeError("not set")
 
-    def activate(self) -> None:
-        """Nothing to do."""
-
-    def open_stream(self) -> int:
-        with self._lock:
-            self._next_stream += 1
-            self.streams.add(self._next_stream)
-            return self._next_stream
-
-    def close_stream(self, stream: int) -> None:
-        with self._lock:
-            self.streams.remove(stream)
-
-    def synchronize(self, stream: int) -> None:
-        assert stream in self.streams
-
-    def allocate(self, size_bytes: int) -> Memory:
-        return self.allocate_host(size_bytes)
-
-    def allocate_host(self, size_bytes: int) -> HostMemory:
-        array = np.full(size_bytes, 0xFF, np.uint8)
-        memory = HostMemory(array.ctypes.data, size_bytes, array, array)
-        with self._lock:
-            self.memory[memory.pointer] = memory
-        return memory
-
-    def free(self, memory: Memory) -> None:
-        with self._lock:
-            del self.memory[memory.pointer]
-        memory.owner.fill(0xFF)  # whoever still reads it must not find what was there
-
-    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
-        assert stream in self.streams
-        ctypes.memmove(target, source, size_bytes)
-
     def launch(
         self, kernel: str, threads: tuple[int, int, int], arguments: Sequence[float], stream: int
     ) -> None:
-        assert stream in self.streams
         if kernel == self.fail_at:
             raise self.failure
         typed: list[Any] = typed_arguments(kernel, arguments)
-        pointers = (ctypes.c_void_p * len(typed))(*(ctypes.addressof(a) for a in typed))
         grid = (ctypes.c_uint * 3)(*grid_of(threads))
         run = getattr(self._library, f"run_{kernel}")
-        assert run(grid, ctypes.c_uint(BLOCK), pointers, ctypes.c_uint(len(typed))) == 0, kernel
-        self.launched.append(kernel)
+
+        def step() -> None:
+            pointers = (ctypes.c_void_p * len(typed))(*(ctypes.addressof(a) for a in typed))
+            assert run(grid, ctypes.c_uint(BLOCK), pointers, ctypes.c_uint(len(typed))) == 0, kernel
+            self.launched.append(kernel)
+
+        self.cuda.streams[stream].put(step)
 
 
-class PoisonedGpu(CudaLauncher):
+class PoisonedGpu(CudaDevice):
     """A GPU whose memory is filled with 0xFF when it is allocated."""
 
-    def allocate(self, size_bytes: int) -> Memory:
+    def allocate(self, size_bytes: int) -> DeviceMemory:
         memory = super().allocate(size_bytes)
-        poison = self.allocate_host(size_bytes)
+        poison = self.allocate_pinned(size_bytes)
         poison.array.fill(0xFF)
         stream = self.open_stream()
         self.copy(memory.pointer, poison.pointer, size_bytes, stream)
@@ -138,16 +101,17 @@ class PoisonedGpu(CudaLauncher):
 
 
 @functools.cache
-def load_gpu() -> PoisonedGpu | str:
+def load_gpu() -> CudaLauncher | str:
     """The first GPU with the kernels on it, or why there is none."""
-    obstacle = find_obstacle()
-    if obstacle is not None:
-        return obstacle
+    try:
+        device = PoisonedGpu()
+    except CudaError as error:
+        return str(error)
     from cuda.core import Device
 
     capability = Device(0).compute_capability
     cubins = load_cubins((capability.major, capability.minor), cache=default_cache(), prebuilt=())
-    return PoisonedGpu(0, cubins)
+    return CudaLauncher(device, cubins)
 
 
 class Uploads:
@@ -158,10 +122,10 @@ class Uploads:
     """
 
     def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
-        launcher.activate()
-        self.stream = launcher.open_stream()
-        self._memory: list[Memory] = []
+        self.device = launcher.device
+        self.device.activate()
+        self.stream = self.device.open_stream()
+        self._memory: list[DeviceMemory] = []
 
     def put(self, array: np.ndarray[Any, Any]) -> int:
         """Address of a copy of an array."""
@@ -170,28 +134,18 @@ class Uploads:
         self._copy(memory.pointer, host.pointer, array.nbytes)
         return memory.pointer
 
-    def poisoned(self, size_bytes: int) -> int:
-        """Address of bytes that are all 0xFF."""
-        return self.put(np.full(size_bytes, 0xFF, np.uint8))
-
-    def get(self, pointer: int, size_bytes: int) -> UInt8:
-        """A copy of what lies at an address."""
-        _, host = self._allocate(size_bytes)
-        self._copy(host.pointer, pointer, size_bytes)
-        return host.array.copy()
-
-    def _allocate(self, size_bytes: int) -> tuple[Memory, HostMemory]:
-        memory = self.launcher.allocate(size_bytes)
-        host = self.launcher.allocate_host(size_bytes)
+    def _allocate(self, size_bytes: int) -> tuple[DeviceMemory, PinnedMemory]:
+        memory = self.device.allocate(size_bytes)
+        host = self.device.allocate_pinned(size_bytes)
         self._memory += [memory, host]
         return memory, host
 
     def _copy(self, target: int, source: int, size_bytes: int) -> None:
-        self.launcher.copy(target, source, size_bytes, self.stream)
-        self.launcher.synchronize(self.stream)
+        self.device.copy(target, source, size_bytes, self.stream)
+        self.device.synchronize(self.stream)
 
     def close(self) -> None:
         """Frees everything."""
         for memory in self._memory:
-            self.launcher.free(memory)
-        self.launcher.close_stream(self.stream)
+            self.device.free(memory)
+        self.device.close_stream(self.stream)

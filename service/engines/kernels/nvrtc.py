@@ -1,10 +1,9 @@
-"""Compiles the CUDA kernels with NVRTC, once for each machine.
+"""Compiles the CUDA kernels with NVRTC, once per machine.
 
     prebuilt cubin (prebuild) -> cubin in the cache -> NVRTC, then into the cache
 
-A stored cubin says in its first line what it was made of: it is used only if that is what would be
-compiled now, and if it is complete. A cache that cannot be read or written costs time, nothing
-else.
+A stored cubin has its recipe in its first line: it is used only if it is complete and the recipe is
+that of the current sources. A cache that cannot be read or written only costs time.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from service.engines.base import BackendError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("select", "paste", "runs", "letterbox")
+SOURCES = ("select", "paste", "runs")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-"""What is prebuilt unless told otherwise."""
+"""Prebuilt by default."""
 OPTIONS: Mapping[str, str | bool] = {
     "std": "c++17",
-    "fma": False,  # a fused product would round otherwise than NumPy does
+    "fma": False,  # fused products round differently from NumPy
     "ftz": False,
     "prec_div": True,
 }
 """Of `cuda.core.ProgramOptions`."""
 HEADER = "common.cuh"
 KERNELS = Path(__file__).resolve().parent
-"""The sources, files of the installed package; nothing of it is imported."""
+"""Folder of the sources in the installed package."""
 PREBUILT = KERNELS / "prebuilt"
 
 
@@ -50,7 +49,7 @@ class Recipe:
         source: SHA-256 of its text.
         options: Of the compiler.
         architecture: For example "sm_90".
-        compiler: Its version; empty in what a prebuilt cubin must match.
+        compiler: Its version; empty where any compiler will do.
     """
 
     name: str
@@ -61,12 +60,12 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Names the recipe, 16 hex digits."""
+        """Digest of the recipe, 16 hex digits."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def matches(self, other: Recipe, *, any_compiler: bool) -> bool:
-        """Whether the machine code of one is that of the other."""
+        """Whether both give the same machine code."""
         mine, others = asdict(self), asdict(other)
         if any_compiler:
             mine["compiler"] = others["compiler"] = ""
@@ -74,7 +73,7 @@ class Recipe:
 
 
 def read_source(name: str, folder: Path = KERNELS) -> str:
-    """A source as one text, its header in place.
+    """Text of a source with its header inserted.
 
     Raises:
         BackendError: A file is missing.
@@ -89,10 +88,10 @@ def read_source(name: str, folder: Path = KERNELS) -> str:
 
 @functools.cache
 def compiler_version() -> str:
-    """NVRTC's version, with the build number where its package says it.
+    """NVRTC's version, with the build number of its package if there is one.
 
     Raises:
-        BackendError: There is no NVRTC here.
+        BackendError: NVRTC is not installed.
     """
     try:
         from cuda.bindings import nvrtc
@@ -119,7 +118,7 @@ def compile_cubin(name: str, architecture: str, folder: Path = KERNELS) -> bytes
     """Compiles a source; needs no GPU and no driver.
 
     Raises:
-        BackendError: NVRTC is missing or refuses; its messages are in the error.
+        BackendError: NVRTC is missing or fails; the error has its messages.
     """
     try:
         from cuda.core import Program, ProgramOptions
@@ -134,16 +133,16 @@ def compile_cubin(name: str, architecture: str, folder: Path = KERNELS) -> bytes
 
 
 def default_cache() -> Path:
-    """Where compiled kernels are kept: in the user's cache folder."""
+    """Folder of compiled kernels in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "solo-serve" / "kernels"
 
 
 def write_cubin(path: Path, recipe: Recipe, code: bytes) -> None:
-    """Stores machine code; whoever reads sees all of it or nothing.
+    """Stores machine code atomically.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: It cannot be written.
     """
     header = {**asdict(recipe), "sha256": hashlib.sha256(code).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ def write_cubin(path: Path, recipe: Recipe, code: bytes) -> None:
         try:
             file.write(json.dumps(header, sort_keys=True).encode() + b"\n" + code)
             file.close()
-            os.chmod(file.name, 0o644)  # a cache may be shared
+            os.chmod(file.name, 0o644)  # the cache may be shared by users
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -159,7 +158,7 @@ def write_cubin(path: Path, recipe: Recipe, code: bytes) -> None:
 
 
 def read_cubin(path: Path, recipe: Recipe, *, any_compiler: bool = False) -> bytes | None:
-    """Machine code that was stored for a recipe; None if there is none that is sound."""
+    """Stored machine code of a recipe; None if there is none that is valid."""
     try:
         first, _, code = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -183,17 +182,17 @@ def read_cubin(path: Path, recipe: Recipe, *, any_compiler: bool = False) -> byt
 
 
 def prebuilt_path(folder: Path, name: str, architecture: str) -> Path:
-    """Where a prebuilt cubin lies."""
+    """File of a prebuilt cubin."""
     return folder / f"{name}.{architecture}.cubin"
 
 
 def cache_path(folder: Path, recipe: Recipe) -> Path:
-    """Where a cubin that was compiled here lies."""
+    """File of a cubin that was compiled on this machine."""
     return folder / f"{recipe.name}.{recipe.architecture}.{recipe.key}.cubin"
 
 
 def _read_prebuilt(name: str, capability: tuple[int, int], folder: Path) -> bytes | None:
-    """The best prebuilt cubin: one of the same major and no later minor runs too."""
+    """The best prebuilt cubin: the same major version, and the same or a lower minor version."""
     major, minor = capability
     for older in range(minor, -1, -1):
         architecture = f"sm_{major}{older}"
@@ -217,11 +216,11 @@ def load_cubin(
     Args:
         name: One of `SOURCES`.
         capability: The GPU's compute capability.
-        cache: Folder of what was compiled here; None for no cache.
-        prebuilt: Folders of what was compiled elsewhere; these are asked first.
+        cache: Folder of cubins compiled on this machine; None for no cache.
+        prebuilt: Folders of cubins compiled elsewhere; searched first.
 
     Raises:
-        BackendError: It must be compiled and cannot be.
+        BackendError: It is not stored and cannot be compiled.
     """
     for folder in prebuilt:
         code = _read_prebuilt(name, capability, folder)
@@ -239,7 +238,7 @@ def load_cubin(
         try:
             write_cubin(path, recipe, code)
         except OSError as error:
-            logger.warning("compiled kernels are not kept: %s", error)
+            logger.warning("compiled kernels are not stored: %s", error)
     return code
 
 

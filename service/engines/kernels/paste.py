@@ -50,7 +50,7 @@ class PastedMask:
 
 @dataclass(frozen=True)
 class MaskPlane:
-    """The masks of one tile on the device.
+    """A tile's masks on the device.
 
     Attributes:
         pointer: Address of [K, h, w].
@@ -120,8 +120,8 @@ def paste_masks(
         buffers = _reserve(workspace, tile, len(jobs), edge_capacity, byte_capacity)
         _launch_edges(launcher, buffers, plane, tile, len(jobs), workspace.stream)
         _launch_runs(launcher, buffers, image_hw, len(jobs), workspace.stream)
-        launcher.copy(host.pointer, buffers.found, found_bytes, workspace.stream)
-        launcher.synchronize(workspace.stream)
+        launcher.device.copy(host.pointer, buffers.found, found_bytes, workspace.stream)
+        launcher.device.synchronize(workspace.stream)
         edges, text_bytes = (int(v) for v in host.array[:8].view(np.uint32))
         if edges <= edge_capacity and text_bytes <= byte_capacity:
             break
@@ -129,8 +129,8 @@ def paste_masks(
     text = b""
     if text_bytes:
         target = workspace.host("text", text_bytes)
-        launcher.copy(target.pointer, buffers.text, text_bytes, workspace.stream)
-        launcher.synchronize(workspace.stream)
+        launcher.device.copy(target.pointer, buffers.text, text_bytes, workspace.stream)
+        launcher.device.synchronize(workspace.stream)
         text = target.array[:text_bytes].tobytes()
     heads = host.array[CURSORS_BYTES:found_bytes].view(HEAD)
     return [_read_mask(head, text, image_hw) for head in heads.tolist()]
@@ -151,7 +151,7 @@ def _upload(
     host.array[:FRAME_BYTES] = np.array(frame, np.int32).view(np.uint8)
     host.array[FRAME_BYTES:size_bytes] = np.ascontiguousarray(jobs).view(np.uint8).reshape(-1)
     target = workspace.device("jobs", size_bytes)
-    launcher.copy(target, host.pointer, size_bytes, workspace.stream)
+    launcher.device.copy(target, host.pointer, size_bytes, workspace.stream)
 
 
 def _reserve(

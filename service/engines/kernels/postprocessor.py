@@ -1,37 +1,41 @@
 """Post-processing on the device: candidates stay there, run lengths come back.
 
 `postprocess` treats a `KernelCandidates` like `Candidates`; what the kernels do not do (comparing
-enclosed regions, another NMS than the engine was built with) it does itself on the host. NOT RUN ON
-HARDWARE: the same path runs in the tests on the host, nobody has run it on a GPU yet.
+enclosed regions, another NMS than the engine was built with) runs on the host. NOT RUN ON HARDWARE:
+the tests run the same path on the host.
 
 Symbols: B batch, K candidates, N survivors, h w mask.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from pipeline.model_config import PostprocessSpec
-from pipeline.postprocess import mask_stride, postprocess_tile
+from pipeline.postprocess import TileCandidates, mask_stride, postprocess_tile
 from pipeline.types import Candidates, Float32, Instance, Int64, Tile
 from service.engines.base import BackendError
+from service.engines.device import CudaDevice
 from service.engines.kernels.launcher import CudaLauncher, Launcher
 from service.engines.kernels.nvrtc import default_cache, load_cubins
 from service.engines.kernels.paste import MaskPlane, paste_masks
 from service.engines.kernels.select import DeviceBatch, Selection, read_ranking, select_batch
 from service.engines.kernels.workspace import WorkspacePool
 
-__all__ = ["CudaPostprocessor", "DeviceBatch", "KernelCandidates", "find_obstacle"]
+logger = logging.getLogger(__name__)
+
+Select = Callable[[DeviceBatch, int], Sequence[TileCandidates]]
+"""Makes candidates of a batch, queued on a stream (its handle)."""
 
 
 class _Lease:
-    """Calls `release` when the last of some holders has gone.
+    """Calls `release` when the last of `holders` is gone.
 
-    The garbage collector may call `drop` in the middle of anything, so it takes no lock: a list's
+    The garbage collector may call `drop` at any point of any thread, so it takes no lock: a list's
     `pop` is atomic.
     """
 
@@ -40,7 +44,7 @@ class _Lease:
         self._release = release
 
     def drop(self) -> None:
-        """One holder is gone; each calls this once."""
+        """One holder is gone; called once for each."""
         if self._tokens.pop() == 0:
             self._release()
 
@@ -48,7 +52,7 @@ class _Lease:
 class KernelCandidates:
     """One tile's candidates, whose masks are on the device. Implements `DeviceCandidates`.
 
-    The masks are kept until this object is gone, whatever became of the request.
+    The masks stay on the device until this object is garbage-collected.
     """
 
     def __init__(
@@ -69,17 +73,17 @@ class KernelCandidates:
 
     @property
     def scores(self) -> Float32:
-        """See `DeviceCandidates.scores`; empty slots are dropped."""
+        """[N] float32, best first, without empty slots."""
         return self._scores[self._slots]
 
     @property
     def labels(self) -> Int64:
-        """See `DeviceCandidates.labels`."""
+        """[N] int64, in the order of `scores`."""
         return self._labels[self._slots]
 
     @property
     def mask_hw(self) -> tuple[int, int]:
-        """See `DeviceCandidates.mask_hw`."""
+        """h, w."""
         return self._batch.mask_hw
 
     @property
@@ -97,7 +101,19 @@ class KernelCandidates:
         score_threshold: float,
         max_instances: int,
     ) -> list[Instance]:
-        """See `DeviceCandidates.find_instances`.
+        """Pastes the survivors of NMS into the original image.
+
+        Where the kernels do not cover `spec`, NMS and pasting run on the host.
+
+        Args:
+            tile: The canvas that these candidates are of.
+            image_hw: Height and width of the original image.
+            spec: The request's post-processing.
+            score_threshold: Least score after NMS.
+            max_instances: Most instances.
+
+        Returns:
+            Instances with pixels in the image, best first.
 
         Raises:
             BackendError: The device fails.
@@ -128,7 +144,7 @@ class KernelCandidates:
         )
         found: list[Instance] = []
         start = 0
-        # A mask that lies in the padding gives no instance, and the next one takes its place.
+        # A mask that lies in the padding gives no instance; the next one takes its place.
         while start < wanted and len(found) < max_instances:
             stop = min(wanted, start + max_instances - len(found))
             found += self._paste(plane, tile, image_hw, selection, slice(start, stop))
@@ -160,7 +176,7 @@ class KernelCandidates:
         ]
 
     def to_host(self) -> Candidates:
-        """The same candidates with their masks on the host, as fp32."""
+        """The same candidates with their masks copied to the host, as float32."""
         batch = self._batch
         height, width = batch.mask_hw
         used = int(self._slots.max(initial=-1)) + 1
@@ -171,8 +187,8 @@ class KernelCandidates:
         launcher = self._owner.launcher
         with self._owner.workspaces.borrow() as workspace:
             host = workspace.host("masks", size_bytes)
-            launcher.copy(host.pointer, self._pointer, size_bytes, workspace.stream)
-            launcher.synchronize(workspace.stream)
+            launcher.device.copy(host.pointer, self._pointer, size_bytes, workspace.stream)
+            launcher.device.synchronize(workspace.stream)
             raw = host.array[:size_bytes]
             if batch.mask_type == "bfloat16":  # the upper half of a float32
                 masks = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -183,34 +199,22 @@ class KernelCandidates:
 
 
 class CudaPostprocessor:
-    """Post-processes what an engine leaves on a device; thread-safe.
+    """Post-processes outputs on a device; thread-safe.
 
     Args:
         spec: The model's post-processing.
         stride: Canvas px per mask px.
-        launcher: The device; default the GPU `device_id`, for which the kernels are compiled first
-            where no cubin is at hand.
-        device_id: Ordinal of the GPU.
-
-    Raises:
-        BackendError: The kernels cannot be used; the message says why.
+        launcher: Of the kernels.
     """
 
-    def __init__(
-        self,
-        spec: PostprocessSpec,
-        stride: int,
-        *,
-        launcher: Launcher | None = None,
-        device_id: int = 0,
-    ) -> None:
+    def __init__(self, spec: PostprocessSpec, stride: int, launcher: Launcher) -> None:
         self._spec = spec
         self.stride = stride
-        self.launcher = _load_launcher(device_id) if launcher is None else launcher
-        self.workspaces = WorkspacePool(self.launcher)
+        self.launcher = launcher
+        self.workspaces = WorkspacePool(launcher.device)
 
     def covers(self, spec: PostprocessSpec) -> bool:
-        """Whether what `select` found holds for `spec` too; defaults of responses do not matter."""
+        """Whether results of `select` hold for `spec`; a response's thresholds do not matter."""
         defaults = {"score_threshold", "max_instances"}
         return spec is self._spec or spec.model_dump(exclude=defaults) == self._spec.model_dump(
             exclude=defaults
@@ -222,8 +226,8 @@ class CudaPostprocessor:
         Contours (`compare="enclosed"`) are compared on the host, later, in `find_instances`.
 
         Args:
-            batch: What the engine queued on `stream`. It is released when the last of the results
-                is gone; if this raises, it stays the caller's, and the stream is done with it.
+            batch: Outputs that were queued on `stream`. They are released when the last of the
+                results is gone. If this raises, the caller still owns them, and the stream is idle.
             stream: The engine's.
 
         Returns:
@@ -247,32 +251,36 @@ class CudaPostprocessor:
         return results
 
     def close(self) -> None:
-        """Frees the scratch memory; what is in use is freed when its caller is done."""
+        """Frees the scratch memory; workspaces in use are freed when they are returned."""
         self.workspaces.close()
 
 
-def find_obstacle() -> str | None:
-    """Why the kernels cannot run here, in one sentence; None if they can."""
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
-        return "cuda-core is not installed (extra gpu-kernels)"
-    try:
-        from cuda.core import Device
+def load_launcher(device: CudaDevice) -> CudaLauncher:
+    """The kernels for a GPU, compiled first where no cubin is at hand.
 
-        devices = Device.get_all_devices()
-    except Exception as error:  # cuda-core's exceptions have no common base
-        return f"CUDA does not work: {error}"
-    return None if devices else "there is no CUDA device"
-
-
-def _load_launcher(device_id: int) -> CudaLauncher:
-    obstacle = find_obstacle()
-    if obstacle is not None:
-        raise BackendError(f"no CUDA kernels: {obstacle}")
+    Raises:
+        BackendError: They cannot be compiled or loaded; says why.
+    """
     from cuda.core import Device
 
     try:
-        major, minor = Device(device_id).compute_capability
+        major, minor = Device(device.device_id).compute_capability
     except Exception as error:  # cuda-core's exceptions have no common base
-        raise BackendError(f"device {device_id} cannot be used: {error}") from error
+        raise BackendError(f"device {device.device_id} cannot be used: {error}") from error
     cubins = load_cubins((int(major), int(minor)), cache=default_cache())
-    return CudaLauncher(device_id, cubins)
+    return CudaLauncher(device, cubins)
+
+
+def load_select(device: CudaDevice, spec: PostprocessSpec, stride: int) -> Select | str:
+    """What post-processes on a GPU, or why nothing can.
+
+    Args:
+        device: The GPU; active in the calling thread.
+        spec: The model's post-processing.
+        stride: Canvas px per mask px.
+    """
+    try:
+        return CudaPostprocessor(spec, stride, load_launcher(device)).select
+    except Exception as error:  # compilers, drivers and loaders fail in many ways
+        logger.warning("candidates are copied to the host: %s", error)
+        return f"the CUDA kernels cannot be loaded ({error})"

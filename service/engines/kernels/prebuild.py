@@ -25,17 +25,17 @@ from service.engines.kernels.nvrtc import (
 
 
 def prebuild(folder: Path = PREBUILT, architectures: Sequence[str] = ARCHITECTURES) -> list[Path]:
-    """Compiles what is not there yet; needs no GPU.
+    """Compiles the kernels that are missing; needs no GPU.
 
     Args:
-        folder: Where the cubins go; the default is where the service looks first.
+        folder: Target; the service searches the default first.
         architectures: For example "sm_90".
 
     Returns:
-        The files, new and old.
+        All files, new and existing.
 
     Raises:
-        BackendError: NVRTC is missing or refuses.
+        BackendError: NVRTC is missing or fails.
         OSError: The folder cannot be written.
     """
     paths = []

@@ -35,9 +35,8 @@ class DeviceBatch:
         mask_type: How probabilities are stored.
         batch, candidates: B, K.
         mask_hw: h, w.
-        release: Called once when the buffers are no longer needed, by any thread and also by the
-            garbage collector, so in the middle of anything: it must not wait for a lock that the
-            interrupted code may hold.
+        release: Called once when the buffers are no longer needed. Any thread may call it, and the
+            garbage collector at any point of it, so it must not take a lock.
     """
 
     scores: int
@@ -83,7 +82,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the results lie in one buffer, so that one copy brings them to the host."""
+    """Offsets of the results in one buffer, which one copy brings to the host."""
 
     counts: int
     order: int
@@ -103,7 +102,7 @@ class _Layout:
 def read_ranking(
     launcher: Launcher, workspace: Workspace, batch: DeviceBatch, stream: int
 ) -> tuple[Float32, Int64]:
-    """Queues the copy of scores and labels to the host; waits for it.
+    """Copies scores and labels to the host and waits for them.
 
     Returns:
         [B, K] scores and labels of the graph.
@@ -113,9 +112,9 @@ def read_ranking(
     """
     total = batch.batch * batch.candidates
     scores, labels = workspace.host("scores", 4 * total), workspace.host("labels", 8 * total)
-    launcher.copy(scores.pointer, batch.scores, 4 * total, stream)
-    launcher.copy(labels.pointer, batch.labels, 8 * total, stream)
-    launcher.synchronize(stream)
+    launcher.device.copy(scores.pointer, batch.scores, 4 * total, stream)
+    launcher.device.copy(labels.pointer, batch.labels, 8 * total, stream)
+    launcher.device.synchronize(stream)
     shape = (batch.batch, batch.candidates)
     found = scores.array[: 4 * total].view(np.float32).reshape(shape).copy()
     if not np.isfinite(found).all():
@@ -135,7 +134,7 @@ def select_batch(
     Args:
         launcher: The device.
         workspace: Scratch memory.
-        batch: What the graph gave; queued on `stream`.
+        batch: Outputs that were queued on `stream`.
         spec: Its `compare` must be "masks".
         stream: The engine's.
 
@@ -147,8 +146,8 @@ def select_batch(
     host = workspace.host("results", layout.size_bytes)
     _launch_compare(launcher, workspace, batch, spec, results, layout, stream)
     _launch_nms(launcher, workspace, batch, spec, results, layout, stream)
-    launcher.copy(host.pointer, results, layout.size_bytes, stream)
-    launcher.synchronize(stream)
+    launcher.device.copy(host.pointer, results, layout.size_bytes, stream)
+    launcher.device.synchronize(stream)
     return _read_selections(host.array, layout, batch.batch, batch.candidates)
 
 

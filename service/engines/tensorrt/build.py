@@ -1,8 +1,8 @@
-"""ONNX becomes a TensorRT engine, with TensorRT 10 (from 10.1) and 11. NOT RUN ON HARDWARE.
+"""Builds a TensorRT engine from ONNX, with TensorRT 10 (from 10.1) and 11. NOT RUN ON HARDWARE.
 
-No TensorRT library and no GPU has been at hand. Every call is checked against the real Python
-bindings of 10 and 11 (tests/service/engines/test_trt_api.py), and the logic against a fake; what
-TensorRT makes of it is not known.
+No TensorRT library and no GPU has been available. Every call is checked against the real Python
+bindings of 10 and 11 (tests/service/engines/tensorrt/test_api.py), and the logic against a fake;
+how TensorRT behaves is not known.
 
 The network is strongly typed: its precision is that of the ONNX file. Each bucket of canvases gets
 an optimisation profile of its own.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pipeline.canvases import cover_canvases, list_canvases
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendError
+from service.engines.builder import Report
 from service.engines.tensorrt.cache import (
     BuildOptions,
     EngineCache,
@@ -29,13 +30,7 @@ from service.engines.tensorrt.cache import (
     build_key,
     replace_file,
 )
-from service.engines.tensorrt.log import (
-    Messages,
-    PhaseProgress,
-    Report,
-    build_logger,
-    build_monitor,
-)
+from service.engines.tensorrt.log import Messages, PhaseProgress, build_logger, build_monitor
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -49,7 +44,7 @@ OUTPUTS = ("scores", "labels", "mask_probs")
 
 
 def _ignore(status: str, progress: float) -> None:
-    """Reports to nobody."""
+    """Reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Engine:
     Attributes:
         plan: Its bytes.
         key: What it was built from and for.
-        origin: Where it came from, one sentence.
+        origin: Where it comes from, one sentence.
         stored: Whether the cache holds it.
     """
 
@@ -124,11 +119,11 @@ def _first_line(error: Exception) -> str:
 
 
 def choose_options(config: ModelConfig, **changes: object) -> BuildOptions:
-    """What a model's engine is built for: every canvas its images can have, up to its batch.
+    """Options for every canvas that a model's images can have and for its largest batch.
 
     Args:
         config: The version's.
-        **changes: Fields of `BuildOptions` that are to be other than usual.
+        **changes: Fields of `BuildOptions` that differ from the usual.
     """
     batch = config.limits.max_batch
     usual = {"buckets": cover_canvases(list_canvases(config.input)), "max_batch": batch}
@@ -138,15 +133,15 @@ def choose_options(config: ModelConfig, **changes: object) -> BuildOptions:
 def obtain_engine(
     graph: bytes, options: BuildOptions, cache: EngineCache, report: Report = _ignore
 ) -> Engine:
-    """The engine of a graph, from the cache if it is there and else built and stored.
+    """The engine of a graph, from the cache, or built and stored.
 
-    A cache that cannot be written costs only the next start: the engine is returned all the same.
+    If the cache cannot be written the engine is returned all the same, and built again next time.
 
     Args:
         graph: ONNX with its weights inside, in the precision of `options`.
         options: What to build for.
-        cache: Where engines lie.
-        report: Told how far a build is.
+        cache: Folder of engines.
+        report: Told of the progress of a build.
 
     Raises:
         BackendError: The graph cannot be built; names the node if one is at fault.
@@ -175,16 +170,16 @@ def obtain_engine(
 def build_plan(
     graph: bytes, options: BuildOptions, timing_file: Path, report: Report = _ignore
 ) -> bytes:
-    """Builds an engine, always.
+    """Builds an engine, without looking into the cache.
 
     Args:
         graph: ONNX with its weights inside.
         options: What to build for.
-        timing_file: Timings of earlier builds; extended. It may be missing or unfit.
-        report: Told how far the build is.
+        timing_file: Timings of earlier builds; updated. It may be missing or unusable.
+        report: Told of the progress of the build.
 
     Raises:
-        BackendError: Says which node, profile or limit is at fault, as far as TensorRT tells.
+        BackendError: Names the node, profile or limit at fault, as far as TensorRT says.
     """
     import tensorrt as trt
 
@@ -216,7 +211,7 @@ def build_plan(
 
 
 def _network_flags() -> int:
-    """Strong typing, which TensorRT 11 has always on and deprecates the flag of."""
+    """Strong typing; in TensorRT 11 it is always on and the flag is deprecated."""
     import tensorrt as trt
 
     if _parse_version(trt.__version__)[0] >= 11:
@@ -225,7 +220,7 @@ def _network_flags() -> int:
 
 
 def _describe_errors(parser: trt.OnnxParser) -> str:
-    """All that the parser found, each with its node."""
+    """All errors of the parser, each with its node."""
     found = []
     for index in range(parser.num_errors):
         error: trt.ParserError = parser.get_error(index)
@@ -282,17 +277,17 @@ def _add_profile(
 
 
 def _load_timings(config: trt.IBuilderConfig, file: Path) -> trt.ITimingCache:
-    """Gives a build the timings of earlier ones, or a fresh cache where those do not fit."""
+    """Loads the timings of earlier builds, or an empty cache where those do not fit."""
     timings = config.create_timing_cache(_read_or_empty(file))
     if timings is None or not config.set_timing_cache(timings, False):
-        logger.warning("timing cache %s does not fit this TensorRT or GPU, it starts afresh", file)
+        logger.warning("timing cache %s does not fit this TensorRT or GPU, it is replaced", file)
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, False)
     return timings
 
 
 def _save_timings(config: trt.IBuilderConfig, timings: trt.ITimingCache, file: Path) -> None:
-    """Adds what another process has saved since, and writes; a failure costs time, no engine."""
+    """Merges what another process has saved meanwhile, and writes; a failure only costs time."""
     saved = _read_or_empty(file)
     if saved:
         others = config.create_timing_cache(saved)

@@ -2,11 +2,11 @@
 
     <cache>/<digest of the key>.engine    the plan
     <cache>/<digest of the key>.json      the key in full, SHA-256 and size of the plan
-    <cache>/<TensorRT>-<GPU>.timing       how fast kernels were, for the next build
+    <cache>/<TensorRT>-<GPU>.timing       timings of kernels, for the next build
 
-An engine that was built for anything else has served wrong results elsewhere. So a file counts only
-if its record names the very same key and the very same bytes; whatever does not fit is built again.
-Files are written beside their place and renamed: a reader sees a whole file or none.
+An engine built for anything else could give wrong results. So a file is used only if its record
+has the same key and the SHA-256 of its bytes; otherwise the engine is built again. Files are
+written under a temporary name and renamed: a reader sees a whole file or none.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from service.engines.base import Precision
 logger = logging.getLogger(__name__)
 
 BUILDER_VERSION = 1
-"""Goes up when `trt_build` makes another engine of the same inputs."""
+"""Incremented when `build` makes a different engine of the same inputs."""
 
 STALE_S = 24 * 3600.0
-"""A half-written engine of this age belongs to no builder that still runs."""
+"""A temporary file of this age belongs to no running builder."""
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -53,7 +53,7 @@ class BuildOptions(_Record):
         optimization_level: 0 builds fastest, 5 searches longest.
         workspace_bytes: Most scratch memory of one layer; None leaves it to TensorRT.
         hardware_compatibility: On which GPUs the engine may run: the model it was built on, its
-            compute capability, or Ampere and later. The wider, the slower.
+            compute capability, or Ampere and later. The more GPUs, the slower.
         tf32: Whether float32 convolutions may round their inputs to TF32.
     """
 
@@ -83,7 +83,7 @@ class Environment(_Record):
     gpu: str
 
     def runs_on(self, compatibility: HardwareCompatibility) -> Environment:
-        """Itself without what the engine does not depend on."""
+        """The environment without what the engine does not depend on."""
         if compatibility == "same_compute_capability":
             return self.model_copy(update={"gpu": "any"})
         if compatibility == "ampere_plus":
@@ -115,7 +115,7 @@ def build_key(graph: bytes, options: BuildOptions, environment: Environment) -> 
 
 
 class EngineRecord(_Record):
-    """What stands beside an engine."""
+    """The record beside an engine."""
 
     key: EngineKey
     plan_sha256: str
@@ -124,20 +124,20 @@ class EngineRecord(_Record):
 
 
 class EngineCache:
-    """A folder of engines; made when the first one is stored."""
+    """A folder of engines; created when the first one is stored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def engine_file(self, key: EngineKey) -> Path:
-        """Where the engine of a key lies."""
+        """File of the engine of a key."""
         return self.folder / f"{key.digest}.engine"
 
     def _record_file(self, key: EngineKey) -> Path:
         return self.folder / f"{key.digest}.json"
 
     def load(self, key: EngineKey) -> bytes | None:
-        """The plan of a key; None if there is none that can be trusted, and the log says why."""
+        """The plan of a key; None if there is none, or none that is valid, which is logged."""
         file = self.engine_file(key)
         try:
             record = EngineRecord.model_validate_json(self._record_file(key).read_bytes())
@@ -165,13 +165,13 @@ class EngineCache:
         return plan
 
     def store(self, key: EngineKey, plan: bytes, build_s: float) -> Path:
-        """Writes an engine and then its record, without which it does not count.
+        """Writes an engine and then its record, without which it is not used.
 
         Returns:
             The engine's file.
 
         Raises:
-            OSError: It cannot be written, e.g. the disk is full; nothing of it is left then.
+            OSError: It cannot be written, e.g. the disk is full; nothing is left behind.
         """
         record = EngineRecord(
             key=key,
@@ -190,22 +190,22 @@ class EngineCache:
         return file
 
     def forget(self, key: EngineKey) -> None:
-        """Removes an engine that its record vouches for but TensorRT refuses."""
+        """Removes an engine that TensorRT refuses."""
         for file in (self._record_file(key), self.engine_file(key)):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
     def timing_file(self, environment: Environment) -> Path:
-        """Where the timings of this TensorRT on this GPU lie."""
+        """File of the timings of this TensorRT on this GPU."""
         gpu = "".join(c if c.isalnum() else "-" for c in environment.gpu)
         return self.folder / f"{environment.tensorrt}-{environment.sm}-{gpu}.timing"
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, through to the disk.
+    """Writes and syncs a file atomically.
 
     Raises:
-        OSError: It cannot be written; what was there before still is.
+        OSError: It cannot be written; the previous file is unchanged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
@@ -222,7 +222,7 @@ def replace_file(file: Path, data: bytes) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a builder that was killed has left half written."""
+    """Removes temporary files of builders that were killed."""
     for file in folder.glob(".*.engine-*"):
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > STALE_S:

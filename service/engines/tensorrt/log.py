@@ -1,12 +1,13 @@
-"""What TensorRT says: its messages and how far a build is. NOT RUN ON HARDWARE, see `trt_build`."""
+"""TensorRT's messages, and the progress of a build. NOT RUN ON HARDWARE, see `build`."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from service.engines.builder import Report
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -15,12 +16,9 @@ logger = logging.getLogger(__name__)
 
 KEPT_ERRORS = 5
 
-Report = Callable[[str, float], None]
-"""Told what a build is at, and how far (0..1)."""
-
 
 class Messages:
-    """The last errors that TensorRT logged, for it returns nothing but None."""
+    """The last errors that TensorRT logged; its calls return only None."""
 
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=KEPT_ERRORS)
@@ -30,14 +28,14 @@ class Messages:
         self._errors.append(text)
 
     def explain(self) -> str:
-        """The errors since the last call of this, in their order."""
+        """The errors since the last call, oldest first."""
         found = "; ".join(self._errors)
         self._errors.clear()
         return found or "it gives no reason"
 
 
 def build_logger(messages: Messages) -> trt.ILogger:
-    """A logger that hands everything to `logging` and keeps errors; called from many threads."""
+    """A logger that passes messages on to `logging` and keeps errors; called from many threads."""
     import tensorrt as trt
 
     severity = trt.ILogger.Severity
@@ -64,7 +62,7 @@ def build_logger(messages: Messages) -> trt.ILogger:
 
 
 class PhaseProgress:
-    """How far a build is, from TensorRT's nested phases; called from several of its threads."""
+    """Progress of a build from TensorRT's nested phases; called from several of its threads."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -73,7 +71,7 @@ class PhaseProgress:
         self._progress = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase of `steps` steps began within `parent`."""
+        """A phase of `steps` steps has begun within `parent`."""
         with self._lock:
             self._phases[name] = (parent, max(1, steps), 0)
 
@@ -88,12 +86,12 @@ class PhaseProgress:
             self._report(f"building the engine: {name}", self._progress)
 
     def finish(self, name: str) -> None:
-        """A phase ended, perhaps before its last step."""
+        """A phase has ended, possibly before its last step."""
         with self._lock:
             self._phases.pop(name, None)
 
     def _fraction(self, parent: str | None) -> float:
-        """Of what `parent` is at: its furthest phase, with that phase's own running step."""
+        """Of `parent`: its furthest phase, including that phase's running step."""
         done = [
             min(1.0, (count + self._fraction(name)) / steps)
             for name, (above, steps, count) in self._phases.items()
@@ -103,7 +101,7 @@ class PhaseProgress:
 
 
 def build_monitor(progress: PhaseProgress) -> trt.IProgressMonitor:
-    """What TensorRT calls while it builds."""
+    """The object that TensorRT calls while it builds."""
     import tensorrt as trt
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]

@@ -1,24 +1,14 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import FakeTensorrt
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    cuda = FakeCuda()
-    install(monkeypatch, "cuda", ModuleType("cuda"))
-    install(monkeypatch, "cuda.core", cuda.module)
-    return cuda
 
 
 @pytest.fixture

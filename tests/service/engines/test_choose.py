@@ -14,8 +14,9 @@ import pytest
 from pipeline.model_config import ModelConfig, parse_model_config
 from service.engines import choose
 from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.builder import Upgrade
 from service.engines.choose import Warm, build_backend, check_device, exits_file
-from service.engines.onnxruntime import OrtBackend
+from service.engines.slots import HostSlot, SlotBackend
 from service.errors import DeviceError, ModelRefused
 from service.models.artefacts import Artefacts
 from tests.support import fake_gpu
@@ -38,7 +39,7 @@ class Version:
         self.config: ModelConfig = parse_model_config(json.dumps(content)).for_version(1)
         self.warmed: list[Any] = []
 
-    def build(self, options: BackendOptions = AUTO, warm: Warm | None = None) -> Backend:
+    def build(self, options: BackendOptions = AUTO, warm: Warm | None = None) -> SlotBackend:
         artefacts = Artefacts(self.folder, self.config.files)
         return build_backend(artefacts, options, self.config, warm or self.warmed.append)
 
@@ -49,9 +50,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"service.engines.{module}.find_gpu", lambda: "there is no driver")
 
 
-def engine(name: str, **calls: Any) -> SimpleNamespace:
-    made = SimpleNamespace(name=name, device="cuda", precision="fp32", concurrency=2)
-    return SimpleNamespace(**vars(made), reason=f"{name} works", **calls)
+def engine(name: str) -> SlotBackend:
+    return SlotBackend(
+        [HostSlot(lambda images, valid_hw: [])],
+        name=name,
+        device="cuda",
+        precision="fp32",
+        reason=f"{name} works",
+    )
 
 
 def install_engines(
@@ -68,12 +74,9 @@ def install_engines(
         log.append(("trt", cache))
         return engine("tensorrt")
 
-    def build_in_background(
-        first: Any, model: bytes, options: Any, config: Any, cache: Path, warm: Any
-    ) -> Any:
-        log.append(("background", first.name, first.device, cache))
-        warm("the second")
-        return engine("switching")
+    def plan_upgrade(model: bytes, options: Any, config: Any, cache: Path) -> Upgrade:
+        log.append(("upgrade", options.precision, cache))
+        return Upgrade(lambda report: None, lambda: engine("tensorrt"))
 
     def build_aoti(package: Path, options: Any, config: Any) -> Any:
         log.append(("aoti", package.name, options.device))
@@ -86,7 +89,7 @@ def install_engines(
             "find_obstacle": lambda options: trt,
             "has_engine": lambda model, options, config, cache: cached,
             "build_trt_backend": build_trt,
-            "build_in_background": build_in_background,
+            "plan_upgrade": plan_upgrade,
         },
         "trt_cache": {
             "choose_cache": lambda folder, wanted: SimpleNamespace(
@@ -246,17 +249,17 @@ class TestWithGpu:
     ) -> None:
         install_engines(monkeypatch)
         version, closed = Version(tmp_path), list[str]()
-        close = OrtBackend.close
+        close = SlotBackend.close
 
         def warm(backend: Backend) -> None:
             if backend.device == "cuda":
                 raise RuntimeError("libcudnn_ops.so.9 is missing")
 
-        def close_and_tell(self: OrtBackend) -> None:
+        def close_and_tell(self: SlotBackend) -> None:
             closed.append(self.device)
             close(self)
 
-        monkeypatch.setattr(OrtBackend, "close", close_and_tell)
+        monkeypatch.setattr(SlotBackend, "close", close_and_tell)
         backend = version.build(warm=warm)
         assert (backend.device, closed) == ("cpu", ["cuda"])
         assert "CUDA: the first run failed: libcudnn_ops.so.9 is missing" in backend.reason
@@ -269,9 +272,11 @@ class TestWithGpu:
         log = install_engines(monkeypatch, trt=None)
         version = Version(tmp_path)
         backend = version.build()
-        assert backend.name == "switching"
-        assert log == [("background", "onnxruntime", "cuda", version.folder / "engines")]
-        assert version.warmed == ["the second", backend]
+        assert (backend.name, backend.device) == ("onnxruntime", "cuda")
+        assert log == [("upgrade", "fp32", version.folder / "engines")]
+        assert version.warmed == [backend]
+        assert backend.upgrade is not None
+        assert backend.upgrade.load().name == "tensorrt"
 
     def test_a_built_engine_is_loaded_from_the_cache_that_is_set(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,30 +285,18 @@ class TestWithGpu:
         cache = tmp_path / "cache"
         backend = Version(tmp_path).build(replace(AUTO, cache=cache, device="cuda"))
         assert backend.reason == "tensorrt works; device cuda was asked for"
+        assert backend.upgrade is None
         assert log == [("trt", cache)]
 
     def test_tensorrt_that_is_asked_for_is_not_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         install_engines(monkeypatch)
-        text = "TensorRT on CUDA: TensorRT is not installed; ONNX Runtime's TensorRT provider on"
+        text = "TensorRT on CUDA: TensorRT is not installed$"
         with pytest.raises(BackendError, match=text):
             Version(tmp_path).build(replace(AUTO, engine="trt"))
         with pytest.raises(DeviceError, match=text):
             Version(tmp_path / "other").build(replace(AUTO, engine="trt", device="cuda"))
-
-    def test_onnx_runtimes_tensorrt_provider_is_second_choice(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        install_engines(monkeypatch)
-        monkeypatch.setattr(
-            "service.engines.onnxruntime.find_tensorrt_obstacle", lambda options: None
-        )
-        monkeypatch.setattr(
-            "service.engines.onnxruntime.build_ort_tensorrt_backend",
-            lambda *arguments: engine("provider"),
-        )
-        assert Version(tmp_path).build(replace(AUTO, engine="trt")).name == "provider"
 
     def test_cuda_that_onnx_runtime_lacks_is_a_device_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

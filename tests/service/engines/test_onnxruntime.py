@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import ctypes
-import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,27 +12,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from pipeline.model_config import ModelConfig, parse_model_config
 from pipeline.types import Candidates, Tile, Window
 from service.engines import onnxruntime as ort_backend
 from service.engines.base import BackendError, BackendOptions
-from service.engines.onnxruntime import (
-    build_ort_backend,
-    build_ort_tensorrt_backend,
-    find_obstacle,
-    find_tensorrt_obstacle,
-)
+from service.engines.onnxruntime import build_ort_backend, find_obstacle
+from service.engines.ort_session import build_session
 from service.errors import DeviceError
+from tests.service.engines.test_ort_session import read_config
 from tests.support import fake_gpu
 from tests.support.blob_model import (
     KEEP_RATIO_INPUT,
+    POISON,
     build_graph,
     build_typed_graph,
-    model_config,
 )
 from tests.support.slow_model import FOR_EVER, build_slow_graph
 
-PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 CPU = BackendOptions(device="cpu", threads=1)
 
 
@@ -71,13 +64,12 @@ def test_tiles_are_shared_by_calls_and_whole_images_by_threads(
     expected: tuple[int, int],
 ) -> None:
     built: list[BackendOptions] = []
-    build_session = ort_backend._build_session
 
     def watch(model: Any, options: BackendOptions, providers: Any) -> Any:
         built.append(options)
         return build_session(model, options, providers)
 
-    monkeypatch.setattr(ort_backend, "_build_session", watch)
+    monkeypatch.setattr(ort_backend, "build_session", watch)
     options = replace(BackendOptions(device="cpu", threads=3, divide="tiles"), **changes)
     backend = build_ort_backend(build_graph(), options, read_config(**of_model))
     assert (backend.concurrency, built[0].threads) == expected
@@ -180,25 +172,29 @@ def test_an_int8_graph_is_not_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def read_config(**changes: Any) -> ModelConfig:
-    content = {**model_config(build_graph()), **changes}
-    return parse_model_config(json.dumps(content)).for_version(1)
-
-
 CUDA = BackendOptions(device="cuda", threads=1)
+
+
+def assert_same(found: Sequence[Any], wanted: Sequence[Any], tolerance: float = 1e-6) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert isinstance(one, Candidates)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-6)
+        assert one.labels.tolist() == other.labels.tolist()
+        np.testing.assert_allclose(one.mask_probs, other.mask_probs, atol=tolerance)
 
 
 def test_one_canvas_on_cuda_has_graphs_a_stream_and_outputs_that_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = fake_gpu.install(monkeypatch)
-    config = read_config()
     tiles = build_batch(3, 128, 128)
     wanted = build_ort_backend(build_graph(), CPU).infer(tiles)
     session.asked.clear()
-    backend = build_ort_backend(build_graph(), CUDA, config)
+    backend = build_ort_backend(build_graph(), CUDA, read_config())
     assert (backend.device, backend.concurrency) == ("cuda", 2)
     assert backend.reason == "CUDA provider, post-processing on the GPU, CUDA graphs"
+    streams = [providers[0][1].pop("user_compute_stream") for providers in session.asked]
+    assert len(set(streams)) == 2 and {int(s) for s in streams} <= session.cuda.open_streams
     assert [providers[0] for providers in session.asked] == 2 * [
         (
             "CUDAExecutionProvider",
@@ -207,46 +203,79 @@ def test_one_canvas_on_cuda_has_graphs_a_stream_and_outputs_that_stay(
                 "arena_extend_strategy": "kSameAsRequested",
                 "cudnn_conv_algo_search": "EXHAUSTIVE",
                 "use_tf32": "0",
-                "user_compute_stream": "4711",
                 "enable_cuda_graph": "1",
             },
         )
     ]
-    for found, plain in zip(backend.infer(tiles), wanted, strict=True):
-        assert found.scores.tolist() == plain.scores.tolist()
+    for providers, stream in zip(session.asked, streams, strict=True):
+        providers[0][1]["user_compute_stream"] = stream
+    for _ in range(3):
+        assert_same(backend.infer(tiles), wanted)
     backend.close()
+    assert not session.cuda.open_buffers
     with pytest.raises(BackendError, match="closed"):
         backend.infer(tiles)
 
 
-def test_a_graph_that_cannot_be_captured_runs_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_each_size_has_a_graph_that_is_recorded_before_the_first_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the slot's thread, over memory that does not move: the fake session checks both."""
+    session = fake_gpu.install(monkeypatch)
+    backend = build_ort_backend(build_graph(), replace(CUDA, slots=1), read_config())
+    recorded = [(-1, graph, graph) for graph in (1, 2, 3, 4)]  # warm, recorded, and replayed
+    assert session.graph_ids == [graph for run in recorded for graph in run]
+    session.graph_ids.clear()
+    reference = build_ort_backend(build_graph(), CPU)
+    with ThreadPoolExecutor(4) as pool:
+        for count in (1, 2, 3, 4, 5, 8, 9):
+            tiles = build_batch(count, 128, 128, seed=count)
+            assert_same(pool.submit(backend.infer, tiles).result(), reference.infer(tiles))
+    assert session.graph_ids == [1, 2, 3, 3, 4, 4, 4, 1]  # nine are cut into eight and one
+
+
+@pytest.mark.parametrize("flaw", ["refuses_graphs", "fails_to_record"])
+def test_a_graph_that_cannot_be_recorded_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, flaw: str
 ) -> None:
     session = fake_gpu.install(monkeypatch)
-    session.refuse_graphs = True
+    setattr(session, flaw, True)
     backend = build_ort_backend(build_graph(), CUDA, read_config())
     assert backend.reason == "CUDA provider, post-processing on the GPU"
     assert "no CUDA graphs" in caplog.text
-    assert len(backend.infer(build_batch(2, 128, 128))) == 2
+    assert all("enable_cuda_graph" not in asked[0][1] for asked in session.asked[-2:])
+    tiles = build_batch(2, 128, 128)
+    assert_same(backend.infer(tiles), build_ort_backend(build_graph(), CPU).infer(tiles))
+    backend.close()
+    assert not session.cuda.open_buffers
 
 
 def test_memory_that_the_gpu_does_not_have_is_a_device_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Full(fake_gpu.HostMemory):
-        def allocate(self, n_bytes: int) -> Any:
-            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
-
-    fake_gpu.install(monkeypatch)
-    monkeypatch.setattr("service.engines.onnxruntime.CudaMemory", Full)
-    with pytest.raises(DeviceError, match="device cuda: CUDA_ERROR_OUT_OF_MEMORY"):
+    session = fake_gpu.install(monkeypatch)
+    session.cuda.memory_bytes = 100_000
+    with pytest.raises(DeviceError, match=r"device cuda: CUDA cannot allocate .*OUT_OF_MEMORY"):
         build_ort_backend(build_graph(), CUDA, read_config())
     assert build_ort_backend(build_graph(), replace(CUDA, device="auto"), read_config()).device == (
         "cpu"
     )
 
 
-def test_many_canvases_on_cuda_are_neither_searched_nor_padded(
+def test_a_library_that_fails_at_the_first_run_is_a_device_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = fake_gpu.install(monkeypatch)
+
+    def fail(self: Any, binding: Any, options: Any) -> None:
+        raise RuntimeError("libcudnn_ops.so.9 is missing")
+
+    monkeypatch.setattr(session, "run_with_iobinding", fail)
+    with pytest.raises(DeviceError, match=r"device cuda: .*libcudnn_ops\.so\.9 is missing"):
+        build_ort_backend(build_graph(), CUDA, read_config())
+
+
+def test_many_canvases_on_cuda_are_neither_searched_nor_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = fake_gpu.install(monkeypatch)
@@ -255,17 +284,57 @@ def test_many_canvases_on_cuda_are_neither_searched_nor_padded(
     options = session.asked[0][0][1]
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
     assert "enable_cuda_graph" not in options
-    for canvas_hw in ((64, 96), (128, 64)):
-        assert len(backend.infer(build_batch(3, *canvas_hw))) == 3
+    reference = build_ort_backend(build_graph(), CPU)
+    for canvas_hw in ((64, 96), (128, 64), (64, 96)):
+        tiles = build_batch(3, *canvas_hw)
+        assert_same(backend.infer(tiles), reference.infer(tiles))
+    assert set(session.graph_ids) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "tolerance"),
+    [(onnx.TensorProto.FLOAT16, 1e-3), (onnx.TensorProto.BFLOAT16, 4e-3)],
+)
+def test_masks_of_half_precision_stay_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, mask_type: int, tolerance: float
+) -> None:
+    fake_gpu.install(monkeypatch)
+    backend = build_ort_backend(build_typed_graph(mask_type), CUDA, read_config())
+    tiles = build_batch(3, 128, 128)
+    wanted = build_ort_backend(build_graph(), CPU).infer(tiles)
+    assert_same(backend.infer(tiles), wanted, tolerance)
+
+
+def test_a_graph_that_gives_other_shapes_is_an_error_and_no_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpu.install(monkeypatch)
+    config = read_config(mask_stride=8)
+    with pytest.raises(DeviceError, match=r"'mask_probs' .* has shape .* but the computed"):
+        build_ort_backend(build_graph(), CUDA, config)
+
+
+def test_an_engine_that_fails_on_one_canvas_fails_on_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpu.install(monkeypatch)
+    backend = build_ort_backend(build_graph(poisonable=True), CUDA, read_config())
+    tiles = build_batch(2, 128, 128)
+    tiles[0].image[0, 0, 0] = tiles[1].image[0, 0, 0] = 0
+    assert len(backend.infer(tiles)) == 2
+    tiles[1].image[0, 0, 0] = POISON
+    with pytest.raises(BackendError, match=r"CUDA cannot finish what was queued: .*Gather"):
+        backend.infer(tiles)
+    assert len(backend.infer(tiles[:1])) == 1
 
 
 def test_without_kernels_outputs_are_copied_and_the_reason_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = fake_gpu.install(monkeypatch)
-    monkeypatch.setitem(sys.modules, "service.engines.kernels.postprocessor", None)
+    monkeypatch.setattr(ort_backend, "load_select", lambda *arguments: "no kernels here")
     backend = build_ort_backend(build_graph(), CUDA, read_config())
-    assert "outputs are copied to the host: the CUDA kernels cannot be loaded" in backend.reason
+    assert backend.reason == "CUDA provider; outputs are copied to the host: no kernels here"
     assert "user_compute_stream" not in session.asked[0][0][1]
     assert backend.concurrency == 2
     assert len(backend.infer(build_batch(3, 128, 128))) == 3
@@ -273,36 +342,13 @@ def test_without_kernels_outputs_are_copied_and_the_reason_says_so(
         build_ort_backend(build_typed_graph(onnx.TensorProto.BFLOAT16), CUDA, read_config())
 
 
-def test_the_tensorrt_provider_needs_its_library_and_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpu.install(monkeypatch)
-    assert "has no TensorRT provider" in str(find_tensorrt_obstacle(CUDA))
-    monkeypatch.setattr(ort, "get_available_providers", lambda: PROVIDERS)
-    assert "serves fp32 only, not fp16" in str(
-        find_tensorrt_obstacle(replace(CUDA, precision="fp16"))
-    )
-    monkeypatch.setattr(ort_backend, "_NVINFER", "libmissing.so.10")
-    assert "libmissing.so.10" in str(find_tensorrt_obstacle(CUDA))
-
-
-def test_the_tensorrt_provider_keeps_engines_apart(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_cuda_core_or_a_configuration_outputs_are_copied_too(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    session = fake_gpu.install(monkeypatch)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: PROVIDERS)
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda name: SimpleNamespace(getInferLibVersion=lambda: 101600)
-    )
-    options = replace(CUDA, slots=1)
-    for max_batch in (8, 4, 8):
-        config = read_config(limits={"max_batch": max_batch})
-        backend = build_ort_tensorrt_backend(build_graph(), options, config, tmp_path)
-        assert backend.reason == "TensorRT provider, post-processing on the GPU"
-    assert len(list(tmp_path.iterdir())) == 2
-    (tmp_path / "file").touch()
-    with pytest.raises(BackendError, match=r"engine cache .*file/.* cannot be made"):
-        build_ort_tensorrt_backend(build_graph(), options, config, tmp_path / "file")
-    name, chosen = session.asked[0][0]
-    assert name == "TensorrtExecutionProvider"
-    assert Path(chosen["trt_engine_cache_path"]).parent == tmp_path
-    assert chosen["trt_profile_opt_shapes"] == "images:8x128x128x3,valid_hw:8x2"
-    assert chosen["user_compute_stream"] == session.asked[0][1][1]["user_compute_stream"]
+    fake_gpu.install(monkeypatch)
+    backend = build_ort_backend(build_graph(), CUDA)
+    assert backend.reason.endswith("copied to the host: nothing is known of the model")
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    backend = build_ort_backend(build_graph(), CUDA, read_config())
+    assert "copied to the host: the CUDA kernels cannot be loaded (cuda-core" in backend.reason
+    assert len(backend.infer(build_batch(3, 128, 128))) == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from pipeline.types import Candidates
 from service.engines.base import BackendOptions
 from service.models.repository import load_version
 from tests.support import fake_gpu
-
-pytest.importorskip("tests.support.kernel_host", reason="the CUDA kernels are not there")
+from tests.support.kernel_host import HostLauncher
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE = ROOT / "tests/data/nuclei/images/16c3d5935ba94b72.jpg"
@@ -25,15 +23,15 @@ CPU = BackendOptions(device="cpu", threads=1)
 
 @pytest.mark.slow
 def test_the_bundled_model_gives_the_same_instances(
-    monkeypatch: pytest.MonkeyPatch, host_launcher: Any
+    monkeypatch: pytest.MonkeyPatch, kernel_library: Path, host_launcher: HostLauncher
 ) -> None:
     image = np.ascontiguousarray(decode_image(IMAGE.read_bytes()))
     wanted = load_version(ROOT / "model_repo/nuclei", None, CPU).segment(image)
-    fake_gpu.install(monkeypatch, fake_kernels=False)
+    fake_gpu.install(monkeypatch, host_launcher.cuda, fake_kernels=False)
     monkeypatch.setattr(
-        "service.engines.kernels.postprocessor._load_launcher", lambda device: host_launcher
+        "service.engines.kernels.postprocessor.load_launcher",
+        lambda device: HostLauncher(kernel_library, device, host_launcher.cuda),
     )
-    monkeypatch.setattr(fake_gpu.HostMemory, "stream", host_launcher.open_stream())
     options = replace(CPU, device="cuda", slots=1)
     model = load_version(ROOT / "model_repo/nuclei", None, options)
     assert "post-processing on the GPU" in model.backend.reason

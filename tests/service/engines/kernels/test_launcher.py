@@ -13,11 +13,11 @@ import pytest
 
 from benchmarks.harness.cli import main as run_benchmark
 from service.engines.base import BackendError
+from service.engines.device import CudaDevice, CudaError
 from service.engines.kernels.launcher import (
     ARGUMENTS,
     BLOCK,
     SIGNATURES,
-    CudaLauncher,
     grid_of,
     typed_arguments,
 )
@@ -28,7 +28,6 @@ from service.engines.kernels.nvrtc import (
     describe,
     write_cubin,
 )
-from service.engines.kernels.postprocessor import find_obstacle
 from tests.support.kernel_host import COMPILER, SUPPORT
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -87,8 +86,8 @@ def driver_environment(kernel_library: Path, tmp_path: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_what_runs_on_a_gpu_runs_through_cuda_core(driver_environment: dict[str, str]) -> None:
     """The cases of a GPU, each argument and copy by cuda-core's own code."""
-    tests = ["tests/service/engines/kernels", "tests/service/engines/test_kernels.py"]
-    chosen = "gpu and not bundled and not WithoutAGpu"
+    tests = ["tests/service/engines/kernels", "tests/service/engines/test_device.py"]
+    chosen = "gpu and not bundled and not without_a_gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not slow", *tests]
     command += ["-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -123,12 +122,15 @@ def test_the_benchmark_runs_through_cuda_core(
         assert case["kernels_ms"].keys() > case["floors_ms"].keys()
 
 
-def test_without_a_gpu_the_launcher_and_the_benchmark_say_so(
+def test_without_a_gpu_the_device_and_the_benchmark_say_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if find_obstacle() is None:
+    pytest.importorskip("cuda.core", reason="the extra gpu-kernels is not installed")
+    try:
+        CudaDevice()
+    except CudaError as error:
+        assert "CUDA cannot use device 0" in str(error)
+    else:
         pytest.skip("there is a GPU")
-    with pytest.raises(BackendError, match="CUDA cannot use device 0"):
-        CudaLauncher(0, {})
     assert run_benchmark(["kernels", "--out", "-"]) == 1
-    assert "nothing to measure" in capsys.readouterr().err
+    assert "nothing to measure: CUDA cannot use device 0" in capsys.readouterr().err

@@ -19,7 +19,6 @@ from pipeline.postprocess import postprocess, postprocess_tile
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Instance, Tile, Window
 from service.engines.base import BackendError, BackendOptions
-from service.engines.kernels import postprocessor as kernels
 from service.engines.kernels.launcher import Launcher
 from service.engines.kernels.postprocessor import CudaPostprocessor, KernelCandidates
 from service.engines.kernels.select import MaskType
@@ -251,14 +250,14 @@ class TestMemory:
         batch = draw_outputs(np.random.default_rng(0), 2, 10, HW).upload(uploads)
         for candidates in processor.select(batch, uploads.stream):
             find(candidates)
-        allocated = set(host_launcher.memory)
+        allocated = host_launcher.cuda.open_buffers
         for candidates in processor.select(batch, uploads.stream):
             find(candidates)
-        assert set(host_launcher.memory) == allocated
+        assert host_launcher.cuda.open_buffers == allocated
         processor.close()
         uploads.close()
-        assert not host_launcher.memory
-        assert not host_launcher.streams
+        assert not host_launcher.cuda.open_buffers
+        assert len(host_launcher.cuda.open_streams) == 1  # the device's own, for allocations
 
     @pytest.mark.parametrize("kernel", ["pack_bits_float32", "rank_survivors"])
     def test_a_failed_launch_of_a_batch_leaks_nothing(
@@ -267,11 +266,11 @@ class TestMemory:
         processor = CudaPostprocessor(SPEC, STRIDE, launcher=host_launcher)
         uploads = Uploads(host_launcher)
         batch = draw_outputs(np.random.default_rng(0), 2, 10, HW).upload(uploads)
-        before = set(host_launcher.memory), set(host_launcher.streams)
+        before = host_launcher.cuda.open_buffers, host_launcher.cuda.open_streams
         host_launcher.fail_at, host_launcher.failure = kernel, BackendError("the device is lost")
         with pytest.raises(BackendError, match="the device is lost"):
             processor.select(batch, uploads.stream)
-        assert (set(host_launcher.memory), set(host_launcher.streams)) == before
+        assert (host_launcher.cuda.open_buffers, host_launcher.cuda.open_streams) == before
         host_launcher.fail_at = None
         assert len(processor.select(batch, uploads.stream)) == 2
 
@@ -293,8 +292,8 @@ class TestMemory:
         assert_same(find(candidates), expect(outputs, 0))
         processor.close()
         uploads.close()
-        assert not host_launcher.memory
-        assert not host_launcher.streams
+        assert not host_launcher.cuda.open_buffers
+        assert len(host_launcher.cuda.open_streams) == 1  # the device's own, for allocations
 
     def test_what_is_in_use_when_all_is_closed_is_freed_later(
         self, host_launcher: HostLauncher
@@ -304,24 +303,9 @@ class TestMemory:
             workspace.device("a", 10)
             workspace.host("b", 10)
             processor.close()
-            assert len(host_launcher.memory) == 2
-        assert not host_launcher.memory
-        assert not host_launcher.streams
-
-
-class TestWithoutAGpu:
-    def test_missing_packages_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert "extra gpu-kernels" in str(kernels.find_obstacle())
-        with pytest.raises(BackendError, match="extra gpu-kernels"):
-            CudaPostprocessor(SPEC, STRIDE)
-
-    def test_the_postprocessor_says_why_it_cannot_run(self) -> None:
-        obstacle = kernels.find_obstacle()
-        if obstacle is None:
-            pytest.skip("there is a GPU")
-        with pytest.raises(BackendError, match="no CUDA kernels"):
-            CudaPostprocessor(SPEC, STRIDE)
+            assert len(host_launcher.cuda.open_buffers) == 2
+        assert not host_launcher.cuda.open_buffers
+        assert len(host_launcher.cuda.open_streams) == 1  # the device's own, for allocations
 
 
 def test_the_bundled_model_on_real_images(launcher: Launcher, uploads: Uploads) -> None:

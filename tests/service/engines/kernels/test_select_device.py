@@ -30,7 +30,7 @@ SPECS = {"gaussian": GAUSSIAN, "linear": LINEAR, "greedy": GREEDY}
 
 
 def run(launcher: Launcher, uploads: Uploads, outputs: Outputs, spec: PostprocessSpec) -> Any:
-    pool = WorkspacePool(launcher)
+    pool = WorkspacePool(launcher.device)
     with pool.borrow(uploads.stream) as workspace:
         selections = select_batch(
             launcher, workspace, outputs.upload(uploads), spec, uploads.stream
@@ -187,7 +187,7 @@ def test_a_score_on_the_threshold_stays(launcher: Launcher, uploads: Uploads) ->
 def test_scores_that_are_not_finite_are_refused(launcher: Launcher, uploads: Uploads) -> None:
     outputs = draw_outputs(np.random.default_rng(1), 1, 4, (8, 8))
     outputs.scores[0, 2] = np.nan
-    pool = WorkspacePool(launcher)
+    pool = WorkspacePool(launcher.device)
     with pytest.raises(BackendError, match="not finite"), pool.borrow() as workspace:
         read_ranking(launcher, workspace, outputs.upload(uploads), uploads.stream)
     pool.close()
