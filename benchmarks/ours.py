@@ -23,8 +23,8 @@ from pipeline.model_config import ModelConfig
 from pipeline.postprocess import TileCandidates
 from pipeline.preprocess import count_canvases
 from pipeline.types import Tile
-from service.engines.base import BackendOptions
-from service.engines.onnxruntime import OrtBackend, build_ort_backend
+from service.engines.base import Backend, BackendOptions
+from service.engines.onnxruntime import build_ort_backend
 from service.models.artefacts import ONNX_FILE as ONNX_FILE
 from service.models.repository import LoadedModel as LoadedModel
 from service.models.repository import load_version, read_config
@@ -61,7 +61,7 @@ def canvases_of(folder: Path, image_hw: tuple[int, int]) -> int:
     return count_canvases(image_hw, read_model(folder)[0].input)
 
 
-def build_engine(graph: bytes, threads: int) -> OrtBackend:
+def build_engine(graph: bytes, threads: int) -> Backend:
     """The service's CPU engine of a graph."""
     return build_ort_backend(graph, BackendOptions(device="cpu", threads=threads))
 

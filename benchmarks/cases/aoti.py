@@ -6,6 +6,7 @@ depend; compiling takes minutes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from benchmarks.harness.rounds import Samples, take_turns, timed
 from benchmarks.inputs import NUCLEI
 from benchmarks.ours import ONNX_FILE, open_session, read_model
 from export.to_aoti import AotiOptions, build_aoti
-from service.engines.aotinductor import Runner, load_runner
+from service.engines.aotinductor import load_runner
 from training.configs import get_config
 from training.model.solo import Solo
 
@@ -54,7 +55,7 @@ def compile_package(file: Path, max_batch: int) -> bytes:
     return file.read_bytes()
 
 
-def measure(runner: Runner, batch: int, rounds: int) -> Samples:
+def measure(runner: Callable[[Sequence[torch.Tensor]], object], batch: int, rounds: int) -> Samples:
     """Both on the same random canvases of 288x288 px."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 288, 288, 3), np.uint8)
     feeds = {"images": images, "valid_hw": np.full((batch, 2), 288, np.int64)}
