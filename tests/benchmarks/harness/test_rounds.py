@@ -21,8 +21,11 @@ def test_variants_take_turns_and_the_order_is_reversed_every_other_round() -> No
         calls.append(name)
         return {"cost": 10.0 * len(calls), "text": "left out", "list": [1]}
 
-    samples = take_turns({"a": lambda: variant("a"), "b": lambda: variant("b")}, rounds=2)
+    told: list[str] = []
+    variants = {"a": lambda: variant("a"), "b": lambda: variant("b")}
+    samples = take_turns(variants, rounds=2, tell=told.append)
     assert calls == ["b", "a", "a", "b", "b", "a"]  # the first round warms up
+    assert told[:3] == ["round -1: b", "round -1: a", "round 0: a"]
     assert samples.values == {"a": {"cost": [30, 60]}, "b": {"cost": [40, 50]}}
     assert samples.median("a", "cost") == 45
     assert samples.medians("b") == {"cost": 45}
