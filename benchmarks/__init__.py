@@ -1,6 +1,6 @@
-"""Measured comparisons; never timed tests. `python -m benchmarks` runs them.
+"""Measured comparisons: `python -m benchmarks --list`. None of them is a timed test.
 
-`service` comes before NumPy and ONNX Runtime, which it sets up here as in the server.
+`service` comes before NumPy and ONNX Runtime, which it configures here as in the server.
 """
 
 import service  # noqa: F401

@@ -1,12 +1,11 @@
-"""Candidates like those of SOLO on COCO, without a network: what post-processing is measured on.
+"""Candidates like those of SOLO on COCO, without a network: the input of post-processing.
 
 Objects are ellipses with a wavy outline. The square root of their area is log-normal, so that 41%
 are smaller than 32x32 px, 34% smaller than 96x96 and 24% larger in an image of 640x480, as in
-COCO; it grows with the image. One in ten has a second part some way off, as hidden objects do. The
-canvas and the mask grid are those of SOLO at 800x1333 px (stride 4). Each object is found by five
-candidates, as by neighbouring cells and levels: 500 for 100 objects, as many as SOLO keeps. They
-lie a little beside each other and are a little larger or smaller. Probabilities fall from 1 to 0
-within about two mask pixels.
+COCO; it grows with the image. One in ten has a second part some distance away, like an occluded
+object. Canvas and mask grid are those of SOLO at 800x1333 px (stride 4). Each object is found by
+five overlapping candidates, as by neighbouring cells and levels: 500 for 100 objects, as many as
+SOLO keeps. Probabilities fall from 1 to 0 within about two mask pixels.
 
 Symbols: H W image, h w mask at the mask stride, K candidates.
 """
@@ -21,14 +20,14 @@ from pipeline.types import Candidates, Float32, Prepared
 
 STRIDE = 4
 CLASSES = 3
-"""Of one picture's objects; COCO's pictures have 3.5 on average."""
+"""In one image; COCO's images have 3.5 on average."""
 PER_OBJECT = 5
 SOLO_INPUT = InputSpec(resize=KeepRatioResize(short_side=800, long_side=1333))
 _MU, _SIGMA = 3.734, 1.176
-"""Of ln(sqrt(area)) in a picture of 640x480: gives COCO's shares of small and large objects."""
+"""Of ln(sqrt(area)) in an image of 640x480: gives COCO's shares of small and large objects."""
 _REFERENCE_PX = (640 * 480) ** 0.5
 _LEAST_PX = 3.0
-"""Mask pixels across the least object that is found."""
+"""Mask pixels across the smallest object."""
 _SOFT_PX = 0.5
 
 
@@ -40,14 +39,14 @@ def solo_spec(count: int) -> PostprocessSpec:
 
 
 def prepare_image(image_hw: tuple[int, int]) -> Prepared:
-    """A black image of [H, W] as SOLO sees it."""
+    """A black image of [H, W] on SOLO's canvas."""
     return prepare(np.zeros((*image_hw, 3), np.uint8), SOLO_INPUT)
 
 
 def draw_candidates(
     image_hw: tuple[int, int], objects: int, seed: int = 0
 ) -> tuple[Prepared, Candidates]:
-    """An image of [H, W] as SOLO sees it, and what it might find there.
+    """An image of [H, W] on SOLO's canvas, and candidates in it.
 
     Args:
         image_hw: Height and width.
@@ -74,7 +73,7 @@ def draw_candidates(
 
 
 class _Shape:
-    """A wavy ellipse: centre, half axes, turn, and the waves of its outline."""
+    """A wavy ellipse: centre, half axes, rotation, and the waves of its outline."""
 
     def __init__(
         self, rng: np.random.Generator, centre: tuple[float, float], size_px: float
@@ -104,9 +103,9 @@ def _paint(plane: Float32, shape: _Shape, shift: np.ndarray, growth: float) -> N
 
     Args:
         plane: [h, w].
-        shape: What to paint.
-        shift: Of the centre, in sizes.
-        growth: Of the size.
+        shape: The shape.
+        shift: Of the centre, in half axes.
+        growth: Factor of the size.
     """
     half_px = shape.half_px * growth
     centre = shape.centre + shift * half_px

@@ -1,7 +1,7 @@
-"""Loads on a running server, from one event loop: clients in a closed loop, or a rate.
+"""Loads on a running server from one event loop: a closed loop of clients, or an open loop.
 
-In a closed loop each client sends its next request when it has its answer; at a rate (an open
-loop) requests go out on time whatever the server does, as those of many strangers would.
+In a closed loop each client sends its next request when it has its answer. In an open loop requests
+are sent at a rate, whatever the server does, like those of many independent clients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_ANSWER = 0
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request came to.
+    """The result of one request.
 
     Attributes:
         status: Of HTTP, or `NO_ANSWER`.
@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass
 class Load:
-    """The answers of a load, in the order of their coming."""
+    """The answers of a load, in the order of their arrival."""
 
     answers: list[Answer] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Load:
         return float(np.percentile(seconds, percentile)) if seconds else float("nan")
 
     def require_success(self, url: str) -> None:
-        """Makes sure that every answer is 200.
+        """Makes sure that there are answers and that each is 200.
 
         Raises:
             RuntimeError: One is not; names the server at `url`.
@@ -79,10 +79,18 @@ async def ask(client: aiohttp.ClientSession, path: str, body: bytes) -> Answer:
     return Answer(response.status, time.monotonic() - sent_s, sent_s, retry_after)
 
 
-def open_client(url: str) -> aiohttp.ClientSession:
-    """A client with as many connections as a load needs."""
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=120)
+def open_client(
+    url: str, *, timeout_s: float = 120, address: str | None = None
+) -> aiohttp.ClientSession:
+    """A client with as many connections as a load needs.
+
+    Args:
+        url: The server.
+        timeout_s: For a whole request.
+        address: Source address of its connections, such as 127.0.0.2.
+    """
+    connector = aiohttp.TCPConnector(limit=0, local_addr=(address, 0) if address else None)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     return aiohttp.ClientSession(url, connector=connector, timeout=timeout)
 
 
@@ -93,17 +101,23 @@ async def run_closed_loop(
     clients: int,
     may_go_on: Callable[[int], bool],
     path: str = "/segment",
+    timeout_s: float = 120,
+    address: str | None = None,
+    load: Load | None = None,
 ) -> Load:
     """Clients that each wait for their answer.
 
     Args:
         url: The server.
         bodies: Images; client i begins with the i-th and goes on from there.
-        clients: How many at once.
-        may_go_on: Told how many requests have been sent; no more are once it says no.
+        clients: Requests in flight.
+        may_go_on: Gets the number of requests sent; no more are sent once it returns False.
         path: With its query.
+        timeout_s: For one request.
+        address: Source address of the connections.
+        load: Gets the answers as they arrive; None for a new one.
     """
-    load, sent = Load(), itertools.count()
+    load, sent = Load() if load is None else load, itertools.count()
 
     async def run_client(client: aiohttp.ClientSession, first: int) -> None:
         for turn in itertools.count(first):
@@ -111,7 +125,7 @@ async def run_closed_loop(
                 return
             load.answers.append(await ask(client, path, bodies[turn % len(bodies)]))
 
-    async with open_client(url) as client:
+    async with open_client(url, timeout_s=timeout_s, address=address) as client:
         await asyncio.gather(*(run_client(client, index) for index in range(clients)))
     return load
 
@@ -125,7 +139,7 @@ async def run_at_rate(
     path: str = "/segment",
     seed: int = 0,
 ) -> Load:
-    """Requests at random moments (a Poisson process).
+    """Requests at random times (a Poisson process).
 
     Args:
         url: The server.
@@ -133,7 +147,7 @@ async def run_at_rate(
         per_second: Mean rate.
         count: Requests.
         path: With its query.
-        seed: Of the moments.
+        seed: Of the times.
     """
     load = Load()
     due_s = np.cumsum(np.random.default_rng(seed).exponential(1 / per_second, count))

@@ -1,6 +1,6 @@
-"""BentoML: a worker process for each core with one thread, so an image at a time in each.
+"""BentoML: a worker process for each core, each with one thread, which serves one image at a time.
 
-Without its adaptive batching, which takes lists: one image for each request then needs a second
+Without its adaptive batching: that takes lists, so one image per request would need a second
 service in front, and the hop between them costs more than a batch saves on a CPU
 (docs/benchmarks.md).
 """
@@ -12,20 +12,19 @@ from typing import Annotated
 import bentoml
 from bentoml.validators import ContentType
 
-from benchmarks.servers.model import JSON, Model, read_cores
+from benchmarks.servers.common import JSON, load_engine, read_cores
 
 
 @bentoml.service(workers=read_cores(), threads=1, logging={"access": {"enabled": False}})
-class Segmenter:
-    """A worker."""
+class BentoSegmenter:
+    """A worker process."""
 
     def __init__(self) -> None:
-        """Builds the worker's engine."""
-        self.model = Model(threads=1)
+        self.engine = load_engine()
 
     @bentoml.api(route="/segment")
     def segment(self, image: bytes, /) -> Annotated[bytes, ContentType(JSON)]:
         """Segments one image."""
-        decoded = self.model.decode(image)
-        (candidates,) = self.model.infer([decoded])
-        return self.model.encode(decoded, candidates)
+        decoded = self.engine.decode(image)
+        (candidates,) = self.engine.infer([decoded])
+        return self.engine.encode(decoded, candidates)

@@ -1,23 +1,24 @@
-"""Who is compared: how each server is installed and started, and with which settings."""
+"""The servers that are compared: how each is installed and started, and with which settings."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.servers.model import CORES, HOST, MODEL, PORT
-from benchmarks.servers.process import ServerProcesses
+import httpx
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.harness.report import ROOT
+from benchmarks.harness.server import Server, serve
+from benchmarks.inputs import Workload
+from benchmarks.servers.common import CORES, HOST, MODEL
+
 ENVIRONMENTS = ROOT / ".venv-servers"
 REQUIREMENTS = Path(__file__).parent / "requirements"
 OURS = "solo-serve"
-ONE_BLAS_THREAD = {"OMP_NUM_THREADS": "1"}
-"""For numpy's matrix products in post-processing: threads of its own in every worker would wait for
-each other in busy loops. The engine's threads do not depend on it; Ray sets it by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,10 @@ class Contender:
     """A server.
 
     Attributes:
-        name: As it is called in options and reports.
+        name: In options and reports.
         environment: Its virtual environment, also the name of its requirements; None: this one.
         package: Distribution whose version is reported.
-        arguments: Behind `python`; `{port}`, `{repo}` and `{cores}` are replaced.
+        arguments: Of `python`; `{port}`, `{repo}` and `{cores}` are replaced.
         variables: Of its environment.
         settings: What was chosen for it, in words.
     """
@@ -49,7 +50,7 @@ class Contender:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its environment was made, to the end."""
+        """Whether its environment is complete."""
         return self.environment is None or (self._stamp.is_file() and self.python.exists())
 
     @property
@@ -78,26 +79,42 @@ class Contender:
         command = [str(self.python), "-c", code]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    def start(self, model: Path, port: int, cores: int, log: Path) -> ServerProcesses:
-        """Starts it; it is not ready yet."""
-        places = {"port": str(port), "repo": str(model.parent.absolute()), "cores": str(cores)}
-        command = [str(self.python), *(part.format(**places) for part in self.arguments)]
-        variables = {
-            MODEL: str(model.absolute()),
-            PORT: str(port),
-            CORES: str(cores),
-            "PYTHONPATH": str(ROOT),
-            "ORT_DISABLE_TELEMETRY": "1",
-            **ONE_BLAS_THREAD,
-        }
-        return ServerProcesses(command, variables | self.variables, ROOT, log)
+    def run(self, workload: Workload, cores: int, log: Path) -> AbstractContextManager[Server]:
+        """The server of a workload's model, once it answers an image.
+
+        If it does not start it is started once more: Ray gives up early on a busy machine.
+        """
+        repo = str(workload.model.parent.absolute())
+        places = {"port": "{port}", "repo": repo, "cores": str(cores)}
+        body = next(iter(workload.images.values()))
+        return serve(
+            [str(self.python), *(part.format(**places) for part in self.arguments)],
+            lambda url: answers(url, body),
+            log=log,
+            environment={
+                MODEL: str(workload.model.absolute()),
+                CORES: str(cores),
+                "PYTHONPATH": str(ROOT),
+                "ORT_DISABLE_TELEMETRY": "1",
+                **self.variables,
+            },
+            attempts=2,
+        )
+
+
+def answers(url: str, body: bytes) -> bool:
+    """Whether a server segments an image."""
+    try:
+        return httpx.post(f"{url}/segment", content=body, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def describe_missing(contenders: Iterable[Contender]) -> list[str]:
-    """A line for each that is not installed: which, and what installs it."""
+    """A line for each that is not installed, with the command that installs it."""
     return [
         f"{contender.name} is not installed and is left out: "
-        f"python -m benchmarks.serving --install {contender.name}"
+        f"python -m benchmarks serving --install --servers {contender.name}"
         for contender in contenders
         if not contender.is_installed
     ]
@@ -113,14 +130,14 @@ _ALL = (
         environment=None,
         package="solo-serve",
         arguments=(*_SERVE, "--workers", "{cores}"),
-        settings="a worker for each core; no log line for each request",
+        settings="a worker process for each core; no log line for each request",
     ),
     Contender(
         name="solo-serve-single",
         environment=None,
         package="solo-serve",
         arguments=(*_SERVE, "--threads", "1", "--engine-slots", "{cores}"),
-        settings="one process, a lane for each core; no log line for each request",
+        settings="one process, an engine slot for each core; no log line for each request",
     ),
     Contender(
         name="fastapi",
@@ -150,7 +167,7 @@ _ALL = (
         environment="bentoml",
         package="bentoml",
         arguments=(
-            *("-m", "bentoml", "serve", "benchmarks.servers.bentoml_server:Segmenter"),
+            *("-m", "bentoml", "serve", "benchmarks.servers.bentoml_server:BentoSegmenter"),
             *("--host", HOST, "--port", "{port}"),
         ),
         variables={"BENTOML_DO_NOT_TRACK": "True"},

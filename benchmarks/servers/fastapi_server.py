@@ -1,7 +1,7 @@
-"""A plain FastAPI handler: sync, so in the thread pool; one session that all threads share.
+"""A plain FastAPI handler: a sync function in the thread pool, with one engine for all threads.
 
-An engine call has one thread, for as many of them run at once as there are cores: in one process
-with a thread for each core or, if SERVING_WORKERS is set, in a process for each core.
+An engine call has one thread, and as many run at once as there are cores: in one process or, if
+SERVING_WORKERS is set, in a process for each core.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import anyio.to_thread
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 
-from benchmarks.servers.model import HOST, JSON, Model, read_cores, read_port
+from benchmarks.servers.common import HOST, JSON, SharedEngine, load_engine, read_cores, read_port
 
 WORKERS = read_cores() if "SERVING_WORKERS" in os.environ else 1
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Builds the engine. The pool's 40 threads would take turns on the cores, so it has fewer."""
-    app.state.model = Model(threads=1)
+    """Loads the engine, and limits the thread pool (40 threads by default) to the cores."""
+    app.state.engine = load_engine()
     anyio.to_thread.current_default_thread_limiter().total_tokens = read_cores() // WORKERS
     yield
 
@@ -39,10 +39,10 @@ async def read_body(request: Request) -> bytes:
 @app.post("/segment")
 def segment(request: Request, body: Annotated[bytes, Depends(read_body)]) -> Response:
     """Segments one image."""
-    model: Model = request.app.state.model
-    image = model.decode(body)
-    (candidates,) = model.infer([image])
-    return Response(model.encode(image, candidates), media_type=JSON)
+    engine: SharedEngine = request.app.state.engine
+    image = engine.decode(body)
+    (candidates,) = engine.infer([image])
+    return Response(engine.encode(image, candidates), media_type=JSON)
 
 
 if __name__ == "__main__":

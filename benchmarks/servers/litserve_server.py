@@ -7,39 +7,39 @@ from typing import Annotated
 import litserve as ls
 from fastapi import Body, Response
 
-from benchmarks.servers.model import HOST, JSON, MAX_BATCH, Model, read_cores, read_port
+from benchmarks.ours import DecodedImage
+from benchmarks.servers.common import HOST, JSON, MAX_BATCH, load_engine, read_cores, read_port
 from pipeline.postprocess import TileCandidates
-from service.work.steps import DecodedImage
 
 Inferred = tuple[DecodedImage, Sequence[TileCandidates]]
 
 
 class SegmentApi(ls.LitAPI):
-    """The hooks in the order of their calls; each batch is one worker's."""
+    """LitServe's hooks in the order of their calls; one worker runs all of them on a batch."""
 
     def setup(self, device: str) -> None:
-        """Builds the worker's engine."""
-        self.model = Model(threads=1)
+        """Loads the worker's engine."""
+        self.engine = load_engine()
 
     def decode_request(self, request: Annotated[bytes, Body()]) -> DecodedImage:
         """The image's file to canvases."""
-        return self.model.decode(request)
+        return self.engine.decode(request)
 
     def batch(self, inputs: list[DecodedImage]) -> list[DecodedImage]:
-        """Nothing to stack: an image may have several canvases."""
+        """The images as they are: each may have several canvases."""
         return inputs
 
     def predict(self, x: list[DecodedImage]) -> list[Inferred]:
         """Runs the engine."""
-        return list(zip(x, self.model.infer(x), strict=True))
+        return list(zip(x, self.engine.infer(x), strict=True))
 
     def unbatch(self, output: list[Inferred]) -> list[Inferred]:
-        """One entry is one image's already."""
+        """One entry for each image, as `predict` returns them."""
         return output
 
     def encode_response(self, output: Inferred) -> Response:
-        """Finished JSON, so that nothing is encoded twice."""
-        return Response(self.model.encode(*output), media_type=JSON)
+        """The finished JSON, which is not encoded again."""
+        return Response(self.engine.encode(*output), media_type=JSON)
 
 
 if __name__ == "__main__":

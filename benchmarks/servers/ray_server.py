@@ -14,37 +14,36 @@ from ray.serve.config import HTTPOptions
 from starlette.requests import Request
 from starlette.responses import Response
 
-from benchmarks.servers.model import HOST, JSON, MAX_BATCH, Model, read_cores, read_port
+from benchmarks.ours import DecodedImage
+from benchmarks.servers.common import HOST, JSON, MAX_BATCH, load_engine, read_cores, read_port
 from pipeline.postprocess import TileCandidates
-from service.work.steps import DecodedImage
 
 
 @serve.deployment(
     num_replicas=read_cores(), max_ongoing_requests=64, ray_actor_options={"num_cpus": 1}
 )
-class Segmenter:
-    """A replica; what computes does so in threads, so its event loop stays free."""
+class RaySegmenter:
+    """A replica; it computes in threads, so that its event loop stays free."""
 
     def __init__(self) -> None:
-        """Builds the replica's engine."""
-        self.model = Model(threads=1)
+        self.engine = load_engine()
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.005)
     async def infer(self, images: list[DecodedImage]) -> list[list[TileCandidates]]:
-        """Runs the engine; called with one image, it gets several."""
-        return await asyncio.to_thread(self.model.infer, images)
+        """Runs the engine; called with one image, it gets a batch of them."""
+        return await asyncio.to_thread(self.engine.infer, images)
 
     async def __call__(self, request: Request) -> Response:
         """Segments one image."""
-        image = await asyncio.to_thread(self.model.decode, await request.body())
+        image = await asyncio.to_thread(self.engine.decode, await request.body())
         candidates = await self.infer(image)
         return Response(
-            await asyncio.to_thread(self.model.encode, image, candidates), media_type=JSON
+            await asyncio.to_thread(self.engine.encode, image, candidates), media_type=JSON
         )
 
 
 if __name__ == "__main__":
     ray.init("local", num_cpus=read_cores(), include_dashboard=False, log_to_driver=False)
     serve.start(http_options=HTTPOptions(host=HOST, port=read_port()))
-    application = cast(Any, Segmenter).bind()  # the decorator has made it a deployment
+    application = cast(Any, RaySegmenter).bind()  # the decorator has made it a deployment
     serve.run(application, route_prefix="/segment", blocking=True)

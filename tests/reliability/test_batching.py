@@ -32,14 +32,16 @@ def test_64_sizes_fill_the_batches_and_leave_the_event_loop_free(
     bodies = [encode_picture(picture, "JPEG") for picture in pictures]
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-delay-ms", "5")
     with run_server(tmp_path / "log", *flags) as server:
-        command = [sys.executable, "-m", "benchmarks.ping", server.url, "--seconds", "4"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as pinger:
+        out = tmp_path / "ping.json"
+        command = [sys.executable, "-m", "benchmarks", "ping", server.url, "--out", str(out)]
+        command += ["--seconds", "4"]
+        with subprocess.Popen(command, cwd=ROOT) as pinger:
             load = asyncio.run(
                 run_closed_loop(
                     server.url, bodies, clients=64, may_go_on=lambda _: pinger.poll() is None
                 )
             )
-            ping = json.loads(pinger.communicate()[0])
+        ping = json.loads(out.read_bytes())
         metrics = read_metrics(server.url)
     calls = metrics['solo_batch_size_count{model="blobs"}']
     mean = metrics['solo_batch_size_sum{model="blobs"}'] / calls

@@ -1,0 +1,1 @@
+"""The benchmarks: each a function in a file of its own name."""

@@ -1,0 +1,1 @@
+"""What `benchmarks gpu` measures: networks, engines, stages. NOT RUN ON HARDWARE."""

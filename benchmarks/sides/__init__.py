@@ -1,0 +1,1 @@
+"""Sides of comparisons, run as child processes that answer lines."""
