@@ -197,6 +197,8 @@ class ModelStore:
             only.loaded = built[only.loaded.version]
             only.engine.swap(only.loaded.backend)  # closes it if `only` has been closed
             only.scheduler.adopt(choose_policy(self._settings, only.engine, only.config.limits))
+            if self.served.get(name, {}).get(only.loaded.version) is only:
+                self._announce(only)
             self._start_upgrade(only)
             return
         versions = await run_in_thread(build)
@@ -388,10 +390,12 @@ class ModelStore:
     def _serve(self, loaded: LoadedModel) -> ServedModel:
         name = loaded.config.name
 
+        sizes = self._metrics.batch_size.labels(name)
+        failures = self._metrics.engine_failures.labels(name)
+
         def count_call(stats: CallStats) -> None:
-            self._metrics.batch_size.labels(name).observe(stats.size)
-            if stats.failed:
-                self._metrics.engine_failures.labels(name).inc()
+            sizes.observe(stats.size)
+            failures.inc(stats.failed)
 
         engine = WatchedEngine(
             loaded.backend,
@@ -401,9 +405,16 @@ class ModelStore:
         )
         policy = choose_policy(self._settings, engine, loaded.config.limits)
         scheduler = Scheduler(engine, policy, self._budget, count_call)
-        self._metrics.add_model(name, loaded.version, lambda: engine.state, policy.max_batch)
         model = ServedModel(loaded, engine, scheduler)
+        self._announce(model)
         return model
+
+    def _announce(self, model: ServedModel) -> None:
+        """Shows a served version in the metrics."""
+        state = model.state
+        self._metrics.add_model(
+            state.name, state.version, lambda: model.engine.state, state.max_batch
+        )
 
 
 def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:

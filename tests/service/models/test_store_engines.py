@@ -317,6 +317,7 @@ class TestUpgrades:
             upgrade.may_build.set()
             await until(lambda: model.scheduler.policy.batch)
             assert model.state.max_batch == 8
+            assert store._metrics.batch_limit.labels("blobs")._value.get() == 8
 
 
 class TestVersions:
