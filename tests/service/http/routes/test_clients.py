@@ -57,19 +57,25 @@ async def test_large_images_of_one_client_never_refuse_another(
     async with run_gated(settings, monkeypatch, **bounds) as (app, gate, connect):
         admission = app.state.segmenter.admission
         greedy, modest = connect("10.0.0.1"), connect("10.0.0.2")
+        small = await find_client(build_request("10.0.0.2"))
         statuses: list[int] = []
 
         async def flood() -> None:
             for _ in range(6):
                 statuses.append((await greedy.post("/segment", content=LARGE)).status_code)
 
+        async def ask_beside_others() -> None:
+            """Calls of the engine are let through when the request is in the queue, not before."""
+            asked = asyncio.create_task(modest.post("/segment", content=SMALL))
+            await wait_until(lambda: asked.done() or admission.held(small) == 1)
+            gate.let(4)
+            assert (await asyncio.wait_for(asked, 10)).status_code == 200
+
         flooding = [asyncio.create_task(flood()) for _ in range(4)]
         await wait_until(lambda: statuses.count(503) >= 6)
         assert admission.canvases == 50  # of a third image there would be 75, and 53 free
         for _ in range(20):
-            asked = asyncio.create_task(modest.post("/segment", content=SMALL))
-            gate.let(4)
-            assert (await asyncio.wait_for(asked, 10)).status_code == 200
+            await ask_beside_others()
         gate.let()
         await asyncio.gather(*flooding)
         assert statuses.count(200) >= 2
