@@ -58,7 +58,15 @@ def test_every_variable_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["port", "max_queue_canvases", "max_image_canvases", "engine_timeout_s", "max_batch"]
+    "name",
+    [
+        "port",
+        "max_queue_canvases",
+        "max_image_canvases",
+        "max_decoded_pixels",
+        "engine_timeout_s",
+        "max_batch",
+    ],
 )
 def test_defaults_are_true(name: str) -> None:
     row = read_rows("What to set")[f"SOLO_{name.upper()}"]

@@ -200,7 +200,7 @@ def test_a_server_that_cannot_start_says_why(repo: Path, tmp_path: Path) -> None
     file = publish(damaged, "nuclei") / "1" / "model.onnx"
     file.write_bytes(file.read_bytes()[:100])
     for name, (flags, reason) in {
-        "damaged": (["--model-repo", str(damaged)], "nuclei/1/model.onnx: it has 100 bytes"),
+        "damaged": (["--model-repo", str(damaged)], "nuclei/1/model.onnx: has 100 bytes"),
         "missing": (["--model-repo", str(tmp_path / "no")], "no' is not a folder"),
         "setting": (["--max-batch", "0"], "--max-batch: Input should be greater than 0, not '0'"),
         "default": (

@@ -135,30 +135,38 @@ async def test_only_images_that_are_processed_are_admitted(running: Running) -> 
     assert (admission.images, admission.canvases, progress.canvases) == (2, 10, 10)
     assert admission.held(CLIENT) == 10
     text = render(running.segmenter.metrics)
-    assert "solo_queue_canvases 10.0" in text and "solo_queue_limit_canvases 8192.0" in text
+    assert "solo_queue_canvases 10.0" in text and "solo_queue_limit_canvases 32768.0" in text
     running.gate.let()
     await working
     assert (admission.images, admission.canvases, progress.done) == (0, 0, 10)
     assert admission.held(CLIENT) == 0
 
 
+@pytest.mark.parametrize(
+    "running", [{"max_queue_canvases": 4, "max_image_canvases": 2}], indirect=True
+)
 async def test_a_request_of_bad_images_alone_needs_no_room(running: Running) -> None:
     progress = Progress()
-    with running.segmenter.admission.admit(Client(name="b"), [4000]):
+    with running.segmenter.admission.admit(Client(name="b"), [2]):
         (outcome,) = await running.segment(b"text", progress=progress)
     assert outcome.error is not None
-    assert progress.admitted.is_set() and progress.canvases == 0
+    assert not progress.admitted.is_set() and progress.canvases == 0
 
 
 @pytest.mark.parametrize(
-    "running", [{"max_queue_canvases": 12, "max_image_canvases": 12}], indirect=True
+    "running", [{"max_queue_canvases": 24, "max_image_canvases": 12}], indirect=True
 )
 async def test_a_request_is_admitted_whole_or_not_at_all(running: Running) -> None:
     admission = running.segmenter.admission
     with pytest.raises(TooManyImages):
         await running.segment(NINE, ONE, ONE, ONE, ONE)
-    with admission.admit(Client(name="b"), [3]), pytest.raises(Overloaded):
-        await running.segment(NINE, ONE)
+    with admission.admit(Client(name="b"), [8]):
+        with pytest.raises(Overloaded) as caught:
+            await running.segment(NINE, ONE)
+        assert caught.value.reason == "client_share"  # 16 canvases are free, 6 would be then
+        with admission.admit(Client(name="c"), [8]), pytest.raises(Overloaded) as caught:
+            await running.segment(NINE, ONE)
+        assert caught.value.reason == "queue_canvases"
     assert (admission.images, admission.canvases, admission.requests) == (0, 0, 0)
     assert running.gate.calls == 0
 
@@ -183,7 +191,7 @@ async def test_an_unknown_model_is_no_request(running: Running) -> None:
     assert running.segmenter.admission.requests == 0
 
 
-@pytest.mark.parametrize("running", [{"max_queue_canvases": 1}], indirect=True)
+@pytest.mark.parametrize("running", [{"max_queue_canvases": 2}], indirect=True)
 async def test_a_full_queue_is_seen_before_the_body_is_read(running: Running) -> None:
     with running.segmenter.admission.admit(Client(name="b"), [1]):
         with pytest.raises(Overloaded), running.segmenter.use("blobs", None, CLIENT):

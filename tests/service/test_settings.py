@@ -68,7 +68,7 @@ def test_a_wrong_variable_is_named_with_its_value(
     [
         (["--model-control", "true"], "model_control would change one worker"),
         (["--keys-file", "keys.json"], "keys_file needs workers 1"),
-        (["--max-queue-canvases", "1"], "2 workers cannot share max_queue_canvases 1"),
+        (["--max-queue-canvases", "3"], "2 workers cannot share max_queue_canvases 3"),
         (["--max-connections", "1"], "max_connections 1"),
     ],
 )
@@ -116,20 +116,24 @@ def test_an_unknown_flag_stops_the_start(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_queue_that_cannot_hold_the_largest_image_is_refused() -> None:
-    with pytest.raises(StartupError, match="max_queue_canvases 100 is below max_image_canvases"):
-        read_settings(["--max-queue-canvases", "100", "--max-image-canvases", "101"])
+    message = "max_queue_canvases 101 is below twice max_image_canvases 51"
+    with pytest.raises(StartupError, match=message):
+        read_settings(["--max-queue-canvases", "101", "--max-image-canvases", "51"])
+    with pytest.raises(StartupError, match="max_queue_canvases 1 is below twice"):
+        read_settings(["--max-queue-canvases", "1"])
 
 
 def test_a_smaller_queue_bounds_the_largest_image() -> None:
-    settings = read_settings(["--max-queue-canvases", "100"])
-    assert (settings.max_queue_canvases, settings.max_image_canvases) == (100, 100)
-    settings = read_settings(["--max-queue-canvases", "100", "--max-image-canvases", "100"])
-    assert settings.max_image_canvases == 100
+    """Half of it, which is what a client alone may have in flight."""
+    settings = read_settings(["--max-queue-canvases", "101"])
+    assert (settings.max_queue_canvases, settings.max_image_canvases) == (101, 50)
+    settings = read_settings(["--max-queue-canvases", "100", "--max-image-canvases", "50"])
+    assert (settings.max_queue_canvases, settings.max_image_canvases) == (100, 50)
 
 
 def test_the_defaults_of_the_bounds() -> None:
     settings = read_settings([])
-    assert (settings.max_image_canvases, settings.max_queue_canvases) == (4096, 8192)
+    assert (settings.max_image_canvases, settings.max_queue_canvases) == (4096, 32_768)
     assert settings.max_decoded_pixels == 200_000_000
     assert settings.request_timeout_ms == 600_000
 

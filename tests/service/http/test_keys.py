@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -110,15 +111,17 @@ def test_a_request_that_is_refused_costs_nothing() -> None:
     """Whatever refuses it: the key's bounds, the room of the server, or its end."""
     shop = build_client(max_canvases=50, canvases_per_minute=60)
     other = Client(name="other")
-    admission = Admission(64, Clock())
+    admission = Admission(128, Clock())
     with admission.admit(shop, [10]):
         for canvases, error in ((45, QuotaExceeded), (51, TooManyImages)):
             with pytest.raises(error):
                 send(admission, shop, canvases)
-    with admission.admit(other, [40]):
-        for _ in range(100):
-            with pytest.raises(Overloaded):
-                send(admission, shop, 30)
+    with admission.admit(other, [64]), admission.admit(Client(name="third"), [32]):
+        for canvases, reason in ((30, "client_share"), (40, "queue_canvases")):
+            for _ in range(50):
+                with pytest.raises(Overloaded) as caught:
+                    send(admission, shop, canvases)
+                assert caught.value.reason == reason
     send(admission, shop, 50)  # all that a minute has, but the first 10
     with pytest.raises(QuotaExceeded):
         send(admission, shop, 1)
@@ -272,12 +275,15 @@ async def test_a_503_leaves_the_key_its_canvases(
 ) -> None:
     key = add_key(tmp_path / "keys.json", "shop", canvases_per_minute=10)
     changed = settings.model_copy(
-        update={"keys_file": tmp_path / "keys.json", "max_queue_canvases": 16}
+        update={"keys_file": tmp_path / "keys.json", "max_queue_canvases": 20}
     )
     app = create_app(changed, load_repository(changed.model_repo, OPTIONS))
     async with open_client(app) as client:
         admission = app.state.segmenter.admission
-        with admission.admit(Client(name="other"), [15]):
+        others = (("a", 10), ("b", 5), ("c", 2))
+        with contextlib.ExitStack() as stack:
+            for name, canvases in others:
+                stack.enter_context(admission.admit(Client(name=name), [canvases]))
             for _ in range(20):
                 refused = await post(client, key, 2)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")

@@ -57,19 +57,25 @@ async def test_large_images_of_one_client_never_refuse_another(
     async with run_gated(settings, monkeypatch, **bounds) as (app, gate, connect):
         admission = app.state.segmenter.admission
         greedy, modest = connect("10.0.0.1"), connect("10.0.0.2")
+        small = await find_client(build_request("10.0.0.2"))
         statuses: list[int] = []
 
         async def flood() -> None:
             for _ in range(6):
                 statuses.append((await greedy.post("/segment", content=LARGE)).status_code)
 
-        flooding = [asyncio.create_task(flood()) for _ in range(4)]
-        await wait_until(lambda: statuses.count(503) >= 6)
-        assert admission.canvases == 75  # of a fourth image there would be 100, 53 are free
-        for _ in range(20):
+        async def ask_beside_others() -> None:
+            """Calls of the engine are let through when the request is in the queue, not before."""
             asked = asyncio.create_task(modest.post("/segment", content=SMALL))
+            await wait_until(lambda: asked.done() or admission.held(small) == 1)
             gate.let(4)
             assert (await asyncio.wait_for(asked, 10)).status_code == 200
+
+        flooding = [asyncio.create_task(flood()) for _ in range(4)]
+        await wait_until(lambda: statuses.count(503) >= 6)
+        assert admission.canvases == 50  # of a third image there would be 75, and 53 free
+        for _ in range(20):
+            await ask_beside_others()
         gate.let()
         await asyncio.gather(*flooding)
         assert statuses.count(200) >= 2
@@ -108,18 +114,25 @@ async def test_a_client_alone_gets_half_of_the_queue(
         assert (admission.canvases, admission.images) == (8, 8)
         others = [
             asyncio.create_task(connect(f"10.0.1.{i}").post("/segment", content=SMALL))
-            for i in range(8)
+            for i in range(6)
         ]
-        await wait_until(lambda: admission.canvases == 16)
-        late = await connect("10.0.2.1").post("/segment", content=SMALL)
-        assert late.status_code == 503
-        assert "16 canvases are in flight, 1 more would exceed 16" in late.text
+        await wait_until(lambda: admission.canvases == 14)
+        late = connect("10.0.2.1")
+        for count, message in (
+            (3, "14 canvases are in flight, 3 more would exceed 16"),
+            (2, "the client has 0 canvases in flight, 2 more would exceed its share"),
+        ):
+            refused = await late.post("/segment", files=[("images", SMALL)] * count)
+            assert refused.status_code == 503
+            assert message in refused.json()["error"]["message"]
         text = (await client.get("/metrics")).text
-        assert 'solo_rejections_total{reason="client_share"} 1.0' in text
+        assert 'solo_rejections_total{reason="client_share"} 2.0' in text
         assert 'solo_rejections_total{reason="queue_canvases"} 1.0' in text
+        others.append(asyncio.create_task(late.post("/segment", content=SMALL)))
+        await wait_until(lambda: admission.canvases == 15)
         gate.let()
         answers = await asyncio.gather(*posts, *others)
-        assert [answer.status_code for answer in answers].count(200) == 16
+        assert [answer.status_code for answer in answers].count(200) == 15
 
 
 async def test_a_refused_body_is_not_read(

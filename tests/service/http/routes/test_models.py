@@ -10,7 +10,7 @@ async def test_the_list_says_what_is_served_and_why_a_model_is_not(
     assert (blobs["name"], blobs["state"], blobs["version"]) == ("blobs", "READY", 1)
     assert (wide["name"], wide["state"]) == ("wide", "READY")
     assert (broken["state"], broken["version"]) == ("UNAVAILABLE", None)
-    assert broken["reason"].startswith("broken/1/model.onnx: it has 11 bytes")
+    assert broken["reason"].startswith("broken/1/model.onnx: has 11 bytes, config.json says ")
 
 
 async def test_a_model_says_what_it_is(client: httpx.AsyncClient) -> None:

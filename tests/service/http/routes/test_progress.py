@@ -198,7 +198,7 @@ def test_a_line_comes_at_least_every_5_s() -> None:
 async def test_a_request_that_is_refused_has_its_own_status(
     settings: Settings, open_gated: OpenGated
 ) -> None:
-    async with open_gated(max_queue_canvases=12, max_image_canvases=8) as (app, _):
+    async with open_gated(max_queue_canvases=4, max_image_canvases=2) as (app, _):
         admission = app.state.segmenter.admission
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -208,16 +208,15 @@ async def test_a_request_that_is_refused_has_its_own_status(
                 assert response.headers["content-type"] == "application/json"
                 return response.status_code, response.json()["error"]["code"]
 
-            parts = {"files": [("images", SMALL)] * 13}
+            two, three = ({"files": [("images", SMALL)] * count} for count in (2, 3))
             assert await code_of("/segment", content=b"") == (400, "empty_body")
             assert await code_of("/segment?model=cats", content=SMALL) == (404, "unknown_model")
             assert await code_of("/segment?masks=x", content=SMALL) == (422, "invalid_parameter")
-            assert await code_of("/segment", **parts) == (413, "too_many_images")
-            with admission.admit(Client(name="other"), [12]):
-                assert await code_of("/segment", content=SMALL) == (503, "overloaded")
-            with admission.admit(Client(name="other"), [11]):
-                two = {"files": [("images", SMALL)] * 2}
+            assert await code_of("/segment", **three) == (413, "too_many_images")
+            with admission.admit(Client(name="other"), [2]):  # seen when the body has been read
                 assert await code_of("/segment", **two) == (503, "overloaded")
+                with admission.admit(Client(name="third"), [1]):  # seen before
+                    assert await code_of("/segment", content=SMALL) == (503, "overloaded")
             admission.close()
             assert await code_of("/segment", content=SMALL) == (503, "draining")
         assert (admission.requests, admission.canvases) == (0, 0)
@@ -240,14 +239,39 @@ async def test_a_key_beyond_its_bounds_has_its_own_status(
 
 
 @pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"no image", 415, "unsupported_format"),
+        (build_png_header(60_000, 60_000), 413, "image_too_large"),
+        (build_png_header(1, 40_000_000), 413, "too_many_canvases"),
+    ],
+    ids=["format", "size", "canvases"],
+)
+async def test_a_single_image_that_is_refused_before_admission_has_its_own_status(
+    client: httpx.AsyncClient, app: FastAPI, body: bytes, status: int, code: str
+) -> None:
+    refused = await client.post("/segment", content=body, headers=ACCEPT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+    assert refused.headers["content-type"] == "application/json"
+    plain = await client.post("/segment", content=body)
+    assert (plain.status_code, plain.json()) == (refused.status_code, refused.json())
+    assert app.state.segmenter.admission.requests == 0
+
+
+async def test_several_images_that_are_all_refused_are_a_result(client: httpx.AsyncClient) -> None:
+    parts = [("images", ("a.txt", b"text")), ("images", ("b.png", build_png_header(1, 40_000_000)))]
+    (line,) = lines_of(await client.post("/segment", files=parts, headers=ACCEPT))
+    codes = [result["error"]["code"] for result in line["result"]["results"]]
+    assert codes == ["unsupported_format", "too_many_canvases"]
+
+
+@pytest.mark.parametrize(
     ("body", "path", "status", "code"),
     [
-        (b"no image", "/segment", 415, "unsupported_format"),
-        (build_png_header(60_000, 60_000), "/segment", 413, "image_too_large"),
-        (build_png_header(1, 40_000_000), "/segment", 413, "too_many_canvases"),
         (build_truncated_jpeg(), "/segment", 422, "corrupt_image"),
         (encode_picture(poisoned_picture()), "/segment?model=wide", 500, "engine_error"),
     ],
+    ids=["corrupt", "engine"],
 )
 async def test_the_error_of_a_single_image_is_the_last_line_as_it_would_be_the_answer(
     client: httpx.AsyncClient, body: bytes, path: str, status: int, code: str
@@ -296,6 +320,7 @@ async def test_a_deadline_that_passes_is_the_last_line(open_gated: OpenGated) ->
 async def test_a_client_that_leaves_stops_the_work(
     open_gated: OpenGated, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "service.http.middleware")
     async with open_gated() as (app, gate):
         segmenter = app.state.segmenter
         exchange = ask(app)
@@ -310,6 +335,9 @@ async def test_a_client_that_leaves_stops_the_work(
         assert segmenter.store.find("blobs", None).scheduler.waiting == 0
         cancelled = segmenter.metrics.cancelled_images.labels("blobs", "client_left")
         assert cancelled._value.get() == 1
+        assert [r.status for r in caplog.records if hasattr(r, "status")] == [499]
+        left = segmenter.metrics.requests.labels("/segment", "POST", "499")
+        assert left._value.get() == 1
         gate.let()
         # The engine works for others: of the image that was dropped no canvas is left.
         other = ask(app, SMALL)

@@ -339,7 +339,7 @@ async def test_overload_is_503_with_retry_after(
 
 
 async def test_more_than_can_ever_fit_is_413(settings: Settings, open_client: OpenClient) -> None:
-    small = settings.model_copy(update={"max_queue_canvases": 12, "max_image_canvases": 12})
+    small = settings.model_copy(update={"max_queue_canvases": 24, "max_image_canvases": 12})
     app = create_app(small, load_repository(small.model_repo, OPTIONS))
     nine = encode_picture(draw_picture(128, 128))
     async with open_client(app) as client:

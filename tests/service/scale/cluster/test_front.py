@@ -181,14 +181,19 @@ async def test_the_way_to_the_worker_counts_as_waiting(
 
 
 async def test_a_fronts_admission_is_the_single_servers(open_front: Any) -> None:
-    bounds = {"max_queue_canvases": 2, "max_image_canvases": 2}
+    bounds = {"max_queue_canvases": 4, "max_image_canvases": 2}
     async with open_front(**bounds) as (client, workers, segmenter):
         files = [("images", ("a.png", PICTURE))] * 3
         response = await client.post("/segment", files=files)
         assert (response.status_code, len(workers.calls)) == (413, 0)
         with segmenter.admission.admit(Client(name="other"), [2]):
-            assert code_of(await post(client)) == (503, "overloaded")
-        assert (await post(client))[0] == 200
+            response = await client.post("/segment", files=files[:2])
+            assert (response.status_code, len(workers.calls)) == (503, 0)
+            assert (await post(client))[0] == 200
+            with segmenter.admission.admit(Client(name="third"), [1]):
+                assert code_of(await post(client)) == (503, "overloaded")
+        response = await client.post("/segment", files=files[:2])
+        assert (response.status_code, len(workers.calls)) == (200, 2)
         assert (segmenter.admission.canvases, segmenter.admission.images) == (0, 0)
 
 

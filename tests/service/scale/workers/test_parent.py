@@ -139,7 +139,7 @@ def test_what_workers_share() -> None:
     settings = Settings(
         workers=3,
         max_queue_canvases=100,
-        max_image_canvases=20,
+        max_image_canvases=17,
         max_decoded_pixels=1000,
         max_connections=1000,
         threads=5,
@@ -149,7 +149,7 @@ def test_what_workers_share() -> None:
     assert shared.max_decoded_pixels == 334
     assert shared.threads == 5  # as told
     large = share(Settings(workers=3, max_queue_canvases=100, max_image_canvases=50))
-    assert large.max_queue_canvases == 50  # the largest image must be admitted
+    assert large.max_queue_canvases == 100  # the largest image must be admitted
 
 
 @pytest.mark.parametrize(
