@@ -23,19 +23,19 @@ from pipeline.model_config import ModelConfig
 from pipeline.postprocess import TileCandidates
 from pipeline.preprocess import count_canvases
 from pipeline.types import Tile
+from service.engines.artefacts import ONNX_FILE as ONNX_FILE
 from service.engines.base import Backend, BackendOptions
 from service.engines.onnxruntime import build_ort_backend
-from service.models.artefacts import ONNX_FILE as ONNX_FILE
 from service.models.repository import LoadedModel as LoadedModel
 from service.models.repository import load_version, read_config
 from service.work.image import ImageWork, count_cost, read_size
-from service.work.request import ImageFile, Options, Outcome
+from service.work.request import ImageFile, Outcome, RequestOptions
 
 MAX_BATCH = 8
 """Images, where a framework batches them; also the engine's most canvases at once."""
 MAX_PIXELS = 50_000_000
 MAX_CANVASES = 1_000_000
-OPTIONS = Options()
+OPTIONS = RequestOptions()
 
 
 def load_model(folder: Path, threads: int | None = 1, **options: Any) -> LoadedModel:

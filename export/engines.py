@@ -13,10 +13,10 @@ from export.to_aoti import AotiOptions, export_aoti
 from export.to_tensorrt import build_tensorrt
 from pipeline.model_config import ModelConfig
 from service.engines.aoti_package import PackagePrecision
+from service.engines.artefacts import ONNX_FILE
 from service.engines.base import BackendError, Precision
 from service.engines.kernels.nvrtc import ARCHITECTURES, PREBUILT
 from service.engines.kernels.prebuild import prebuild
-from service.models.artefacts import ONNX_FILE
 from training.configs.schema import Config
 from training.model.solo import Solo
 

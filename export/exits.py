@@ -22,8 +22,8 @@ from export.parity import Case, run_onnx
 from export.publish import Artefact, describe_file
 from pipeline.model_config import ModelConfig
 from pipeline.types import Candidates
+from service.engines.artefacts import ONNX_FILE
 from service.engines.choose import exits_file
-from service.models.artefacts import ONNX_FILE
 
 PLAIN_FILES: dict[str, str] = {
     ONNX_FILE: exits_file("fp32"),

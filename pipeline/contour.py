@@ -1,4 +1,4 @@
-"""Instance contours: thin curves around objects, and the regions they enclose.
+"""Detection contours: thin curves around objects, and the regions they enclose.
 
 The paper's instance contour detection (section 5): a mask is the object's outline instead of its
 area. Two thin curves around one object share few pixels, so NMS, tile merging and average
@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.encode import decode_box
 from pipeline.runs import BoxMask, build_instance
-from pipeline.types import Bool, Instance, UInt8
+from pipeline.types import Bool, Detection, UInt8
 
 CLOSING = np.ones((3, 3), np.uint8)
 """Kernel of the morphological closing before a fill; closes gaps of up to two pixels."""
@@ -79,7 +79,7 @@ def fill_contours(curves: Bool) -> Bool:
     return filled
 
 
-def fill_instance(instance: Instance) -> Instance:
+def fill_instance(instance: Detection) -> Detection:
     """Replaces an instance's curve by the enclosed region; class, score and box are kept."""
     x, y, _, _ = instance.bbox_xywh
     filled = fill_contour(decode_box(instance)).astype(np.bool_)
@@ -87,7 +87,7 @@ def fill_instance(instance: Instance) -> Instance:
     return build_instance(BoxMask(y, x, filled), (height, width), instance.label, instance.score)
 
 
-def join_contours(parts: Sequence[Instance]) -> Instance:
+def join_contours(parts: Sequence[Detection]) -> Detection:
     """Merges curves into the outline of the union of their regions, with the highest score.
 
     Curve pixels strictly inside another curve are removed, so parts of an object from adjacent

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.encode import decode_box
 from pipeline.model_config import Task
-from pipeline.types import Instance, UInt8
+from pipeline.types import Detection, UInt8
 
 GOLDEN_RATIO = 0.618033988749895
 FILL_ALPHA = 0.4
@@ -26,7 +26,7 @@ def instance_colour(index: int) -> tuple[int, int, int]:
 
 
 def draw_instances(
-    image: UInt8, instances: Sequence[Instance], task: Task = "segmentation"
+    image: UInt8, instances: Sequence[Detection], task: Task = "segmentation"
 ) -> UInt8:
     """Draws each mask with a translucent fill and an opaque outline.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.model_config import ModelConfig
-from pipeline.types import Instance, UInt8
+from pipeline.types import Detection, UInt8
 
 SCORE_DIGITS = 6
 
@@ -35,7 +35,7 @@ def decode_counts(counts: bytes) -> NDArray[np.int64]:
     return runs
 
 
-def decode_box(instance: Instance) -> UInt8:
+def decode_box(instance: Detection) -> UInt8:
     """The mask's pixels inside its box: [h, w] uint8 0/1, without building the full mask."""
     x, y, box_w, box_h = instance.bbox_xywh
     height = instance.rle["size"][0]
@@ -57,7 +57,7 @@ def _drop_collinear(points: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.asarray(points[keep])
 
 
-def encode_polygons(instance: Instance) -> list[list[float]]:
+def encode_polygons(instance: Detection) -> list[list[float]]:
     """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per connected component.
 
     Vertices are pixel corners, so pycocotools rasterises them to the same mask; only holes are
@@ -76,14 +76,14 @@ def encode_polygons(instance: Instance) -> list[list[float]]:
     return polygons
 
 
-def count_holes(instance: Instance) -> int:
+def count_holes(instance: Detection) -> int:
     """Number of holes in the mask; `encode_polygons` fills them."""
     outside = np.pad(1 - decode_box(instance), 1, constant_values=1)
     labels, _ = cv2.connectedComponents(outside, connectivity=4)
     return labels - 2  # without the labels of the mask and of its surroundings
 
 
-def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -> bytes:
+def encode_index_png(instances: Sequence[Detection], image_hw: tuple[int, int]) -> bytes:
     """All masks as one greyscale PNG: pixel value n is the n-th instance (from 1), 0 background.
 
     Where masks overlap, the earlier instance wins.
@@ -107,13 +107,13 @@ def encode_index_png(instances: Sequence[Instance], image_hw: tuple[int, int]) -
     return buffer.getvalue()
 
 
-def encode_rle(instance: Instance) -> dict[str, Any]:
+def encode_rle(instance: Detection) -> dict[str, Any]:
     """COCO compressed RLE with `counts` as text, for JSON."""
     return {"size": list(instance.rle["size"]), "counts": instance.rle["counts"].decode("ascii")}
 
 
 def instance_to_coco(
-    instance: Instance,
+    instance: Detection,
     config: ModelConfig,
     *,
     masks: Literal["rle", "polygon", "png", "none"] = "rle",

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.contour import fill_instance, join_contours
 from pipeline.runs import BoxMask, encode_box_mask
-from pipeline.types import Instance, Int64, Window
+from pipeline.types import Detection, Int64, Window
 
 DUPLICATE_IOU = 0.5
 """Two masks of different tiles are one object above this IoU."""
@@ -36,7 +36,7 @@ class TileInstance:
         cut: Whether the mask reaches a border of the tile behind which the image goes on.
     """
 
-    instance: Instance
+    instance: Detection
     window: Window
     cut: bool
 
@@ -57,7 +57,7 @@ def _find_in(region: Window, members: Int64, boxes: Int64) -> list[int]:
     return found
 
 
-def _area_inside(instance: Instance, region: Window) -> int:
+def _area_inside(instance: Detection, region: Window) -> int:
     height, width = instance.rle["size"]
     ones = np.ones((region.height, region.width), np.bool_)
     box = encode_box_mask(BoxMask(region.y, region.x, ones), (height, width))
@@ -127,7 +127,7 @@ def _agreement(found: Sequence[TileInstance], index: int, kept: int, pixels: int
     return pixels / (sum(areas) - pixels)
 
 
-def _union(parts: Sequence[Instance]) -> Instance:
+def _union(parts: Sequence[Detection]) -> Detection:
     """One mask of all parts with the best part's score."""
     best = max(parts, key=lambda instance: instance.score)
     if len(parts) == 1:
@@ -182,7 +182,7 @@ def merge_tiles(
     *,
     max_instances: int | None = None,
     compare: Literal["masks", "enclosed"] = "masks",
-) -> list[Instance]:
+) -> list[Detection]:
     """Instances of all tiles, each object once.
 
     Whole masks come first, then cut ones; each best first. Only masks of one class and of

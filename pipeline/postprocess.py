@@ -17,7 +17,7 @@ from pipeline.merge import TileInstance, merge_tiles
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.nms import mask_nms, matrix_nms
 from pipeline.paste import paste_masks
-from pipeline.types import Candidates, Float32, Instance, Int64, Prepared, Tile
+from pipeline.types import Candidates, Detection, Float32, Int64, Prepared, Tile
 
 
 class DeviceCandidates(Protocol):
@@ -49,7 +49,7 @@ class DeviceCandidates(Protocol):
         *,
         score_threshold: float,
         max_instances: int,
-    ) -> list[Instance]:
+    ) -> list[Detection]:
         """What `postprocess_tile` finds in `Candidates`, in coordinates of the image."""
         ...
 
@@ -115,7 +115,7 @@ def mask_stride(tile: Tile, mask_hw: tuple[int, int]) -> int:
     return int(stride)
 
 
-def _is_cut(instance: Instance, tile: Tile, stride: int) -> bool:
+def _is_cut(instance: Detection, tile: Tile, stride: int) -> bool:
     """Whether a mask comes within one mask pixel of a border behind which the image goes on."""
     x, y, width, height = instance.bbox_xywh
     window = tile.window
@@ -150,7 +150,7 @@ class Detections:
             cut off within a tile count once for each of them.
     """
 
-    instances: list[Instance]
+    instances: list[Detection]
     found: int
 
 
@@ -199,13 +199,13 @@ def _find_instances(
 ) -> Detections:
     scores, indices = select(candidates, spec, least_score=score_threshold)
     stride = mask_stride(tile, candidates.mask_hw)
-    found: list[Instance] = []
+    found: list[Detection] = []
     for start in range(0, len(indices), max_instances):
         some = slice(start, start + max_instances)  # rarely is any of them empty
         masks = (candidates.mask_probs[index] for index in indices[some])
         pasted = paste_masks(masks, tile, stride, image_hw, spec.mask_threshold)
         found += [
-            Instance(int(candidates.labels[index]), float(score), *outline)
+            Detection(int(candidates.labels[index]), float(score), *outline)
             for score, index, outline in zip(scores[some], indices[some], pasted, strict=True)
             if outline is not None
         ]
@@ -294,7 +294,7 @@ def postprocess(
     *,
     score_threshold: float | None = None,
     max_instances: int | None = None,
-) -> list[Instance]:
+) -> list[Detection]:
     """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
 
     Args:

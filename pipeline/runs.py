@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pipeline.types import Bool, Instance, Int64
+from pipeline.types import Bool, Detection, Int64
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ def encode_box_mask(mask: BoxMask, image_hw: tuple[int, int]) -> dict[str, Any]:
     return _encode_box(mask, image_hw).rle
 
 
-def build_instance(mask: BoxMask, image_hw: tuple[int, int], label: int, score: float) -> Instance:
+def build_instance(mask: BoxMask, image_hw: tuple[int, int], label: int, score: float) -> Detection:
     """An instance with the tight bounding box of the mask's pixels.
 
     Raises:
         ValueError: The mask has no pixels.
     """
-    return Instance(label, score, *_encode_box(mask, image_hw))
+    return Detection(label, score, *_encode_box(mask, image_hw))

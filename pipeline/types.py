@@ -80,7 +80,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Instance:
+class Detection:
     """One object found.
 
     Attributes:

@@ -12,7 +12,7 @@ from service.engines.state import EngineState
 from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
 from service.observe.metrics import Metrics
 from service.work.admission import Admission
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
 M = TypeVar("M")
 
@@ -140,7 +140,7 @@ class Segmenter(Protocol):
         ...
 
     def use(
-        self, name: str | None, version: int | None, client: Client
+        self, name: str | None, version: int | None, client: ClientProfile
     ) -> AbstractContextManager[Any]:
         """As `find`, for `segment`; the model stays until the context ends.
 
@@ -153,9 +153,9 @@ class Segmenter(Protocol):
         self,
         model: Any,
         images: Sequence[ImageFile],
-        options: Options,
-        client: Client,
-        progress: Progress,
+        options: RequestOptions,
+        client: ClientProfile,
+        progress: RequestProgress,
     ) -> Segmented:
         """Segments a request's images; cancelling it stops the work.
 

@@ -22,7 +22,7 @@ from service.work.admission import Admission
 from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_size
 from service.work.pixels import PixelBudget
 from service.work.queue import Job
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ class LocalSegmenter:
         return self.store.find(name, version).state
 
     @contextmanager
-    def use(self, name: str | None, version: int | None, client: Client) -> Iterator[ServedModel]:
+    def use(
+        self, name: str | None, version: int | None, client: ClientProfile
+    ) -> Iterator[ServedModel]:
         """The model that a request means; it stays until the request is answered."""
         with self.store.use(name, version) as model, self.admission.request(client):
             yield model
@@ -88,9 +90,9 @@ class LocalSegmenter:
         self,
         model: ServedModel,
         images: Sequence[ImageFile],
-        options: Options,
-        client: Client,
-        progress: Progress,
+        options: RequestOptions,
+        client: ClientProfile,
+        progress: RequestProgress,
     ) -> Segmented:
         """Segments a request's images; cancelling it stops the work within one canvas."""
         works = await self._prepare(model, images, options)
@@ -110,7 +112,7 @@ class LocalSegmenter:
         return Segmented(model.state, [self._count(model, work) for work in works])
 
     async def _prepare(
-        self, model: ServedModel, images: Sequence[ImageFile], options: Options
+        self, model: ServedModel, images: Sequence[ImageFile], options: RequestOptions
     ) -> list[ImageWork | Outcome]:
         """Reads the headers: the work of each image, or why it is refused."""
         settings = self._settings
@@ -165,7 +167,7 @@ def _build_work(
     file: ImageFile,
     size: HW | None,
     *,
-    options: Options,
+    options: RequestOptions,
     settings: Settings,
 ) -> ImageWork | Outcome:
     try:

@@ -131,7 +131,6 @@ def _is_allowed(item: Import) -> bool:
         return item.root in ("service", "pipeline") or remote
     measured = (
         "pipeline",
-        "service.models.artefacts",
         "service.models.repository",
         "service.engines",
     )
@@ -160,12 +159,6 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 }
 """What the parts of the service must not import: the layers above them. The engines' probes and
 the metrics name types of `service.work` in `if TYPE_CHECKING` blocks."""
-NOT_YET = {
-    ("service/engines/choose.py", "service.models.artefacts"),
-    ("service/engines/tensorrt/engine.py", "service.models.builder"),
-    ("service/engines/tensorrt/process.py", "service.models.builder"),
-}
-"""Imports against the layers that are still there; the list only gets shorter."""
 
 
 def offences_against_layers(imports: list[Import]) -> list[str]:
@@ -180,8 +173,7 @@ def _is_upward(item: Import) -> bool:
 
 
 def _is_excused(item: Import) -> bool:
-    typed = item.for_types and is_in(item.name, "service.work")
-    return typed or any(item.file == file and is_in(item.name, name) for file, name in NOT_YET)
+    return item.for_types and is_in(item.name, "service.work")
 
 
 def declared_distributions(extra: str | None) -> set[str]:
@@ -220,12 +212,6 @@ def test_no_layer_of_the_service_imports_a_higher_one() -> None:
     assert offences_against_layers(imports_of("service")) == []
 
 
-def test_what_is_excused_is_still_there() -> None:
-    found = [item for item in imports_of("service") if _is_upward(item)]
-    excused = {(item.file, name) for item in found for _, name in NOT_YET if is_in(item.name, name)}
-    assert NOT_YET - excused == set(), "remove them from NOT_YET"
-
-
 def test_only_the_command_imports_what_scales() -> None:
     outside = [item for room in ROOMS for item in imports_of(room)]
     importers = {
@@ -247,18 +233,8 @@ def names_of_classes() -> dict[str, list[str]]:
     return found
 
 
-SHARED_NAMES = {
-    *("Answer", "Client", "Gpu", "HostSlot", "ImageFailed", "Instance", "Job", "Memory"),
-    *("Options", "Outputs", "Progress", "Segmenter", "Slot", "SlotPool", "Workers"),
-    *("_Lease", "_Refused"),
-}
-"""Names that two classes still have; the list only gets shorter."""
-
-
 def test_a_class_has_a_name_of_its_own() -> None:
-    shared = {name: files for name, files in names_of_classes().items() if len(files) > 1}
-    assert {name: files for name, files in shared.items() if name not in SHARED_NAMES} == {}
-    assert SHARED_NAMES - set(shared) == set(), "remove them from SHARED_NAMES"
+    assert {name: files for name, files in names_of_classes().items() if len(files) > 1} == {}
 
 
 def test_service_imports_torch_in_no_place_but_a_function_of_aoti() -> None:

@@ -26,7 +26,7 @@ from pipeline.decode import decode_image
 from pipeline.model_config import ClassSpec, Task
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
-from pipeline.types import Candidates, Instance
+from pipeline.types import Candidates, Detection
 from training import distributed
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
@@ -43,7 +43,7 @@ EVALUATION_THRESHOLD = 0.0
 """Score threshold in evaluation: COCO AP is computed from all ranked instances."""
 
 
-def to_results(instances: Iterable[Instance], classes: tuple[ClassSpec, ...]) -> list[Result]:
+def to_results(instances: Iterable[Detection], classes: tuple[ClassSpec, ...]) -> list[Result]:
     """Instances -> COCO results without their image_id."""
     return [
         {

@@ -22,7 +22,7 @@ from pipeline.draw import draw_instances
 from pipeline.encode import decode_box
 from pipeline.model_config import Task
 from pipeline.runs import BoxMask, build_instance
-from pipeline.types import Instance, UInt8
+from pipeline.types import Detection, UInt8
 from service.models.repository import LoadedModel, load_version
 from training.data.coco import CocoDataset, DatasetError
 
@@ -44,12 +44,12 @@ def match_f1(found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -
     return 2 * matched / (len(found) + len(truth))
 
 
-def _truth(data: CocoDataset, index: int, task: Task) -> list[Instance]:
+def _truth(data: CocoDataset, index: int, task: Task) -> list[Detection]:
     """Ground truth of the task: masks, or their contours."""
     instances = []
     for a in data.records[index].annotations:
         x, y, w, h = (int(v) for v in a.box_xywh)
-        truth = Instance(a.label, 1.0, a.rle, (x, y, w, h), w * h)
+        truth = Detection(a.label, 1.0, a.rle, (x, y, w, h), w * h)
         if task == "contour":
             outline = BoxMask(y, x, draw_contour(decode_box(truth)).astype(np.bool_))
             truth = build_instance(outline, data.image(index).shape[:2], a.label, 1.0)
@@ -59,8 +59,8 @@ def _truth(data: CocoDataset, index: int, task: Task) -> list[Instance]:
 
 def side_by_side(
     image: UInt8,
-    found: Sequence[Instance],
-    truth: Sequence[Instance],
+    found: Sequence[Detection],
+    truth: Sequence[Detection],
     task: Task = "segmentation",
 ) -> UInt8:
     """The image, the found instances and the ground truth, left to right at 2x."""
@@ -83,14 +83,14 @@ def stack(rows: Sequence[UInt8]) -> UInt8:
     return canvas
 
 
-def f1_of(found: Sequence[Instance], data: CocoDataset, index: int, task: Task) -> float:
+def f1_of(found: Sequence[Detection], data: CocoDataset, index: int, task: Task) -> float:
     """`match_f1` on an image; contours are filled first."""
     regions = map(fill_instance, found) if task == "contour" else found
     truth = [a.rle for a in data.records[index].annotations]
     return match_f1([region.rle for region in regions], truth)
 
 
-def rank(model: LoadedModel, data: CocoDataset) -> list[tuple[float, int, list[Instance]]]:
+def rank(model: LoadedModel, data: CocoDataset) -> list[tuple[float, int, list[Detection]]]:
     """F1, index and instances of every image that has objects, worst first."""
     rows = []
     for index in tqdm(range(len(data)), unit="image"):
@@ -102,7 +102,7 @@ def rank(model: LoadedModel, data: CocoDataset) -> list[tuple[float, int, list[I
 
 def named(
     model: LoadedModel, data: CocoDataset, names: Sequence[str]
-) -> list[tuple[float, int, list[Instance]]]:
+) -> list[tuple[float, int, list[Detection]]]:
     """F1, index and instances of images by file name, in the order of the names.
 
     Raises:

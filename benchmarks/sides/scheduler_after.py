@@ -22,7 +22,7 @@ from service.engines.watch import WatchedEngine
 from service.settings import Settings
 from service.work.image import ImageWork
 from service.work.queue import Job
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 from service.work.scheduler import Policy, Scheduler
 
 
@@ -50,7 +50,7 @@ class AfterImage(ImageWork):
 
     def __init__(self, tile: Tile, canvases: int) -> None:
         no_config: Any = None
-        super().__init__(ImageFile(None, b""), (64, 64), canvases, no_config, Options())
+        super().__init__(ImageFile(None, b""), (64, 64), canvases, no_config, RequestOptions())
         self._tile = tile
 
     def open(self) -> None:
@@ -74,8 +74,8 @@ async def run(scheduler: Scheduler, tile: Tile, images: int, canvases: int, clie
     async def run_client() -> None:
         for _ in left:
             image = AfterImage(tile, canvases)
-            progress = Progress(canvases=canvases)
-            client = Client(name="benchmark")
+            progress = RequestProgress(canvases=canvases)
+            client = ClientProfile(name="benchmark")
             done = loop.create_future()
             await scheduler.run(Job(client=client, images=[image], progress=progress, done=done))
             assert image.outcome is not None and image.outcome.error is None

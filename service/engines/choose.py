@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from pipeline.model_config import ModelConfig
 from service.engines.aoti_package import name_package
+from service.engines.artefacts import ONNX_FILE, Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
 from service.errors import DeviceError, ModelRefused
-from service.models.artefacts import ONNX_FILE, Artefacts
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class _Route:
         return f"{_TITLES[self.kind]} on {'CUDA' if self.device == 'cuda' else 'the CPU'}"
 
 
-class _Refused(Exception):
+class _RouteRefused(Exception):
     """A route cannot be taken; says why, without naming the route."""
 
 
@@ -97,7 +97,7 @@ def build_backend(
         try:
             backend = _build(route, taken, artefacts, config)
             _try_out(backend, warm)
-        except _Refused as error:
+        except _RouteRefused as error:
             refusals.append(f"{route}: {error}")
         except (BackendError, DeviceError) as error:
             logger.warning("%s is not taken: %s", route, error)
@@ -166,16 +166,16 @@ def _build(
     """Takes a route, or refuses it as early as can be known.
 
     Raises:
-        _Refused: The engine is not installed, does not work here, or has no file.
+        _RouteRefused: The engine is not installed, does not work here, or has no file.
     """
     engine = _load(route.kind)
     if engine is None:
-        raise _Refused("it is not part of this installation")
+        raise _RouteRefused("it is not part of this installation")
     obstacle = engine.find_obstacle(options)
     if obstacle is None and route.file not in artefacts:
         obstacle = f"the version has no {route.file}"
     if obstacle is not None:
-        raise _Refused(obstacle)
+        raise _RouteRefused(obstacle)
     backend: SlotBackend
     if route.kind == "aoti":
         # It verifies the file itself: it loads the very bytes that were hashed.
@@ -193,10 +193,10 @@ def _build_tensorrt(
     """An engine from the cache, or ONNX Runtime, which serves while the engine is built."""
     graph = artefacts.read_graph(route.file)
     if not isinstance(graph, bytes):
-        raise _Refused("it takes no graph that has data files beside it")
+        raise _RouteRefused("it takes no graph that has data files beside it")
     trt_cache = _load("trt_cache")
     if trt_cache is None:
-        raise _Refused("it is not part of this installation")
+        raise _RouteRefused("it is not part of this installation")
     cache = trt_cache.choose_cache(artefacts.folder, options.cache).folder
     backend: SlotBackend
     if engine.has_engine(graph, options, config, cache):

@@ -25,7 +25,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import StartupError
-from service.work.request import Client
+from service.work.request import ClientProfile
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class KeySpec(BaseModel):
     admin: bool = False
 
     @property
-    def client(self) -> Client:
+    def client(self) -> ClientProfile:
         """What admission and scheduling know of the key."""
-        return Client(
+        return ClientProfile(
             name=f"key {self.name}",
             weight=self.weight,
             max_canvases=self.max_canvases,

@@ -21,11 +21,11 @@ from pipeline.errors import ConfigError
 from pipeline.model_config import ModelConfig, parse_model_config
 from pipeline.postprocess import TileCandidates, postprocess
 from pipeline.preprocess import prepare
-from pipeline.types import Instance, Prepared, Tile, UInt8
+from pipeline.types import Detection, Prepared, Tile, UInt8
+from service.engines.artefacts import ONNX_FILE, Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.choose import build_backend
 from service.errors import ModelRefused, StartupError
-from service.models.artefacts import ONNX_FILE, Artefacts
 
 __all__ = [
     "ONNX_FILE",
@@ -62,7 +62,7 @@ class LoadedModel:
         *,
         score_threshold: float | None = None,
         max_instances: int | None = None,
-    ) -> list[Instance]:
+    ) -> list[Detection]:
         """Segments one image in the calling thread, with the server's results.
 
         Args:

@@ -15,10 +15,10 @@ import solo_client
 from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.models.repository import find_models, load_version, read_config
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_text
 from service.predict.inputs import assign_ids, find_files
-from service.predict.job import Item, Job, Notes, Run, build_items, write_results
+from service.predict.job import Item, Notes, PredictJob, Run, build_items, write_results
 from service.predict.journal import Journal, JournalDiffers, JournalInUse
 from service.predict.predictors import (
     RETRY,
@@ -105,7 +105,7 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Calla
     if not arguments.ray:
         predictor = build_predictor(arguments, canvases)
         jobs = arguments.jobs if arguments.url is not None else 1
-        return lambda notes: Job(predictor, notes, jobs)
+        return lambda notes: PredictJob(predictor, notes, jobs)
     from service.predict.ray_job import Plan, Pool, RayJob
 
     folder = find_model(arguments.model_repo, arguments.model).resolve()
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("\n".join([f"solo-predict: {len(failed)} images failed:", *named]))
 
 
-def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageFailed]:
+def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageUnusable]:
     """Processes the images, writes the results and prints a summary.
 
     Returns:
@@ -274,9 +274,9 @@ def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageFailed]:
     return {file: failed[file] for file in files if file in failed}
 
 
-def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile, ImageFailed]:
+def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile, ImageUnusable]:
     """Processes the images; returns those that failed."""
-    failed: dict[ImageFile, ImageFailed] = {}
+    failed: dict[ImageFile, ImageUnusable] = {}
     with closing(run.run(items)) as outcomes:
         for item, failure in outcomes:
             bar.update()

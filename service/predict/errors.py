@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class ImageFailed(Exception):
+class ImageUnusable(Exception):
     """An image has no result; the text gives the reason. The run continues."""
 
 

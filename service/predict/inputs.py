@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.errors import StartupError
-from service.predict.errors import ImageFailed
+from service.predict.errors import ImageUnusable
 from service.predict.files import SUFFIXES, ImageFile, is_uri, list_store
 
 
@@ -56,19 +56,19 @@ def find_image_id(file: ImageFile, ids: Mapping[str, int]) -> int:
     """The id of a file: of the longest end of its path that is a file name in `ids`.
 
     Raises:
-        ImageFailed: No end of its path is.
+        ImageUnusable: No end of its path is.
     """
     parts = str(file).split("/")
     for start in range(len(parts)):
         name = "/".join(parts[start:])
         if name in ids:
             return ids[name]
-    raise ImageFailed("it is not in the annotations")
+    raise ImageUnusable("it is not in the annotations")
 
 
 def assign_ids(
     files: Sequence[ImageFile], annotations: Path | None
-) -> tuple[dict[ImageFile, int], dict[ImageFile, ImageFailed]]:
+) -> tuple[dict[ImageFile, int], dict[ImageFile, ImageUnusable]]:
     """Each file's image id, and the files that have none.
 
     Args:
@@ -85,6 +85,6 @@ def assign_ids(
     for file in files:
         try:
             ids[file] = find_image_id(file, named)
-        except ImageFailed as error:
+        except ImageUnusable as error:
             missing[file] = error
     return ids, missing

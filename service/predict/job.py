@@ -17,11 +17,11 @@ from PIL import Image
 from pipeline.decode import decode_image
 from pipeline.draw import draw_instances
 from pipeline.errors import DecodeError
-from pipeline.types import Instance
-from service.predict.errors import ImageFailed
+from pipeline.types import Detection
+from service.predict.errors import ImageUnusable
 from service.predict.files import ImageFile, as_text, key_of, read_file, stamp_of
 from service.predict.journal import Journal
-from service.predict.predictors import Answer, Predictor
+from service.predict.predictors import Prediction, Predictor
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def build_items(
 class Run(Protocol):
     """A way to process images."""
 
-    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
+    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageUnusable | None]]:
         """Processes the images; yields each one when it is in the journal or has failed.
 
         Closing the generator stops the run: an image in progress is completed or discarded.
@@ -139,7 +139,7 @@ def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
     """Segments an encoded image and, if `draw`, draws the masks.
 
     Raises:
-        ImageFailed, RunFailed: From the predictor.
+        ImageUnusable, RunFailed: From the predictor.
     """
     answer = predictor.predict(data)
     picture = draw_overlay(data, answer) if draw else None
@@ -147,7 +147,7 @@ def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictJob:
     """A run in threads of this process.
 
     Attributes:
@@ -160,12 +160,12 @@ class Job:
     notes: Notes
     jobs: int
 
-    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
+    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageUnusable | None]]:
         """Processes the images in threads; images in progress are completed on closing."""
         waiting = iter(items)
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            running: dict[Future[ImageFailed | None], Item] = {}
+            running: dict[Future[ImageUnusable | None], Item] = {}
             while True:
                 for item in islice(waiting, self.jobs - len(running)):
                     running[pool.submit(self._do, item)] = item
@@ -177,31 +177,31 @@ class Job:
         finally:
             pool.shutdown()
 
-    def _do(self, item: Item) -> ImageFailed | None:
+    def _do(self, item: Item) -> ImageUnusable | None:
         try:
             stamp = stamp_of(item.file)
             data = read_file(item.file)
         except OSError as error:
-            return ImageFailed(str(error))
+            return ImageUnusable(str(error))
         try:
             found = find(self.predictor, data, draw=item.overlay is not None)
-        except ImageFailed as error:
+        except ImageUnusable as error:
             return error
         self.notes.note(item, stamp, found)
         return None
 
 
-def draw_overlay(data: bytes, answer: Answer) -> bytes:
+def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     """Draws an image's COCO results on it.
 
     Returns:
         A PNG.
 
     Raises:
-        ImageFailed: It cannot be decoded here, e.g. because the server accepts larger images.
+        ImageUnusable: It cannot be decoded here, e.g. because the server accepts larger images.
     """
     instances = [
-        Instance(
+        Detection(
             label=0,
             score=result["score"],
             rle={**result["segmentation"], "counts": result["segmentation"]["counts"].encode()},
@@ -213,7 +213,7 @@ def draw_overlay(data: bytes, answer: Answer) -> bytes:
     try:
         picture = decode_image(data)
     except DecodeError as error:
-        raise ImageFailed(f"no overlay: {error}") from error
+        raise ImageUnusable(f"no overlay: {error}") from error
     file = io.BytesIO()
     Image.fromarray(draw_instances(picture, instances, answer.task)).save(file, "PNG")
     return file.getvalue()

@@ -12,7 +12,7 @@ from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.model_config import Task
 from service.models.repository import LoadedModel
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
 """Lasts while a server restarts: the random waits add up to 2 min at most."""
@@ -21,7 +21,7 @@ _IMAGE_STATUSES = (408, 413)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """What was found in an image.
 
     Attributes:
@@ -40,11 +40,11 @@ class Answer:
 class Predictor(Protocol):
     """Finds the instances of an encoded image."""
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(self, data: bytes) -> Prediction:
         """Segments an image file's bytes.
 
         Raises:
-            ImageFailed: The image cannot be segmented.
+            ImageUnusable: The image cannot be segmented.
             RunFailed: No image can be segmented.
         """
         ...
@@ -65,12 +65,12 @@ class LocalPredictor:
     model: LoadedModel
     bounds: Bounds
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(self, data: bytes) -> Prediction:
         """Decodes the image and runs the model; any error is the image's."""
         try:
             image = decode_image(data)
         except DecodeError as error:
-            raise ImageFailed(f"{error.code}: {error}") from error
+            raise ImageUnusable(f"{error.code}: {error}") from error
         try:
             instances = self.model.segment(
                 image,
@@ -78,12 +78,12 @@ class LocalPredictor:
                 max_instances=self.bounds.max_instances,
             )
         except Exception as error:  # an engine's exceptions have no common base
-            raise ImageFailed(f"engine_error: {error}") from error
+            raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
         results = [instance_to_coco(i, config) for i in instances]
         limit = self.bounds.max_instances or config.postprocess.max_instances
         served = f"{config.name}:{self.model.version}"
-        return Answer(results, config.task, served, truncated=len(results) == limit)
+        return Prediction(results, config.task, served, truncated=len(results) == limit)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class RemotePredictor:
     version: int | None = None
     on_progress: Callable[[solo_client.Progress], None] | None = None
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(self, data: bytes) -> Prediction:
         """Sends the image; an error that every image would get ends the run."""
         try:
             result = self.client.segment(
@@ -118,15 +118,15 @@ class RemotePredictor:
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
         except solo_client.RequestRefused as error:
-            kind = ImageFailed if error.status in _IMAGE_STATUSES else RunFailed
+            kind = ImageUnusable if error.status in _IMAGE_STATUSES else RunFailed
             raise kind(str(error)) from error
         except solo_client.ImageFailed as error:
-            raise ImageFailed(f"{error.code}: {error.message}") from error
+            raise ImageUnusable(f"{error.code}: {error.message}") from error
         except solo_client.SoloError as error:
-            raise ImageFailed(str(error)) from error
+            raise ImageUnusable(str(error)) from error
         results = [
             {key: value for key, value in found.items() if key != "image_id"}
             for found in result.to_coco(0)
         ]
         served = f"{result.model}:{result.version}"
-        return Answer(results, cast(Task, result.task), served, truncated=result.truncated)
+        return Prediction(results, cast(Task, result.task), served, truncated=result.truncated)

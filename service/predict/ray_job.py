@@ -24,7 +24,7 @@ from pipeline.model_config import ModelConfig
 from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.models.repository import load_version
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_text, read_file, stamp_of
 from service.predict.job import Found, Item, Notes, find
 from service.predict.predictors import Bounds, LocalPredictor
@@ -127,7 +127,7 @@ def _read(row: dict[str, Any]) -> dict[str, Any]:
         return {"number": row["number"], "error": as_text(str(error))}
 
 
-class Segmenter:
+class RaySegmenter:
     """An actor: one loaded model.
 
     Raises:
@@ -155,7 +155,7 @@ class Segmenter:
             return {"number": row["number"], "error": row["error"]}
         try:
             found = find(self._predictor, row["data"], draw=self._draw)
-        except ImageFailed as error:
+        except ImageUnusable as error:
             return {"number": row["number"], "error": str(error)}
         return {
             "number": row["number"],
@@ -217,7 +217,7 @@ class RayJob:
     pool: Pool
     notes: Notes
 
-    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageFailed | None]]:
+    def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageUnusable | None]]:
         """Processes the images in actors; images in progress are discarded on closing.
 
         When an image crashes its process, the other images of its task have no outcome either. So
@@ -239,24 +239,24 @@ class RayJob:
         for item in left.values():
             yield (
                 item,
-                ImageFailed("its process ended or failed each time; Ray's logs have the reason"),
+                ImageUnusable("its process ended or failed each time; Ray's logs have the reason"),
             )
 
     def _do(
         self, items: Mapping[int, Item], images_a_task: int, actors: int
-    ) -> Generator[tuple[int, ImageFailed | None]]:
+    ) -> Generator[tuple[int, ImageUnusable | None]]:
         stamps, rows = {}, []
         for number, item in items.items():
             try:
                 stamps[number] = stamp_of(item.file)
             except OSError as error:
-                yield number, ImageFailed(str(error))
+                yield number, ImageUnusable(str(error))
                 continue
             rows.append({"number": number, "file": pickle.dumps(item.file)})
         for row in self._segment(rows, images_a_task, actors):
             number = row["number"]
             if row["error"] is not None:
-                yield number, ImageFailed(row["error"])
+                yield number, ImageUnusable(row["error"])
                 continue
             results = orjson.loads(row["results"])
             found = Found(row["served"], results, row["truncated"], row["picture"])
@@ -288,7 +288,7 @@ class RayJob:
             compute=ray.data.TaskPoolStrategy(size=2 * actors),
         )
         data = data.map_batches(
-            Segmenter,
+            RaySegmenter,
             batch_size=images_a_task,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
-from service.work.request import Client
+from service.work.request import ClientProfile
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Admission:
         self._closed = True
 
     @contextmanager
-    def request(self, client: Client) -> Iterator[None]:
+    def request(self, client: ClientProfile) -> Iterator[None]:
         """Counts a request, unless not even one canvas fits: then its body need not be read.
 
         Raises:
@@ -103,7 +103,7 @@ class Admission:
         return not self.requests
 
     @contextmanager
-    def admit(self, client: Client, costs: Sequence[int]) -> Iterator[None]:
+    def admit(self, client: ClientProfile, costs: Sequence[int]) -> Iterator[None]:
         """Holds room for a request.
 
         Args:
@@ -137,30 +137,30 @@ class Admission:
             account.held -= canvases
             self._forget(client, account)
 
-    def held(self, client: Client) -> int:
+    def held(self, client: ClientProfile) -> int:
         """Canvases of a client in flight."""
         account = self._accounts.get(client.name)
         return 0 if account is None else account.held
 
-    def _check_room(self, client: Client, canvases: int) -> None:
+    def _check_room(self, client: ClientProfile, canvases: int) -> None:
         if self._closed:
             raise Draining("the server is going down")
-        free = self.max_canvases - self.canvases
-        if canvases > free:
-            raise Overloaded(
-                f"{self.canvases} canvases are in flight, {canvases} more would exceed "
-                f"{self.max_canvases}",
-                "queue_canvases",
-            )
-        held = self.held(client)
-        if held + canvases > free - canvases:
+        free, held = self.max_canvases - self.canvases, self.held(client)
+        if held + canvases <= free - canvases:
+            return
+        if held:
             raise Overloaded(
                 f"the client has {held} canvases in flight, {canvases} more would exceed its "
-                f"share: a client may hold as many as are free, {free} are",
+                f"share: as many as are free ({free} of {self.max_canvases})",
                 "client_share",
             )
+        raise Overloaded(
+            f"{self.canvases} of {self.max_canvases} canvases are in flight, there is no room for "
+            f"{canvases} more",
+            "queue_canvases",
+        )
 
-    def _check_quota(self, client: Client, canvases: int) -> None:
+    def _check_quota(self, client: ClientProfile, canvases: int) -> None:
         held = self.held(client)
         if client.max_canvases is not None and held + canvases > client.max_canvases:
             raise QuotaExceeded(
@@ -183,20 +183,20 @@ class Admission:
                 max(1, math.ceil(wait_s)),
             )
 
-    def _spend(self, client: Client, canvases: int) -> _Account:
+    def _spend(self, client: ClientProfile, canvases: int) -> _Account:
         account = self._account(client)
         if client.canvases_per_minute is not None:
             account.credit -= canvases
         return account
 
-    def _account(self, client: Client) -> _Account:
+    def _account(self, client: ClientProfile) -> _Account:
         account = self._accounts.get(client.name)
         if account is None:
             credit = client.canvases_per_minute or 0.0
             account = self._accounts[client.name] = _Account(0, credit, self._clock())
         return account
 
-    def _forget(self, client: Client, account: _Account) -> None:
+    def _forget(self, client: ClientProfile, account: _Account) -> None:
         """Addresses come and go; what a key has spent is remembered."""
         if not account.held and client.canvases_per_minute is None:
             self._accounts.pop(client.name, None)

@@ -19,10 +19,10 @@ from pipeline.errors import CorruptImage
 from pipeline.model_config import InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
-from pipeline.types import Instance, Prepared, Tile, UInt8
+from pipeline.types import Detection, Prepared, Tile, UInt8
 from service.errors import TooManyCanvases, describe_error
 from service.observe.timing import Interval, attribute_time
-from service.work.request import ImageFile, Options, Outcome
+from service.work.request import ImageFile, Outcome, RequestOptions
 
 HW = tuple[int, int]
 
@@ -93,7 +93,7 @@ class ImageWork:
         image_hw: HW,
         canvases: int,
         config: ModelConfig,
-        options: Options,
+        options: RequestOptions,
         *,
         scaled: bool = False,
     ) -> None:
@@ -244,7 +244,7 @@ def encode_entry(
     image_hw: HW,
     detections: Detections,
     config: ModelConfig,
-    options: Options,
+    options: RequestOptions,
     canvases: int,
 ) -> bytes:
     """An entry of `results` as JSON."""
@@ -268,7 +268,7 @@ def encode_error(file_name: str | None, error: Exception) -> bytes:
     return orjson.dumps({"file_name": file_name, "error": describe_error(error)[1]})
 
 
-def encode_overlay(picture: UInt8, instances: Sequence[Instance], task: Task) -> bytes:
+def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:
     """The image [H, W, 3] with its masks or contours drawn on it, as PNG."""
     buffer = io.BytesIO()
     drawn = draw_instances(picture, instances, task)

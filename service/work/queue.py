@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from service.work.fair import FairQueue, Flow
 from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
-from service.work.request import Client, Outcome, Priority, Progress
+from service.work.request import ClientProfile, Outcome, Priority, RequestProgress
 
 BATCH_EVERY = 8
 """While a client has both, one of so many of its canvases is of priority `batch`: its batch work
@@ -32,10 +32,10 @@ class Job(Flow):
         done: Set when every image has its outcome.
     """
 
-    client: Client
+    client: ClientProfile
     images: Sequence[ImageWork]
     priority: Priority = "interactive"
-    progress: Progress = field(default_factory=Progress)
+    progress: RequestProgress = field(default_factory=RequestProgress)
     done: asyncio.Future[None]
     pending: deque[ImageWork] = field(default_factory=deque)
     unfinished: int = 0
@@ -47,7 +47,7 @@ class Job(Flow):
 
 
 @dataclass(eq=False)
-class _Tenant(Flow):
+class _ClientQueue(Flow):
     """A client with work in flight.
 
     Attributes:
@@ -84,8 +84,8 @@ class WorkQueue:
 
     def __init__(self, budget: PixelBudget) -> None:
         self.budget = budget
-        self._tenants: dict[str, _Tenant] = {}
-        self._fair: FairQueue[_Tenant] = FairQueue()
+        self._tenants: dict[str, _ClientQueue] = {}
+        self._fair: FairQueue[_ClientQueue] = FairQueue()
         self._active: dict[ImageWork, Job] = {}
         self._blocked: list[Job] = []
         self._seen = budget.generation
@@ -99,7 +99,7 @@ class WorkQueue:
         job.unfinished = len(job.images)
         tenant = self._tenants.get(job.client.name)
         if tenant is None:
-            tenant = self._tenants[job.client.name] = _Tenant()
+            tenant = self._tenants[job.client.name] = _ClientQueue()
         tenant.weight = job.client.weight
         tenant.jobs += 1
         self._push(job)

@@ -29,7 +29,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RequestOptions:
     """Parameters of a request.
 
     Attributes:
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Client:
+class ClientProfile:
     """Who sent a request: an API key, or else a peer address.
 
     Attributes:
@@ -65,7 +65,7 @@ class Client:
 
 
 @dataclass(eq=False)
-class Progress:
+class RequestProgress:
     """How much of a request is done; written by worker threads, read by the event loop.
 
     Attributes:

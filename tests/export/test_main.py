@@ -17,7 +17,7 @@ from export.parity import draw_blobs
 from export.publish import Artefact, Release, add_artefacts, publish
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
-from pipeline.types import Candidates, Instance
+from pipeline.types import Candidates, Detection
 from service.engines.base import BackendOptions
 from service.models.repository import LoadedModel, load_version
 from tests.support.tiny import build_tiny_data
@@ -63,7 +63,7 @@ def loaded(published: Path) -> LoadedModel:
     return load_version(published.parent, None, BackendOptions(device="cpu", threads=1))
 
 
-def segment_with_torch(network: Solo, config: Config, image: Any) -> list[Instance]:
+def segment_with_torch(network: Solo, config: Config, image: Any) -> list[Detection]:
     prepared = prepare(image, config.input)
     found = []
     for tile in prepared.tiles:

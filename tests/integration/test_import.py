@@ -15,7 +15,7 @@ from export.parity import draw_blobs
 from pipeline.decode import decode_image
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
-from pipeline.types import Candidates, Instance, UInt8
+from pipeline.types import Candidates, Detection, UInt8
 from service.engines.base import BackendOptions
 from service.models.repository import load_version
 from tests.support.file_server import serve_files
@@ -28,7 +28,7 @@ from training.weights.importing import main as import_main
 from training.weights.sources import get_model
 
 
-def segment_with_torch(network: Solo, config: Config, image: UInt8) -> list[Instance]:
+def segment_with_torch(network: Solo, config: Config, image: UInt8) -> list[Detection]:
     """What the published network finds, through the pipeline that serves it."""
     prepared = prepare(image, config.input)
     (tile,) = prepared.tiles

@@ -20,7 +20,7 @@ from pipeline.merge import TileInstance, merge_tiles
 from pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess, select
 from pipeline.runs import BoxMask, build_instance
-from pipeline.types import Candidates, Instance, Prepared, Tile, Window
+from pipeline.types import Candidates, Detection, Prepared, Tile, Window
 from tests.support.tiny import disc
 
 UInt8 = NDArray[np.uint8]
@@ -37,7 +37,7 @@ def border_pixels(mask: UInt8) -> UInt8:
     return outline
 
 
-def instance_of(mask: UInt8, score: float = 0.5, label: int = 0) -> Instance:
+def instance_of(mask: UInt8, score: float = 0.5, label: int = 0) -> Detection:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(bool)
     height, width = mask.shape
@@ -46,7 +46,7 @@ def instance_of(mask: UInt8, score: float = 0.5, label: int = 0) -> Instance:
     )
 
 
-def pixels_of(instance: Instance) -> UInt8:
+def pixels_of(instance: Detection) -> UInt8:
     return np.asarray(coco_mask.decode(instance.rle), np.uint8)
 
 

@@ -23,7 +23,7 @@ from pipeline.encode import (
 )
 from pipeline.model_config import ModelConfig
 from pipeline.runs import BoxMask, build_instance
-from pipeline.types import Instance
+from pipeline.types import Detection
 
 CONFIG = ModelConfig.model_validate(
     {
@@ -39,11 +39,11 @@ CONFIG = ModelConfig.model_validate(
 )
 
 
-def _instance(pixels: np.ndarray, y: int = 3, x: int = 5) -> Instance:
+def _instance(pixels: np.ndarray, y: int = 3, x: int = 5) -> Detection:
     return build_instance(BoxMask(y, x, pixels.astype(bool)), (40, 50), 0, 0.8765432109)
 
 
-def _blob(seed: int) -> Instance:
+def _blob(seed: int) -> Detection:
     """A mask with several components and holes, sometimes of the image's full height."""
     rng = np.random.default_rng(seed)
     height, width = (int(v) for v in rng.integers(1, 60, 2))

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pipeline.merge import TileInstance, merge_tiles
 from pipeline.preprocess import tile_starts
 from pipeline.runs import BoxMask, build_instance
-from pipeline.types import Instance, Window
+from pipeline.types import Detection, Window
 
 Mask = NDArray[np.bool_]
 TILE, OVERLAP = 64, 16
@@ -23,7 +23,7 @@ def _disc(y: float, x: float, radius: float, shape: tuple[int, int] = (120, 160)
     return np.asarray((rows - y) ** 2 + (columns - x) ** 2 <= radius**2)
 
 
-def _instance(mask: Mask, score: float, label: int = 0) -> Instance:
+def _instance(mask: Mask, score: float, label: int = 0) -> Detection:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     shape = (mask.shape[0], mask.shape[1])
@@ -55,7 +55,7 @@ def _windows(shape: tuple[int, int]) -> list[Window]:
     ]
 
 
-def _pixels(found: Sequence[Instance]) -> list[bytes]:
+def _pixels(found: Sequence[Detection]) -> list[bytes]:
     return sorted(coco_mask.decode(i.rle).tobytes() for i in found)
 
 

@@ -10,12 +10,12 @@ from pycocotools import mask as coco_mask
 
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess
-from pipeline.types import Candidates, Instance, Prepared, Tile, Window
+from pipeline.types import Candidates, Detection, Prepared, Tile, Window
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 
 
-def _run(head: str, nms: MatrixNms) -> tuple[dict[str, np.ndarray], list[Instance]]:
+def _run(head: str, nms: MatrixNms) -> tuple[dict[str, np.ndarray], list[Detection]]:
     with np.load(PARITY / f"final_{head}.npz") as file:
         data = dict(file)
     height, width = (int(v) for v in data["ori_shape"])

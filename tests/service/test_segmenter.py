@@ -26,7 +26,7 @@ from service.observe.tracing import collect_images
 from service.segmenter import LocalSegmenter, measure
 from service.settings import Settings
 from service.work import image as image_module
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 from tests.service.conftest import OPTIONS
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 from tests.support.gate import EngineGate
@@ -34,7 +34,7 @@ from tests.support.metrics import render
 from tests.support.pictures import build_png_header
 from tests.support.waiting import wait_until
 
-CLIENT = Client(name="a")
+CLIENT = ClientProfile(name="a")
 ONE, NINE = (encode_picture(draw_picture(side, side)) for side in (48, 128))
 
 
@@ -49,13 +49,13 @@ class Running:
         self,
         *images: bytes,
         model: str = "blobs",
-        client: Client = CLIENT,
-        progress: Progress | None = None,
+        client: ClientProfile = CLIENT,
+        progress: RequestProgress | None = None,
     ) -> list[Outcome]:
         files = [ImageFile(f"{i}.png", image) for i, image in enumerate(images)]
         with self.segmenter.use(model, None, client) as used:
             segmented = await self.segmenter.segment(
-                used, files, Options(), client, progress or Progress()
+                used, files, RequestOptions(), client, progress or RequestProgress()
             )
         assert segmented.model.name == model
         return list(segmented.outcomes)
@@ -129,7 +129,7 @@ async def test_an_engine_error_is_its_images_alone(running: Running) -> None:
 
 async def test_only_images_that_are_processed_are_admitted(running: Running) -> None:
     admission = running.segmenter.admission
-    progress = Progress()
+    progress = RequestProgress()
     working = asyncio.create_task(running.segment(NINE, b"text", ONE, progress=progress))
     await asyncio.wait_for(progress.admitted.wait(), 10)
     assert (admission.images, admission.canvases, progress.canvases) == (2, 10, 10)
@@ -146,8 +146,8 @@ async def test_only_images_that_are_processed_are_admitted(running: Running) -> 
     "running", [{"max_queue_canvases": 4, "max_image_canvases": 2}], indirect=True
 )
 async def test_a_request_of_bad_images_alone_needs_no_room(running: Running) -> None:
-    progress = Progress()
-    with running.segmenter.admission.admit(Client(name="b"), [2]):
+    progress = RequestProgress()
+    with running.segmenter.admission.admit(ClientProfile(name="b"), [2]):
         (outcome,) = await running.segment(b"text", progress=progress)
     assert outcome.error is not None
     assert not progress.admitted.is_set() and progress.canvases == 0
@@ -160,13 +160,10 @@ async def test_a_request_is_admitted_whole_or_not_at_all(running: Running) -> No
     admission = running.segmenter.admission
     with pytest.raises(TooManyImages):
         await running.segment(NINE, ONE, ONE, ONE, ONE)
-    with admission.admit(Client(name="b"), [8]):
+    with admission.admit(ClientProfile(name="b"), [8]):
         with pytest.raises(Overloaded) as caught:
             await running.segment(NINE, ONE)
-        assert caught.value.reason == "client_share"  # 16 canvases are free, 6 would be then
-        with admission.admit(Client(name="c"), [8]), pytest.raises(Overloaded) as caught:
-            await running.segment(NINE, ONE)
-        assert caught.value.reason == "queue_canvases"
+        assert caught.value.reason == "queue_canvases"  # 16 are free, 6 would be then
     assert (admission.images, admission.canvases, admission.requests) == (0, 0, 0)
     assert running.gate.calls == 0
 
@@ -193,7 +190,7 @@ async def test_an_unknown_model_is_no_request(running: Running) -> None:
 
 @pytest.mark.parametrize("running", [{"max_queue_canvases": 2}], indirect=True)
 async def test_a_full_queue_is_seen_before_the_body_is_read(running: Running) -> None:
-    with running.segmenter.admission.admit(Client(name="b"), [1]):
+    with running.segmenter.admission.admit(ClientProfile(name="b"), [1]):
         with pytest.raises(Overloaded), running.segmenter.use("blobs", None, CLIENT):
             pytest.fail("used")
         model = running.segmenter.store.find("blobs", None)
@@ -295,7 +292,10 @@ async def test_an_engine_that_dies_is_rebuilt_and_the_request_is_answered(
     try:
         with segmenter.use("blobs", None, CLIENT) as model:
             segmented = await asyncio.wait_for(
-                segmenter.segment(model, [ImageFile(None, ONE)], Options(), CLIENT, Progress()), 30
+                segmenter.segment(
+                    model, [ImageFile(None, ONE)], RequestOptions(), CLIENT, RequestProgress()
+                ),
+                30,
             )
         assert segmented.outcomes[0].instances == 1
         restarts = 'solo_engine_restarts_total{model="blobs"} 1.0'

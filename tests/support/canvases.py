@@ -14,7 +14,7 @@ from pipeline.types import Candidates, Tile, UInt8
 from service.engines.base import Precision, collate
 from service.work.image import ImageWork
 from service.work.queue import Job
-from service.work.request import Client, ImageFile, Options, Priority, Progress
+from service.work.request import ClientProfile, ImageFile, Priority, RequestOptions, RequestProgress
 from tests.support.blob_model import build_graph, model_config
 
 SIDE = 4
@@ -90,17 +90,17 @@ def build_work(*values: int, config: ModelConfig = CONFIG, overlay: bool = False
     image = draw(*values, side=(height, width))
     hw = image.shape[0], image.shape[1]
     file = ImageFile(None, image)
-    return ImageWork(file, hw, len(values), config, Options(overlay=overlay, masks="none"))
+    return ImageWork(file, hw, len(values), config, RequestOptions(overlay=overlay, masks="none"))
 
 
 def build_job(
-    *images: ImageWork, client: str | Client = "someone", priority: Priority = "interactive"
+    *images: ImageWork, client: str | ClientProfile = "someone", priority: Priority = "interactive"
 ) -> Job:
     """A request of these images; needs a running event loop."""
     return Job(
-        client=client if isinstance(client, Client) else Client(name=client),
+        client=client if isinstance(client, ClientProfile) else ClientProfile(name=client),
         images=images,
         priority=priority,
-        progress=Progress(canvases=sum(image.canvases for image in images)),
+        progress=RequestProgress(canvases=sum(image.canvases for image in images)),
         done=asyncio.get_running_loop().create_future(),
     )

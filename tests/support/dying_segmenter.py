@@ -6,12 +6,12 @@ import os
 
 import pyarrow as pa
 
-from service.predict.ray_job import Segmenter
+from service.predict.ray_job import RaySegmenter
 
 DEADLY = b"deadly"
 
 
-class DyingSegmenter(Segmenter):
+class DyingSegmenter(RaySegmenter):
     """Stands in for a decoder or an engine that crashes, or the kernel's OOM killer."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.postprocess import mask_stride
-from pipeline.types import Candidates, Float32, Instance, Int64, Tile, Window
+from pipeline.types import Candidates, Detection, Float32, Int64, Tile, Window
 from service.engines.kernels.select import DeviceBatch, MaskType
 from tests.support.dense_paste import axis_matrix
 from tests.support.kernel_host import Uploads
@@ -144,7 +144,7 @@ def draw_outputs(
     return Outputs(scores, labels, stored, values, mask_type)
 
 
-def unequal(found: Sequence[Instance], expected: Sequence[Instance]) -> list[int]:
+def unequal(found: Sequence[Detection], expected: Sequence[Detection]) -> list[int]:
     """Indices of instances whose RLE, box or area differ."""
     assert len(found) == len(expected)
     pairs = enumerate(zip(found, expected, strict=True))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from pipeline.types import Instance
+from pipeline.types import Detection
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
 from training.data.coco import CocoDataset
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_instances_become_coco_results() -> None:
     mask = disc(20, 30, 8, 9, 5)
     rle = coco_mask.encode(np.asfortranarray(mask))
-    instance = Instance(label=1, score=0.25, rle=rle, bbox_xywh=(4, 3, 11, 11), area=81)
+    instance = Detection(label=1, score=0.25, rle=rle, bbox_xywh=(4, 3, 11, 11), area=81)
     (result,) = to_results([instance], CLASSES)
     assert result == {"category_id": 7, "score": 0.25, "segmentation": rle_of(mask)}
     json.dumps(result)

@@ -101,7 +101,7 @@ DECOUPLED_LIGHT_DCN_R50 = replace(
 CONTOUR_R50 = as_contours(
     SOLO_R50,
     name="solo_r50_contour",
-    description="Instance contour detection, ResNet-50, short side 800, 3x",
+    description="Detection contour detection, ResNet-50, short side 800, 3x",
 )
 
 COCO_CONFIGS = (

@@ -1,4 +1,4 @@
-"""Instance contour detection as a change of any configuration (paper, section 5)."""
+"""Detection contour detection as a change of any configuration (paper, section 5)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.model_config import PostprocessSpec
 from pipeline.postprocess import TileCandidates, mask_stride, postprocess_tile
-from pipeline.types import Candidates, Float32, Instance, Int64, Tile
+from pipeline.types import Candidates, Detection, Float32, Int64, Tile
 from service.engines.base import BackendError
 from service.engines.device import CudaDevice
 from service.engines.kernels.launcher import CudaLauncher, Launcher
@@ -100,7 +100,7 @@ class KernelCandidates:
         *,
         score_threshold: float,
         max_instances: int,
-    ) -> list[Instance]:
+    ) -> list[Detection]:
         """Pastes the survivors of NMS into the original image.
 
         Where the kernels do not cover `spec`, NMS and pasting run on the host.
@@ -142,7 +142,7 @@ class KernelCandidates:
             self._owner.stride,
             spec.mask_threshold,
         )
-        found: list[Instance] = []
+        found: list[Detection] = []
         start = 0
         # A mask that lies in the padding gives no instance; the next one takes its place.
         while start < wanted and len(found) < max_instances:
@@ -164,13 +164,13 @@ class KernelCandidates:
         image_hw: tuple[int, int],
         selection: Selection,
         part: slice,
-    ) -> list[Instance]:
+    ) -> list[Detection]:
         jobs = selection.jobs[part]
         with self._owner.workspaces.borrow() as workspace:
             pasted = paste_masks(self._owner.launcher, workspace, plane, tile, image_hw, jobs)
         labels, scores = self._labels[jobs[:, 0]].tolist(), selection.scores[part].tolist()
         return [
-            Instance(label, score, mask.rle, mask.bbox_xywh, mask.area)
+            Detection(label, score, mask.rle, mask.bbox_xywh, mask.area)
             for label, score, mask in zip(labels, scores, pasted, strict=True)
             if mask is not None
         ]

@@ -31,7 +31,7 @@ from service.http.routes.segment import MAX_FILES, segment_in_time
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs
 from service.protocol import ModelState, Segmenter
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
 router = APIRouter(tags=["open inference protocol"])
 
@@ -130,7 +130,7 @@ class Sent:
 
     request: Request
     segmenter: Segmenter
-    client: Client
+    client: ClientProfile
     header_length: int | None
     timeout_ms: int | None
 
@@ -201,7 +201,7 @@ async def _infer(name: str, version: int | None, sent: Sent) -> Response:
                 images,
                 build_options(call),
                 sent.client,
-                Progress(began_s=request.state.began_s),
+                RequestProgress(began_s=request.state.began_s),
                 timeout_ms,
             )
         except ClientLeft:
@@ -213,10 +213,10 @@ async def _infer(name: str, version: int | None, sent: Sent) -> Response:
     return _build_answer(segmented.model, call, outcomes)
 
 
-def build_options(call: InferCall) -> Options:
+def build_options(call: InferCall) -> RequestOptions:
     """The options of a call."""
     parameters = call.parameters
-    return Options(
+    return RequestOptions(
         score_threshold=parameters.score_threshold,
         max_instances=parameters.max_instances,
         masks="rle" if "rle" in call.outputs else "none",

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from service.errors import describe_error
 from service.http.middleware import CLIENT_LEFT
 from service.protocol import Segmented
-from service.work.request import Progress
+from service.work.request import RequestProgress
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ProgressResponse(Response):
         self,
         work: Coroutine[Any, Any, Segmented],
         build_body: Callable[[Segmented], bytes],
-        progress: Progress,
+        progress: RequestProgress,
         path: str,
     ) -> None:
         # A proxy must not collect the lines.

@@ -28,7 +28,7 @@ from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
 from service.protocol import Segmented, Segmenter
-from service.work.request import Client, ImageFile, Options, Progress
+from service.work.request import ClientProfile, ImageFile, RequestOptions, RequestProgress
 
 T = TypeVar("T")
 
@@ -133,13 +133,13 @@ async def segment(
     ```
     """
     media_type = choose_media_type(request.headers.get("accept", ""))
-    progress = Progress(began_s=request.state.began_s)
+    progress = RequestProgress(began_s=request.state.began_s)
     with ExitStack() as stack:
         model = stack.enter_context(segmenter.use(query.model, query.version, client))
         images = await read_images(request, min(MAX_FILES, segmenter.admission.max_canvases))
         if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
-        options = Options(
+        options = RequestOptions(
             score_threshold=query.score_threshold,
             max_instances=query.max_instances,
             masks=query.masks,
@@ -199,9 +199,9 @@ async def segment_in_time(
     segmenter: Segmenter,
     model: Any,
     images: Sequence[ImageFile],
-    options: Options,
-    client: Client,
-    progress: Progress,
+    options: RequestOptions,
+    client: ClientProfile,
+    progress: RequestProgress,
     timeout_ms: int | None,
 ) -> Segmented:
     """`Segmenter.segment` until the deadline, or until the client leaves.

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from service.errors import Forbidden, Unauthorized
 from service.http.keys import KeyRing, KeySpec
 from service.protocol import Segmenter
-from service.work.request import Client
+from service.work.request import ClientProfile
 
 
 async def get_segmenter(request: Request) -> Segmenter:
@@ -41,7 +41,7 @@ async def find_key(request: Request) -> KeySpec | None:
     return spec
 
 
-async def find_client(request: Request) -> Client:
+async def find_client(request: Request) -> ClientProfile:
     """Who sent a request: the holder of its API key, or else its peer address.
 
     Raises:
@@ -54,18 +54,18 @@ async def find_client(request: Request) -> Client:
 
 
 @lru_cache(maxsize=4096)
-def _client_at(address: str) -> Client:
+def _client_at(address: str) -> ClientProfile:
     """A client by address; of IPv6 addresses the /64 network, which is one client's."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return Client(name=address)
+        return ClientProfile(name=address)
     if parsed.version == 6:
-        return Client(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
-    return Client(name=address)
+        return ClientProfile(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
+    return ClientProfile(name=address)
 
 
-ClientDep = Annotated[Client, Depends(find_client)]
+ClientDep = Annotated[ClientProfile, Depends(find_client)]
 
 
 async def require_admin(request: Request) -> None:

@@ -32,7 +32,7 @@ from service.segmenter import measure
 from service.settings import Settings
 from service.work.admission import Admission
 from service.work.image import fail, peek_size
-from service.work.request import Client, ImageFile, Options, Outcome, Progress
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class ClusterSegmenter:
 
     @contextmanager
     def use(
-        self, name: str | None, version: int | None, client: Client
+        self, name: str | None, version: int | None, client: ClientProfile
     ) -> Iterator[RequestedModel]:
         """As `find`; the worker that gets the request may use another version."""
         model = self.find(name, version)
@@ -136,9 +136,9 @@ class ClusterSegmenter:
         self,
         model: RequestedModel,
         images: Sequence[ImageFile],
-        options: Options,
-        client: Client,
-        progress: Progress,
+        options: RequestOptions,
+        client: ClientProfile,
+        progress: RequestProgress,
     ) -> Segmented:
         """Has a worker segment a request's images; cancelling it cancels the worker's work."""
         costs = await asyncio.to_thread(self._measure, model, images)

@@ -9,7 +9,7 @@ from typing import Protocol
 from service.errors import ServiceError
 from service.protocol import ModelState
 from service.scale.merged_metrics import Report
-from service.work.request import Client, ImageFile, Options, Outcome
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Call:
     version: int | None
     expected: int
     images: Sequence[ImageFile]
-    options: Options
-    client: Client
+    options: RequestOptions
+    client: ClientProfile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from service.scale.cluster.metrics import report_worker
 from service.scale.merged_metrics import Report
 from service.segmenter import LocalSegmenter
 from service.settings import Settings
-from service.work.request import Outcome, Progress
+from service.work.request import Outcome, RequestProgress
 
 
 async def start_segmenter(settings: Mapping[str, Any]) -> LocalSegmenter:
@@ -60,7 +60,7 @@ class Worker:
         try:
             with segmenter.use(call.model, call.version, call.client) as model:
                 segmented = await segmenter.segment(
-                    model, call.images, call.options, call.client, Progress()
+                    model, call.images, call.options, call.client, RequestProgress()
                 )
         except ServiceError as error:
             return Answer(error=error)

@@ -13,12 +13,12 @@ import pytest
 
 from pipeline.model_config import ModelConfig, parse_model_config
 from service.engines import choose
+from service.engines.artefacts import Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.builder import Upgrade
 from service.engines.choose import Warm, build_backend, check_device, exits_file
 from service.engines.slots import HostSlot, SlotBackend
 from service.errors import DeviceError, ModelRefused
-from service.models.artefacts import Artefacts
 from tests.support import fake_gpu
 from tests.support.blob_model import build_graph, model_config
 

@@ -9,7 +9,7 @@ from service.engines.state import EngineBuild, EngineState
 from service.observe.metrics import STAGES, WORK_ROUTES, Metrics
 from service.observe.timing import Timing
 from service.work.admission import Admission
-from service.work.request import Client, Outcome
+from service.work.request import ClientProfile, Outcome
 from tests.support.metrics import render
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
@@ -105,7 +105,7 @@ def test_the_queue_is_read_when_it_is_asked_for() -> None:
     metrics, admission = Metrics(), Admission(4096)
     metrics.watch(admission)
     assert "solo_queue_limit_canvases 4096.0" in render(metrics)
-    client = Client(name="a")
+    client = ClientProfile(name="a")
     with admission.request(client), admission.admit(client, [4, 4, 900]):
         text = render(metrics)
         assert "solo_queue_images 3.0" in text

@@ -11,9 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from service.predict import command, main
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.journal import Journal
-from service.predict.predictors import Answer
+from service.predict.predictors import Prediction
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
@@ -140,12 +140,12 @@ class FakePredictor:
         self.served = "blobs:1"
         self.truncated: set[bytes] = set()
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(self, data: bytes) -> Prediction:
         self.seen.append(data)
         if data in self.failure:
             raise self.failure[data]
         result = {"category_id": 1, "score": 0.5, "of": data.decode()}
-        return Answer([result], "segmentation", self.served, truncated=data in self.truncated)
+        return Prediction([result], "segmentation", self.served, truncated=data in self.truncated)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_any_stop_keeps_what_is_done(predictor: FakePredictor, stop: Exception) 
 
 
 def test_only_images_that_failed_are_tried_again(predictor: FakePredictor) -> None:
-    predictor.failure[b"b"] = ImageFailed("corrupt_image: it is cut")
+    predictor.failure[b"b"] = ImageUnusable("corrupt_image: it is cut")
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"1 images failed:\nb\.png: corrupt_image"):
             main(["*.png", "--quiet"])

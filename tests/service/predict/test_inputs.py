@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartupError
-from service.predict.errors import ImageFailed
+from service.predict.errors import ImageUnusable
 from service.predict.inputs import assign_ids, find_files, find_image_id, read_image_ids
 
 
@@ -28,7 +28,7 @@ def test_inputs_may_be_files_folders_and_globs_and_count_once(images: Path) -> N
 
 def test_an_image_that_has_no_id_fails() -> None:
     assert find_image_id(Path("x/val/a.png"), {"val/a.png": 3, "a.png": 4}) == 3
-    with pytest.raises(ImageFailed, match="annotations"):
+    with pytest.raises(ImageUnusable, match="annotations"):
         find_image_id(Path("x/b.png"), {"a.png": 4})
 
 

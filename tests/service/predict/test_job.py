@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import key_of
-from service.predict.job import Item, Job, Notes, build_items, write_results
+from service.predict.job import Item, Notes, PredictJob, build_items, write_results
 from service.predict.journal import Journal
-from service.predict.predictors import Answer
+from service.predict.predictors import Prediction
 
 
 class SlowPredictor:
@@ -23,7 +23,7 @@ class SlowPredictor:
         self.at_once = self.most = 0
         self._lock = threading.Lock()
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(self, data: bytes) -> Prediction:
         if data == b"end":
             raise RunFailed("it is over")
         with self._lock:
@@ -34,8 +34,8 @@ class SlowPredictor:
         with self._lock:
             self.at_once -= 1
         if data == b"bad":
-            raise ImageFailed("it is bad")
-        return Answer([{"of": data.decode()}], "segmentation", "m:1")
+            raise ImageUnusable("it is bad")
+        return Prediction([{"of": data.decode()}], "segmentation", "m:1")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def done(journal: Journal, items: list[Item]) -> list[int]:
 def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    outcomes = list(Job(predictor, Notes(journal, None), 3).run(items))
+    outcomes = list(PredictJob(predictor, Notes(journal, None), 3).run(items))
     assert {item.image_id for item, _ in outcomes} == set(range(1, 9))
     assert predictor.most <= 3
     assert done(journal, items) == list(range(1, 9))
@@ -72,7 +72,7 @@ def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:
 
 def test_three_are_asked_at_once(items: list[Item], journal: Journal) -> None:
     predictor = SlowPredictor()
-    job = Job(predictor, Notes(journal, None), 3)
+    job = PredictJob(predictor, Notes(journal, None), 3)
     thread = threading.Thread(target=lambda: list(job.run(items)))
     thread.start()
     for _ in range(3):
@@ -86,7 +86,7 @@ def test_a_bad_image_does_not_stop_the_others(items: list[Item], journal: Journa
     path_of(items[2]).write_bytes(b"bad")
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    outcomes = Job(predictor, Notes(journal, None), 2).run(items)
+    outcomes = PredictJob(predictor, Notes(journal, None), 2).run(items)
     failed = [item.image_id for item, failure in outcomes if failure]
     assert failed == [3]
     assert done(journal, items) == [1, 2, 4, 5, 6, 7, 8]
@@ -100,7 +100,7 @@ def test_what_has_begun_is_finished_and_nothing_else_begins(
     later = threading.Timer(0.2, predictor.go.release)  # lets the second image go on
     later.start()
     with pytest.raises(RunFailed):
-        list(Job(predictor, Notes(journal, None), 2).run(items))
+        list(PredictJob(predictor, Notes(journal, None), 2).run(items))
     later.join()
     assert predictor.at_once == 0
     assert done(journal, items) == [2]
@@ -108,7 +108,7 @@ def test_what_has_begun_is_finished_and_nothing_else_begins(
 
 def test_an_image_that_is_gone_fails(items: list[Item], journal: Journal) -> None:
     path_of(items[0]).unlink()
-    ((item, failure),) = Job(SlowPredictor(), Notes(journal, None), 1).run(items[:1])
+    ((item, failure),) = PredictJob(SlowPredictor(), Notes(journal, None), 1).run(items[:1])
     assert item is items[0]
     assert "No such file" in str(failure)
 
@@ -127,7 +127,7 @@ def test_results_are_written_whole_or_not_at_all(
 ) -> None:
     predictor = SlowPredictor()
     predictor.go.release(len(items))
-    list(Job(predictor, Notes(journal, None), 2).run(items[:6]))
+    list(PredictJob(predictor, Notes(journal, None), 2).run(items[:6]))
     out = tmp_path / "results.json"
     assert write_results(out, items[:6], journal) == 6
     first = json.loads(out.read_bytes())

@@ -9,7 +9,7 @@ import pytest
 import solo_client
 from service.engines.base import BackendOptions
 from service.models.repository import load_version
-from service.predict.errors import ImageFailed, RunFailed
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.predictors import Bounds, LocalPredictor, RemotePredictor
 from tests.solo_client.fake_server import line, progress
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
@@ -72,7 +72,7 @@ def test_a_busy_server_is_asked_again() -> None:
 )
 def test_what_is_an_images_fault_is_its_alone(step: Step) -> None:
     predictor, _ = build_remote(step)
-    with pytest.raises(ImageFailed):
+    with pytest.raises(ImageUnusable):
         predictor.predict(b"data")
 
 
@@ -101,9 +101,9 @@ def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> Non
     answer = predictor.predict(encode_picture(draw_picture()))
     assert [r["category"] for r in answer.results] == ["red"]
     assert (answer.task, answer.served) == ("segmentation", "wide:1")
-    with pytest.raises(ImageFailed, match="unsupported_format"):
+    with pytest.raises(ImageUnusable, match="unsupported_format"):
         predictor.predict(b"no image")
-    with pytest.raises(ImageFailed, match="engine_error"):
+    with pytest.raises(ImageUnusable, match="engine_error"):
         predictor.predict(encode_picture(poisoned_picture()))
 
 

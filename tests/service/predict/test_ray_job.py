@@ -20,7 +20,7 @@ from tests.support.processes import free_port
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra ray")
 
-from service.predict.ray_job import Plan, Pool, Segmenter, connect, read_images  # noqa: E402
+from service.predict.ray_job import Plan, Pool, RaySegmenter, connect, read_images  # noqa: E402
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def test_files_are_read_or_the_reason_is_given(tmp_path: Path) -> None:
 def test_an_actor_refuses_a_model_that_is_not_the_runs(plan: Plan) -> None:
     other = replace(plan, config=plan.config.model_copy(update={"candidates": 2}))
     with pytest.raises(StartupError, match=r"config\.json differs"):
-        Segmenter(other)
+        RaySegmenter(other)
     (plan.folder / "1" / "model.onnx").write_bytes(b"other")
     with pytest.raises(ModelRefused, match=r"model\.onnx"):
-        Segmenter(plan)
+        RaySegmenter(plan)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 
 from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
 from service.work.admission import Admission
-from service.work.request import Client
+from service.work.request import ClientProfile
 
-ANN, BOB, CAT = (Client(name=name) for name in ("ann", "bob", "cat"))
+ANN, BOB, CAT = (ClientProfile(name=name) for name in ("ann", "bob", "cat"))
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
         return self.now_s
 
 
-def refuse(admission: Admission, client: Client, *costs: int) -> Exception:
+def refuse(admission: Admission, client: ClientProfile, *costs: int) -> Exception:
     """The error of a request that is refused."""
     with pytest.raises((Overloaded, QuotaExceeded, TooManyImages, Draining)) as caught:
         admission.admit(client, costs).__enter__()
@@ -50,9 +50,9 @@ def test_what_does_not_fit_now_is_overload() -> None:
     with admission.admit(ANN, [50]), admission.admit(BOB, [25]):
         error = refuse(admission, CAT, 26)
         assert isinstance(error, Overloaded) and error.reason == "queue_canvases"
-        assert str(error) == "75 canvases are in flight, 26 more would exceed 100"
+        assert str(error) == "75 of 100 canvases are in flight, there is no room for 26 more"
         error = refuse(admission, CAT, 13)
-        assert isinstance(error, Overloaded) and error.reason == "client_share"
+        assert isinstance(error, Overloaded) and error.reason == "queue_canvases"
         with admission.admit(CAT, [12]):
             assert admission.canvases == 87
 
@@ -69,7 +69,7 @@ def test_a_client_holds_no_more_than_is_free() -> None:
         error = refuse(admission, ANN, 1)
         assert isinstance(error, Overloaded) and error.reason == "client_share"
         assert "50 canvases in flight, 1 more would exceed its share" in str(error)
-        assert "as are free, 50 are" in str(error)
+        assert "as many as are free (50 of 100)" in str(error)
         with admission.admit(BOB, [25]):  # there is room for others
             assert isinstance(refuse(admission, BOB, 1), Overloaded)
             with admission.admit(CAT, [12]):
@@ -84,10 +84,10 @@ def test_greedy_clients_leave_room_for_another(clients: int) -> None:
         for _ in range(1000):
             for index in range(clients):
                 try:
-                    stack.enter_context(admission.admit(Client(name=f"{index}"), [1]))
+                    stack.enter_context(admission.admit(ClientProfile(name=f"{index}"), [1]))
                 except Overloaded:
                     continue
-        held = [admission.held(Client(name=f"{index}")) for index in range(clients)]
+        held = [admission.held(ClientProfile(name=f"{index}")) for index in range(clients)]
         assert min(held) >= 1000 // (clients + 1) - 1
         with admission.admit(ANN, [1000 // (clients + 1) // 2]):
             pass
@@ -120,7 +120,7 @@ def test_a_request_is_refused_before_its_body_is_read_if_nothing_fits() -> None:
             admission.request(ANN).__enter__()
         with admission.request(BOB):
             assert admission.requests == 1
-            full = pytest.raises(Overloaded, match="exceed its share")
+            full = pytest.raises(Overloaded, match="3 of 4 canvases are in flight")
             with admission.admit(BOB, [1]), full:
                 admission.request(CAT).__enter__()
         assert admission.requests == 0
@@ -140,8 +140,8 @@ async def test_finishing_waits_for_the_requests_in_flight(
 
 
 class TestQuotas:
-    KEY = Client(name="key shop", max_canvases=8)
-    RATE = Client(name="key rate", canvases_per_minute=60.0)
+    KEY = ClientProfile(name="key shop", max_canvases=8)
+    RATE = ClientProfile(name="key rate", canvases_per_minute=60.0)
 
     def test_a_key_has_no_more_in_flight_than_it_may(self) -> None:
         admission = Admission(100)
@@ -188,7 +188,7 @@ class TestQuotas:
         with admission.admit(ANN, [50]), admission.admit(BOB, [25]):
             for _ in range(50):
                 assert isinstance(refuse(admission, self.RATE, 13), Overloaded)
-        both = Client(name="key both", canvases_per_minute=60.0, max_canvases=4)
+        both = ClientProfile(name="key both", canvases_per_minute=60.0, max_canvases=4)
         with admission.admit(both, [4]):
             for _ in range(50):
                 assert isinstance(refuse(admission, both, 1), QuotaExceeded)
@@ -200,7 +200,7 @@ class TestQuotas:
     def test_bounds_that_change_hold_at_once(self) -> None:
         admission = Admission(100)
         with admission.admit(self.KEY, [4]):
-            smaller = Client(name="key shop", max_canvases=4)
+            smaller = ClientProfile(name="key shop", max_canvases=4)
             assert isinstance(refuse(admission, smaller, 1), QuotaExceeded)
 
     def test_addresses_are_forgotten_and_rates_are_not(self) -> None:

@@ -15,7 +15,7 @@ from pipeline.model_config import ModelConfig, parse_model_config
 from pipeline.types import Candidates, Tile, UInt8
 from service.errors import EngineError, TooManyCanvases
 from service.work.image import Dropped, ImageWork, count_cost, fail, peek_size, read_size
-from service.work.request import ImageFile, Options, Outcome
+from service.work.request import ImageFile, Outcome, RequestOptions
 from tests.support.blob_model import (
     CLASSES,
     KEEP_RATIO_INPUT,
@@ -55,7 +55,7 @@ def build(data: bytes | UInt8, config: ModelConfig = TILES, **options: object) -
         size,
         canvases,
         config,
-        Options(**options),  # type: ignore[arg-type]
+        RequestOptions(**options),  # type: ignore[arg-type]
         scaled=scaled,
     )
 
@@ -126,15 +126,15 @@ class TestOpen:
 
     def test_an_image_larger_than_admitted_is_refused(self) -> None:
         data = encode_picture(draw_picture(30, 40))
-        small = ImageWork(ImageFile(None, data), (30, 39), 9, TILES, Options())
+        small = ImageWork(ImageFile(None, data), (30, 39), 9, TILES, RequestOptions())
         with pytest.raises(ImageTooLarge, match="40x30"):
             small.open()
-        few = ImageWork(ImageFile(None, draw_picture(4, 8)), (4, 8), 1, CONFIG, Options())
+        few = ImageWork(ImageFile(None, draw_picture(4, 8)), (4, 8), 1, CONFIG, RequestOptions())
         with pytest.raises(CorruptImage, match="larger than its header says"):
             few.open()
 
     def test_the_number_of_canvases_is_corrected(self) -> None:
-        work = ImageWork(ImageFile(None, draw_picture(4, 8)), (4, 8), 7, CONFIG, Options())
+        work = ImageWork(ImageFile(None, draw_picture(4, 8)), (4, 8), 7, CONFIG, RequestOptions())
         work.open()
         assert work.canvases == 2
 

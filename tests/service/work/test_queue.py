@@ -10,7 +10,7 @@ from service.work.fair import BURST
 from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
 from service.work.queue import BATCH_EVERY, Job, WorkQueue
-from service.work.request import Client, Outcome
+from service.work.request import ClientProfile, Outcome
 from tests.support.canvases import build_job, build_work
 
 DONE = Outcome(b"{}")
@@ -85,8 +85,8 @@ async def test_clients_take_turns_and_requests_of_a_client_too() -> None:
 
 async def test_weights_are_the_clients() -> None:
     queue = build_queue()
-    heavy = build_job(build_work(*range(1, 241)), client=Client(name="a", weight=3.0))
-    light = build_job(build_work(*range(1, 241)), client=Client(name="b"))
+    heavy = build_job(build_work(*range(1, 241)), client=ClientProfile(name="a", weight=3.0))
+    light = build_job(build_work(*range(1, 241)), client=ClientProfile(name="b"))
     queue.add(heavy)
     queue.add(light)
     settle(queue, heavy, light, canvases=60)

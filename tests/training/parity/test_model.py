@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess, select
-from pipeline.types import Candidates, Instance, Prepared, Tile, Window
+from pipeline.types import Candidates, Detection, Prepared, Tile, Window
 from tests.support.dense_paste import axis_matrix
 from tests.support.parity import (
     TIE,
@@ -169,7 +169,7 @@ def test_candidates_and_the_order_after_matrix_nms(which: ParityModel, case: str
 
 def instances_of(
     candidates: Candidates, meta: dict[str, Any], threshold: float = 0.0
-) -> list[Instance]:
+) -> list[Detection]:
     canvas_h, canvas_w = meta["batch_input_shape"]
     height, width = meta["ori_shape"]
     tile = Tile(

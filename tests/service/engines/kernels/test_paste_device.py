@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.postprocess import mask_stride
 from pipeline.runs import build_instance
-from pipeline.types import Float32, Instance, Tile, Window
+from pipeline.types import Detection, Float32, Tile, Window
 from service.engines.kernels import paste as kernel_paste
 from service.engines.kernels.launcher import Launcher
 from service.engines.kernels.paste import MaskPlane, PastedMask, paste_masks
@@ -50,7 +50,7 @@ def run(
     *,
     threshold: float = 0.5,
     mask_type: MaskType = "float32",
-) -> tuple[list[PastedMask | None], list[Instance | None]]:
+) -> tuple[list[PastedMask | None], list[Detection | None]]:
     """What the kernels and what the pipeline make of the masks that are not empty."""
     stored, values = narrow(masks, mask_type)
     hw = (masks.shape[1], masks.shape[2])
@@ -69,7 +69,7 @@ def run(
 
 
 def differences(
-    found: list[PastedMask | None], expected: list[Instance | None], masks: Float32, tile: Tile
+    found: list[PastedMask | None], expected: list[Detection | None], masks: Float32, tile: Tile
 ) -> int:
     """How many masks differ; each only in pixels within a tie of the threshold, or this fails.
 
@@ -91,7 +91,7 @@ def differences(
 
 
 def assert_equal(
-    found: list[PastedMask | None], expected: list[Instance | None], masks: Float32, tile: Tile
+    found: list[PastedMask | None], expected: list[Detection | None], masks: Float32, tile: Tile
 ) -> None:
     """At most one mask of a thousand may differ, and in ties alone."""
     assert differences(found, expected, masks, tile) <= len(found) / 1000

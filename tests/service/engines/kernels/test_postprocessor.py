@@ -17,7 +17,7 @@ from pipeline.decode import decode_image
 from pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec, parse_model_config
 from pipeline.postprocess import postprocess, postprocess_tile
 from pipeline.preprocess import prepare
-from pipeline.types import Candidates, Instance, Tile, Window
+from pipeline.types import Candidates, Detection, Tile, Window
 from service.engines.base import BackendError, BackendOptions
 from service.engines.kernels.launcher import Launcher
 from service.engines.kernels.postprocessor import CudaPostprocessor, KernelCandidates
@@ -41,15 +41,15 @@ def processor(launcher: Launcher) -> Iterator[CudaPostprocessor]:
     built.close()
 
 
-def find(candidates: KernelCandidates, spec: PostprocessSpec = SPEC) -> list[Instance]:
+def find(candidates: KernelCandidates, spec: PostprocessSpec = SPEC) -> list[Detection]:
     return postprocess_tile(TILE, candidates, IMAGE_HW, spec).instances
 
 
-def expect(outputs: Outputs, image: int, spec: PostprocessSpec = SPEC) -> list[Instance]:
+def expect(outputs: Outputs, image: int, spec: PostprocessSpec = SPEC) -> list[Detection]:
     return postprocess_tile(TILE, outputs.candidates(image), IMAGE_HW, spec).instances
 
 
-def assert_same(found: Sequence[Instance], expected: Sequence[Instance]) -> None:
+def assert_same(found: Sequence[Detection], expected: Sequence[Detection]) -> None:
     assert unequal(found, expected) == []
     assert [i.label for i in found] == [i.label for i in expected]
     np.testing.assert_allclose(

@@ -119,15 +119,15 @@ async def test_a_client_alone_gets_half_of_the_queue(
         await wait_until(lambda: admission.canvases == 14)
         late = connect("10.0.2.1")
         for count, message in (
-            (3, "14 canvases are in flight, 3 more would exceed 16"),
-            (2, "the client has 0 canvases in flight, 2 more would exceed its share"),
+            (3, "14 of 16 canvases are in flight, there is no room for 3 more"),
+            (2, "14 of 16 canvases are in flight, there is no room for 2 more"),
         ):
             refused = await late.post("/segment", files=[("images", SMALL)] * count)
             assert refused.status_code == 503
             assert message in refused.json()["error"]["message"]
         text = (await client.get("/metrics")).text
-        assert 'solo_rejections_total{reason="client_share"} 2.0' in text
-        assert 'solo_rejections_total{reason="queue_canvases"} 1.0' in text
+        assert 'solo_rejections_total{reason="client_share"} 1.0' in text
+        assert 'solo_rejections_total{reason="queue_canvases"} 2.0' in text
         others.append(asyncio.create_task(late.post("/segment", content=SMALL)))
         await wait_until(lambda: admission.canvases == 15)
         gate.let()

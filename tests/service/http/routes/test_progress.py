@@ -25,7 +25,7 @@ from service.http.schemas import ProgressModel, SegmentResponse
 from service.models.repository import load_repository
 from service.protocol import Segmented
 from service.settings import Settings
-from service.work.request import Client, Progress
+from service.work.request import ClientProfile, RequestProgress
 from tests.service.conftest import OPTIONS
 from tests.support.asgi import AsgiExchange
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture
@@ -45,7 +45,7 @@ OpenGated = Callable[..., AbstractAsyncContextManager[tuple[FastAPI, EngineGate]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is looked at often, and no heartbeat comes by itself."""
+    """RequestProgress is looked at often, and no heartbeat comes by itself."""
     monkeypatch.setattr(progress_module, "EVERY_S", 0.005)
     monkeypatch.setattr(progress_module, "HEARTBEAT_S", 60.0)
 
@@ -213,9 +213,11 @@ async def test_a_request_that_is_refused_has_its_own_status(
             assert await code_of("/segment?model=cats", content=SMALL) == (404, "unknown_model")
             assert await code_of("/segment?masks=x", content=SMALL) == (422, "invalid_parameter")
             assert await code_of("/segment", **three) == (413, "too_many_images")
-            with admission.admit(Client(name="other"), [2]):  # seen when the body has been read
+            with admission.admit(
+                ClientProfile(name="other"), [2]
+            ):  # seen when the body has been read
                 assert await code_of("/segment", **two) == (503, "overloaded")
-                with admission.admit(Client(name="third"), [1]):  # seen before
+                with admission.admit(ClientProfile(name="third"), [1]):  # seen before
                     assert await code_of("/segment", content=SMALL) == (503, "overloaded")
             admission.close()
             assert await code_of("/segment", content=SMALL) == (503, "draining")
@@ -396,7 +398,7 @@ async def test_a_server_that_gives_up_says_so_in_the_last_line(open_gated: OpenG
 
 async def test_lines_that_cannot_be_sent_stop_the_work() -> None:
     cancelled = asyncio.Event()
-    progress = Progress()
+    progress = RequestProgress()
 
     async def work() -> Segmented:
         progress.admit(1)
@@ -434,7 +436,7 @@ async def test_work_that_is_cancelled_before_admission_is_not_left_behind() -> N
             cancelled.set()
         raise AssertionError
 
-    response = ProgressResponse(work(), lambda segmented: b"", Progress(), "/segment")
+    response = ProgressResponse(work(), lambda segmented: b"", RequestProgress(), "/segment")
     waiting = asyncio.create_task(response.admitted())
     await began.wait()
     waiting.cancel()

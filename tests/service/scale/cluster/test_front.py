@@ -21,7 +21,7 @@ from service.scale.cluster.metrics import FrontMetrics
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker
 from service.settings import Settings
-from service.work.request import Client
+from service.work.request import ClientProfile
 from tests.service.conftest import OpenClient
 from tests.service.scale.cluster.conftest import LocalWorkers, run_worker
 from tests.support.blob_model import draw_picture, encode_picture, publish
@@ -186,11 +186,11 @@ async def test_a_fronts_admission_is_the_single_servers(open_front: Any) -> None
         files = [("images", ("a.png", PICTURE))] * 3
         response = await client.post("/segment", files=files)
         assert (response.status_code, len(workers.calls)) == (413, 0)
-        with segmenter.admission.admit(Client(name="other"), [2]):
+        with segmenter.admission.admit(ClientProfile(name="other"), [2]):
             response = await client.post("/segment", files=files[:2])
             assert (response.status_code, len(workers.calls)) == (503, 0)
             assert (await post(client))[0] == 200
-            with segmenter.admission.admit(Client(name="third"), [1]):
+            with segmenter.admission.admit(ClientProfile(name="third"), [1]):
                 assert code_of(await post(client)) == (503, "overloaded")
         response = await client.post("/segment", files=files[:2])
         assert (response.status_code, len(workers.calls)) == (200, 2)
@@ -218,7 +218,7 @@ async def test_the_client_travels_with_its_weight(open_front: Any, tmp_path: Pat
     async with open_front(keys_file=tmp_path / "keys.json") as (client, workers, _):
         assert (await post(client, headers={"x-api-key": key}))[0] == 200
         (call,) = workers.calls
-        assert call.client == Client(name="key shop", weight=3, max_canvases=5)
+        assert call.client == ClientProfile(name="key shop", weight=3, max_canvases=5)
 
 
 async def test_progress_is_streamed_by_a_front_too(open_front: Any) -> None:

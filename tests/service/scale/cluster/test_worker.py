@@ -11,7 +11,7 @@ from service.scale.cluster.messages import Call
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker, start_segmenter
 from service.work.image import ImageWork
-from service.work.request import Client, ImageFile, Options, Outcome
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions
 from tests.support.blob_model import draw_picture, encode_picture
 
 PICTURE = encode_picture(draw_picture())
@@ -23,8 +23,8 @@ def build_call(**changes: Any) -> Call:
         "version": None,
         "expected": 1,
         "images": [ImageFile(None, PICTURE)],
-        "options": Options(),
-        "client": Client(name="a"),
+        "options": RequestOptions(),
+        "client": ClientProfile(name="a"),
     }
     return Call(**{**given, **changes})
 
@@ -68,13 +68,13 @@ async def test_a_call_counts_for_its_client(
     admission = worker._segmenter.admission
 
     def open_image(self: ImageWork) -> None:
-        held.append(admission.held(Client(name="a")))
+        held.append(admission.held(ClientProfile(name="a")))
         raise UnsupportedFormat("enough")
 
     monkeypatch.setattr(ImageWork, "open", open_image)
     await worker.segment(build_call(images=[ImageFile(None, PICTURE)] * 2))
     assert max(held) == 2
-    assert admission.held(Client(name="a")) == 0
+    assert admission.held(ClientProfile(name="a")) == 0
 
 
 async def test_a_worker_that_ends_takes_nothing_more(worker: Worker) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.model_config import FileSpec
+from service.engines.artefacts import Artefacts
 from service.errors import ModelRefused
-from service.models.artefacts import Artefacts
 
 
 def write(folder: Path, **files: bytes) -> Artefacts:
