@@ -52,9 +52,9 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that holds two images, and each of them for 50 ms."""
+    """A server that holds two images of four canvases of a client, and each for 50 ms."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    busy = ("--max-queue-canvases", "4", "--max-delay-ms", "50")
+    busy = ("--max-queue-canvases", "16", "--max-delay-ms", "50")
     with run_server(log, "--model-repo", str(repo), *FLAGS, *busy) as running:
         yield running
 
