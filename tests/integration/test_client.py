@@ -91,7 +91,7 @@ def test_several_images_in_one_request(server: ServerProcess) -> None:
         assert isinstance(bad, ImageFailed)
         assert (bad.index, bad.code) == (1, "unsupported_format")
         with pytest.raises(RequestRefused) as caught:
-            client.segment_many([FILE] * 3)
+            client.segment_many([FILE] * 9)
         assert (caught.value.status, caught.value.code) == (413, "too_many_images")
 
 
