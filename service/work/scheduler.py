@@ -313,6 +313,8 @@ class Scheduler:
                 if more:
                     self._threads.wake(more)
                     self._helpers.wake(more)
+            if job.skips(image):  # the request was dropped meanwhile, and with it the pixels
+                image.drop()
         tile, is_freed = image.make_canvas(index)
         if is_freed:
             with self._lock:

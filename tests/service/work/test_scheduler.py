@@ -239,6 +239,29 @@ async def test_a_request_that_leaves_stops_within_one_canvas() -> None:
         assert bench.engine.values == [1, 9]
 
 
+async def test_a_request_that_leaves_while_its_image_is_decoded_keeps_no_pixels() -> None:
+    async with open_bench() as bench:
+        job = build_job(build_work(1, 2, 3))
+        (image,) = job.images
+        entered, go, decode = threading.Event(), threading.Event(), image.open
+
+        def open_slowly() -> None:
+            entered.set()
+            assert go.wait(10)
+            decode()
+
+        image.open = open_slowly  # type: ignore[method-assign]
+        task = bench.start_job(job)
+        assert await asyncio.to_thread(entered.wait, 10)
+        task.cancel()
+        await asyncio.wait([task])
+        assert bench.budget.held == 0
+        go.set()
+        await settle([bench.start(9)])
+        assert bench.engine.values == [9]
+        assert image._prepared is None
+
+
 async def test_a_canvas_that_fails_ends_its_image_alone() -> None:
     async with open_bench() as bench:
         bad, good = await settle([bench.start(5, BAD, 6), bench.start(7)])
