@@ -78,9 +78,8 @@ class FairQueue(Generic[F]):
             goes_on: Whether it stays in the queue, at its new place.
         """
         heap = self._heap
-        self._time = max(self._time, heap[0][0])
+        self._time = heap[0][0]
         if goes_on:
-            flow.tag = max(flow.tag, self._time)
             heapq.heapreplace(heap, (flow.tag, next(self._arrivals), flow))
         else:
             heapq.heappop(heap)

@@ -73,6 +73,13 @@ def test_a_burst_is_charged_less_and_then_over() -> None:
     assert flow.tag == pytest.approx(BURST * BURST_CHARGE)
     flow.charge()
     assert flow.tag == pytest.approx(BURST * BURST_CHARGE + 1)
+    heavy = Flow(weight=4.0)
+    heavy.charge()
+    assert heavy.tag == pytest.approx(BURST_CHARGE / 4)
+
+
+def test_the_bound_is_ten_canvases() -> None:
+    assert pytest.approx(10) == BOUND
 
 
 def test_a_newcomer_goes_next_and_gets_three_of_four_canvases_of_its_burst() -> None:
