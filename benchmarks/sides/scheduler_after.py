@@ -21,9 +21,10 @@ from pipeline.types import Candidates, Tile, Window
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
 from service.work.image import ImageWork
+from service.work.policy import Policy
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
-from service.work.scheduler import Policy, Scheduler
+from service.work.scheduler import Scheduler
 
 
 class AfterEngine:

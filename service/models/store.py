@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from pipeline.model_config import ModelConfig
 from service.engines.builder import Upgrade
@@ -30,6 +28,7 @@ from service.errors import (
     StartupError,
     UnknownModel,
 )
+from service.models.background import run_in_thread, spawn
 from service.models.repository import CONFIG_FILE, LoadedModel, Repository, load_model
 from service.observe.metrics import Metrics
 from service.protocol import ModelState, find_model
@@ -39,7 +38,6 @@ from service.work.policy import choose_policy
 from service.work.scheduler import CallStats, Scheduler
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 UNLOADED = "unloaded"
 LAST_CALL_S = 1.0
@@ -219,7 +217,7 @@ class ModelStore:
         for version, replaced in old.items():
             if version not in new:
                 self._metrics.remove_model(name, version)
-            _spawn(self._retire(replaced), self._retiring)
+            spawn(self._retire(replaced), self._retiring)
 
     async def load(self, name: str) -> list[int]:
         """Serves what config.json says now; versions that have not changed stay as they are.
@@ -264,7 +262,7 @@ class ModelStore:
         """An engine has died; any thread may call this."""
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(lambda: _spawn(self._rebuild(model), model.builds))
+                self._loop.call_soon_threadsafe(lambda: spawn(self._rebuild(model), model.builds))
 
     async def _rebuild(self, model: ServedModel) -> None:
         """Replaces a dead engine; tries until it succeeds, or is cancelled by `_end`."""
@@ -290,7 +288,7 @@ class ModelStore:
         """Builds a faster engine in the background, if the current one names one."""
         upgrade: Upgrade | None = getattr(model.engine.current, "upgrade", None)
         if upgrade is not None and self._loop is not None:
-            _spawn(self._upgrade(model, upgrade), model.builds)
+            spawn(self._upgrade(model, upgrade), model.builds)
 
     async def _upgrade(self, model: ServedModel, upgrade: Upgrade) -> None:
         engine, loaded = model.engine, model.loaded
@@ -417,51 +415,6 @@ class ModelStore:
         )
 
 
-def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
-    """Starts a task that is kept in a set until it is done."""
-    task = asyncio.get_running_loop().create_task(work)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
-
-
 def _close_all(loaded: Mapping[int, LoadedModel]) -> None:
     for model in loaded.values():
         model.backend.close()
-
-
-async def run_in_thread(
-    function: Callable[[], T], discard: Callable[[T], None] = lambda result: None
-) -> T:
-    """Runs a function in a daemon thread, so that the end of the process does not wait for it.
-
-    Args:
-        function: What is run.
-        discard: Gets the result if the caller was cancelled meanwhile.
-
-    Raises:
-        Exception: What the function raised.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def set_result(result: T) -> None:
-        if done.done():
-            discard(result)
-        else:
-            done.set_result(result)
-
-    def set_exception(error: BaseException) -> None:
-        if not done.done():
-            done.set_exception(error)
-
-    def run() -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            try:
-                result = function()
-            except BaseException as error:
-                loop.call_soon_threadsafe(set_exception, error)
-            else:
-                loop.call_soon_threadsafe(set_result, result)
-
-    threading.Thread(target=run, name="build", daemon=True).start()
-    return await done

@@ -1,13 +1,40 @@
-"""How a scheduler uses an engine: a pure function of the settings, the engine and the model."""
+"""How a scheduler uses an engine: from the settings, the engine and the model."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from pipeline.model_config import Limits
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
-from service.work.scheduler import Policy
 
 GPU_DELAY_MS = 5.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a scheduler uses its engine.
+
+    Attributes:
+        threads: Threads that decode, call the engine and post-process.
+        helpers: Further threads that only take canvases of images that are being processed.
+        calls: Engine calls at once.
+        batch: Whether canvases of different images share engine calls.
+        max_batch: Canvases in a call.
+        max_delay_s: How long a canvas waits for others of its shape.
+    """
+
+    threads: int
+    helpers: int = 0
+    calls: int = 1
+    batch: bool = False
+    max_batch: int = 1
+    max_delay_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = min(self.threads, self.calls, self.max_batch)
+        if least < 1 or self.helpers < 0 or self.max_delay_s < 0:
+            raise ValueError(f"{self} is out of range")
 
 
 def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> Policy:

@@ -16,53 +16,25 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from pipeline.postprocess import TileCandidates
 from pipeline.types import Tile
 from service.engines.base import BackendError
 from service.engines.watch import EngineHung, WatchedEngine
 from service.errors import Draining, EngineError
-from service.observe.timing import Interval
+from service.work.batches import Batches, Canvas
 from service.work.crew import Crew
 from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
+from service.work.policy import Policy
 from service.work.queue import Job, WorkQueue
 from service.work.request import Outcome
 
 logger = logging.getLogger(__name__)
 
 FAILED = "the engine failed on this image"
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How a scheduler uses its engine.
-
-    Attributes:
-        threads: Threads that decode, call the engine and post-process.
-        helpers: Further threads that only take canvases of images that are being processed.
-        calls: Engine calls at once.
-        batch: Whether canvases of different images share engine calls.
-        max_batch: Canvases in a call.
-        max_delay_s: How long a canvas waits for others of its shape.
-    """
-
-    threads: int
-    helpers: int = 0
-    calls: int = 1
-    batch: bool = False
-    max_batch: int = 1
-    max_delay_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        least = min(self.threads, self.calls, self.max_batch)
-        if least < 1 or self.helpers < 0 or self.max_delay_s < 0:
-            raise ValueError(f"{self} is out of range")
 
 
 @dataclass(frozen=True)
@@ -76,48 +48,6 @@ class CallStats:
 
     size: int
     failed: bool
-
-
-@dataclass(eq=False)
-class _Canvas:
-    """A canvas on its way through a batch.
-
-    Attributes:
-        ready_s: When it was created.
-    """
-
-    job: Job
-    image: ImageWork
-    index: int
-    tile: Tile
-    ready_s: float
-    candidates: TileCandidates | None = None
-    call: Interval = (0.0, 0.0)
-    share: float = 1.0
-
-
-@dataclass(eq=False)
-class _Batches:
-    """Canvases before and after the engine.
-
-    Attributes:
-        preparing: Canvases that threads are creating.
-        buckets: Created, by shape, oldest first.
-        retry: Of batches that failed; each runs alone.
-        results: Not post-processed yet.
-        calls: Engine calls in flight.
-    """
-
-    preparing: int = 0
-    buckets: dict[Shape, list[_Canvas]] = field(default_factory=dict)
-    retry: deque[_Canvas] = field(default_factory=deque)
-    results: deque[_Canvas] = field(default_factory=deque)
-    calls: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """Canvases that wait for an engine call."""
-        return len(self.retry) + sum(map(len, self.buckets.values()))
 
 
 class Scheduler:
@@ -142,7 +72,7 @@ class Scheduler:
         self._on_call = on_call
         self._lock = threading.Lock()
         self._queue = WorkQueue(budget or PixelBudget())
-        self._batches = _Batches()
+        self._batches = Batches()
         self._threads = Crew("work", self._lock, self._next, policy.threads)
         self._helpers = Crew("help", self._lock, self._next_help, policy.helpers)
         self._jobs: set[Job] = set()
@@ -225,18 +155,22 @@ class Scheduler:
         if batches.results:
             return partial(self._search, batches.results.popleft())
         if batches.buckets or batches.retry:
-            batch = self._take_batch()
+            batch = batches.take(policy, at_once=self._draining)
             if batch:
                 if self._queue:  # threads that found no room for more canvases
                     self._threads.wake(len(batch))
                 return partial(self._call_batch, batch)
         if not policy.batch:
             picked = self._queue.pick()
-            return self._seconds_until_ripe() if picked is None else partial(self._carry, *picked)
+            return (
+                batches.seconds_until_ripe(policy)
+                if picked is None
+                else partial(self._carry, *picked)
+            )
         ahead = batches.waiting + batches.preparing
         picked = self._queue.pick() if ahead < 2 * policy.max_batch * policy.calls else None
         if picked is None:
-            return self._seconds_until_ripe()
+            return batches.seconds_until_ripe(policy)
         batches.preparing += 1
         return partial(self._prepare, *picked)
 
@@ -244,46 +178,13 @@ class Scheduler:
         picked = self._queue.pick_active()
         return None if picked is None else partial(self._carry, *picked)
 
-    def _take_batch(self) -> list[_Canvas]:
-        """The canvases of the next engine call; empty if none may start."""
-        batches, policy = self._batches, self.policy
-        if batches.calls >= policy.calls:
-            return []
-        if len(batches.results) >= 2 * policy.max_batch * policy.calls:
-            return []  # their memory must be released first
-        batch: list[_Canvas] = []
-        while batches.retry and not batch:
-            batch = [c for c in [batches.retry.popleft()] if not c.job.skips(c.image)]
-        now_s = time.monotonic()
-        while not batch and (ripe := [b for b in batches.buckets.values() if self._ripe(b, now_s)]):
-            bucket = min(ripe, key=lambda canvases: canvases[0].ready_s)
-            taken = bucket[: policy.max_batch]
-            del bucket[: policy.max_batch]
-            if not bucket:
-                del batches.buckets[taken[0].tile.image.shape]
-            batch = [canvas for canvas in taken if not canvas.job.skips(canvas.image)]
-        batches.calls += bool(batch)
-        return batch
-
-    def _ripe(self, bucket: Sequence[_Canvas], now_s: float) -> bool:
-        is_full = len(bucket) >= self.policy.max_batch
-        return is_full or self._draining or now_s >= bucket[0].ready_s + self.policy.max_delay_s
-
-    def _seconds_until_ripe(self) -> float | None:
-        """Seconds until a batch may start; None: only the end of a call allows another."""
-        batches = self._batches
-        if not batches.buckets or batches.calls >= self.policy.calls:
-            return None
-        first_s = min(bucket[0].ready_s for bucket in batches.buckets.values())
-        return max(0.0, first_s + self.policy.max_delay_s - time.monotonic())
-
     # --- the steps --------------------------------------------------------------------------
 
     def _carry(self, job: Job, image: ImageWork, index: int) -> None:
         """Takes one canvas from its pixels to its instances, in this thread."""
         try:
             tile = self._make_canvas(job, image, index)
-            canvas = _Canvas(job, image, index, tile, time.monotonic())
+            canvas = Canvas(job, image, index, tile, time.monotonic())
             self._infer([canvas], is_batch=False)
             self._finish_canvas(canvas)
         except BaseException as error:  # whatever it is, the request ends
@@ -298,10 +199,10 @@ class Scheduler:
                 self._batches.preparing -= 1
             self._fail(job, image, error)
             return
-        canvas = _Canvas(job, image, index, tile, time.monotonic())
+        canvas = Canvas(job, image, index, tile, time.monotonic())
         with self._lock:
             self._batches.preparing -= 1
-            self._batches.buckets.setdefault(tile.image.shape, []).append(canvas)
+            self._batches.put(canvas)
 
     def _make_canvas(self, job: Job, image: ImageWork, index: int) -> Tile:
         if index == 0:
@@ -322,7 +223,7 @@ class Scheduler:
             self._release(freed)
         return tile
 
-    def _call_batch(self, batch: Sequence[_Canvas]) -> None:
+    def _call_batch(self, batch: Sequence[Canvas]) -> None:
         try:
             self._infer(batch, is_batch=True)
         except EngineHung:
@@ -337,7 +238,7 @@ class Scheduler:
             self._batches.results.extend(batch)
             self._threads.wake(len(batch))
 
-    def _infer(self, canvases: Sequence[_Canvas], *, is_batch: bool) -> None:
+    def _infer(self, canvases: Sequence[Canvas], *, is_batch: bool) -> None:
         """One engine call; sets the candidates of the canvases.
 
         Raises:
@@ -364,7 +265,7 @@ class Scheduler:
         self._on_call(CallStats(len(canvases), failed=False))
 
     def _give_up(
-        self, canvases: Sequence[_Canvas], thread: threading.Thread, is_batch: bool
+        self, canvases: Sequence[Canvas], thread: threading.Thread, is_batch: bool
     ) -> None:
         """A call has exceeded its time: its thread may never return. Any thread may call this."""
         self._on_call(CallStats(len(canvases), failed=True))
@@ -374,7 +275,7 @@ class Scheduler:
                 self._helpers.replace(thread)
         self._split(canvases, BackendError("the call exceeded its time"))
 
-    def _split(self, canvases: Sequence[_Canvas], error: BaseException) -> None:
+    def _split(self, canvases: Sequence[Canvas], error: BaseException) -> None:
         """Runs the canvases of a failed call one by one; a single one has failed."""
         if len(canvases) > 1:
             logger.warning(
@@ -390,13 +291,13 @@ class Scheduler:
             error = EngineError(FAILED)
         self._fail(canvas.job, canvas.image, error)
 
-    def _search(self, canvas: _Canvas) -> None:
+    def _search(self, canvas: Canvas) -> None:
         try:
             self._finish_canvas(canvas)
         except BaseException as error:
             self._fail(canvas.job, canvas.image, error)
 
-    def _finish_canvas(self, canvas: _Canvas) -> None:
+    def _finish_canvas(self, canvas: Canvas) -> None:
         """Post-processes a canvas; after the last one of an image, writes the image's answer."""
         job, image, candidates = canvas.job, canvas.image, canvas.candidates
         assert candidates is not None

@@ -22,7 +22,7 @@ from service.errors import EngineRestarting, ModelUnavailable
 from service.models import repository as repository_module
 from service.models import store as store_module
 from service.models.repository import LoadedModel, Repository, load_repository
-from service.models.store import ModelStore, ServedModel, run_in_thread
+from service.models.store import ModelStore, ServedModel
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
@@ -369,34 +369,6 @@ class TestVersions:
                 await store.load("blobs")
             assert [engine.closed for engine in built] == [True]
             assert sorted(store.served["blobs"]) == [1]
-
-
-class TestRunInThread:
-    async def test_results_and_errors_come_back(self) -> None:
-        def fail() -> None:
-            raise RuntimeError("7 is wrong")
-
-        assert await run_in_thread(lambda: 7) == 7
-        with pytest.raises(RuntimeError, match="7 is wrong"):
-            await run_in_thread(fail)
-
-    async def test_a_result_that_nobody_waits_for_is_discarded(self) -> None:
-        go = threading.Event()
-        discarded: list[int] = []
-
-        def work() -> int:
-            go.wait(10)
-            return 7
-
-        task = asyncio.create_task(run_in_thread(work, discarded.append))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.wait([task])
-        go.set()
-        await until(lambda: discarded == [7])
-
-    async def test_the_thread_does_not_keep_the_process(self) -> None:
-        assert await run_in_thread(lambda: threading.current_thread().daemon)
 
 
 def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:

@@ -9,8 +9,7 @@ import pytest
 from pipeline.model_config import Limits
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
-from service.work.policy import choose_policy
-from service.work.scheduler import Policy
+from service.work.policy import Policy, choose_policy
 from tests.support.canvases import FakeEngine
 
 

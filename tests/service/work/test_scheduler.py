@@ -15,8 +15,9 @@ from service.engines.watch import WatchedEngine
 from service.errors import Draining, EngineError
 from service.work.fair import BURST, BURST_CHARGE
 from service.work.pixels import PixelBudget
+from service.work.policy import Policy
 from service.work.queue import Job, Pick
-from service.work.scheduler import CallStats, Policy, Scheduler
+from service.work.scheduler import CallStats, Scheduler
 from tests.support.canvases import BAD, FakeEngine, build_job, build_work
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.types import Candidates, Tile
 from service.errors import Draining, EngineError
-from service.work.scheduler import CallStats, Policy
+from service.work.policy import Policy
+from service.work.scheduler import CallStats
 from tests.service.work.test_scheduler import errors_of, open_bench, settle, until
 from tests.support.canvases import BAD, build_config, build_job, build_work
 

@@ -1,0 +1,110 @@
+"""Canvases before and after the engine, where different images share engine calls."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.postprocess import TileCandidates
+from pipeline.types import Tile
+from service.observe.timing import Interval
+from service.work.image import ImageWork
+from service.work.policy import Policy
+from service.work.queue import Job
+
+Shape = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Canvas:
+    """A canvas from its creation to its post-processing.
+
+    Attributes:
+        ready_s: When it was created.
+        candidates, call, share: Set by the engine call: what it found, when it ran, and one over
+            the canvases in it.
+    """
+
+    job: Job
+    image: ImageWork
+    index: int
+    tile: Tile
+    ready_s: float
+    candidates: TileCandidates | None = None
+    call: Interval = (0.0, 0.0)
+    share: float = 1.0
+
+
+@dataclass(eq=False)
+class Batches:
+    """Buckets, results and engine calls of a scheduler; not thread-safe.
+
+    Attributes:
+        preparing: Canvases that threads are creating.
+        buckets: Created, by shape, oldest first.
+        retry: Of batches that failed; each runs alone.
+        results: Not post-processed yet.
+        calls: Engine calls in flight.
+    """
+
+    preparing: int = 0
+    buckets: dict[Shape, list[Canvas]] = field(default_factory=dict)
+    retry: deque[Canvas] = field(default_factory=deque)
+    results: deque[Canvas] = field(default_factory=deque)
+    calls: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Canvases that wait for an engine call."""
+        return len(self.retry) + sum(map(len, self.buckets.values()))
+
+    def put(self, canvas: Canvas) -> None:
+        """Adds a canvas that was created."""
+        self.buckets.setdefault(canvas.tile.image.shape, []).append(canvas)
+
+    def take(self, policy: Policy, *, at_once: bool) -> list[Canvas]:
+        """The canvases of the next engine call, which is counted; empty if none may start.
+
+        Args:
+            policy: Calls at once, batch size and delay.
+            at_once: Nothing waits for its delay.
+        """
+        if self.calls >= policy.calls:
+            return []
+        if len(self.results) >= 2 * policy.max_batch * policy.calls:
+            return []  # their memory must be released first
+        batch: list[Canvas] = []
+        while self.retry and not batch:
+            batch = _needed([self.retry.popleft()])
+        due_s = time.monotonic() - (float("-inf") if at_once else policy.max_delay_s)
+        while not batch:
+            ripe = [b for b in self.buckets.values() if _is_ripe(b, policy.max_batch, due_s)]
+            if not ripe:
+                break
+            bucket = min(ripe, key=lambda canvases: canvases[0].ready_s)
+            taken = bucket[: policy.max_batch]
+            del bucket[: policy.max_batch]
+            if not bucket:
+                del self.buckets[taken[0].tile.image.shape]
+            batch = _needed(taken)
+        self.calls += bool(batch)
+        return batch
+
+    def seconds_until_ripe(self, policy: Policy) -> float | None:
+        """Seconds until a batch may start; None: only the end of a call allows another."""
+        if not self.buckets or self.calls >= policy.calls:
+            return None
+        first_s = min(bucket[0].ready_s for bucket in self.buckets.values())
+        return max(0.0, first_s + policy.max_delay_s - time.monotonic())
+
+
+def _is_ripe(bucket: Sequence[Canvas], max_batch: int, due_s: float) -> bool:
+    """Whether a bucket is full, or its first canvas was created before `due_s`."""
+    return len(bucket) >= max_batch or bucket[0].ready_s <= due_s
+
+
+def _needed(canvases: Sequence[Canvas]) -> list[Canvas]:
+    """Canvases whose images somebody still needs."""
+    return [canvas for canvas in canvases if not canvas.job.skips(canvas.image)]
