@@ -206,8 +206,9 @@ async def test_helpers_take_canvases_of_opened_images_alone() -> None:
     queue.add(job)
     assert queue.pick_active() is None
     _, image, _ = pick(queue)
+    before = job.tag, queue._tenants["someone"].tag
     assert queue.pick_active() == (job, image, 1)
-    assert job.tag > 0
+    assert job.tag > before[0] and queue._tenants["someone"].tag > before[1]  # it is charged
     assert queue.pick_active() == (job, image, 2)
     assert queue.pick_active() is None
     assert pick(queue)[1] is job.images[1]
@@ -232,6 +233,37 @@ async def test_images_wait_until_the_pixels_of_others_are_given_back() -> None:
     budget.release(queue.release(second))
     assert queue.pick() is None
     assert budget.held == 0
+
+
+async def test_an_image_with_fewer_canvases_than_admitted_is_done_when_it_is_opened() -> None:
+    queue = build_queue()
+    job = build_job(build_work(1), build_work(2))
+    job.images[0].canvases = 3
+    queue.add(job)
+    assert pick(queue)[1] is job.images[0]
+    assert list(job.pending) == [job.images[1]]
+    assert pick(queue)[1] is job.images[1]
+    assert queue.pick() is None and queue.pick_active() is None
+
+
+async def test_a_release_while_requests_are_found_to_be_blocked_is_not_missed() -> None:
+    class Racing(PixelBudget):
+        """Another thread gives pixels back just after the first request was refused."""
+
+        refusals = 2
+
+        def take(self, pixels: int) -> bool:
+            self.refusals -= 1
+            if self.refusals == 1:
+                self.generation += 1
+                return False
+            return self.refusals < 0 and super().take(pixels)
+
+    queue = build_queue(Racing())
+    for name in "ab":
+        queue.add(build_job(build_work(1), client=name))
+    assert queue.pick() is None
+    assert pick_all(queue, 2)
 
 
 async def test_the_last_canvas_post_processed_is_told() -> None:
