@@ -361,13 +361,18 @@ async def test_a_drain_that_is_given_up_leaves_the_requests_to_abort() -> None:
         assert bench.budget.held == 0
 
 
-async def test_threads_end_with_the_scheduler() -> None:
-    before = set(threading.enumerate())
+@pytest.mark.parametrize("by", ["drain", "abort"])
+async def test_threads_end_with_the_scheduler(by: str) -> None:
+    def threads() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name in ("work", "help")}
+
+    before = threads()
     async with open_bench(Policy(threads=2, helpers=1, calls=3)) as bench:
         await settle([bench.start(*range(1, 20)) for _ in range(4)])
-        await bench.scheduler.drain()
-    await until(lambda: not {t for t in set(threading.enumerate()) - before if t.is_alive()})
-    assert bench.budget._callbacks == []
+        assert threads() - before
+        await (bench.scheduler.drain() if by == "drain" else bench.scheduler.abort())
+        await until(lambda: not threads() - before)
+        assert bench.budget._callbacks == []
 
 
 async def test_closing_the_engine_ends_the_waiting() -> None:
