@@ -103,6 +103,7 @@ def create_app(
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
     app.state.settings = settings
     app.state.metrics = metrics
+    app.router.routes.append(segment.ROUTE)
     for module in (segment, inference, models, health, web):
         app.include_router(module.router)
     if settings.admin_port is None:

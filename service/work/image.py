@@ -54,7 +54,9 @@ def count_cost(image_hw: HW, spec: InputSpec, max_canvases: int) -> int:
     Raises:
         TooManyCanvases: More than `max_canvases`.
     """
-    canvases = max(count_canvases(image_hw, spec), count_canvases(image_hw[::-1], spec))
+    canvases = count_canvases(image_hw, spec)
+    if image_hw[0] != image_hw[1]:
+        canvases = max(canvases, count_canvases(image_hw[::-1], spec))
     if canvases > max_canvases:
         raise TooManyCanvases(
             f"the image of {image_hw[1]}x{image_hw[0]} px needs {canvases} canvases, the server "

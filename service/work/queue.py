@@ -115,8 +115,9 @@ class WorkQueue:
         job.removed = True
         job.pending.clear()
         freed = 0
-        for image in job.images:
-            freed += self._drop(image)
+        if job.unfinished:
+            for image in job.images:
+                freed += self._drop(image)
         tenant = self._tenants[job.client.name]
         tenant.jobs -= 1
         if tenant.jobs == 0:  # idle: its next request starts anew
