@@ -11,6 +11,7 @@ import pytest
 from pipeline.types import Candidates, Tile
 from service.errors import Draining, EngineError
 from service.work.policy import Policy
+from service.work.request import ImageFile
 from service.work.scheduler import CallStats
 from tests.service.work.test_scheduler import errors_of, open_bench, settle, until
 from tests.support.canvases import BAD, build_config, build_job, build_work
@@ -101,6 +102,27 @@ async def test_a_bad_tile_fails_its_image_and_removes_its_other_tiles() -> None:
         assert len(bench.engine.batches) <= 5
         (job,) = await settle([bench.start(1)])
         assert errors_of(job) == [None]
+
+
+async def test_images_that_cannot_be_decoded_take_no_room_from_others() -> None:
+    async with open_bench(batches(1, 0.0)) as bench:
+        jobs = []
+        for _ in range(9):  # more than are created ahead
+            job = build_job(build_work(1))
+            job.images[0]._file = ImageFile(None, b"no image")
+            jobs.append(bench.start_job(job))
+        for job in await settle(jobs):
+            assert getattr(errors_of(job)[0], "code", "") == "unsupported_format"
+        assert bench.scheduler._batches.preparing == 0
+        (job,) = await settle([bench.start(2)])
+        assert errors_of(job) == [None]
+
+
+async def test_a_call_that_hangs_is_counted_as_failed() -> None:
+    async with open_bench(batches(1, 0.0), timeout_s=0.05) as bench:
+        bench.engine.go.clear()
+        await settle([bench.start(1)])
+        assert bench.stats == [CallStats(1, failed=True)]
 
 
 async def test_a_wrong_number_of_results_is_an_engine_error() -> None:

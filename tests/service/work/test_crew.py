@@ -179,6 +179,26 @@ def test_a_thread_that_is_replaced_ends_after_its_step_and_another_works() -> No
     shop.close()
 
 
+def test_the_thread_that_replaces_another_takes_what_was_queued_before() -> None:
+    shop, go = Shop(1), threading.Event()
+    shop.add(go.wait)
+    wait_for(lambda: len(shop.ran_by) == 1)
+    shop.add(lambda: None)
+    with shop.lock:
+        assert shop.crew.replace(shop.ran_by[0])
+    wait_for(lambda: len(shop.ran_by) == 2)  # though nobody has called `wake` since
+    go.set()
+    shop.close()
+
+
+def test_one_thread_is_woken_unless_more_are_asked_for(shop: Shop) -> None:
+    with shop.lock:
+        shop.crew.wake()
+        assert len(shop.crew._threads) == 1
+    wait_for(lambda: shop.asked == 1)
+    assert all(thread.daemon for thread in alive())
+
+
 def test_a_surplus_thread_is_not_replaced(shop: Shop) -> None:
     go = threading.Event()
     shop.add(go.wait, go.wait)
