@@ -62,7 +62,7 @@ def build_engines(target: Path, precisions: Sequence[Precision], say: Say) -> li
     Args:
         target: <model_repo>/<name>/<version>.
         precisions: Of the graphs that they are built from.
-        say: Told of the progress.
+        say: Called with messages about the progress.
 
     Raises:
         ExportError: TensorRT or a graph is missing, or the build failed.

@@ -51,7 +51,7 @@ def build_tensorrt(
         optimization_level: 0 builds fastest, 5 searches longest.
         workspace_bytes: Most scratch memory of one layer; None leaves it to TensorRT.
         hardware_compatibility: On which GPUs the engine may run.
-        say: Told in sentences how it goes.
+        say: Called with messages about the progress.
 
     Returns:
         The engine's file.

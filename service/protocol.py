@@ -107,7 +107,7 @@ class Segmenter(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether new work is taken."""
+        """Whether new work is accepted."""
         ...
 
     @property
@@ -135,7 +135,7 @@ class Segmenter(Protocol):
             UnknownModel: There is none of that name.
             ModelUnavailable: It is in the repository, but not served.
             UnknownVersion: It is not served in this version.
-            EngineRestarting: Its engine has died and another is being built.
+            EngineRestarting: Its engine has failed and another is being built.
         """
         ...
 
@@ -163,7 +163,7 @@ class Segmenter(Protocol):
             model: What `use` gave.
             images: The request's.
             options: What it asks for.
-            client: Who sent it.
+            client: The API key or peer address that sent it.
             progress: Kept up to date.
 
         Raises:

@@ -47,8 +47,6 @@ def fairness(
     limits = {
         "SOLO_MAX_QUEUE_CANVASES": 4 * max(of_image * clients, SMALL_CANVASES),
         "SOLO_MAX_IMAGE_CANVASES": max(of_image, SMALL_CANVASES),
-        "SOLO_MAX_QUEUE_IMAGES": 2 * clients + 16,
-        "SOLO_MAX_QUEUE_PIXELS": 2 * clients * pixels,
         "SOLO_MAX_IMAGE_PIXELS": pixels,
     }
     environment = {name: str(value) for name, value in limits.items()}

@@ -95,7 +95,6 @@ def measure(model: Path, image_hw: tuple[int, int], small: bytes, body: bytes, l
     canvases = max(canvases_of(model, hw) for hw in (image_hw, (SMALL_PX, SMALL_PX)))
     limits = {
         "SOLO_MAX_IMAGE_PIXELS": max(pixels, SMALL_PX**2),
-        "SOLO_MAX_QUEUE_PIXELS": 2 * max(pixels, SMALL_PX**2),
         "SOLO_MAX_IMAGE_CANVASES": canvases,
         "SOLO_MAX_QUEUE_CANVASES": 4 * canvases,
     }

@@ -69,7 +69,7 @@ PLANS = {
 def serving(
     *,
     install: Annotated[bool, "make the environments of the servers and exit"] = False,
-    servers: Annotated[tuple[str, ...], "who is compared with ours"] = tuple(CONTENDERS),
+    servers: Annotated[tuple[str, ...], "servers to compare with ours"] = tuple(CONTENDERS),
     workloads: Annotated[tuple[WorkloadName, ...], "what is served"] = ("light", "nuclei"),
     rounds: Annotated[int, "of each workload"] = 3,
     scale: Annotated[float, "factor of the length of every load"] = 1.0,

@@ -143,7 +143,7 @@ def take_turns(
         variants: Each measures once.
         rounds: That count.
         warm_ups: Rounds before them that do not count.
-        tell: Told of each measurement made.
+        tell: Called after each measurement.
     """
     samples = Samples({name: {} for name in variants})
     for number in range(-warm_ups, rounds):

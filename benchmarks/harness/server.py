@@ -124,7 +124,7 @@ def measure_load(
     """One load, and what it used of the machine.
 
     Args:
-        server: Who is asked.
+        server: The server to query.
         bodies: Images, in turn.
         seconds: How long requests are sent; each client sends one at least.
         clients: Of a closed loop, shared evenly by the paths.

@@ -1,8 +1,8 @@
 """Builds a faster engine in a child process, while another engine serves.
 
-The child has its own memory and a low priority, and what kills it does not reach the server. It is
-spawned with a pipe: it sends its progress and at the end "done" or an error. It ends when its
-parent does, in whatever way.
+The child is spawned with a pipe, over which it sends its progress and finally "done" or an error.
+It has a low priority and its own memory, so a crash does not affect the server. It ends with its
+parent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPORT_S = 0.2
 """Least time between two reports of progress."""
 
 Report = Callable[[str, float], None]
-"""Told what a build is doing, and how much of it is done (0..1)."""
+"""Called with the current step of a build and the fraction that is done (0..1)."""
 Job = Callable[[Report], None]
 """Builds an engine and stores it; raises if that fails. It is pickled."""
 
@@ -78,7 +78,7 @@ class Upgrade:
                 raise
             finally:
                 wait([process.sentinel])
-                with self._lock:  # once it is joined its process id may be another's
+                with self._lock:  # the process id may be reused after the join
                     process.join()
                     self._process = None
             if self._cancelled:
@@ -128,7 +128,7 @@ def _follow(messages: Connection, report: Report) -> str | None:
     """Passes progress on until the child ends.
 
     Returns:
-        The job's error, "" if it is done, None if the child ended without a word.
+        The job's error, "" if it is done, None if the child ended without a message.
     """
     outcome: str | None = None
     with contextlib.suppress(EOFError, OSError):
@@ -143,7 +143,7 @@ def _follow(messages: Connection, report: Report) -> str | None:
 
 def _run(job: Job, messages: Connection, errors: Path) -> None:
     """The child process."""
-    os.setsid()  # the server's Ctrl-C is not for this process, and `cancel` ends the whole group
+    os.setsid()  # Ctrl-C in the server's terminal does not reach it; `cancel` kills the group
     output = os.open(errors, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):  # also what libraries print
         os.dup2(output, standard)

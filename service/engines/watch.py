@@ -1,7 +1,7 @@
-"""The engine of a served model: calls are timed, deaths are reported, engines are swapped.
+"""The engine of a served model: a time limit for calls, detection of failed engines, swaps.
 
-An exception may be the fault of one image or of the engine: a probe tells them apart. A call that
-exceeds its time is the engine's fault; its thread may never return.
+An exception may be caused by one image or by the engine: a probe decides. A call that exceeds its
+time limit means that the engine has failed; its thread may never return.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class _Call:
 
 
 class WatchedEngine:
-    """Calls the engine of the moment; thread-safe.
+    """Calls the current engine; thread-safe.
 
-    While there is none, because it died and another is being built, calls wait: nothing that was
-    accepted is lost. An engine that was swapped out is closed after its last call.
+    After an engine has failed, calls wait until another is built: no accepted request is lost. An
+    engine that was swapped out is closed after its last call.
 
     Args:
         engine: The first one.
-        probe: Runs an engine on a harmless image; raises if it is dead.
+        probe: Runs an engine on a known-good image; raises if it has failed.
         timeout_s: Longest time of a call.
-        on_death: Called once for an engine that died, with the reason, in any thread.
+        on_death: Called once for an engine that failed, with the reason, in any thread.
 
     Attributes:
         build: A faster engine that is being built; set by its owner.
@@ -87,12 +87,12 @@ class WatchedEngine:
 
     @property
     def current(self) -> Backend:
-        """The engine of the moment, which may be dead."""
+        """The current engine, which may have failed."""
         return self._engine
 
     @property
     def state(self) -> EngineState:
-        """The engine of the moment, for health and metrics."""
+        """State of the current engine, for health and metrics."""
         engine = self._engine
         return EngineState(
             engine.name, engine.device, engine.precision, engine.reason, self.build, self.is_alive
@@ -106,7 +106,7 @@ class WatchedEngine:
     def infer(self, tiles: Sequence[Tile], give_up: Callable[[], None]) -> Results:
         """Runs one batch in the calling thread.
 
-        If the engine dies in the call, the call is repeated once with the next engine.
+        If the engine fails in the call, the call is repeated once with the next engine.
 
         Args:
             tiles: B canvases of one shape.
@@ -118,7 +118,7 @@ class WatchedEngine:
 
         Raises:
             EngineHung: `give_up` was called.
-            Exception: What the engine raised, if it is alive, or died of these canvases twice.
+            Exception: What the engine raised, if it still works, or failed on these canvases twice.
         """
         call = self._enter(give_up)
         engine = call.engine
@@ -165,7 +165,7 @@ class WatchedEngine:
                 if self._closed.is_set():
                     raise BackendError("the engine is closed")
                 if engine is None and not self._usable.is_set():
-                    continue  # it has died in this moment
+                    continue  # it has just failed
                 entered = self._engine if engine is None else engine
                 call = _Call(entered, time.monotonic() + self._timeout_s, give_up)
                 self._in_use[entered] += 1
@@ -224,7 +224,7 @@ class WatchedEngine:
     def _is_dead_after(
         self, error: Exception, engine: Backend, give_up: Callable[[], None]
     ) -> bool:
-        """Whether an engine that raised is dead; if that is not known yet, it is probed."""
+        """Whether an engine that raised has failed; if that is not known yet, it is probed."""
         if self._closed.is_set():
             return False
         if engine is self._engine and self.is_alive:
@@ -234,17 +234,17 @@ class WatchedEngine:
             except EngineHung:
                 raise
             except Exception as failure:  # an engine's exceptions have no common base
-                logger.warning("the engine failed on a harmless image: %r", failure)
-        self._bury(engine, f"it raised {error!r} and fails on a harmless image too")
+                logger.warning("the engine failed on a known-good image: %r", failure)
+        self._bury(engine, f"it raised {error!r} and fails on a known-good image too")
         return True
 
     def _bury(self, engine: Backend, reason: str) -> None:
-        """Stops using an engine and reports its death, once."""
+        """Stops using an engine and reports its failure, once."""
         with self._lock:
             if engine is not self._engine or not self.is_alive or self._closed.is_set():
                 return
             self._usable.clear()
-        logger.error("the engine is dead, another is built: %s", reason)
+        logger.error("the engine has failed, another is built: %s", reason)
         _interrupt(engine)
         self._on_death(reason)
 

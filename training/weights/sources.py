@@ -69,7 +69,7 @@ class PublishedModel(PublishedFile):
     """A SOLO v1 checkpoint trained on COCO 2017.
 
     Attributes:
-        publisher: Who trained it; determines the names of the weights.
+        publisher: Its origin; determines the names of the weights.
         config_name: Our configuration of the network.
         schedule: How long it was trained.
         mask_ap: Published mask AP, percent.

@@ -141,7 +141,7 @@ def obtain_engine(
         graph: ONNX with its weights inside, in the precision of `options`.
         options: What to build for.
         cache: Folder of engines.
-        report: Told of the progress of a build.
+        report: Called with the progress of a build.
 
     Raises:
         BackendError: The graph cannot be built; names the node if one is at fault.
@@ -176,7 +176,7 @@ def build_plan(
         graph: ONNX with its weights inside.
         options: What to build for.
         timing_file: Timings of earlier builds; updated. It may be missing or unusable.
-        report: Told of the progress of the build.
+        report: Called with the progress of the build.
 
     Raises:
         BackendError: Names the node, profile or limit at fault, as far as TensorRT says.

@@ -72,8 +72,8 @@ class ClusterSegmenter:
 
     Args:
         settings: Bounds; those of the engines are not used.
-        workers: Who does the work.
-        description: What they serve now; it is asked for again regularly.
+        workers: Process the requests.
+        description: The models that they serve now; refreshed regularly.
         metrics: Where requests are counted.
     """
 

@@ -1,4 +1,4 @@
-"""What travels between fronts and workers, and what a front knows of the workers."""
+"""Messages between fronts and workers, and a front's list of workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Call:
         expected: The version that the front knows as the highest.
         images: Encoded, or pixels.
         options: What the request asks for.
-        client: Who sent it.
+        client: The API key or peer address that sent it.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Description:
 
 
 class WorkerLost(Exception):
-    """A worker or its node died with a call in work; another one may do it."""
+    """A worker or its node failed during a call; another worker can repeat it."""
 
 
 class Workers(Protocol):
@@ -67,7 +67,7 @@ class Workers(Protocol):
         """Has one of them do it; cancelling drops the work.
 
         Raises:
-            WorkerLost: It died.
+            WorkerLost: Its process has ended.
         """
         ...
 
@@ -75,7 +75,7 @@ class Workers(Protocol):
         """What one of them serves.
 
         Raises:
-            WorkerLost: It died.
+            WorkerLost: Its process has ended.
         """
         ...
 

@@ -34,10 +34,10 @@ class ClusterSettings(Settings):
     fronts: Annotated[
         PositiveInt, Field(description="processes that read requests; best one for each node")
     ] = 1
-    min_replicas: Annotated[PositiveInt, Field(description="workers without any load")] = 1
+    min_replicas: Annotated[PositiveInt, Field(description="fewest workers")] = 1
     max_replicas: Annotated[
         PositiveInt | None,
-        Field(description="most workers; they follow the load (default: min_replicas, fixed)"),
+        Field(description="most workers, scaled with the load (default: min_replicas)"),
     ] = None
     num_cpus: Annotated[
         float, Field(ge=0, description="logical CPUs that Ray reserves for a worker")
@@ -46,16 +46,18 @@ class ClusterSettings(Settings):
         float, Field(ge=0, description="GPUs of a worker; 0.5 puts two on one GPU")
     ] = 0.0
     max_requests: Annotated[
-        PositiveInt, Field(description="requests in work in one worker; others wait at the fronts")
+        PositiveInt,
+        Field(description="requests in flight in one worker; others wait at the fronts"),
     ] = 32
     target_requests: Annotated[
-        float, Field(gt=0, description="requests, in work or waiting, that scaling gives a worker")
+        float,
+        Field(gt=0, description="requests, in flight or waiting, per worker; the scaling target"),
     ] = 16.0
     upscale_delay_s: Annotated[
-        float, Field(ge=0, description="how long there is too much to do before workers are added")
+        float, Field(ge=0, description="time above the target before workers are added, s")
     ] = 10.0
     downscale_delay_s: Annotated[
-        float, Field(ge=0, description="how long there is little to do before workers are ended")
+        float, Field(ge=0, description="time below the target before workers are removed, s")
     ] = 300.0
     surge_percent: Annotated[
         int,

@@ -79,7 +79,7 @@ class Worker:
         return await report_worker(self._segmenter.metrics)
 
     async def check_health(self) -> None:
-        """Raises while an engine is dead: if that lasts, Serve starts another worker."""
+        """Raises while an engine has failed: if that lasts, Serve starts another worker."""
         if not self._segmenter.is_ready:
             raise RuntimeError("an engine has died and is not back yet")
 

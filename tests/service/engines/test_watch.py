@@ -161,7 +161,7 @@ def test_a_dead_engine_is_replaced_and_the_call_is_made_again() -> None:
         house.engines[0].dead = True
         assert house.infer(GOOD, give_up=refuse) == 1
         (reason,) = house.deaths
-        assert "MemoryError('bad allocation')" in reason and "harmless image" in reason
+        assert "MemoryError('bad allocation')" in reason and "known-good image" in reason
         wait_for(lambda: house.engines[0].closed)
 
 
