@@ -108,7 +108,7 @@ class TypedGraph(CandidateGraph):
             part.to(self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `CandidateGraph.forward`; `mask_probs` have the graph's precision."""
+        """Outputs of `CandidateGraph.forward`, with `mask_probs` in the graph's precision."""
         x = self.network.normalise(images, valid_hw).to(self.dtype)
         outputs = [
             LevelOutput(level.category_logits.float(), level.mask_inputs)

@@ -56,7 +56,10 @@ class Settings(BaseSettings):
     ] = False
     model_poll_s: Annotated[
         float,
-        Field(ge=0, description="how often the model repository is looked at, s; 0: never again"),
+        Field(
+            ge=0,
+            description="seconds between checks of the model repository for changes; 0: no checks",
+        ),
     ] = 0.0
     default_model: Annotated[
         str | None,
@@ -67,7 +70,7 @@ class Settings(BaseSettings):
     ] = "auto"
     engine: Annotated[
         EngineKind,
-        Field(description="auto takes the fastest that works; ort, trt, aoti that one or none"),
+        Field(description="auto takes the fastest that works; ort, trt, aoti: only that one"),
     ] = "auto"
     precision: Annotated[
         Precision, Field(description="fp32, fp16, bf16 or int8: which of a model's files is used")
@@ -75,8 +78,8 @@ class Settings(BaseSettings):
     engine_slots: Annotated[
         PositiveInt | None,
         Field(
-            description="batches in an ONNX Runtime engine at once (default: 2 on a GPU; 1 on the "
-            "CPU, but for models with tiles, or workers, as many as threads, each with one)"
+            description="batches that an engine runs at once (default: 2 on a GPU; 1 on the CPU, or one "
+            "per thread for models with tiles and with several workers)"
         ),
     ] = None
     engine_cache: Annotated[
@@ -90,15 +93,15 @@ class Settings(BaseSettings):
     threads: Annotated[
         PositiveInt,
         Field(
-            description="threads of an engine on the CPU (default: real cores; with workers twice "
-            "their share)"
+            description="threads of an engine on the CPU (default: physical cores; with workers "
+            "twice their share)"
         ),
     ] = Field(default_factory=count_cores)
     pool_threads: Annotated[
         PositiveInt,
         Field(
-            description="threads that decode, post-process and encode (default: real cores, "
-            "divided by the workers)"
+            description="threads that decode, post-process and encode (default: physical "
+            "cores, divided by the workers)"
         ),
     ] = Field(default_factory=count_cores)
     max_batch: Annotated[
@@ -137,8 +140,8 @@ class Settings(BaseSettings):
     max_queue_canvases: Annotated[
         PositiveInt,
         Field(
-            description="canvases in flight; more are answered 503. A client may hold as many as "
-            "are free, so one alone half of them"
+            description="canvases in flight; more are answered 503. One client may hold at most as "
+            "many as are free, so half of them while no other client has any"
         ),
     ] = 32_768
     max_decoded_pixels: Annotated[
@@ -151,7 +154,7 @@ class Settings(BaseSettings):
     ] = 1000
     body_timeout_s: Annotated[
         float,
-        Field(gt=0, description="how long a request's body may stop coming, s; then it is 408"),
+        Field(gt=0, description="longest pause while a request's body is received, s; then 408"),
     ] = 30.0
     request_timeout_ms: Annotated[
         PositiveInt, Field(description="deadline of requests that give none, ms; then 504")
@@ -181,7 +184,10 @@ class Settings(BaseSettings):
     ] = None
     cors_origins: Annotated[
         str,
-        Field(description="origins whose pages may ask, comma-separated, or * (default: none)"),
+        Field(
+            description="origins allowed to send requests from browsers (CORS), comma-separated, or * "
+            "(default: none)"
+        ),
     ] = ""
 
     @field_validator("log_level", "log_format", "device", "engine", "precision", mode="before")
@@ -216,7 +222,7 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _workers_know_nothing_of_each_other(self) -> Settings:
+    def _workers_are_independent(self) -> Settings:
         if self.workers == 1:
             return self
         if sys.platform == "win32":

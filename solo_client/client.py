@@ -75,7 +75,7 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
         url: Address of the server, e.g. http://localhost:8000.
         api_key: Sent as X-API-Key.
         timeout_s: Bounds connecting, and each wait for the server to send something. While it
-            works on a request it sends its progress every few seconds, so a large image does not
+            works on a request it sends its progress at least every 5 s, so a large image does not
             time out; an older server sends nothing before the result. The wait for a free
             connection of this client is not bounded.
         retry: When a request is sent again.
@@ -96,7 +96,7 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
         Args:
             image: A path, the bytes of a file, a PIL image or an array (`ImageInput`).
             on_progress: Called when the request is admitted, when canvases are finished, and
-                every few seconds. A retry starts again at 0. An exception from it ends the
+                at least every 5 s. A retry starts again at 0. An exception from it ends the
                 request. An older server reports nothing.
             **options: Fields of `Options`.
 

@@ -1,4 +1,4 @@
-"""API keys: who may send requests, and how many canvases.
+"""API keys: which clients may send requests, and how many canvases.
 
     {"keys": [{"name": "shop", "sha256": "<hex>", "max_canvases": 256, "weight": 2}]}
 
@@ -30,7 +30,7 @@ from service.work.request import ClientProfile
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0
-"""How often the file is looked at for changes, at most."""
+"""Shortest time between two checks of the file for changes, seconds."""
 
 
 class KeySpec(BaseModel):
@@ -78,7 +78,7 @@ class KeyRing:
 
     Args:
         file: See the module.
-        clock: Seconds, never going back.
+        clock: Monotonic, seconds.
 
     Raises:
         StartupError: The file cannot be read.
@@ -143,7 +143,7 @@ def add_key(file: Path, name: str, **bounds: object) -> str:
 
     Args:
         file: The keys file.
-        name: Who gets the key.
+        name: Client that the key is given to.
         **bounds: Other fields of `KeySpec`.
 
     Returns:

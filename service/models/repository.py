@@ -53,7 +53,7 @@ class LoadedModel:
     backend: Backend
 
     def probe(self, backend: Backend) -> None:
-        """Runs an engine of this model on a harmless image; raises if that fails."""
+        """Runs an engine of this model on a known-good image; raises if that fails."""
         warm_up(backend, self.config)
 
     def segment(

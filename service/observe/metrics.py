@@ -118,14 +118,14 @@ class Metrics:
             "solo_instances_total", "Instances returned", ["model"], registry=registry
         )
         self.rejections = Counter(
-            "solo_rejections_total", "Requests turned away", ["reason"], registry=registry
+            "solo_rejections_total", "Requests rejected", ["reason"], registry=registry
         )
         self.engine_failures = Counter(
             "solo_engine_failures_total", "Engine calls that raised", ["model"], registry=registry
         )
         self.engine_restarts = Counter(
             "solo_engine_restarts_total",
-            "Engines that died and were replaced",
+            "Engines that failed and were replaced",
             ["model"],
             registry=registry,
         )
@@ -155,9 +155,9 @@ class Metrics:
         self.in_flight_requests = Gauge(
             "solo_in_flight_requests", "Requests for segmentation in flight", registry=registry
         )
-        self.ready = Gauge("solo_ready", "1 if new work is taken", registry=registry)
+        self.ready = Gauge("solo_ready", "1 if new requests are accepted", registry=registry)
         self.engine_up = Gauge(
-            "solo_engine_up", "1 while the model's engine answers", ["model"], registry=registry
+            "solo_engine_up", "1 while the model's engine works", ["model"], registry=registry
         )
         self.model_info = Gauge(
             "solo_model_info",

@@ -29,7 +29,7 @@ class MergedMetrics(Metrics):
         self._collect_all = collect_all
 
     async def answer(self, accept: str) -> tuple[bytes, str]:
-        """See `Metrics.answer`."""
+        """Body and content type, with the samples of every process."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Merged(await self._collect_all()))
         encode, content_type = choose_encoder(accept)
@@ -43,7 +43,7 @@ class _Merged(Collector):
         self._reports = reports
 
     def collect(self) -> Iterator[Metric]:
-        """See `Collector`."""
+        """Adds the label `replica` to each sample."""
         families: dict[str, Metric] = {}
         for replica, metrics in self._reports:
             for metric in metrics:

@@ -107,7 +107,7 @@ class Admission:
         """Holds room for a request.
 
         Args:
-            client: Who sent it.
+            client: Its sender.
             costs: Canvases of each image.
 
         Raises:

@@ -49,7 +49,7 @@ class RequestOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientProfile:
-    """Who sent a request: an API key, or else a peer address.
+    """Client of a request: an API key, or else a peer address.
 
     Attributes:
         name: Unique among the clients of a server.

@@ -77,7 +77,7 @@ def test_images_are_segmented_and_counted(server: ServerProcess) -> None:
     assert read_metric(server.url, "solo_in_flight_requests") == 0
 
 
-def test_company_does_not_change_a_result(server: ServerProcess) -> None:
+def test_a_batch_does_not_change_a_result(server: ServerProcess) -> None:
     sizes = [(48, 48), (48, 90), (90, 48), (64, 64), (30, 100), (100, 100)]
     pictures = [encode_picture(draw_picture(h, w)) for h, w in sizes] * 3
     alone = [segment(server.url, p, model="wide").json()["results"][0] for p in pictures]
@@ -179,7 +179,7 @@ def test_predict_agrees_with_the_server(server: ServerProcess, repo: Path, tmp_p
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_exits_0(repo: Path, tmp_path: Path, stop: signal.Signals) -> None:
-    """Accepted work waits 1 s for company, so the signal arrives while it is in work."""
+    """Accepted work waits 1 s for a fuller batch, so the signal arrives while it is in work."""
     flags = ("--model-repo", str(repo), *FLAGS, "--max-delay-ms", "1000")
     with run_server(tmp_path / "log", *flags) as server, ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(segment, server.url) for _ in range(4)]

@@ -69,7 +69,7 @@ def least_iou(alone: dict[str, Any], together: dict[str, Any]) -> float:
     return min(float(coco_mask.iou([a], [b], [0])[0, 0]) for a, b in zip(*masks, strict=True))
 
 
-def check_company(url: str, model: str, files: list[bytes]) -> float:
+def check_batches(url: str, model: str, files: list[bytes]) -> float:
     """N = 1..8 images together against each alone, then a damaged one among 8; the least IoU."""
     alone = [post_many(url, model, [data])[0] for data in files]
     least = 1.0
@@ -84,23 +84,23 @@ def check_company(url: str, model: str, files: list[bytes]) -> float:
     return least
 
 
-def test_company_changes_nothing(tmp_path: Path, report: Report) -> None:
+def test_batches_change_nothing(tmp_path: Path, report: Report) -> None:
     publish(tmp_path / "repo", "wide", input=KEEP_RATIO_INPUT)
     files = [encode_picture(draw_picture(40 + 9 * i, 110 - 7 * i)) for i in range(8)]
     flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--max-delay-ms", "30")
     with run_server(tmp_path / "log", *flags) as server:
-        least = check_company(server.url, "wide", files)
+        least = check_batches(server.url, "wide", files)
         metrics = read_metrics(server.url)
     report("least_mask_iou", least)
     assert least >= 0.999
     calls = metrics['solo_batch_size_count{model="wide"}']
-    assert metrics['solo_batch_size_sum{model="wide"}'] > 1.2 * calls  # there was company
+    assert metrics['solo_batch_size_sum{model="wide"}'] > 1.2 * calls  # there were batches
 
 
 @pytest.mark.slow
-def test_company_changes_nothing_with_the_bundled_model(tmp_path: Path, report: Report) -> None:
+def test_batches_change_nothing_with_the_bundled_model(tmp_path: Path, report: Report) -> None:
     files = [file.read_bytes() for file in sorted(NUCLEI.glob("*.jpg"))[:8]]
     with run_server(tmp_path / "log", *CPU_FLAGS, "--max-delay-ms", "100") as server:
-        least = check_company(server.url, "nuclei", files)
+        least = check_batches(server.url, "nuclei", files)
     report("least_mask_iou", least)
     assert least >= 0.999

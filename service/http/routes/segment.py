@@ -205,7 +205,7 @@ async def segment_in_time(
         model: What `Segmenter.use` gave.
         images: The request's.
         options: What it asks for.
-        client: Who sent it.
+        client: Its sender.
         progress: Kept up to date.
         timeout_ms: Counted from the request's first byte; None takes the server's default.
 

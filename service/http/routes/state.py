@@ -42,7 +42,7 @@ async def find_key(request: Request) -> KeySpec | None:
 
 
 async def find_client(request: Request) -> ClientProfile:
-    """Who sent a request: the holder of its API key, or else its peer address.
+    """Client of a request: the holder of its API key, or else its peer address.
 
     Raises:
         Unauthorized: The server asks for keys, and the request has none that is known.

@@ -196,7 +196,11 @@ class ServeWorkers:
         self._fronts = serve.get_deployment_handle(FRONT, serve.get_replica_context().app_name)
 
     async def segment(self, call: Call) -> Answer:
-        """See `messages.Workers`."""
+        """Cancels the call in the worker if the caller is cancelled.
+
+        Raises:
+            WorkerLost: The worker died, or cannot be reached.
+        """
         response = self._workers.segment.remote(call)
         try:
             answer: Answer = await response
@@ -208,7 +212,11 @@ class ServeWorkers:
         return answer
 
     async def describe(self) -> Description:
-        """See `messages.Workers`."""
+        """Models of one worker.
+
+        Raises:
+            WorkerLost: The worker died, or cannot be reached.
+        """
         try:
             description: Description = await self._workers.describe.remote()
         except LOST as error:
@@ -216,7 +224,7 @@ class ServeWorkers:
         return description
 
     async def collect(self) -> list[Report]:
-        """See `messages.Workers`; a process that does not answer in time is left out."""
+        """Metrics of all processes; one that does not answer in time is left out."""
         answers = await asyncio.gather(
             *(
                 handle.broadcast("report").results_async(

@@ -146,7 +146,7 @@ def test_fewer_cells_than_candidates() -> None:
 
 
 @torch.inference_mode()
-def test_an_image_does_not_depend_on_its_company() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     model = build()
     pixels, valid_hw = images()
     both = model.candidates(pixels, valid_hw)

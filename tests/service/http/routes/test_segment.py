@@ -287,7 +287,7 @@ async def test_an_engine_failure_harms_only_its_image(client: httpx.AsyncClient)
     assert (alone.status_code, error_of(alone)["code"]) == (500, "engine_error")
 
 
-async def test_company_does_not_change_a_result(client: httpx.AsyncClient) -> None:
+async def test_a_batch_does_not_change_a_result(client: httpx.AsyncClient) -> None:
     """Mixed canvas shapes together are equal to one at a time (mask IoU >= 0.999)."""
     sizes = [(48, 48), (48, 90), (90, 48), (64, 64), (30, 100), (100, 100), (48, 47), (20, 20)]
     pictures = [
