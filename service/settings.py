@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         float,
         Field(
             ge=0,
-            description="seconds between checks of the model repository for changes; 0: no checks",
+            description="time between checks of the model repository, s; 0: no checks",
         ),
     ] = 0.0
     default_model: Annotated[
@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     engine_slots: Annotated[
         PositiveInt | None,
         Field(
-            description="batches that an engine runs at once (default: 2 on a GPU; 1 on the CPU, or one "
-            "per thread for models with tiles and with several workers)"
+            description="batches that an engine runs at once (default: 2 on a GPU; 1 on the CPU, "
+            "or one per thread for models with tiles and with several workers)"
         ),
     ] = None
     engine_cache: Annotated[
@@ -185,8 +185,8 @@ class Settings(BaseSettings):
     cors_origins: Annotated[
         str,
         Field(
-            description="origins allowed to send requests from browsers (CORS), comma-separated, or * "
-            "(default: none)"
+            description="origins allowed to send requests from browsers (CORS), comma-separated, "
+            "or * (default: none)"
         ),
     ] = ""
 

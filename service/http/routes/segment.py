@@ -154,8 +154,7 @@ async def answer(request: Request) -> Response:
 
 
 ROUTE = Route(PATH, answer, methods=["POST"])
-"""Goes before FastAPI's route of `segment`, which documents it: a quarter of the CPU time of a
-request to a cheap model is saved (docs/performance.md)."""
+"""Goes before FastAPI's route of `segment`, which documents it, to save CPU time per request."""
 
 
 def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:

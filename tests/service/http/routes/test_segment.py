@@ -303,11 +303,11 @@ async def test_a_batch_does_not_change_a_result(client: httpx.AsyncClient) -> No
         return results
 
     alone = [(await ask([picture]))[0] for picture in pictures]
-    for company in (
+    for batch in (
         await ask(pictures),
         [r for rs in await asyncio.gather(*(ask([p]) for p in pictures)) for r in rs],
     ):
-        for one, other in zip(alone, company, strict=True):
+        for one, other in zip(alone, batch, strict=True):
             assert len(one["instances"]) == len(other["instances"]) > 0
             for a, b in zip(one["instances"], other["instances"], strict=True):
                 assert a["category_id"] == b["category_id"]
