@@ -201,7 +201,8 @@ class Scheduler:
     def _remove(self, job: Job) -> None:
         with self._lock:
             freed = self._queue.remove(job)
-        self._release(freed)
+        for pixels in freed:
+            self._release(pixels)
 
     def _release(self, pixels: int) -> None:
         """Gives decoded pixels back to the budget; the lock must not be held."""

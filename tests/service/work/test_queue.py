@@ -146,8 +146,8 @@ async def test_removed_requests_are_not_picked_and_give_their_pixels_back() -> N
     queue.add(stays)
     assert pick(queue)[0] is gone
     assert budget.held == gone.images[0].pixels == 32
-    assert queue.remove(gone) == 32
-    assert queue.remove(gone) == 0
+    assert queue.remove(gone) == [32]
+    assert queue.remove(gone) == []
     assert all(gone.skips(image) for image in gone.images)
     assert pick(queue)[0] is stays
     assert queue.pick() is None and queue.pick_active() is None

@@ -374,6 +374,20 @@ async def test_a_policy_is_changed_while_it_works() -> None:
         assert [len(batch) for batch in bench.engine.batches[-8:]] == [1] * 8
 
 
+async def test_a_cancelled_request_gives_the_pixels_of_each_image_back() -> None:
+    """Two images are small, the sum of both would count as a large one."""
+    budget = PixelBudget(800)
+    async with open_bench(Policy(threads=4, calls=4), budget=budget) as bench:
+        bench.engine.go.clear()
+        job = build_job(build_work(1, 2, overlay=True), build_work(3, 4, overlay=True))
+        task = bench.start_job(job)
+        await until(lambda: budget.held == 64)
+        task.cancel()
+        await asyncio.wait([task])
+        assert budget.held == 0
+        assert all(budget.take(50) for _ in range(8))
+
+
 async def test_images_wait_encoded_until_pixels_are_given_back() -> None:
     """Two schedulers share a budget that holds one image."""
     budget = PixelBudget(16)
