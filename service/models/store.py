@@ -201,21 +201,21 @@ class ModelStore:
                 self._announce(only)
             self._start_upgrade(only)
             return
+        # Not `loaded` of after the build: an engine may have been replaced meanwhile.
+        kept = {version: model.loaded for version, model in self.served.get(name, {}).items()}
         versions = await run_in_thread(build)
         old = self.served.pop(name, {})
         new: dict[int, ServedModel] = {}
         for version, loaded in versions.items():
-            same = old.get(version)
-            if same is not None and same.loaded is loaded:
+            if loaded is kept.get(version):
                 new[version] = old.pop(version)
             else:
                 new[version] = self._serve(loaded)
+                self._start_upgrade(new[version])
         if new:
             self.served[name] = new
             self.unavailable.pop(name, None)
             self._metrics.model_refused.labels(name).set(0)
-        for model in new.values():
-            self._start_upgrade(model)
         for version, replaced in old.items():
             if version not in new:
                 self._metrics.remove_model(name, version)

@@ -332,6 +332,41 @@ class TestVersions:
             await wait_for_retirement(store)
         assert caplog.text.count("model blobs version 1 has ended") == 1
 
+    async def test_an_engine_that_is_replaced_during_a_load_goes_on(
+        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        upgrade = FakeUpgrade()
+        go, inside = threading.Event(), threading.Event()
+        load_model = store_module.load_model
+
+        def load_slowly(*arguments: Any) -> dict[int, LoadedModel]:
+            inside.set()
+            assert go.wait(10)
+            return load_model(*arguments)
+
+        monkeypatch.setattr(store_module, "load_model", load_slowly)
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            load = asyncio.create_task(store.load("blobs"))
+            assert await asyncio.to_thread(inside.wait, 10)
+            upgrade.may_build.set()
+            await until(lambda: model.engine.current is upgrade.engine)
+            go.set()
+            assert await load == [1]
+            assert store.find("blobs", None) is model
+            assert not engine_of(model).closed
+
+    async def test_a_load_does_not_build_an_engine_twice(self, settings: Settings) -> None:
+        upgrade = FakeUpgrade()
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            assert len(model.builds) == 1
+            assert await store.load("blobs") == [1]
+            assert store.find("blobs", None) is model and len(model.builds) == 1
+            upgrade.may_build.set()
+            await until(lambda: not model.builds)
+            assert upgrade.loads == 1
+
     async def test_a_model_loaded_at_run_time_is_rebuilt_and_counted(
         self, settings: Settings, model_repo: Path
     ) -> None:
