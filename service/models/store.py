@@ -61,6 +61,7 @@ class ServedModel:
         scheduler: Processes its canvases.
         users: Requests that use it.
         builds: Tasks that build engines for it.
+        is_upgrading: Whether one of them builds a faster engine.
     """
 
     loaded: LoadedModel
@@ -68,6 +69,7 @@ class ServedModel:
     scheduler: Scheduler
     users: int = 0
     builds: set[asyncio.Task[None]] = field(default_factory=set)
+    is_upgrading: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -287,9 +289,10 @@ class ModelStore:
                 return
 
     def _start_upgrade(self, model: ServedModel) -> None:
-        """Builds a faster engine in the background, if the current one names one."""
+        """Builds a faster engine in the background, if the current one names one; one at a time."""
         upgrade: Upgrade | None = getattr(model.engine.current, "upgrade", None)
-        if upgrade is not None and self._loop is not None:
+        if upgrade is not None and self._loop is not None and not model.is_upgrading:
+            model.is_upgrading = True
             _spawn(self._upgrade(model, upgrade), model.builds)
 
     async def _upgrade(self, model: ServedModel, upgrade: Upgrade) -> None:
@@ -321,6 +324,8 @@ class ModelStore:
         else:
             report("done", 1.0)
             logger.info("the engine is %s now", engine.current.name)
+        finally:
+            model.is_upgrading = False
 
     async def _retire(self, model: ServedModel) -> None:
         """Ends a version that is no longer found, when no request uses it."""

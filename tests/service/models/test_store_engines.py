@@ -308,6 +308,29 @@ class TestUpgrades:
             await until(lambda: not model.builds)
             assert upgrade.loads == 0
 
+    async def test_an_engine_that_dies_meanwhile_does_not_start_a_second_build(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        upgrade, second = FakeUpgrade(), FakeUpgrade()
+
+        def rebuild(self: Repository, model: LoadedModel) -> LoadedModel:
+            engine = Controlled(upgrade.engine.engine, "rebuilt")
+            engine.upgrade = second
+            return replace(model, backend=engine)
+
+        monkeypatch.setattr(Repository, "rebuild", rebuild)
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            assert len(await infer(model)) == 1
+            await until(lambda: len(model.builds) <= 1)
+            assert model.engine.current.name == "rebuilt"
+            second.may_build.set()
+            upgrade.may_build.set()
+            await until(lambda: not model.builds)
+            assert model.engine.current is upgrade.engine
+            assert (upgrade.loads, second.loads) == (1, 0)
+
     async def test_the_policy_follows_the_engine(self, settings: Settings) -> None:
         upgrade = FakeUpgrade()
         upgrade.engine.device = "cuda"
