@@ -357,13 +357,13 @@ class ModelStore:
             for name in sorted(name for name, stamp in now.items() if seen.get(name) != stamp):
                 try:
                     versions = await self.load(name)
-                except (ModelUnavailable, UnknownModel) as error:
+                except Exception as error:  # whatever it is, later changes are to be seen
                     logger.error("the repository has changed: %s", error)
                 else:
                     logger.info("model %s has changed, served in version %s", name, versions)
             for name in sorted(set(seen) - set(now)):
                 self.unavailable.pop(name, None)
-                if name in self.served:
+                with suppress(UnknownModel):  # it is not served, or was unloaded meanwhile
                     await self.unload(name)
             seen = now
 
