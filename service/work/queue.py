@@ -224,7 +224,7 @@ class WorkQueue:
             if image.taken:
                 return image
             generation = self.budget.generation
-            if self.budget.take(image.pixels):
+            if self.budget.take(image.pixels, job.client.name):
                 image.held = image.pixels
                 return image
             if not self._blocked:

@@ -222,14 +222,14 @@ async def test_images_wait_until_the_pixels_of_others_are_given_back() -> None:
     _, first, _ = pick(queue)
     assert pick(queue)[1] is first
     assert queue.pick() is None
-    budget.release(queue.release(first))
+    budget.release(queue.release(first), "a")
     assert queue.release(first) == 0
     _, second, _ = pick(queue)
     assert second is jobs[1].images[0]
     assert pick(queue)[1] is second
     assert queue.pick() is None
     queue.remove(jobs[2])
-    budget.release(queue.release(second))
+    budget.release(queue.release(second), "b")
     assert queue.pick() is None
     assert budget.held == 0
 
