@@ -13,7 +13,8 @@ from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec
 from service.errors import ServiceError, describe_error
 from service.models.repository import Repository
-from service.models.store import ModelStore, ServedModel
+from service.models.served import ServedModel
+from service.models.store import ModelStore
 from service.observe.metrics import Metrics
 from service.observe.tracing import note_image
 from service.protocol import ModelState, Segmented

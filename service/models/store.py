@@ -13,11 +13,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.model_config import ModelConfig
 from service.engines.builder import Upgrade
 from service.engines.state import EngineBuild
 from service.engines.watch import WatchedEngine
@@ -30,8 +29,9 @@ from service.errors import (
 )
 from service.models.background import run_in_thread, spawn
 from service.models.repository import CONFIG_FILE, LoadedModel, Repository, load_model
+from service.models.served import ServedModel
 from service.observe.metrics import Metrics
-from service.protocol import ModelState, find_model
+from service.protocol import find_model
 from service.settings import Settings
 from service.work.pixels import PixelBudget
 from service.work.policy import choose_policy
@@ -47,40 +47,6 @@ LONGEST_PAUSE_S = 60.0
 
 Build = Callable[[], Mapping[int, LoadedModel]]
 """Builds versions of a model, warm; runs in a thread."""
-
-
-@dataclass(eq=False)
-class ServedModel:
-    """A version of a model that is served.
-
-    Attributes:
-        loaded: Its configuration, and the engine that it was loaded with.
-        engine: Calls the engine of the moment.
-        scheduler: Processes its canvases.
-        users: Requests that use it.
-        builds: Tasks that build engines for it.
-    """
-
-    loaded: LoadedModel
-    engine: WatchedEngine
-    scheduler: Scheduler
-    users: int = 0
-    builds: set[asyncio.Task[None]] = field(default_factory=set)
-
-    @property
-    def config(self) -> ModelConfig:
-        """Its configuration."""
-        return self.loaded.config
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.config.name
-
-    @property
-    def state(self) -> ModelState:
-        """Its configuration and the state of its engine."""
-        return ModelState(self.config, self.engine.state, self.scheduler.policy.max_batch)
 
 
 class ModelStore:
@@ -199,21 +165,21 @@ class ModelStore:
                 self._announce(only)
             self._start_upgrade(only)
             return
+        # Not `loaded` of after the build: an engine may have been replaced meanwhile.
+        kept = {version: model.loaded for version, model in self.served.get(name, {}).items()}
         versions = await run_in_thread(build)
         old = self.served.pop(name, {})
         new: dict[int, ServedModel] = {}
         for version, loaded in versions.items():
-            same = old.get(version)
-            if same is not None and same.loaded is loaded:
+            if loaded is kept.get(version):
                 new[version] = old.pop(version)
             else:
                 new[version] = self._serve(loaded)
+                self._start_upgrade(new[version])
         if new:
             self.served[name] = new
             self.unavailable.pop(name, None)
             self._metrics.model_refused.labels(name).set(0)
-        for model in new.values():
-            self._start_upgrade(model)
         for version, replaced in old.items():
             if version not in new:
                 self._metrics.remove_model(name, version)
@@ -285,9 +251,10 @@ class ModelStore:
                 return
 
     def _start_upgrade(self, model: ServedModel) -> None:
-        """Builds a faster engine in the background, if the current one names one."""
+        """Builds a faster engine in the background, if the current one names one; one at a time."""
         upgrade: Upgrade | None = getattr(model.engine.current, "upgrade", None)
-        if upgrade is not None and self._loop is not None:
+        if upgrade is not None and self._loop is not None and not model.is_upgrading:
+            model.is_upgrading = True
             spawn(self._upgrade(model, upgrade), model.builds)
 
     async def _upgrade(self, model: ServedModel, upgrade: Upgrade) -> None:
@@ -319,6 +286,8 @@ class ModelStore:
         else:
             report("done", 1.0)
             logger.info("the engine is %s now", engine.current.name)
+        finally:
+            model.is_upgrading = False
 
     async def _retire(self, model: ServedModel) -> None:
         """Ends a version that is no longer found, when no request uses it."""
@@ -350,13 +319,13 @@ class ModelStore:
             for name in sorted(name for name, stamp in now.items() if seen.get(name) != stamp):
                 try:
                     versions = await self.load(name)
-                except (ModelUnavailable, UnknownModel) as error:
+                except Exception as error:  # whatever it is, later changes are to be seen
                     logger.error("the repository has changed: %s", error)
                 else:
                     logger.info("model %s has changed, served in version %s", name, versions)
             for name in sorted(set(seen) - set(now)):
                 self.unavailable.pop(name, None)
-                if name in self.served:
+                with suppress(UnknownModel):  # it is not served, or was unloaded meanwhile
                     await self.unload(name)
             seen = now
 

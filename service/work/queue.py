@@ -104,20 +104,17 @@ class WorkQueue:
         tenant.jobs += 1
         self._push(job)
 
-    def remove(self, job: Job) -> int:
+    def remove(self, job: Job) -> list[int]:
         """Drops a request; canvases that threads are processing are finished and ignored.
 
         Returns:
-            Decoded pixels that are no longer held.
+            Decoded pixels of each image that are no longer held; the budget needs each by itself.
         """
         if job.removed:
-            return 0
+            return []
         job.removed = True
         job.pending.clear()
-        freed = 0
-        if job.unfinished:
-            for image in job.images:
-                freed += self._drop(image)
+        freed = [pixels for image in job.images if (pixels := self._drop(image))]
         tenant = self._tenants[job.client.name]
         tenant.jobs -= 1
         if tenant.jobs == 0:  # idle: its next request starts anew
@@ -227,7 +224,7 @@ class WorkQueue:
             if image.taken:
                 return image
             generation = self.budget.generation
-            if self.budget.take(image.pixels):
+            if self.budget.take(image.pixels, job.client.name):
                 image.held = image.pixels
                 return image
             if not self._blocked:

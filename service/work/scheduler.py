@@ -131,12 +131,13 @@ class Scheduler:
     def _remove(self, job: Job) -> None:
         with self._lock:
             freed = self._queue.remove(job)
-        self._release(freed)
+        for pixels in freed:
+            self._release(job, pixels)
 
-    def _release(self, pixels: int) -> None:
+    def _release(self, job: Job, pixels: int) -> None:
         """Gives decoded pixels back to the budget; the lock must not be held."""
         if pixels:
-            self._queue.budget.release(pixels)
+            self._queue.budget.release(pixels, job.client.name)
 
     def _stop(self) -> None:
         self._queue.budget.forget(self._wake)
@@ -220,7 +221,7 @@ class Scheduler:
         if is_freed:
             with self._lock:
                 freed = self._queue.release(image)
-            self._release(freed)
+            self._release(job, freed)
         return tile
 
     def _call_batch(self, batch: Sequence[Canvas]) -> None:
@@ -318,7 +319,7 @@ class Scheduler:
     def _finish(self, job: Job, image: ImageWork, outcome: Outcome) -> None:
         with self._lock:
             is_done, freed = self._queue.finish(job, image, outcome)
-        self._release(freed)
+        self._release(job, freed)
         if is_done:
             self._tell(job)
 

@@ -330,7 +330,7 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
             raise TooManyImages(f"one request may have {max_images} images") from error
         raise InvalidMultipart(f"the multipart body cannot be read: {reason}") from error
     images = [
-        ImageFile(part.filename or None, await part.read())
+        ImageFile(_as_text(part.filename), await part.read())
         for part in form.getlist(PART_NAME)
         if isinstance(part, UploadFile)
     ]
@@ -341,6 +341,11 @@ async def read_images(request: Request, max_images: int) -> list[ImageFile]:
         )
     await form.close()
     return images
+
+
+def _as_text(name: str | None) -> str | None:
+    """A file name as valid Unicode: the charset of a form can give lone surrogates."""
+    return name.encode(errors="replace").decode() if name else None
 
 
 class _InMemoryParser(MultiPartParser):

@@ -22,7 +22,8 @@ from service.errors import EngineRestarting, ModelUnavailable
 from service.models import repository as repository_module
 from service.models import store as store_module
 from service.models.repository import LoadedModel, Repository, load_repository
-from service.models.store import ModelStore, ServedModel
+from service.models.served import ServedModel
+from service.models.store import ModelStore
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
@@ -308,6 +309,29 @@ class TestUpgrades:
             await until(lambda: not model.builds)
             assert upgrade.loads == 0
 
+    async def test_an_engine_that_dies_meanwhile_does_not_start_a_second_build(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        upgrade, second = FakeUpgrade(), FakeUpgrade()
+
+        def rebuild(self: Repository, model: LoadedModel) -> LoadedModel:
+            engine = Controlled(upgrade.engine.engine, "rebuilt")
+            engine.upgrade = second
+            return replace(model, backend=engine)
+
+        monkeypatch.setattr(Repository, "rebuild", rebuild)
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            assert len(await infer(model)) == 1
+            await until(lambda: len(model.builds) <= 1)
+            assert model.engine.current.name == "rebuilt"
+            second.may_build.set()
+            upgrade.may_build.set()
+            await until(lambda: not model.builds)
+            assert model.engine.current is upgrade.engine
+            assert (upgrade.loads, second.loads) == (1, 0)
+
     async def test_the_policy_follows_the_engine(self, settings: Settings) -> None:
         upgrade = FakeUpgrade()
         upgrade.engine.device = "cuda"
@@ -331,6 +355,41 @@ class TestVersions:
             assert list(both) == [[2], [2]]
             await wait_for_retirement(store)
         assert caplog.text.count("model blobs version 1 has ended") == 1
+
+    async def test_an_engine_that_is_replaced_during_a_load_goes_on(
+        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        upgrade = FakeUpgrade()
+        go, inside = threading.Event(), threading.Event()
+        load_model = repository_module.load_model
+
+        def load_slowly(*arguments: Any) -> dict[int, LoadedModel]:
+            inside.set()
+            assert go.wait(10)
+            return load_model(*arguments)
+
+        monkeypatch.setattr(store_module, "load_model", load_slowly)
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            load = asyncio.create_task(store.load("blobs"))
+            assert await asyncio.to_thread(inside.wait, 10)
+            upgrade.may_build.set()
+            await until(lambda: model.engine.current is upgrade.engine)
+            go.set()
+            assert await load == [1]
+            assert store.find("blobs", None) is model
+            assert not engine_of(model).closed
+
+    async def test_a_load_does_not_build_an_engine_twice(self, settings: Settings) -> None:
+        upgrade = FakeUpgrade()
+        async with open_store(settings, upgrade) as store:
+            model = store.find("blobs", None)
+            assert len(model.builds) == 1
+            assert await store.load("blobs") == [1]
+            assert store.find("blobs", None) is model and len(model.builds) == 1
+            upgrade.may_build.set()
+            await until(lambda: not model.builds)
+            assert upgrade.loads == 1
 
     async def test_a_model_loaded_at_run_time_is_rebuilt_and_counted(
         self, settings: Settings, model_repo: Path
@@ -369,6 +428,49 @@ class TestVersions:
                 await store.load("blobs")
             assert [engine.closed for engine in built] == [True]
             assert sorted(store.served["blobs"]) == [1]
+
+
+class TestPoll:
+    @pytest.mark.parametrize("when", ["loading", "unloading"])
+    async def test_it_survives_any_failure(
+        self,
+        settings: Settings,
+        model_repo: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        when: str,
+    ) -> None:
+        failed = threading.Event()
+
+        async with open_store(settings) as store:
+            load, unload = store.load, store.unload
+
+            async def fail_to_load(name: str) -> list[int]:
+                if name == "blobs" and not failed.is_set():
+                    failed.set()
+                    raise OSError("stale file handle")
+                return await load(name)
+
+            async def unload_after_someone_else(name: str) -> None:
+                await unload(name)
+                failed.set()
+                await unload(name)
+
+            if when == "loading":
+                monkeypatch.setattr(store, "load", fail_to_load)
+            else:
+                monkeypatch.setattr(store, "unload", unload_after_someone_else)
+            poll = asyncio.create_task(store.poll(0.01))
+            await asyncio.sleep(0.05)
+            if when == "unloading":
+                await until(lambda: "wide" in store.served)
+                (model_repo / "wide" / "config.json").unlink()
+            await until(failed.is_set)
+            publish(model_repo, "late")
+            await until(lambda: "late" in store.served or poll.done())
+            assert not poll.done() and "late" in store.served
+            poll.cancel()
+        assert ("stale file handle" in caplog.text) is (when == "loading")
 
 
 def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:

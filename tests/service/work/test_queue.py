@@ -146,8 +146,8 @@ async def test_removed_requests_are_not_picked_and_give_their_pixels_back() -> N
     queue.add(stays)
     assert pick(queue)[0] is gone
     assert budget.held == gone.images[0].pixels == 32
-    assert queue.remove(gone) == 32
-    assert queue.remove(gone) == 0
+    assert queue.remove(gone) == [32]
+    assert queue.remove(gone) == []
     assert all(gone.skips(image) for image in gone.images)
     assert pick(queue)[0] is stays
     assert queue.pick() is None and queue.pick_active() is None
@@ -223,14 +223,14 @@ async def test_images_wait_until_the_pixels_of_others_are_given_back() -> None:
     _, first, _ = pick(queue)
     assert pick(queue)[1] is first
     assert queue.pick() is None
-    budget.release(queue.release(first))
+    budget.release(queue.release(first), "a")
     assert queue.release(first) == 0
     _, second, _ = pick(queue)
     assert second is jobs[1].images[0]
     assert pick(queue)[1] is second
     assert queue.pick() is None
     queue.remove(jobs[2])
-    budget.release(queue.release(second))
+    budget.release(queue.release(second), "b")
     assert queue.pick() is None
     assert budget.held == 0
 
@@ -252,12 +252,12 @@ async def test_a_release_while_requests_are_found_to_be_blocked_is_not_missed() 
 
         refusals = 2
 
-        def take(self, pixels: int) -> bool:
+        def take(self, pixels: int, client: str) -> bool:
             self.refusals -= 1
             if self.refusals == 1:
                 self.generation += 1
                 return False
-            return self.refusals < 0 and super().take(pixels)
+            return self.refusals < 0 and super().take(pixels, client)
 
     queue = build_queue(Racing())
     for name in "ab":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -401,6 +402,39 @@ async def test_a_policy_is_changed_while_it_works() -> None:
         (job,) = await settle([bench.start(*range(1, 9))])
         assert errors_of(job) == [None]
         assert [len(batch) for batch in bench.engine.batches[-8:]] == [1] * 8
+
+
+async def test_images_of_one_client_do_not_keep_an_image_of_another_waiting() -> None:
+    """The budget holds 8 of the images; each has 20 canvases, which take turns."""
+    async with open_bench(budget=PixelBudget(2 * 8 * 320)) as bench:
+        infer = bench.engine.infer
+
+        def infer_slowly(tiles: Sequence[Tile]) -> list[Candidates]:
+            time.sleep(0.001)
+            return infer(tiles)
+
+        bench.engine.infer = infer_slowly  # type: ignore[method-assign]
+        many = [bench.start(*[1] * 20, client="many") for _ in range(12)]
+        await until(lambda: len(bench.engine.batches) > 20)
+        before = len(bench.engine.batches)
+        await settle([bench.start(9, client="other")])
+        assert bench.engine.values.index(9) - before < 40  # not the 141 of 8 images
+        await settle(many)
+        assert bench.budget.held == 0
+
+
+async def test_a_cancelled_request_gives_the_pixels_of_each_image_back() -> None:
+    """Two images are small, the sum of both would count as a large one."""
+    budget = PixelBudget(800)
+    async with open_bench(Policy(threads=4, calls=4), budget=budget) as bench:
+        bench.engine.go.clear()
+        job = build_job(build_work(1, 2, overlay=True), build_work(3, 4, overlay=True))
+        task = bench.start_job(job)
+        await until(lambda: budget.held == 64)
+        task.cancel()
+        await asyncio.wait([task])
+        assert budget.held == 0
+        assert all(budget.take(50, client) for client in "abcdefgh")
 
 
 async def test_images_wait_encoded_until_pixels_are_given_back() -> None:

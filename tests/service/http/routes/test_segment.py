@@ -43,6 +43,26 @@ def error_of(response: httpx.Response) -> dict[str, str]:
     return error
 
 
+@pytest.mark.parametrize("charset", ["unicode_escape", "raw_unicode_escape"])
+async def test_a_file_name_that_is_no_unicode_text_is_answered(
+    client: httpx.AsyncClient, charset: str
+) -> None:
+    """The charset of the form gives a lone surrogate, which JSON in UTF-8 cannot contain."""
+    name = rb'Content-Disposition: form-data; name="images"; filename="a\ud800.png"'
+    body = b"".join(
+        b"--x\r\n" + name + b"\r\n\r\n" + data + b"\r\n" for data in (PICTURE, b"no image")
+    )
+    response = await client.post(
+        "/segment?timeout_ms=10000",
+        content=body + b"--x--\r\n",
+        headers={"content-type": f"multipart/form-data; boundary=x; charset={charset}"},
+    )
+    assert response.status_code == 200
+    good, bad = response.json()["results"]
+    assert good["file_name"] == bad["file_name"] == "a?.png"
+    assert "error" not in good and bad["error"]["code"] == "unsupported_format"
+
+
 async def test_a_multipart_image_is_answered_as_the_contract_says(
     client: httpx.AsyncClient,
 ) -> None:
