@@ -103,6 +103,11 @@ class WatchedEngine:
         """Whether calls are answered now."""
         return self._usable.is_set()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called: no engine is taken any more."""
+        return self._closed.is_set()
+
     def infer(self, tiles: Sequence[Tile], give_up: Callable[[], None]) -> Results:
         """Runs one batch in the calling thread.
 

@@ -231,13 +231,13 @@ class ModelStore:
                 self._loop.call_soon_threadsafe(lambda: spawn(self._rebuild(model), model.builds))
 
     async def _rebuild(self, model: ServedModel) -> None:
-        """Replaces a dead engine; tries until it succeeds, or is cancelled by `_end`."""
+        """Replaces a dead engine; tries until it succeeds, or the model has ended."""
         pause_s = FIRST_PAUSE_S
 
         def build() -> dict[int, LoadedModel]:
             return {model.loaded.version: self._repository.rebuild(model.loaded)}
 
-        while True:
+        while not model.engine.is_closed:
             try:
                 await self.replace(model.name, build, only=model)
             except Exception as error:  # whatever stands in the way may pass

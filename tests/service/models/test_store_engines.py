@@ -215,6 +215,18 @@ class TestDeadEngines:
                 await call
             await until(lambda: not model.builds)
 
+    async def test_a_death_that_is_reported_after_the_end_builds_nothing(
+        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            await store.unload("blobs")
+            await wait_for_retirement(store)
+            monkeypatch.setattr(store, "replace", None)  # not called
+            store._report_death(model)
+            await asyncio.sleep(0.05)
+            assert not model.builds
+
     async def test_an_engine_that_is_built_for_nobody_is_closed(self, settings: Settings) -> None:
         built: list[Controlled] = []
         async with open_store(settings) as store:
