@@ -105,7 +105,11 @@ class Settings(BaseSettings):
         ),
     ] = Field(default_factory=count_cores)
     max_batch: Annotated[
-        PositiveInt, Field(description="canvases in one engine call; a model's limit also holds")
+        PositiveInt,
+        Field(
+            description="canvases in one engine call; a model's limit also holds, and without a "
+            "delay 1 on the CPU"
+        ),
     ] = 8
     engine_timeout_s: Annotated[
         float,

@@ -19,7 +19,8 @@ class Policy:
         threads: Threads that decode, call the engine and post-process.
         helpers: Further threads that only take canvases of images that are being processed.
         calls: Engine calls at once.
-        batch: Whether canvases of different images share engine calls.
+        batch: Whether a canvas changes threads: some call the engine, meanwhile others decode and
+            post-process.
         max_batch: Canvases in a call.
         max_delay_s: How long a canvas waits for others of its shape.
     """
@@ -38,10 +39,10 @@ class Policy:
 
 
 def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> Policy:
-    """Batches on a GPU; on the CPU, where they gain nothing, an image keeps its thread.
+    """Batches on a GPU, and wherever a delay is set; on the CPU batches gain nothing.
 
-    An engine call that uses several cores is batched on the CPU too, so that one image is decoded
-    while the engine has another.
+    On the CPU an image keeps its thread, unless the engine takes one call at a time: then other
+    threads decode and post-process meanwhile.
 
     Args:
         settings: Threads, batch size and delay.
@@ -49,18 +50,17 @@ def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> 
         limits: The model's, from config.json.
     """
     current = engine.current
-    on_cpu, calls = current.device == "cpu", current.concurrency
+    on_cpu, calls, threads = current.device == "cpu", current.concurrency, settings.pool_threads
     delay_ms = settings.max_delay_ms
-    one_core_a_call = calls > 1 or (limits.threads or settings.threads) == 1
-    if on_cpu and not delay_ms and one_core_a_call:
-        threads = min(settings.pool_threads, calls)
-        return Policy(threads=threads, helpers=calls - threads, calls=calls)
+    share_calls = bool(delay_ms) or not on_cpu
+    if not share_calls and (calls > 1 or threads == 1):
+        return Policy(min(threads, calls), helpers=max(0, calls - threads), calls=calls)
     if delay_ms is None:
         delay_ms = 0.0 if on_cpu else GPU_DELAY_MS
     return Policy(
-        threads=settings.pool_threads + calls,
+        threads=max(threads, calls) if on_cpu else threads + calls,
         calls=calls,
         batch=True,
-        max_batch=min(settings.max_batch, limits.max_batch),
+        max_batch=min(settings.max_batch, limits.max_batch) if share_calls else 1,
         max_delay_s=delay_ms / 1000,
     )

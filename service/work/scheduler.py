@@ -153,14 +153,14 @@ class Scheduler:
 
     def _next(self) -> Callable[[], None] | float | None:
         batches, policy = self._batches, self.policy
-        if batches.results:
-            return partial(self._search, batches.results.popleft())
-        if batches.buckets or batches.retry:
+        if batches.buckets or batches.retry:  # first of all, so that the engine is never idle
             batch = batches.take(policy, at_once=self._draining)
             if batch:
                 if self._queue:  # threads that found no room for more canvases
                     self._threads.wake(len(batch))
                 return partial(self._call_batch, batch)
+        if batches.results:
+            return partial(self._search, batches.results.popleft())
         if not policy.batch:
             picked = self._queue.pick()
             return (

@@ -349,10 +349,10 @@ class TestUpgrades:
         upgrade.engine.device = "cuda"
         async with open_store(settings, upgrade) as store:
             model = store.find("blobs", None)
-            assert model.state.max_batch == 1 and not model.scheduler.policy.batch
+            assert model.state.max_batch == 1
             upgrade.may_build.set()
-            await until(lambda: model.scheduler.policy.batch)
-            assert model.state.max_batch == 8
+            await until(lambda: model.state.max_batch == 8)
+            assert model.scheduler.policy.max_delay_s == 0.005
             assert store._metrics.batch_limit.labels("blobs")._value.get() == 8
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.types import Candidates, Tile
 from service.errors import Draining, EngineError
+from service.work.batches import Canvas
 from service.work.policy import Policy
 from service.work.request import ImageFile
 from service.work.scheduler import CallStats
@@ -32,6 +33,25 @@ async def test_canvases_of_different_requests_share_calls() -> None:
         assert [len(batch) for batch in bench.engine.batches] == [4, 4]
         assert bench.stats == [CallStats(4, failed=False)] * 2
         assert sorted(bench.engine.values) == list(range(1, 9))
+
+
+async def test_the_next_call_comes_before_post_processing() -> None:
+    async with open_bench(batches(1, 0.0)) as bench:
+        job = build_job(build_work(1, 2))
+        (image,) = job.images
+        image.open()
+        canvases = [
+            Canvas(job, image, i, image.make_canvas(i)[0], time.monotonic()) for i in (0, 1)
+        ]
+        scheduler = bench.scheduler
+        scheduler._batches.results.append(canvases[0])
+        scheduler._batches.put(canvases[1])
+        steps = [scheduler._next() for _ in range(3)]
+        assert [step and step.func for step in steps] == [  # type: ignore[union-attr]
+            scheduler._call_batch,
+            scheduler._search,
+            None,  # the call is still in flight
+        ]
 
 
 async def test_canvases_of_one_image_share_calls_in_order() -> None:

@@ -21,17 +21,17 @@ def choose(device: str, concurrency: int, limits: Limits | None = None, **settin
     return choose_policy(Settings(**given), watched, limits or Limits())
 
 
-def test_on_the_cpu_an_image_keeps_its_thread_where_a_call_uses_one_core() -> None:
+def test_on_the_cpu_an_image_keeps_its_thread_where_calls_run_side_by_side() -> None:
     assert choose("cpu", 2) == Policy(threads=2, calls=2)
     assert choose("cpu", 4) == Policy(threads=3, helpers=1, calls=4)
-    assert choose("cpu", 1, threads=1) == Policy(threads=1, calls=1)
-    assert choose("cpu", 1, Limits(threads=1)) == Policy(threads=1, calls=1)
+    assert choose("cpu", 1, pool_threads=1) == Policy(threads=1, calls=1)
     assert choose("cpu", 2, max_delay_ms=0) == Policy(threads=2, calls=2)
 
 
-def test_calls_of_several_cores_share_a_batch_without_waiting_for_it() -> None:
-    policy = choose("cpu", 1)
-    assert policy == Policy(threads=4, calls=1, batch=True, max_batch=8)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_other_threads_work_while_the_only_call_runs(threads: int) -> None:
+    assert choose("cpu", 1, threads=threads) == Policy(threads=3, calls=1, batch=True)
+    assert choose("cpu", 1, Limits(threads=threads)) == Policy(threads=3, calls=1, batch=True)
 
 
 def test_on_a_gpu_canvases_wait_for_others() -> None:
@@ -41,7 +41,8 @@ def test_on_a_gpu_canvases_wait_for_others() -> None:
 
 def test_the_delay_and_the_batch_are_settings_and_the_model_bounds_the_batch() -> None:
     policy = choose("cpu", 2, Limits(max_batch=4), max_delay_ms=20)
-    assert policy.batch and (policy.max_batch, policy.max_delay_s) == (4, 0.02)
+    assert policy == Policy(threads=3, calls=2, batch=True, max_batch=4, max_delay_s=0.02)
+    assert choose("cpu", 4, max_delay_ms=20).threads == 4
     assert choose("cuda", 1, Limits(max_batch=16), max_batch=2, max_delay_ms=0) == Policy(
         threads=4, calls=1, batch=True, max_batch=2
     )
