@@ -6,6 +6,8 @@ becomes busy starts at the queue's virtual time, so an idle flow saves up no cre
 
 Bound: between two flows that both have work waiting all the time, the canvases served per unit of
 weight differ by at most `BURST * (1 - BURST_CHARGE) + 2`, whatever the length of time.
+A flow that always has work, among at most n of the same weight in the queue, is served at least
+once in `n / BURST_CHARGE + n` canvases, even if the others are new all the time.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class FairQueue(Generic[F]):
             goes_on: Whether it stays in the queue, at its new place.
         """
         heap = self._heap
-        self._time = heap[0][0]
+        # Flows that come for one canvas each do not advance the first tag: time advances by itself,
+        # at most as fast as the tags of flows with work, so that none of these starves.
+        self._time = max(heap[0][0], self._time + BURST_CHARGE / (flow.weight * len(heap)))
         if goes_on:
             heapq.heapreplace(heap, (flow.tag, next(self._arrivals), flow))
         else:

@@ -133,3 +133,27 @@ def test_two_flows_that_wait_all_the_time_differ_by_no_more_than_the_bound(seed:
             low, high = min(low, counts[0] - counts[1]), max(high, counts[0] - counts[1])
     assert min(counts) > 100
     assert high - low <= BOUND
+
+
+@pytest.mark.parametrize("others", [1, 4, 16])
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_flows_that_come_and_go_do_not_starve_one_that_stays(others: int, weight: float) -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    staying = Flow(weight=weight)
+    queue.push(staying)
+    for _ in range(others):
+        queue.push(Flow())
+    gap = 0
+    served = 0
+    for _ in range(100 * (others + 1)):
+        flow = queue.first()
+        assert flow is not None
+        flow.charge()
+        is_staying = flow is staying
+        queue.served(flow, goes_on=is_staying)
+        served += is_staying
+        gap = 0 if is_staying else gap + 1
+        assert gap <= (others + 1) / BURST_CHARGE + others + 1
+        if not is_staying:
+            queue.push(Flow())
+    assert served >= 100 * BURST_CHARGE * min(weight, 2)
