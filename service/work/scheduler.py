@@ -272,9 +272,12 @@ class Scheduler:
         self._on_call(CallStats(len(canvases), failed=True))
         with self._lock:
             self._batches.calls -= is_batch
-            if not self._threads.replace(thread):
-                self._helpers.replace(thread)
-        self._split(canvases, BackendError("the call exceeded its time"))
+        try:  # first, so that no thread takes further canvases of an image that has failed
+            self._split(canvases, BackendError("the call exceeded its time"))
+        finally:
+            with self._lock:
+                if not self._threads.replace(thread):
+                    self._helpers.replace(thread)
 
     def _split(self, canvases: Sequence[Canvas], error: BaseException) -> None:
         """Runs the canvases of a failed call one by one; a single one has failed."""
