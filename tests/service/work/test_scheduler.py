@@ -214,6 +214,14 @@ async def test_progress_counts_finished_canvases() -> None:
         assert (job.progress.done, job.progress.canvases) == (3, 3)
 
 
+async def test_progress_is_corrected_when_an_image_has_fewer_canvases_than_admitted() -> None:
+    async with open_bench() as bench:
+        work = build_work(1, 2)
+        work.canvases = 5
+        (job,) = await settle([bench.start_job(build_job(work))])
+        assert (job.progress.done, job.progress.canvases) == (2, 2)
+
+
 async def test_a_request_that_leaves_while_it_waits_is_never_opened() -> None:
     async with open_bench() as bench:
         held = await bench.hold()
