@@ -22,6 +22,7 @@ class EngineGate:
 
     Attributes:
         calls: Calls that were let through.
+        is_waiting: Whether a call waits to be let through.
     """
 
     def __init__(
@@ -29,12 +30,15 @@ class EngineGate:
     ) -> None:
         (loaded,) = repository.models[name].values()
         self.calls = 0
+        self.is_waiting = False
         self._permits = threading.Semaphore(0)
         self._infer = loaded.backend.infer
         monkeypatch.setattr(loaded.backend, "infer", self._infer_when_let)
 
     def _infer_when_let(self, tiles: Any) -> Any:
+        self.is_waiting = True
         assert self._permits.acquire(timeout=WAIT_S), "the test has let no call through"
+        self.is_waiting = False
         self.calls += 1
         return self._infer(tiles)
 
