@@ -166,7 +166,7 @@ class ModelStore:
             self._start_upgrade(only)
             return
         # Not `loaded` of after the build: an engine may have been replaced meanwhile.
-        kept = {version: model.loaded for version, model in self.served.get(name, {}).items()}
+        kept = self._find_loaded(name)
         versions = await run_in_thread(build)
         old = self.served.pop(name, {})
         new: dict[int, ServedModel] = {}
@@ -185,6 +185,10 @@ class ModelStore:
                 self._metrics.remove_model(name, version)
             spawn(self._retire(replaced), self._retiring)
 
+    def _find_loaded(self, name: str) -> dict[int, LoadedModel]:
+        """The versions of a model that are served now, with their present engines."""
+        return {version: model.loaded for version, model in self.served.get(name, {}).items()}
+
     async def load(self, name: str) -> list[int]:
         """Serves what config.json says now; versions that have not changed stay as they are.
 
@@ -200,7 +204,7 @@ class ModelStore:
         """
         async with self._changing:
             folder = self._find_folder(name)
-            kept = {v: model.loaded for v, model in self.served.get(name, {}).items()}
+            kept = self._find_loaded(name)
             try:
                 await self.replace(
                     name, partial(load_model, folder, self._repository.options, kept)

@@ -257,8 +257,7 @@ class Scheduler:
         except Exception as error:
             self._on_call(CallStats(len(canvases), failed=True))
             if len(canvases) == 1:
-                logger.error("the engine failed on a canvas: %s", error)
-                raise EngineError(FAILED) from error
+                raise _report(error) from error
             raise
         call = started_s, time.monotonic()
         for canvas, candidates in zip(canvases, results, strict=True):
@@ -291,8 +290,7 @@ class Scheduler:
             return
         (canvas,) = canvases
         if not isinstance(error, EngineError):
-            logger.error("the engine failed on a canvas: %s", error)
-            error = EngineError(FAILED)
+            error = _report(error)
         self._fail(canvas.job, canvas.image, error)
 
     def _search(self, canvas: Canvas) -> None:
@@ -336,3 +334,9 @@ class Scheduler:
 
         with contextlib.suppress(RuntimeError):  # the loop is closed
             job.done.get_loop().call_soon_threadsafe(tell)
+
+
+def _report(error: BaseException) -> EngineError:
+    """Logs why the engine failed on a canvas; the error that its image gets."""
+    logger.error("the engine failed on a canvas: %s", error)
+    return EngineError(FAILED)

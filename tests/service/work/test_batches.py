@@ -14,7 +14,7 @@ from service.work.batches import Canvas
 from service.work.policy import Policy
 from service.work.request import ImageFile
 from service.work.scheduler import CallStats
-from tests.service.work.test_scheduler import errors_of, open_bench, settle, until
+from tests.service.work.test_scheduler import errors_of, leave_at_random, open_bench, settle, until
 from tests.support.canvases import BAD, build_config, build_job, build_work
 
 
@@ -296,13 +296,5 @@ async def test_results_are_post_processed_before_more_calls() -> None:
 
 async def test_leaving_at_random_loses_no_thread_and_no_pixels() -> None:
     async with open_bench(batches(3, 0.001, threads=4, calls=2)) as bench:
-        for round_ in range(40):
-            tasks = [bench.start(*range(1, 2 + n % 5), client=f"{n % 3}") for n in range(12)]
-            for _ in range(round_ % 7):
-                await asyncio.sleep(0)
-            for task in tasks[round_ % 3 :: 2]:
-                task.cancel()
-            await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        jobs = await settle([bench.start(1, 2, 3) for _ in range(6)])
-        assert all(errors_of(job) == [None] for job in jobs)
+        await leave_at_random(bench)
         await until(lambda: bench.budget.held == 0 and bench.scheduler._batches.calls == 0)

@@ -101,6 +101,19 @@ def errors_of(job: Job) -> list[Exception | None]:
     return [outcome.error for outcome in outcomes if outcome is not None]
 
 
+async def leave_at_random(bench: Bench) -> None:
+    """Many requests of three clients, some cancelled; those that follow are all answered."""
+    for round_ in range(40):
+        tasks = [bench.start(*range(1, 2 + n % 5), client=f"{n % 3}") for n in range(12)]
+        for _ in range(round_ % 7):
+            await asyncio.sleep(0)
+        for task in tasks[round_ % 3 :: 2]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+    jobs = await settle([bench.start(1, 2, 3) for _ in range(6)])
+    assert all(errors_of(job) == [None] for job in jobs)
+
+
 async def test_an_image_keeps_its_thread() -> None:
     async with open_bench(Policy(threads=2, calls=2)) as bench:
         (job,) = await settle([bench.start(7)])
@@ -461,14 +474,6 @@ async def test_images_wait_encoded_until_pixels_are_given_back() -> None:
 @pytest.mark.parametrize(("threads", "helpers"), [(3, 0), (2, 2)])
 async def test_leaving_at_random_loses_no_thread_and_no_pixels(threads: int, helpers: int) -> None:
     async with open_bench(Policy(threads=threads, helpers=helpers, calls=4)) as bench:
-        for round_ in range(40):
-            tasks = [bench.start(*range(1, 2 + n % 5), client=f"{n % 3}") for n in range(12)]
-            for _ in range(round_ % 7):
-                await asyncio.sleep(0)
-            for task in tasks[round_ % 3 :: 2]:
-                task.cancel()
-            await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        jobs = await settle([bench.start(1, 2, 3) for _ in range(6)])
-        assert all(errors_of(job) == [None] for job in jobs)
+        await leave_at_random(bench)
         await until(lambda: bench.budget.held == 0)
         assert bench.scheduler.waiting == 0
