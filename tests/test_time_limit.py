@@ -39,6 +39,7 @@ def run(folder: Path, selected: str, *options: str) -> str:
     (folder / "test_hanging.py").write_text(HANGING)
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
     command += ["-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    command += ["-rN"]  # the summary repeats messages in full where CI is set
     done = subprocess.run(
         [*command, "--timeout", "1", *options, folder / selected],
         cwd=ROOT,
