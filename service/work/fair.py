@@ -7,7 +7,8 @@ becomes busy starts at the queue's virtual time, so an idle flow saves up no cre
 Bound: between two flows that both have work waiting all the time, the canvases served per unit of
 weight differ by at most `BURST * (1 - BURST_CHARGE) + 2`, whatever the length of time.
 A flow that always has work, among at most n of the same weight in the queue, is served at least
-once in `n / BURST_CHARGE + n` canvases, even if the others are new all the time.
+once in `n / BURST_CHARGE + n` canvases, even if the others are new all the time
+(`n / BURST_CHARGE + n * BURST` if they do not take turns during their bursts).
 """
 
 from __future__ import annotations
@@ -30,21 +31,30 @@ class Flow:
         weight: Its share relative to other flows.
         tag: Virtual time from which it may be served again.
         burst: Canvases that are still charged `BURST_CHARGE`.
+        in_turns: Whether every canvas of the burst is charged at once, so that flows take turns;
+            otherwise the burst is charged when it is over: short flows end in their order, which
+            takes less time on average.
         queued: Whether it is in its queue.
+        arrival: Order between equal tags.
     """
 
     weight: float = 1.0
     tag: float = 0.0
     burst: int = BURST
+    in_turns: bool = True
     queued: bool = False
+    arrival: int = -1
 
     def charge(self) -> None:
         """Counts one canvas."""
-        if self.burst:
-            self.burst -= 1
-            self.tag += BURST_CHARGE / self.weight
-        else:
+        if not self.burst:
             self.tag += 1 / self.weight
+            return
+        self.burst -= 1
+        if self.in_turns:
+            self.tag += BURST_CHARGE / self.weight
+        elif not self.burst:
+            self.tag += BURST * BURST_CHARGE / self.weight
 
 
 F = TypeVar("F", bound=Flow)
@@ -65,8 +75,10 @@ class FairQueue(Generic[F]):
         """Adds a flow; does nothing if it is in the queue already."""
         if not flow.queued:
             flow.queued = True
-            flow.tag = max(flow.tag, self._time)
-            heapq.heappush(self._heap, (flow.tag, next(self._arrivals), flow))
+            if flow.tag < self._time or flow.arrival < 0:
+                flow.tag = max(flow.tag, self._time)
+                flow.arrival = next(self._arrivals)
+            heapq.heappush(self._heap, (flow.tag, flow.arrival, flow))
 
     def first(self) -> F | None:
         """The flow that has received the least service; it stays in the queue. None if empty."""
@@ -84,7 +96,9 @@ class FairQueue(Generic[F]):
         # at most as fast as the tags of flows with work, so that none of these starves.
         self._time = max(heap[0][0], self._time + BURST_CHARGE / (flow.weight * len(heap)))
         if goes_on:
-            heapq.heapreplace(heap, (flow.tag, next(self._arrivals), flow))
+            if flow.tag != heap[0][0]:
+                flow.arrival = next(self._arrivals)
+            heapq.heapreplace(heap, (flow.tag, flow.arrival, flow))
         else:
             heapq.heappop(heap)
             flow.queued = False

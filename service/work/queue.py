@@ -34,6 +34,7 @@ class Job(Flow):
 
     client: ClientProfile
     images: Sequence[ImageWork]
+    in_turns: bool = False
     priority: Priority = "interactive"
     progress: RequestProgress = field(default_factory=RequestProgress)
     done: asyncio.Future[None]

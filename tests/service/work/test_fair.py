@@ -94,6 +94,40 @@ def test_a_newcomer_goes_next_and_gets_three_of_four_canvases_of_its_burst() -> 
     assert served.count(old) >= 3  # it goes on meanwhile
 
 
+def test_short_flows_that_do_not_take_turns_end_in_their_order() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    flows = [Flow(in_turns=False) for _ in range(3)]
+    for flow in flows[:2]:
+        queue.push(flow)
+    served = serve(queue, BURST)
+    queue.push(flows[2])
+    assert served + serve(queue, 2 * BURST) == [flow for flow in flows for _ in range(BURST)]
+    assert [flow.tag for flow in flows[:2]] == pytest.approx([BURST * BURST_CHARGE] * 2)
+
+
+def test_a_flow_that_left_before_its_burst_was_over_keeps_its_place() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    first, second = (Flow(in_turns=False) for _ in range(2))
+    queue.push(first)
+    queue.push(second)
+    queue.served(first, goes_on=False)
+    assert queue.first() is second
+    queue.push(first)
+    assert queue.first() is second  # time has passed
+    queue.served(second, goes_on=False)
+    assert queue.first() is first
+
+
+def test_a_short_flow_passes_a_long_one_that_does_not_take_turns_either() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    old = Flow(in_turns=False)
+    queue.push(old)
+    serve(queue, 1000)
+    new = Flow(in_turns=False)
+    queue.push(new)
+    assert serve(queue, BURST + 1).count(new) == BURST
+
+
 def test_an_idle_flow_saves_up_no_credit() -> None:
     queue: FairQueue[Flow] = FairQueue()
     busy, idle = steady(), steady()
@@ -137,12 +171,15 @@ def test_two_flows_that_wait_all_the_time_differ_by_no_more_than_the_bound(seed:
 
 @pytest.mark.parametrize("others", [1, 4, 16])
 @pytest.mark.parametrize("weight", [1.0, 10.0])
-def test_flows_that_come_and_go_do_not_starve_one_that_stays(others: int, weight: float) -> None:
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_flows_that_come_and_go_do_not_starve_one_that_stays(
+    others: int, weight: float, in_turns: bool
+) -> None:
     queue: FairQueue[Flow] = FairQueue()
-    staying = Flow(weight=weight)
+    staying = Flow(weight=weight, in_turns=in_turns)
     queue.push(staying)
     for _ in range(others):
-        queue.push(Flow())
+        queue.push(Flow(in_turns=in_turns))
     gap = 0
     served = 0
     for _ in range(100 * (others + 1)):
@@ -153,7 +190,7 @@ def test_flows_that_come_and_go_do_not_starve_one_that_stays(others: int, weight
         queue.served(flow, goes_on=is_staying)
         served += is_staying
         gap = 0 if is_staying else gap + 1
-        assert gap <= (others + 1) / BURST_CHARGE + others + 1
+        assert gap <= (others + 1) * (1 / BURST_CHARGE + (1 if in_turns else BURST))
         if not is_staying:
-            queue.push(Flow())
+            queue.push(Flow(in_turns=in_turns))
     assert served >= 100 * BURST_CHARGE * min(weight, 2)
