@@ -12,7 +12,6 @@ its pixels to its instances.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -76,6 +75,7 @@ class Scheduler:
         self._threads = Crew("work", self._lock, self._next, policy.threads)
         self._helpers = Crew("help", self._lock, self._next_help, policy.helpers)
         self._jobs: set[Job] = set()
+        self._finished: list[Job] = []
         self._draining = False
         self._queue.budget.on_release(self._wake)
 
@@ -320,20 +320,26 @@ class Scheduler:
     def _finish(self, job: Job, image: ImageWork, outcome: Outcome) -> None:
         with self._lock:
             is_done, freed = self._queue.finish(job, image, outcome)
+            if is_done:
+                self._finished.append(job)
+            is_first = is_done and len(self._finished) == 1
         self._release(job, freed)
-        if is_done:
-            self._tell(job)
+        if is_first:  # otherwise the event loop has been woken and will see this request too
+            try:
+                job.done.get_loop().call_soon_threadsafe(self._tell)
+            except RuntimeError:  # the loop is closed
+                self._take_finished()
 
-    @staticmethod
-    def _tell(job: Job) -> None:
-        """Wakes the event loop, once for a request."""
-
-        def tell() -> None:
+    def _tell(self) -> None:
+        """Wakes the callers of `run` whose requests are finished; runs in the event loop."""
+        for job in self._take_finished():
             if not job.done.done():
                 job.done.set_result(None)
 
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            job.done.get_loop().call_soon_threadsafe(tell)
+    def _take_finished(self) -> list[Job]:
+        with self._lock:
+            finished, self._finished = self._finished, []
+        return finished
 
 
 def _report(error: BaseException) -> EngineError:
