@@ -26,6 +26,8 @@ from export.publish import (
     Release,
     add_artefacts,
     describe_file,
+    describe_served,
+    keep_default,
     next_version,
     publish,
     read_version,
@@ -188,7 +190,10 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     variants += make_packages(network, config, model, options.aoti, _print_progress)
     model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
     release = Release(model, graph, parity, tuple(variants), weights)
+    kept = keep_default(options.out, model.name)
     target = publish(options.out, release, force=options.force)
+    for line in describe_served(target, kept):
+        _print_progress(line)
     return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
 
 

@@ -138,11 +138,11 @@ def test_a_failing_rename_keeps_the_old_version(
     replace = os.replace
 
     def failing(source: Path, target: Path) -> None:
-        if Path(source).name == "new":
+        if Path(target).name == "config.json":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("export.publish.os.replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
         publish(tmp_path, build_release(graph=b"other"), force=True)
     assert files_under(tmp_path) == before

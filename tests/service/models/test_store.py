@@ -200,7 +200,8 @@ async def test_unloading_and_loading_again(client: httpx.AsyncClient) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
     listed = {m["name"]: m for m in (await client.get("/v2/models")).json()["models"]}
     assert (listed["blobs"]["state"], listed["blobs"]["reason"]) == ("UNAVAILABLE", "unloaded")
-    assert (await segment(client)).json()["model"] == "wide"  # the first that is served
+    refused = await segment(client)  # the default is not replaced in silence
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
     assert (await client.get("/v2/health/ready")).status_code == 200
     assert (await load(client, "blobs")).status_code == 200
     assert (await segment(client)).json()["model"] == "blobs"
