@@ -19,6 +19,7 @@ MAX_CANVAS_PX = 4096 * 4096
 """Largest canvas; the first layers of a network need several hundred bytes for each pixel."""
 _MOST_ERRORS = 5
 _LONGEST_REASON = 1000
+_LONGEST_NAME = 80
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -294,11 +295,16 @@ class RepositoryConfig(Spec):
 def _reason(error: ValidationError) -> str:
     """The first faults, by field, abbreviated: a file may have any number, of any length."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found[:_MOST_ERRORS]]
+    parts = [f"{_join(e['loc'])}: {e['msg']}" for e in found[:_MOST_ERRORS]]
     if len(found) > _MOST_ERRORS:
         parts.append(f"and {len(found) - _MOST_ERRORS} more")
     text = "; ".join(parts)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+
+
+def _join(location: tuple[int | str, ...]) -> str:
+    names = map(str, location)
+    return ".".join(n if len(n) <= _LONGEST_NAME else f"{n[:_LONGEST_NAME]}..." for n in names)
 
 
 def parse_model_config(text: str | bytes) -> RepositoryConfig:

@@ -18,7 +18,7 @@ from service.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-GONE_S = 1.0
+GONE_S = 0.25
 """How long a model must be missing: a folder may be replaced by renaming."""
 
 
@@ -65,16 +65,18 @@ class RepositoryWatcher:
 
     async def _follow(self) -> None:
         names, now = await asyncio.to_thread(self._scan)
-        gone = self._find_gone(names, now)
-        if gone:
-            await asyncio.sleep(GONE_S)
-            names, now = await asyncio.to_thread(self._scan)
-            gone &= self._find_gone(names, now)
         changed = [name for name in sorted(now) if self._has_changed(name, now[name])]
         retried = [name for name in changed if not await self._load(name)]
+        gone = self._find_gone(names, now)
+        self._seen = {
+            name: stamp for name, stamp in {**self._seen, **now}.items() if name not in retried
+        }
+        if gone:
+            await asyncio.sleep(GONE_S)
+            gone &= self._find_gone(*await asyncio.to_thread(self._scan))
         for name in sorted(gone):
             await self._store.remove(name)
-        self._seen = {name: stamp for name, stamp in now.items() if name not in retried}
+        self._seen = {name: stamp for name, stamp in self._seen.items() if name not in gone}
 
     def _scan(self) -> tuple[set[str], Mapping[str, Stamp]]:
         """Names of all folders, and stamps of those that have a config.json.
