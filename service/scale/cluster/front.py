@@ -25,7 +25,7 @@ from service.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from service.protocol import ModelState, Segmented, find_model
+from service.protocol import ModelState, Segmented, choose_default, find_model
 from service.scale.cluster.messages import Answer, Call, Description, WorkerLost, Workers
 from service.scale.cluster.metrics import FrontMetrics
 from service.segmenter import measure
@@ -113,7 +113,8 @@ class ClusterSegmenter:
     @property
     def default_model(self) -> str | None:
         """Name of the model of requests that name none; None if such requests are refused."""
-        return self._description.default_model
+        named = self._settings.default_model or self._description.default_model
+        return choose_default(self._served, named)
 
     def start(self) -> None:
         """Starts asking what is served."""
