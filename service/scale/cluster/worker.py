@@ -83,7 +83,7 @@ class Worker:
 
     async def check_health(self) -> None:
         """Raises while an engine has failed: if that lasts, Serve starts another worker."""
-        if not all(model.engine.is_alive for model in self._segmenter.models):
+        if self._segmenter.models and not self._segmenter.is_ready:
             raise RuntimeError("an engine has died and is not back yet")
 
 

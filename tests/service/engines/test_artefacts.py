@@ -108,7 +108,7 @@ def test_a_file_that_becomes_a_fifo_before_it_is_opened_is_refused(
         os.mkfifo(file)
         return found
 
-    monkeypatch.setattr(artefacts_module.os, "stat", stat_then_replace)
+    monkeypatch.setattr(os, "stat", stat_then_replace)
     with pytest.raises(OSError, match="a FIFO"):
         open_file(file)
 

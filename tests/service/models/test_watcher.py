@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from service.models import watcher as watcher_module
+from service.models.folders import list_models
 from service.models.publishing import write_default
 from service.models.repository import load_repository
 from service.models.store import ModelStore
@@ -46,6 +47,9 @@ class Watched:
     @property
     def served(self) -> dict[str, list[int]]:
         return {name: sorted(versions) for name, versions in self.store.served.items()}
+
+    def default(self) -> str | None:
+        return self.store.default_model
 
     def shows(self, sample: str) -> bool:
         return f"\n{sample}\n" in render(self.metrics)
@@ -226,7 +230,7 @@ async def test_a_model_folder_that_is_replaced_by_renaming_is_not_unloaded(
 
     kept = watched.store.find("wide", 1)
     (model_repo / "wide").rename(aside)
-    monkeypatch.setattr(watcher_module.asyncio, "sleep", come_back)
+    monkeypatch.setattr("service.models.watcher.asyncio.sleep", come_back)
     await watched.watcher.check()
     assert watched.store.find("wide", 1) is kept
 
@@ -240,7 +244,7 @@ async def test_polling_survives_any_failure(
     error: Exception,
 ) -> None:
     failures: list[Any] = []
-    load, list_models = watched.store.load, watcher_module.list_models
+    load = watched.store.load
 
     async def fail_once(name: str) -> list[int]:
         if not failures:
@@ -272,18 +276,18 @@ async def test_polling_survives_any_failure(
 async def test_the_default_of_the_repository_is_followed(
     watched: Watched, model_repo: Path
 ) -> None:
-    assert watched.store.default_model is None
+    assert watched.default() is None
     write_default(model_repo, "wide")
     await watched.watcher.check()
-    assert watched.store.default_model == "wide"
+    assert watched.default() == "wide"
     assert watched.store.find(None, None).name == "wide"
     (model_repo / "repository.json").write_text('{"default_model": 7}')
     await watched.watcher.check()
-    assert watched.store.default_model == "wide"
+    assert watched.default() == "wide"
     assert watched.shows("solo_repository_readable 0.0")
     write_default(model_repo, None)
     await watched.watcher.check()
-    assert watched.store.default_model is None
+    assert watched.default() is None
     assert watched.shows("solo_repository_readable 1.0")
 
 
