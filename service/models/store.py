@@ -216,6 +216,9 @@ class ModelStore:
             kept = self._find_loaded(name)
             try:
                 await self.read_default()
+            except ModelRefused as error:
+                logger.error("the default model is not changed: %s", error)
+            try:
                 await self.replace(
                     name, partial(load_model, folder, self._repository.options, kept)
                 )

@@ -394,3 +394,12 @@ async def test_a_repository_that_is_away_is_said_when_a_model_is_to_be_loaded(
     assert (refused.status_code, refused.json()["code"]) == (503, "model_unavailable")
     assert "the model repository cannot be read: No such file" in refused.json()["error"]
     assert (await segment(client)).status_code == 200
+
+
+async def test_a_wrong_repository_json_does_not_refuse_a_model(
+    client: httpx.AsyncClient, model_repo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model_repo / "repository.json").write_text("{")
+    add_version(model_repo / "blobs", 2)
+    assert (await load(client, "blobs")).json()["versions"] == ["2"]
+    assert "the default model is not changed" in caplog.text
