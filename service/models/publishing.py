@@ -1,9 +1,9 @@
 """Changes model_repo so that readers, and whoever stops it half-way, find the old or the new state.
 
-A version is written to `.<version>.next`. Renaming config.json is what publishes it: from then on
-`find_artefacts` takes the staged folder, because its files are those that config.json lists. Then
-the folder gets its name, and the replaced one is removed. `recover` finishes or undoes what was
-interrupted.
+A version is written to `.<version>.part`, which becomes `.<version>.next` when it is complete.
+Renaming config.json is what publishes it: from then on `find_artefacts` takes the staged folder,
+because its files are those that config.json lists. Then the folder gets its name, and the replaced
+one is removed. `recover` finishes or undoes what was interrupted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from service.models.folders import (
 if sys.platform != "win32":
     import fcntl
 
-_STAGED = re.compile(r"\.([1-9][0-9]*)\.(?:next|prev)")
+_STAGED = re.compile(r"\.([1-9][0-9]*)\.(?:part|next|prev)")
 
 
 @contextmanager
@@ -100,15 +100,17 @@ def write_version(
     """
     is_new = not folder.exists()
     home = folder.with_name(f".{folder.name}.next") if is_new else folder
-    staged = home / str(version) if is_new else staged_folder(folder, version)
+    part = home / str(version) if is_new else _partial_folder(folder, version)
     try:
         target = folder / str(version)
         if keep and target.is_dir():
-            shutil.copytree(target, staged, symlinks=True, copy_function=_link)
+            shutil.copytree(target, part, symlinks=True, copy_function=_link)
         else:
-            staged.mkdir(parents=True)
+            part.mkdir(parents=True)
         for name, data in files.items():
-            write_file(staged / name, data)
+            write_file(part / name, data)
+        if not is_new:
+            os.replace(part, staged_folder(folder, version))
         _sync_folder(home)
         write_file(home / CONFIG_FILE, config)
     except BaseException:
@@ -139,6 +141,10 @@ def _take_staged(folder: Path, version: int) -> None:
     _remove(replaced)
 
 
+def _partial_folder(folder: Path, version: int) -> Path:
+    return folder / f".{version}.part"
+
+
 def _replaced_folder(folder: Path, version: int) -> Path:
     return folder / f".{version}.prev"
 
@@ -165,8 +171,8 @@ def recover(folder: Path) -> None:
             _take_staged(folder, version)
         elif replaced.exists() and not (folder / str(version)).exists():
             os.replace(replaced, folder / str(version))
-        _remove(staged)
-        _remove(replaced)
+        for left in (staged, replaced, _partial_folder(folder, version)):
+            _remove(left)
     for partial in folder.glob(".*.partial"):
         partial.unlink()
 

@@ -32,6 +32,8 @@ from tests.support.blob_model import build_graph, model_config, publish
 
 OPTIONS = BackendOptions(device="cpu", threads=1)
 OLD, NEW = build_graph(), build_graph(poisonable=True)
+NOTES = ("a.txt", "b.txt", "y.txt", "z.txt")
+"""Files of a version that config.json does not list."""
 STEPS = (
     *("replace", "rename", "mkdir", "link", "unlink", "remove", "rmdir", "fsync", "open"),
     *("chmod", "symlink"),
@@ -92,6 +94,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def test_a_folder_of_the_version_is_complete_before_it_can_be_served(tmp_path: Path) -> None:
+    """What is linked from the old version would pass for it before the rest is there."""
+    folder = publish(tmp_path)
+    (folder / "1" / "weights.pt").write_bytes(b"unlisted")
+    (folder / ".1.part").mkdir()
+    os.link(folder / "1" / "model.onnx", folder / ".1.part" / "model.onnx")
+    assert find_artefacts(folder, read_config(folder)).folder == folder / "1"
+    recover(folder)
+    assert list_files(folder) == ["1/model.onnx", "1/weights.pt", "config.json"]
+
+
 def list_files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
@@ -103,7 +116,8 @@ def test_a_version_that_is_replaced_is_the_old_or_the_new_one_at_every_step(
     for step in range(1, 200):
         folder = tmp_path / str(step) / "blobs"
         write(folder, 1, OLD)
-        (folder / "1" / "notes.txt").write_text("kept")
+        for name in NOTES:
+            (folder / "1" / name).write_text("kept")
         with killed_at(step, monkeypatch) as calls:
             try:
                 write(folder, 1, NEW, keep=True)
@@ -112,12 +126,14 @@ def test_a_version_that_is_replaced_is_the_old_or_the_new_one_at_every_step(
             else:
                 is_done = True
         found = digest_of(folder, 1)
+        served = find_artefacts(folder, read_config(folder, 1)).folder
+        assert {*NOTES} <= {path.name for path in served.iterdir()}, (step, calls)
         assert found in {sha256(OLD), sha256(NEW)}, (step, calls)
         seen.add((found == sha256(NEW), is_done))
         write(folder, 1, NEW, keep=True)
         assert digest_of(folder, 1) == sha256(NEW), (step, calls)
-        wanted = ["1/model.onnx", "1/notes.txt", "1/parity.json", "config.json"]
-        assert list_files(folder) == wanted, (step, calls)
+        wanted = {f"1/{name}" for name in ("model.onnx", "parity.json", *NOTES)} | {"config.json"}
+        assert set(list_files(folder)) == wanted, (step, calls)
         if is_done:
             break
     assert is_done and step > 10
@@ -221,6 +237,7 @@ def test_a_staged_version_that_config_json_does_not_list_is_not_served_and_is_re
 ) -> None:
     folder = publish(tmp_path)
     staged = folder / ".1.next"
+    (folder / ".1.part").mkdir()
     staged.mkdir()
     (staged / "model.onnx").write_bytes(NEW)
     config = read_config(folder)
@@ -229,7 +246,7 @@ def test_a_staged_version_that_config_json_does_not_list_is_not_served_and_is_re
     assert find_artefacts(folder, config).folder == staged
     (staged / "model.onnx").write_bytes(NEW)
     recover(folder)
-    assert not staged.exists()
+    assert not list(folder.glob(".*"))
     assert digest_of(folder, 1) == sha256(OLD)
 
 
