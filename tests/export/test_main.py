@@ -256,6 +256,13 @@ def test_variants_are_added_and_the_version_is_served_as_before(
     loaded.backend.close()
 
 
+def test_variants_are_added_to_a_version_whose_publication_was_interrupted(version: Path) -> None:
+    version.rename(version.parent / f".{version.name}.next")
+    assert main(["--variants-of", str(version), "--precision", "fp16", "--accept-unrun"]) == 0
+    assert (version / "model.fp16.onnx").is_file() and (version / "model.onnx").is_file()
+    assert not list(version.parent.glob(".*"))
+
+
 def test_an_existing_variant_is_only_replaced_with_force(
     version: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
