@@ -26,6 +26,8 @@ from export.publish import (
     Release,
     add_artefacts,
     describe_file,
+    describe_served,
+    keep_default,
     next_version,
     publish,
     read_version,
@@ -34,7 +36,7 @@ from export.publish import (
 from export.variants import VariantInputs, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
-from service.models.repository import CONFIG_FILE, ONNX_FILE
+from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
 from training.model.solo import Solo
@@ -188,7 +190,10 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     variants += make_packages(network, config, model, options.aoti, _print_progress)
     model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
     release = Release(model, graph, parity, tuple(variants), weights)
+    kept = keep_default(options.out, model.name)
     target = publish(options.out, release, force=options.force)
+    for line in describe_served(target, kept):
+        _print_progress(line)
     return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
 
 
@@ -281,6 +286,8 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     if not target.name.isdecimal():
         raise PublishError(f"{target} is not a version: expected <model_repo>/<name>/<number>")
     model = read_version(folder, int(target.name))
+    with lock_repository(folder.parent):
+        recover(folder)  # what was interrupted may have left the graphs elsewhere
     _require_replaceable(target, model, options)
     plain = [ONNX_FILE, *(name for name in PLAIN_FILES if name in model.files and options.exits)]
     graphs = {name: _read_graph(target, model, name) for name in plain}

@@ -4,17 +4,15 @@
     <model_repo>/<name>/<version>/model.onnx, parity.json
     <model_repo>/<name>/<version>/model.<variant>.<ext>, parity.<variant>.json
 
-Files are written under a temporary name and renamed. config.json is written last, so servers never
-see a version or file before it is complete.
+Servers, and whoever interrupts it, find the old or the new state, see `service.models.publishing`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,18 @@ from pipeline.model_config import (
     RepositoryConfig,
     parse_model_config,
 )
-from service.models.repository import CONFIG_FILE, ONNX_FILE
+from service.models.repository import (
+    CONFIG_FILE,
+    ONNX_FILE,
+    find_default,
+    format_json,
+    lock_repository,
+    read_default,
+    read_repository_config,
+    recover,
+    write_default,
+    write_version,
+)
 from training.weights.formats import WEIGHTS_FILE
 
 PARITY_FILE = "parity.json"
@@ -111,7 +120,7 @@ def read_repository(folder: Path) -> RepositoryConfig | None:
     """
     file = folder / CONFIG_FILE
     try:
-        repository = parse_model_config(file.read_bytes())
+        repository = read_repository_config(folder)
     except FileNotFoundError:
         return None
     except (OSError, ConfigError) as error:
@@ -204,6 +213,7 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
     Raises:
         PublishError: A parity report has not passed, the version already exists, or the existing
             config.json is invalid. Nothing is changed then.
+        OSError: It cannot be written.
     """
     folder = root / release.config.name
     target = folder / str(release.version)
@@ -215,23 +225,92 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
             f"{target} is not published: {ONNX_FILE} differs from its entry in config.json"
         )
     require_free(root, release.config.name, release.version, force=force)
+    _merge_listed(folder, release)
+    root.mkdir(parents=True, exist_ok=True)
+    with lock_repository(root):
+        recover(folder)
+        require_free(root, release.config.name, release.version, force=force)
+        config = _merge_listed(folder, release)
+        write_version(folder, release.version, _list_files(release), format_json(config))
+    return target
+
+
+def _merge_listed(folder: Path, release: Release) -> dict[str, Any]:
+    """config.json with the version and its additional files."""
     repository = read_repository(folder)
     listed = _list_artefacts(release.config, release.artefacts)
     config = merge_config(repository, listed)
     _check_unchanged(repository, config, listed)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_version(folder, release)
-    _replace_file(folder / CONFIG_FILE, _to_json(config))
-    return target
+    return config
+
+
+def _list_files(release: Release) -> dict[str, bytes]:
+    """Content of a version's files by name."""
+    files = {ONNX_FILE: release.graph, PARITY_FILE: format_json(release.parity)}
+    if release.weights is not None:
+        files[WEIGHTS_FILE] = release.weights
+    return files | _name_files(release.artefacts)
+
+
+def _name_files(artefacts: Sequence[Artefact]) -> dict[str, bytes]:
+    files = {}
+    for artefact in artefacts:
+        files[artefact.parity_name] = format_json(artefact.parity)
+        files[artefact.name] = artefact.data
+    return files
+
+
+def keep_default(root: Path, name: str) -> str | None:
+    """Makes the only model of a repository its default before another one, `name`, is published.
+
+    Requests that name no model are answered by the only one; they would be refused otherwise.
+
+    Returns:
+        The model's name, if it has become the default.
+    """
+    if not root.is_dir() or read_default(root) is not None:
+        return None
+    default = find_default(root)
+    if default is None or default == name:
+        return None
+    write_default(root, default)
+    return default
+
+
+def describe_served(target: Path, kept: str | None = None) -> list[str]:
+    """What servers do with a version that was published.
+
+    Args:
+        target: The version's folder.
+        kept: What `keep_default` returned before.
+    """
+    folder, root = target.parent, target.parent.parent
+    name, version, where = folder.name, int(target.name), f"--model-repo {shlex.quote(str(root))}"
+    lines = []
+    repository = read_repository(folder)
+    served = [] if repository is None else repository.served_versions
+    if version not in served:
+        lines.append(
+            f"warning: {CONFIG_FILE} serves version {', '.join(map(str, served))} of {name}, not "
+            f"{version}; to serve it: solo-models serve {name} {version} {where}"
+        )
+    default = find_default(root)
+    if kept is not None:
+        lines.append(f"{kept} was the only model and is now recorded as the default")
+    if default is None:
+        lines.append(
+            "warning: requests that name no model are refused, because several are served; to "
+            f"choose the default: solo-models default {name} {where}"
+        )
+    else:
+        lines.append(f"requests that name no model are answered by {default}")
+    return lines
 
 
 def add_artefacts(
     folder: Path, version: int, artefacts: Sequence[Artefact], *, force: bool = False
 ) -> None:
     """Adds files to a published version.
-
-    A file to be replaced is first removed from config.json, so that a listed hash never differs
-    from its file. If interrupted, the same call can be repeated.
 
     Args:
         folder: The model's folder in model_repo.
@@ -244,20 +323,17 @@ def add_artefacts(
             listed. Nothing is changed then.
     """
     target = folder / str(version)
-    current = read_version(folder, version)
     for artefact in artefacts:
         _require_passed(target / artefact.name, artefact.parity)
-    listed = sorted({artefact.name for artefact in artefacts} & set(current.files))
-    if listed and not force:
-        raise PublishError(f"{target / listed[0]} already exists; --force replaces it")
-    if listed:
-        kept = {name: spec for name, spec in current.files.items() if name not in listed}
-        current = current.model_copy(update={"files": kept})
-        _replace_entry(folder, current)
-    for artefact in artefacts:
-        _replace_file(target / artefact.parity_name, _to_json(artefact.parity))
-        _replace_file(target / artefact.name, artefact.data)
-    _replace_entry(folder, _list_artefacts(current, artefacts))
+    read_version(folder, version)
+    with lock_repository(folder.parent):
+        recover(folder)
+        current = read_version(folder, version)
+        listed = sorted({artefact.name for artefact in artefacts} & set(current.files))
+        if listed and not force:
+            raise PublishError(f"{target / listed[0]} already exists; --force replaces it")
+        config = _change_files(folder, _list_artefacts(current, artefacts))
+        write_version(folder, version, _name_files(artefacts), format_json(config), keep=True)
 
 
 def read_version(folder: Path, version: int) -> ModelConfig:
@@ -285,13 +361,13 @@ def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> Model
     return config.model_copy(update={"files": {**config.files, **added}})
 
 
-def _replace_entry(folder: Path, version: ModelConfig) -> None:
-    """Replaces a version's `files` in config.json; everything else is unchanged."""
-    content = json.loads((folder / CONFIG_FILE).read_bytes())
+def _change_files(folder: Path, version: ModelConfig) -> dict[str, Any]:
+    """config.json with a version's `files` replaced; everything else is unchanged."""
+    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
     files = version.model_dump(mode="json")["files"]
     content["versions"][str(version.version)]["files"] = files
     _check_unchanged(read_repository(folder), content, version)
-    _replace_file(folder / CONFIG_FILE, _to_json(content))
+    return content
 
 
 def _check_unchanged(
@@ -303,35 +379,3 @@ def _check_unchanged(
     for number in repository.version_numbers if repository else []:
         if repository is not None and number != version.version:
             assert merged.for_version(number) == repository.for_version(number)
-
-
-def _to_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_version(folder: Path, release: Release) -> None:
-    target = folder / str(release.version)
-    with tempfile.TemporaryDirectory(prefix=f".{release.version}-", dir=folder) as name:
-        staged, replaced = Path(name) / "new", Path(name) / "replaced"
-        staged.mkdir()
-        (staged / ONNX_FILE).write_bytes(release.graph)
-        (staged / PARITY_FILE).write_bytes(_to_json(release.parity))
-        if release.weights is not None:
-            (staged / WEIGHTS_FILE).write_bytes(release.weights)
-        for artefact in release.artefacts:
-            (staged / artefact.name).write_bytes(artefact.data)
-            (staged / artefact.parity_name).write_bytes(_to_json(artefact.parity))
-        if target.exists():
-            os.replace(target, replaced)
-        try:
-            os.replace(staged, target)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
-
-
-def _replace_file(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, file)

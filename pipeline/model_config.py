@@ -5,24 +5,34 @@ Top-level sections hold for every version; a version's entry may replace any of 
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.strict_json import parse_json
 
 SCHEMA_VERSION = 1
-PositiveInt = Annotated[int, Field(gt=0)]
+MAX_INT = 2**31 - 1
+MAX_SIDE_PX = 16_384
+MAX_CANVAS_PX = 4096 * 4096
+"""Largest canvas; the first layers of a network need several hundred bytes for each pixel."""
+_MOST_ERRORS = 5
+_LONGEST_REASON = 1000
+_LONGEST_NAME = 80
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=255)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Task = Literal["segmentation", "contour"]
 """What an instance's mask is: the object's pixels, or its outline alone."""
 
 
 class Spec(BaseModel):
-    """Immutable; unknown fields are refused."""
+    """Immutable; unknown fields and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ClassSpec(Spec):
@@ -52,6 +62,13 @@ class ContrastSpec(Spec):
         return self
 
 
+def _check_canvas(height: int, width: int) -> None:
+    if not 0 < height * width <= MAX_CANVAS_PX:
+        raise ValueError(
+            f"the canvas would have {height}x{width} px, it must have 1 to {MAX_CANVAS_PX} px"
+        )
+
+
 class KeepRatioResize(Spec):
     """The published rule; the canvas is the resized image padded to a multiple.
 
@@ -59,9 +76,18 @@ class KeepRatioResize(Spec):
     """
 
     rule: Literal["keep_ratio"] = "keep_ratio"
-    short_side: PositiveInt
-    long_side: PositiveInt
-    pad_multiple: PositiveInt = 32
+    short_side: Side
+    long_side: Side
+    pad_multiple: Side = 32
+
+    @model_validator(mode="after")
+    def _bounded(self) -> KeepRatioResize:
+        short, long = (
+            -(-side // self.pad_multiple) * self.pad_multiple
+            for side in (min(self.short_side, self.long_side), self.long_side)
+        )
+        _check_canvas(short, long)
+        return self
 
 
 class TileResize(Spec):
@@ -74,14 +100,15 @@ class TileResize(Spec):
     """
 
     rule: Literal["tile"] = "tile"
-    scale: Annotated[float, Field(gt=0)]
-    tile_hw: tuple[PositiveInt, PositiveInt]
+    scale: Annotated[float, Field(gt=0, le=MAX_SIDE_PX)]
+    tile_hw: tuple[Side, Side]
     overlap_px: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _fits(self) -> TileResize:
         if self.overlap_px >= min(self.tile_hw):
             raise ValueError(f"overlap_px {self.overlap_px} is not below the tile {self.tile_hw}")
+        _check_canvas(*self.canvas_hw)
         return self
 
     @property
@@ -140,24 +167,26 @@ class Limits(Spec):
         max_batch: Canvases in one call.
         instances: Calls at once; None takes the server's `engine_slots`.
         threads: Of one call on the CPU; None takes the server's.
+        precision: Of the engine; None takes the server's.
     """
 
-    max_batch: PositiveInt = 8
-    instances: PositiveInt | None = None
-    threads: PositiveInt | None = None
+    max_batch: Annotated[int, Field(gt=0, le=1024)] = 8
+    instances: Annotated[int, Field(gt=0, le=256)] | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
+    precision: Precision | None = None
 
 
 class FileSpec(Spec):
     """A file of a version."""
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: PositiveInt
+    bytes: Annotated[int, Field(gt=0, le=2**36)]
 
 
 class ModelConfig(Spec):
     """One version of a model."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: ModelName
     version: PositiveInt
     task: Task = "segmentation"
     description: str = ""
@@ -207,7 +236,7 @@ class RepositoryConfig(Spec):
     """config.json: shared sections and the versions."""
 
     schema_version: Literal[1] = 1
-    name: str
+    name: ModelName
     task: str = "segmentation"
     description: str = ""
     input: dict[str, Any] | None = None
@@ -217,7 +246,7 @@ class RepositoryConfig(Spec):
     postprocess: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
     serve: VersionPolicy = LatestVersions()
-    versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]*$")], dict[str, Any]]
+    versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], dict[str, Any]]
 
     @property
     def version_numbers(self) -> list[int]:
@@ -264,8 +293,18 @@ class RepositoryConfig(Spec):
 
 
 def _reason(error: ValidationError) -> str:
-    parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-    return "; ".join(parts)
+    """The first faults, by field, abbreviated: a file may have any number, of any length."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    parts = [f"{_join(e['loc'])}: {e['msg']}" for e in found[:_MOST_ERRORS]]
+    if len(found) > _MOST_ERRORS:
+        parts.append(f"and {len(found) - _MOST_ERRORS} more")
+    text = "; ".join(parts)
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+
+
+def _join(location: tuple[int | str, ...]) -> str:
+    names = map(str, location)
+    return ".".join(n if len(n) <= _LONGEST_NAME else f"{n[:_LONGEST_NAME]}..." for n in names)
 
 
 def parse_model_config(text: str | bytes) -> RepositoryConfig:
@@ -275,7 +314,7 @@ def parse_model_config(text: str | bytes) -> RepositoryConfig:
         ConfigError: Not JSON, or a field is missing, unknown or wrong; the message names it.
     """
     try:
-        return RepositoryConfig.model_validate(json.loads(text))
+        return RepositoryConfig.model_validate(parse_json(text))
     except ValidationError as error:
         raise ConfigError(f"config.json: {_reason(error)}") from error
     except (ValueError, TypeError) as error:

@@ -34,7 +34,9 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1:
         run_workers(settings)
         return
-    server = build_server(settings, load_repository(settings.model_repo, options))
+    may_be_empty = settings.models_may_change
+    repository = load_repository(settings.model_repo, options, may_be_empty=may_be_empty)
+    server = build_server(settings, repository)
     server.run()
     if not server.started:
         raise StartupError(f"cannot serve on {settings.host}:{settings.port}; see above")

@@ -5,6 +5,7 @@
     │   ├── EmptyBody
     │   ├── InvalidMultipart      malformed, or without a file part named `images`
     │   ├── InvalidParameter      an invalid parameter or field
+    │   ├── AmbiguousModel        names no model where there is no default
     │   ├── TooManyImages         more images than the server can ever admit
     │   └── TooManyCanvases       an image that needs more canvases than allowed
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
@@ -15,6 +16,7 @@
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          in model_repo, but not loaded
+    │   └── RepositoryUnreadable  model_repo itself cannot be read
     ├── Overloaded                a limit of the server is reached; has `reason`
     ├── Draining                  the server is shutting down
     ├── EngineRestarting          the engine has failed and is being rebuilt
@@ -65,6 +67,12 @@ class InvalidParameter(InvalidRequest):
     """A parameter or field has an invalid value."""
 
     code = "invalid_parameter"
+
+
+class AmbiguousModel(InvalidRequest):
+    """The request names no model, several are served, and none of them is the default."""
+
+    code = "ambiguous_model"
 
 
 class TooManyImages(InvalidRequest):
@@ -137,6 +145,10 @@ class ModelUnavailable(ServiceError):
     code = "model_unavailable"
 
 
+class RepositoryUnreadable(ModelUnavailable):
+    """The model repository cannot be read."""
+
+
 class Overloaded(ServiceError):
     """A limit of the server is reached.
 
@@ -192,19 +204,33 @@ class ModelRefused(StartupError):
 
     Attributes:
         file: The file or folder at fault.
-        reason: What is wrong with it.
+        reason: What is wrong with it; printable.
     """
 
     def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{file}: {reason}")
         self.file = file
-        self.reason = reason
+        self.reason = make_printable(reason)
+        super().__init__(f"{make_printable(str(file))}: {self.reason}")
+
+    def __reduce__(self) -> tuple[type[ModelRefused], tuple[Path, str]]:
+        """Makes the error picklable, with its fields."""
+        return type(self), (self.file, self.reason)
+
+
+def make_printable(text: str) -> str:
+    """Escapes what cannot be printed or encoded, as in names of files that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 STATUS_BY_CODE: Mapping[str, int] = {
     "invalid_request": 400,
     "empty_body": 400,
     "invalid_multipart": 400,
+    "ambiguous_model": 400,
     "empty_image": 400,
     "unauthorized": 401,
     "forbidden": 403,

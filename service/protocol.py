@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pipeline.model_config import ModelConfig
+from pipeline.model_config import ModelConfig, Precision
 from service.engines.state import EngineState
-from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
+from service.errors import AmbiguousModel, ModelUnavailable, UnknownModel, UnknownVersion
 from service.observe.metrics import Metrics
 from service.work.admission import Admission
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
@@ -25,11 +25,13 @@ class ModelState:
         config: From config.json.
         engine: What it is served by at the moment.
         max_batch: Canvases in one engine call.
+        asked_precision: What config.json or else the server asks for; the engine's may differ.
     """
 
     config: ModelConfig
     engine: EngineState
     max_batch: int
+    asked_precision: Precision = "fp32"
 
     @property
     def name(self) -> str:
@@ -55,6 +57,18 @@ class Segmented:
     outcomes: Sequence[Outcome]
 
 
+def choose_default(served: Collection[str], named: str | None) -> str | None:
+    """Name of the model of requests that name none; None if such requests are refused.
+
+    Args:
+        served: Names of the models that are served.
+        named: The default model that was set; None means the only one.
+    """
+    if named is None and len(served) == 1:
+        return next(iter(served))
+    return named
+
+
 def find_model(
     served: Mapping[str, Mapping[int, M]],
     unavailable: Collection[str],
@@ -67,17 +81,25 @@ def find_model(
     Args:
         served: By name and version.
         unavailable: Names of models that are not served.
-        default: Name of the model of requests that name none; None means the first by name.
+        default: Name of the default model; None means the only one.
         name: None means the default model.
         version: None means the highest that is served.
 
     Raises:
+        AmbiguousModel: None is named, several are served, and none is the default.
         UnknownModel: There is none of that name.
-        ModelUnavailable: It is in the repository, but not served.
+        ModelUnavailable: It is in the repository, but not served; or none is.
         UnknownVersion: It is not served in this version.
     """
     if name is None:
-        name = default or min(served, default="")
+        name = choose_default(served, default)
+    if name is None:
+        if not served:
+            raise ModelUnavailable("no model is served; see GET /v2/models")
+        raise AmbiguousModel(
+            f"the request names no model, and none of {sorted(served)} is the default; name one: "
+            f"model={min(served)}"
+        )
     if name not in served:
         if name in unavailable:
             raise ModelUnavailable(f"model {name!r} is not served; see GET /v2/models")
@@ -120,6 +142,11 @@ class Segmenter(Protocol):
         """Why other models, or newer versions of served ones, are not served; by name."""
         ...
 
+    @property
+    def default_model(self) -> str | None:
+        """Name of the model of requests that name none; None if such requests are refused."""
+        ...
+
     def start(self) -> None:
         """Begins to serve; needs a running event loop."""
         ...
@@ -132,8 +159,9 @@ class Segmenter(Protocol):
             version: None means the highest that is served.
 
         Raises:
+            AmbiguousModel: None is named, several are served, and none is the default.
             UnknownModel: There is none of that name.
-            ModelUnavailable: It is in the repository, but not served.
+            ModelUnavailable: It is in the repository, but not served; or none is.
             UnknownVersion: It is not served in this version.
             EngineRestarting: Its engine has failed and another is being built.
         """

@@ -15,6 +15,7 @@ from service.errors import ServiceError, describe_error
 from service.models.repository import Repository
 from service.models.served import ServedModel
 from service.models.store import ModelStore
+from service.models.watcher import RepositoryWatcher
 from service.observe.metrics import Metrics
 from service.observe.tracing import note_image
 from service.protocol import ModelState, Segmented
@@ -49,13 +50,15 @@ class LocalSegmenter:
             settings, repository, metrics, PixelBudget(settings.max_decoded_pixels)
         )
         self._settings = settings
+        self._watcher = RepositoryWatcher(self.store, repository.stamps, metrics)
         self._polling: asyncio.Task[None] | None = None
         metrics.watch(self.admission)
 
     @property
     def is_ready(self) -> bool:
-        """Whether new work is admitted and every engine answers."""
-        return self.admission.is_open and all(m.engine.is_alive for m in self.store.all_models)
+        """Whether new work is admitted, and there are models whose engines all answer."""
+        models = self.store.all_models
+        return self.admission.is_open and bool(models) and all(m.engine.is_alive for m in models)
 
     @property
     def models(self) -> list[ModelState]:
@@ -67,11 +70,16 @@ class LocalSegmenter:
         """Why other models, or newer versions of served ones, are not served; by name."""
         return self.store.unavailable
 
+    @property
+    def default_model(self) -> str | None:
+        """Name of the model of requests that name none; None if such requests are refused."""
+        return self.store.default_model
+
     def start(self) -> None:
         """Starts rebuilding engines and, if asked for, watching the repository."""
         self.store.start()
         if self._settings.model_poll_s:
-            poll = self.store.poll(self._settings.model_poll_s)
+            poll = self._watcher.poll(self._settings.model_poll_s)
             self._polling = asyncio.get_running_loop().create_task(poll, name="poll")
         self.metrics.ready.set_function(lambda: self.is_ready)
 
@@ -138,6 +146,10 @@ class LocalSegmenter:
             metrics.count_image(name, outcome)
             note_image(name, outcome.whole, outcome.stages)
         return outcome
+
+    async def rescan(self) -> None:
+        """Follows the changes of the model repository, as polling does; never raises."""
+        await self._watcher.check()
 
     async def load(self, name: str) -> None:
         """Serves what the model's config.json says now."""

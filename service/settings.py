@@ -63,7 +63,10 @@ class Settings(BaseSettings):
     ] = 0.0
     default_model: Annotated[
         str | None,
-        Field(description="model of requests that name none (default: the first by name)"),
+        Field(
+            description="model of requests that name none (default: what `solo-models default` "
+            "set, else the only one)"
+        ),
     ] = None
     device: Annotated[
         Device, Field(description="auto takes CUDA where it works; cuda refuses to start without")
@@ -73,7 +76,11 @@ class Settings(BaseSettings):
         Field(description="auto takes the fastest that works; ort, trt, aoti: only that one"),
     ] = "auto"
     precision: Annotated[
-        Precision, Field(description="fp32, fp16, bf16 or int8: which of a model's files is used")
+        Precision,
+        Field(
+            description="fp32, fp16, bf16 or int8; a model may name its own, and one that lacks it "
+            "is served in fp32"
+        ),
     ] = "fp32"
     engine_slots: Annotated[
         PositiveInt | None,
@@ -199,12 +206,18 @@ class Settings(BaseSettings):
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
+    @property
+    def models_may_change(self) -> bool:
+        """Whether the served models may change while the server runs."""
+        return self.model_control or self.model_poll_s > 0
+
     def backend_options(self) -> BackendOptions:
         """What the settings say of the engines."""
         return BackendOptions(
             device=self.device,
             engine=self.engine,
             precision=self.precision,
+            precision_fallback=True,
             threads=self.threads,
             slots=self.engine_slots,
             divide="tiles" if self.workers == 1 else "all",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.model_config import FileSpec
+from service.engines.artefacts import read_file
 from service.engines.base import BackendError, Precision
 
 PackagePrecision = Literal["fp32", "fp16", "bf16"]
@@ -75,7 +76,7 @@ def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:
     if package.name not in files:
         raise BackendError(f"config.json lists {sorted(files)}, but no {package.name}")
     try:
-        data = package.read_bytes()
+        data = read_file(package, files[package.name].bytes)
     except OSError as error:
         raise BackendError(f"{package}: {error.strerror or error}") from error
     digest = hashlib.sha256(data).hexdigest()

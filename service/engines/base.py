@@ -12,10 +12,10 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from pipeline.model_config import Precision as Precision
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Float32, Int64, Tile, UInt8
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 EngineKind = Literal["auto", "ort", "trt", "aoti"]
 
 
@@ -31,6 +31,7 @@ class BackendOptions:
         device: "auto" uses CUDA where it works, "cuda" raises `DeviceError` where it does not.
         engine: "auto" uses the fastest that works; any other raises where it does not.
         precision: Of the engine's arithmetic.
+        precision_fallback: Whether a model without that precision gets fp32, which all have.
         threads: Threads of one engine call on the CPU; None takes the number of physical cores.
         slots: Batches in flight; None takes 1 on the CPU and 2 on a GPU.
         divide: On the CPU without `slots`, which models get a call of one thread for each of the
@@ -43,6 +44,7 @@ class BackendOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: EngineKind = "auto"
     precision: Precision = "fp32"
+    precision_fallback: bool = False
     threads: int | None = None
     slots: int | None = None
     divide: Literal["none", "tiles", "all"] = "none"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pipeline.model_config import ModelConfig
 from service.engines.aoti_package import name_package
 from service.engines.artefacts import ONNX_FILE, Artefacts
-from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.base import Backend, BackendError, BackendOptions, EngineKind, Precision
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
 from service.errors import DeviceError, ModelRefused
@@ -47,6 +47,7 @@ class _Route:
 
     kind: Kind
     device: Literal["cpu", "cuda"]
+    precision: Precision
     file: str
     exits: bool = False
 
@@ -76,7 +77,8 @@ def build_backend(
     """Builds the engine of a model's version.
 
     Where TensorRT works but has no engine in the cache, the result is ONNX Runtime, and its
-    `upgrade` builds and loads the TensorRT engine.
+    `upgrade` builds and loads the TensorRT engine. With `precision_fallback`, fp32 is taken if no
+    engine works in the precision asked for.
 
     Args:
         artefacts: The version's files; only what is loaded is read and verified.
@@ -93,19 +95,22 @@ def build_backend(
     refusals: list[str] = []
     errors: list[Exception] = []
     for route in _list_routes(options, artefacts, refusals):
-        taken = replace(options, device=route.device)
+        taken = replace(options, device=route.device, precision=route.precision)
         try:
             backend = _build(route, taken, artefacts, config)
             _try_out(backend, warm)
         except _RouteRefused as error:
             refusals.append(f"{route}: {error}")
-        except (BackendError, DeviceError) as error:
-            logger.warning("%s is not taken: %s", route, error)
-            refusals.append(f"{route}: {error}")
+        except (ModelRefused, ImportError):
+            raise
+        except Exception as error:  # an engine's exceptions have no common base
+            is_known = isinstance(error, (BackendError, DeviceError))
+            logger.warning("%s is not taken: %s", route, error, exc_info=not is_known)
+            refusals.append(f"{route}: {error if is_known else repr(error)}")
             errors.append(error)
         else:
             reason = f"{backend.reason}, early exits" if route.exits else backend.reason
-            backend.reason = _explain(reason, options, refusals)
+            backend.reason = _explain(reason, options, route.precision, refusals)
             return backend
     raise _give_up(options, artefacts, refusals, errors)
 
@@ -137,27 +142,38 @@ def _list_routes(
     options: BackendOptions, artefacts: Artefacts, refusals: list[str]
 ) -> Iterator[_Route]:
     """Best first; a missing GPU is one refusal for all that need it."""
-    graph, engine = graph_file(options.precision), options.engine
     gpu = find_gpu() if options.device != "cpu" else "device cpu was asked for"
-    if isinstance(gpu, Gpu):
-        if engine in ("auto", "trt"):
-            yield _Route("trt", "cuda", graph)
-        if engine in ("auto", "aoti"):
-            yield _Route("aoti", "cuda", name_package(gpu.target, options.precision))
-        if engine in ("auto", "ort"):
-            yield _Route("ort", "cuda", graph)
-    elif options.device == "auto" or engine == "trt":
+    if not isinstance(gpu, Gpu) and (options.device == "auto" or options.engine == "trt"):
         refusals.append(f"CUDA: {gpu}")
-    if options.device == "cuda":
-        return
-    if engine == "aoti":
-        yield _Route("aoti", "cpu", name_package("cpu", options.precision))
+    fallbacks: list[Precision] = ["fp32"] if options.precision_fallback else []
+    for precision in dict.fromkeys((options.precision, *fallbacks)):
+        if isinstance(gpu, Gpu):
+            yield from _list_gpu_routes(gpu, options.engine, precision)
+        if options.device != "cuda":
+            yield from _list_cpu_routes(options.engine, precision, artefacts)
+
+
+def _list_gpu_routes(gpu: Gpu, engine: EngineKind, precision: Precision) -> Iterator[_Route]:
+    graph = graph_file(precision)
+    if engine in ("auto", "trt"):
+        yield _Route("trt", "cuda", precision, graph)
+    if engine in ("auto", "aoti"):
+        yield _Route("aoti", "cuda", precision, name_package(gpu.target, precision))
     if engine in ("auto", "ort"):
-        exits = exits_file(options.precision)
+        yield _Route("ort", "cuda", precision, graph)
+
+
+def _list_cpu_routes(
+    engine: EngineKind, precision: Precision, artefacts: Artefacts
+) -> Iterator[_Route]:
+    if engine == "aoti":
+        yield _Route("aoti", "cpu", precision, name_package("cpu", precision))
+    if engine in ("auto", "ort"):
+        exits = exits_file(precision)
         if exits in artefacts:
-            yield _Route("ort", "cpu", exits, exits=True)
+            yield _Route("ort", "cpu", precision, exits, exits=True)
         else:
-            yield _Route("ort", "cpu", graph)
+            yield _Route("ort", "cpu", precision, graph_file(precision))
 
 
 def _build(
@@ -218,12 +234,16 @@ def _load(name: str) -> Any:
         return None
 
 
-def _explain(reason: str, options: BackendOptions, refusals: list[str]) -> str:
+def _explain(
+    reason: str, options: BackendOptions, precision: Precision, refusals: list[str]
+) -> str:
     asked = [
         f"{name} {value} was asked for"
         for name, value in (("engine", options.engine), ("device", options.device))
         if value != "auto"
     ]
+    if precision != options.precision:
+        asked.append(f"precision {options.precision} was asked for")
     return "; ".join([reason, *asked, *(f"not {refusal}" for refusal in refusals)])
 
 
@@ -232,7 +252,7 @@ def _give_up(
 ) -> Exception:
     """The error that says most precisely why no engine works."""
     graph = graph_file(options.precision)
-    if graph not in artefacts and options.engine != "aoti":
+    if graph not in artefacts and options.engine != "aoti" and not options.precision_fallback:
         return ModelRefused(
             artefacts.folder / graph,
             f"precision {options.precision} was asked for and config.json lists no such file, only "

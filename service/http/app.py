@@ -80,8 +80,12 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         segmenter = built
         if segmenter is None:
-            options = settings.backend_options()
-            loaded = await asyncio.to_thread(load_repository, settings.model_repo, options)
+            loaded = await asyncio.to_thread(
+                load_repository,
+                settings.model_repo,
+                settings.backend_options(),
+                may_be_empty=settings.models_may_change,
+            )
             segmenter = LocalSegmenter(settings, loaded, metrics)
         app.state.segmenter = segmenter
         segmenter.start()

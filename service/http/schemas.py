@@ -158,7 +158,7 @@ class SegmentResponse(BaseModel):
 class HealthResponse(BaseModel):
     """Answer of GET /healthz."""
 
-    status: Literal["ok", "draining", "engine_restarting"]
+    status: Literal["ok", "draining", "engine_restarting", "no_model"]
 
 
 class LiveResponse(BaseModel):
@@ -225,6 +225,21 @@ class ModelList(BaseModel):
     """Answer of GET /v2/models."""
 
     models: list[ModelSummary]
+    default_model: Annotated[
+        str | None,
+        Field(description="model of requests that name none; null: they are refused"),
+    ] = None
+
+
+class LoadResponse(BaseModel):
+    """Answer of POST /v2/repository/models/{name}/load: what is served now."""
+
+    name: str
+    versions: list[str]
+    default_model: Annotated[
+        str | None,
+        Field(description="model of requests that name none; null: they are refused"),
+    ] = None
 
 
 class ModelDetail(BaseModel):
@@ -241,6 +256,10 @@ class ModelDetail(BaseModel):
     description: str
     backend: str
     device: str
+    precision: Precision
+    asked_precision: Annotated[
+        Precision, Field(description="of config.json or else the server; the model may lack it")
+    ]
     max_batch: int
     input: dict[str, Any]
     classes: list[dict[str, Any]]

@@ -18,39 +18,72 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig, Precision
 from pipeline.postprocess import TileCandidates, postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Detection, Prepared, Tile, UInt8
-from service.engines.artefacts import ONNX_FILE, Artefacts
+from service.engines.artefacts import ONNX_FILE
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.choose import build_backend
-from service.errors import ModelRefused, StartupError
+from service.errors import ModelRefused, StartupError, make_printable
+from service.models.folders import (
+    CONFIG_FILE,
+    Stamp,
+    find_artefacts,
+    find_default,
+    find_models,
+    find_published,
+    read_default,
+    read_repository_config,
+    read_stamps,
+    refusing,
+)
+from service.models.publishing import (
+    format_json,
+    lock_repository,
+    recover,
+    write_default,
+    write_version,
+)
 
 __all__ = [
+    "CONFIG_FILE",
     "ONNX_FILE",
     "LoadedModel",
     "ModelRefused",
     "Repository",
+    "find_default",
     "find_models",
+    "find_published",
+    "format_json",
     "load_repository",
     "load_version",
+    "lock_repository",
     "read_config",
+    "read_default",
+    "read_repository_config",
+    "recover",
+    "write_default",
+    "write_version",
 ]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 WARM_IMAGE_HW = (64, 64)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One version of a model with its engine, warm."""
+    """One version of a model with its engine, warm.
+
+    Attributes:
+        asked_precision: What config.json or else the server asks for; the engine's may differ.
+    """
 
     config: ModelConfig
     version: int
     backend: Backend
+    asked_precision: Precision = "fp32"
 
     def probe(self, backend: Backend) -> None:
         """Runs an engine of this model on a known-good image; raises if that fails."""
@@ -100,14 +133,12 @@ def load_version(
         DeviceError: `cuda` was asked for and does not work.
     """
     config = read_config(folder, version)
+    options = _options_of(config, options)
     file = folder / str(config.version) / ONNX_FILE
-    artefacts = Artefacts(file.parent, config.files)
-    warm = partial(warm_up, config=config)
-    try:
-        backend = build_backend(artefacts, _options_of(config, options), config, warm)
-    except BackendError as error:
-        raise ModelRefused(file, str(error)) from error
-    return LoadedModel(config, config.version, backend)
+    with refusing(file):
+        artefacts = find_artefacts(folder, config)
+        backend = build_backend(artefacts, options, config, partial(warm_up, config=config))
+    return LoadedModel(config, config.version, backend, options.precision)
 
 
 def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendOptions:
@@ -117,6 +148,7 @@ def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendO
         options,
         slots=limits.instances or options.slots,
         threads=limits.threads or options.threads,
+        precision=limits.precision or options.precision,
     )
 
 
@@ -126,13 +158,8 @@ def read_served_versions(folder: Path) -> list[int]:
     Raises:
         ModelRefused: It is missing or wrong, or has not what it wants served.
     """
-    file = folder / CONFIG_FILE
-    try:
-        return parse_model_config(file.read_bytes()).served_versions
-    except OSError as error:
-        raise ModelRefused(file, error.strerror or str(error)) from error
-    except ConfigError as error:
-        raise ModelRefused(file, str(error)) from error
+    with refusing(folder / CONFIG_FILE):
+        return read_repository_config(folder).served_versions
 
 
 def read_config(folder: Path, version: int | None = None) -> ModelConfig:
@@ -141,22 +168,16 @@ def read_config(folder: Path, version: int | None = None) -> ModelConfig:
     Raises:
         ModelRefused: It is missing or wrong, has no such version, or names another model.
     """
-    file = folder / CONFIG_FILE
-    try:
-        repository = parse_model_config(file.read_bytes())
+    with refusing(folder / CONFIG_FILE):
+        repository = read_repository_config(folder)
         if version is None:
             if not repository.version_numbers:
                 raise ConfigError("it names no version")
             version = repository.version_numbers[-1]
         config = repository.for_version(version)
-    except OSError as error:
-        raise ModelRefused(file, error.strerror or str(error)) from error
-    except ConfigError as error:
-        raise ModelRefused(file, str(error)) from error
-    if config.name != folder.resolve().name:
-        raise ModelRefused(
-            file, f"it names the model {config.name!r}, but the folder is {folder.resolve().name!r}"
-        )
+        name = folder.resolve().name
+        if config.name != name:
+            raise ConfigError(f"it names the model {config.name!r}, but the folder is {name!r}")
     return config
 
 
@@ -198,12 +219,16 @@ class Repository:
         models: The models that can be served, by name and version.
         refused: Why the others are not, by folder name.
         options: How their engines were built, and will be again.
+        default: The default model that repository.json names.
+        stamps: Of the models' files before they were read.
     """
 
     root: Path
     models: Mapping[str, Mapping[int, LoadedModel]]
     refused: Mapping[str, ModelRefused]
     options: BackendOptions = field(default_factory=BackendOptions)
+    default: str | None = None
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def rebuild(self, model: LoadedModel) -> LoadedModel:
         """The same version with another engine.
@@ -264,43 +289,50 @@ def _log_loaded(model: LoadedModel) -> None:
         backend.precision,
         backend.reason,
     )
+    if backend.precision != model.asked_precision:
+        logger.warning(
+            "model %s version %d is served in %s, not in %s",
+            model.config.name,
+            model.version,
+            backend.precision,
+            model.asked_precision,
+        )
 
 
-def find_models(root: Path) -> list[Path]:
-    """Folders of `root` by name; hidden ones are skipped.
-
-    Raises:
-        StartupError: `root` is not a folder, or has none in it.
-    """
-    if not root.is_dir():
-        raise StartupError(f"model repository {str(root)!r} is not a folder")
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not folders:
-        raise StartupError(f"model repository {str(root)!r} has no model folders")
-    return folders
-
-
-def load_repository(root: Path, options: BackendOptions | None = None) -> Repository:
+def load_repository(
+    root: Path, options: BackendOptions | None = None, *, may_be_empty: bool = False
+) -> Repository:
     """Loads the versions of every model that its config.json wants served.
 
     A broken model does not stop the others.
 
+    Args:
+        root: The repository's folder.
+        options: Engine, device, precision and threads.
+        may_be_empty: Whether the models may all come later.
+
     Raises:
-        StartupError: There is no model at all that can be served; says why.
+        StartupError: `root` cannot be read; or no model can be served, which says why.
         DeviceError: `cuda` was asked for and does not work.
     """
     options = options or BackendOptions()
     models: dict[str, dict[int, LoadedModel]] = {}
     refused: dict[str, ModelRefused] = {}
-    for folder in find_models(root):
+    folders = find_models(root, may_be_empty=may_be_empty)
+    stamps = read_stamps(folders)
+    try:
+        default = read_default(root)
+    except ModelRefused as error:
+        logger.error("there is no default model: %s", error)
+        default = None
+    for folder in folders:
+        name = make_printable(folder.name)
         try:
-            models[folder.name] = load_model(folder, options)
+            models[name] = load_model(folder, options)
         except ModelRefused as error:
-            logger.error("model %s is refused: %s", folder.name, error)
-            refused[folder.name] = error
-    if not models:
+            logger.error("model %s is refused: %s", name, error)
+            refused[name] = error
+    if not models and not may_be_empty:
         reasons = "; ".join(str(error) for error in refused.values())
         raise StartupError(f"no model of {str(root)!r} can be served: {reasons}")
-    return Repository(root, models, refused, options)
+    return Repository(root, models, refused, options, default, stamps)

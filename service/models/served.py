@@ -45,4 +45,5 @@ class ServedModel:
     @property
     def state(self) -> ModelState:
         """Its configuration and the state of its engine."""
-        return ModelState(self.config, self.engine.state, self.scheduler.policy.max_batch)
+        max_batch = self.scheduler.policy.max_batch
+        return ModelState(self.config, self.engine.state, max_batch, self.loaded.asked_precision)

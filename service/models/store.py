@@ -21,6 +21,7 @@ from service.engines.builder import Upgrade
 from service.engines.state import EngineBuild
 from service.engines.watch import WatchedEngine
 from service.errors import (
+    DeviceError,
     EngineRestarting,
     ModelRefused,
     ModelUnavailable,
@@ -28,10 +29,11 @@ from service.errors import (
     UnknownModel,
 )
 from service.models.background import run_in_thread, spawn
-from service.models.repository import CONFIG_FILE, LoadedModel, Repository, load_model
+from service.models.folders import explain_refusal, find_folder, read_default
+from service.models.repository import LoadedModel, Repository, load_model
 from service.models.served import ServedModel
 from service.observe.metrics import Metrics
-from service.protocol import find_model
+from service.protocol import choose_default, find_model
 from service.settings import Settings
 from service.work.pixels import PixelBudget
 from service.work.policy import choose_policy
@@ -81,6 +83,7 @@ class ModelStore:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._changing = asyncio.Lock()
+        self._recorded_default = repository.default
         self._retiring: set[asyncio.Task[None]] = set()
         self.unavailable: dict[str, str] = {}
         self.served: dict[str, dict[int, ServedModel]] = {
@@ -88,10 +91,12 @@ class ModelStore:
             for name, versions in repository.models.items()
         }
         for name, error in repository.refused.items():
-            self._set_unavailable(name, self._explain(error))
+            self._set_unavailable(name, explain_refusal(error, self.root))
         default = settings.default_model
-        if default is not None and default not in {*self.served, *repository.refused}:
+        known = {*self.served, *repository.refused}
+        if default is not None and default not in known and not settings.models_may_change:
             raise StartupError(f"there is no default model {default!r}, only {sorted(self.served)}")
+        logger.info("requests that name no model: %s", self._describe_default())
 
     @property
     def root(self) -> Path:
@@ -102,6 +107,11 @@ class ModelStore:
     def all_models(self) -> list[ServedModel]:
         """Every version that is served, by name and version."""
         return [self.served[n][v] for n in sorted(self.served) for v in sorted(self.served[n])]
+
+    @property
+    def default_model(self) -> str | None:
+        """Name of the model of requests that name none; None if such requests are refused."""
+        return choose_default(self.served, self._settings.default_model or self._recorded_default)
 
     def start(self) -> None:
         """Starts building faster engines, and rebuilds those that die; needs an event loop."""
@@ -122,8 +132,7 @@ class ModelStore:
 
     def find(self, name: str | None, version: int | None) -> ServedModel:
         """The model that a request means, if its engine answers; see `Segmenter.find`."""
-        default = self._settings.default_model
-        model = find_model(self.served, self.unavailable, default, name, version)
+        model = find_model(self.served, self.unavailable, self.default_model, name, version)
         if not model.engine.is_alive:
             raise EngineRestarting(
                 f"the engine of model {model.name!r} has died; another is being built"
@@ -203,18 +212,29 @@ class ModelStore:
             ModelUnavailable: It cannot be served; what was served before still is.
         """
         async with self._changing:
-            folder = self._find_folder(name)
+            folder = await asyncio.to_thread(find_folder, self.root, name)
             kept = self._find_loaded(name)
+            try:
+                await self.read_default()
+            except ModelRefused as error:
+                logger.error("the default model is not changed: %s", error)
             try:
                 await self.replace(
                     name, partial(load_model, folder, self._repository.options, kept)
                 )
-            except ModelRefused as error:
-                reason = self._explain(error)
+            except (ModelRefused, DeviceError) as error:
+                reason = explain_refusal(error, self.root)
                 logger.error("model %s is not loaded: %s", name, reason)
                 self._set_unavailable(name, reason)
                 raise ModelUnavailable(f"model {name!r} cannot be served: {reason}") from error
-            return sorted(self.served[name])
+            versions = sorted(self.served[name])
+            logger.info(
+                "model %s is served in version %s; requests that name no model: %s",
+                name,
+                ", ".join(map(str, versions)),
+                self._describe_default(),
+            )
+            return versions
 
     async def unload(self, name: str) -> None:
         """Stops serving a model; requests that use it are finished.
@@ -314,49 +334,35 @@ class ModelStore:
 
     # --- the repository on disk -----------------------------------------------------------------
 
-    async def poll(self, interval_s: float) -> None:
-        """Loads what changes in the repository and unloads what vanishes; never returns."""
-        seen: dict[str, tuple[int, int]] = {}  # so that a change during the start is not missed
-        while True:
-            await asyncio.sleep(interval_s)
-            now = await asyncio.to_thread(self._read_stamps)
-            for name in sorted(name for name, stamp in now.items() if seen.get(name) != stamp):
-                try:
-                    versions = await self.load(name)
-                except Exception as error:  # whatever it is, later changes are to be seen
-                    logger.error("the repository has changed: %s", error)
-                else:
-                    logger.info("model %s has changed, served in version %s", name, versions)
-            for name in sorted(set(seen) - set(now)):
-                self.unavailable.pop(name, None)
-                with suppress(UnknownModel):  # it is not served, or was unloaded meanwhile
-                    await self.unload(name)
-            seen = now
+    async def remove(self, name: str) -> None:
+        """Ends a model that is no longer in the repository; requests that use it are finished."""
+        async with self._changing:
+            if name in self.served:
+                await self.replace(name, dict)
+            self.unavailable.pop(name, None)
+            self._metrics.forget_model(name)
+            logger.info("model %s is no longer in the repository", name)
 
-    def _read_stamps(self) -> dict[str, tuple[int, int]]:
-        stamps = {}
-        for file in self.root.glob(f"[!.]*/{CONFIG_FILE}"):
-            try:
-                status = file.stat()
-            except OSError:
-                continue
-            stamps[file.parent.name] = status.st_mtime_ns, status.st_size
-        return stamps
+    async def read_default(self) -> None:
+        """Takes over the default model that repository.json names.
 
-    def _find_folder(self, name: str) -> Path:
-        """A folder by a name from outside: looked up, never joined into a path."""
-        for folder in self.root.iterdir():
-            if folder.name == name and folder.is_dir() and not name.startswith("."):
-                return folder
-        raise UnknownModel(f"the repository has no folder {name!r}")
+        Raises:
+            ModelRefused: The file is wrong; the default stays as it is.
+        """
+        found = await asyncio.to_thread(read_default, self.root)
+        if found != self._recorded_default:
+            self._recorded_default = found
+            logger.info("requests that name no model: %s", self._describe_default())
+
+    def _describe_default(self) -> str:
+        if self.default_model is None:
+            return f"refused, because none of {sorted(self.served)} is the default"
+        state = "" if self.default_model in self.served else ", which is not served"
+        return f"model {self.default_model}{state}"
 
     def _set_unavailable(self, name: str, reason: str) -> None:
         self.unavailable[name] = reason
         self._metrics.model_refused.labels(name).set(reason != UNLOADED)
-
-    def _explain(self, error: ModelRefused) -> str:
-        """Why a model is refused, without the folders above the repository."""
-        return f"{error.file.relative_to(self.root)}: {error.reason}"
 
     def _serve(self, loaded: LoadedModel) -> ServedModel:
         name = loaded.config.name
@@ -384,7 +390,11 @@ class ModelStore:
         """Shows a served version in the metrics."""
         state = model.state
         self._metrics.add_model(
-            state.name, state.version, lambda: model.engine.state, state.max_batch
+            state.name,
+            state.version,
+            lambda: model.engine.state,
+            state.max_batch,
+            state.asked_precision,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -22,6 +23,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from service.engines.base import Precision
 from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
 
@@ -56,7 +58,9 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each
         registry = CollectorRegistry()
         self._registry = registry
-        self._engines: dict[tuple[str, int], Callable[[], EngineState]] = {}
+        self._engines: dict[
+            tuple[str, int], tuple[Callable[[], EngineState], Precision | None]
+        ] = {}
         self._series: dict[str, tuple[Counter, Counter, Counter, dict[str, Histogram]]] = {}
         self._gpus: GpuCollector | None = None
         ProcessCollector(registry=registry)
@@ -177,9 +181,26 @@ class Metrics:
             ["model"],
             registry=registry,
         )
+        self.precision_fallback = Gauge(
+            "solo_model_precision_fallback",
+            "1 for each served model whose engine has another precision than was asked for",
+            ["model", "version", "asked"],
+            registry=registry,
+        )
+        self.repository_readable = Gauge(
+            "solo_repository_readable",
+            "0 while the model repository cannot be read; what was loaded is served",
+            registry=registry,
+        )
+        self.repository_readable.set(1)
 
     def add_model(
-        self, name: str, version: int, engine: Callable[[], EngineState], max_batch: int
+        self,
+        name: str,
+        version: int,
+        engine: Callable[[], EngineState],
+        max_batch: int,
+        asked_precision: Precision | None = None,
     ) -> None:
         """Announces a served model; its series exist from now on, at 0.
 
@@ -188,8 +209,9 @@ class Metrics:
             version: Of the model.
             engine: What serves it; asked again whenever the metrics are.
             max_batch: Most canvases in one call of it.
+            asked_precision: None: the engine's.
         """
-        self._engines[name, version] = engine
+        self._engines[name, version] = engine, asked_precision
         self.batch_limit.labels(name).set(max_batch)
         for stage in STAGES:
             self.stage_seconds.labels(name, stage)
@@ -203,6 +225,11 @@ class Metrics:
     def remove_model(self, name: str, version: int) -> None:
         """Forgets a version that is no longer served; what was counted stays."""
         self._engines.pop((name, version), None)
+
+    def forget_model(self, name: str) -> None:
+        """Removes the refusal of a model that is no longer in the repository."""
+        with suppress(KeyError):
+            self.model_refused.remove(name)
 
     def watch(self, admission: Admission) -> None:
         """Reads what is in flight from admission whenever the metrics are asked for."""
@@ -238,11 +265,18 @@ class Metrics:
             self._registry.register(gpus)
 
     def _update_engines(self) -> None:
-        for gauge in (self.model_info, self.engine_up, self.engine_build_progress):
+        for gauge in (
+            *(self.model_info, self.precision_fallback),
+            *(self.engine_up, self.engine_build_progress),
+        ):
             gauge.clear()
         alive: dict[str, bool] = {}
-        for (name, version), engine in self._engines.items():
+        for (name, version), (engine, asked) in self._engines.items():
             state = engine()
+            is_fallback = asked not in (None, state.precision)
+            self.precision_fallback.labels(name, str(version), asked or state.precision).set(
+                is_fallback
+            )
             labels = (name, str(version), state.name, state.device, state.precision)
             self.model_info.labels(*labels).set(1)
             progress = 1.0 if state.build is None else state.build.progress

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import solo_client
 from service.engines.base import BackendOptions
 from service.errors import StartupError
-from service.models.repository import find_models, load_version, read_config
+from service.models.repository import find_default, find_models, load_version, read_config
 from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_text
 from service.predict.inputs import assign_ids, find_files
@@ -81,15 +81,17 @@ def find_model(folder: Path, name: str | None) -> Path:
 
     Args:
         folder: A model's folder, or a repository of models.
-        name: Name in the repository; None: the first by name.
+        name: Name in the repository; None: its default, or the only one.
 
     Raises:
-        StartupError: The repository has no such model.
+        StartupError: The repository has no such model, or several and no default.
     """
     if (folder / "config.json").is_file():
         return folder
     folders = {path.name: path for path in find_models(folder)}
-    name = name or min(folders)
+    name = name or find_default(folder)
+    if name is None:
+        raise StartupError(f"{folder} has the models {sorted(folders)}; name one: --model NAME")
     if name not in folders:
         raise StartupError(f"{folder} has no model {name!r}, only {sorted(folders)}")
     return folders[name]
@@ -170,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="repository of models, or folder of one model (default: model_repo)",
     )
     source.add_argument("--url", help="use this server instead, e.g. http://localhost:8000")
-    add("--model", help="name (default: the first by name, or the server's default)")
+    add("--model", help="name (default: the default of the repository or server, or the only one)")
     add("--version", type=_positive, help="default: the latest")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="not with --url")
     add("--threads", type=_positive, help="of the engine (default: physical cores; with --ray 1)")

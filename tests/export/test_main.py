@@ -19,7 +19,7 @@ from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Detection
 from service.engines.base import BackendOptions
-from service.models.repository import LoadedModel, load_version
+from service.models.repository import LoadedModel, find_default, load_version
 from tests.support.tiny import build_tiny_data
 from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config, tiny_network
 from tests.support.typed_graph import build_config, build_graph
@@ -120,6 +120,24 @@ def test_the_parity_report_is_published_with_the_graph(
     batches = {case["batch"] for case in report["cases"]}
     assert len(sizes) == 2 and len(batches) == 2
     assert report["total"]["candidates_torch"] > 100
+
+
+def test_what_is_served_now_is_said(
+    folder: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = tmp_path / "repo"
+    shutil.copytree(published.parent, repo / "discs")
+    file = repo / "discs" / "config.json"
+    pinned = {"policy": "specific", "versions": [2]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "serve": pinned}))
+    assert main([str(folder / "best.pt"), "--out", str(repo), "--name", "discs"]) == 0
+    printed = capsys.readouterr().out
+    assert "serves version 2 of discs, not 3; to serve it: solo-models serve discs 3" in printed
+    assert "requests that name no model are answered by discs" in printed
+    assert main([str(folder / "best.pt"), "--out", str(repo), "--name", "another"]) == 0
+    printed = capsys.readouterr().out
+    assert "discs was the only model and is now recorded as the default" in printed
+    assert find_default(repo) == "discs"
 
 
 def test_an_existing_version_is_rejected_before_the_export(
@@ -236,6 +254,13 @@ def test_variants_are_added_and_the_version_is_served_as_before(
     loaded = load_version(version.parent, 1, BackendOptions(device="cpu", threads=1))
     assert set(loaded.config.files) == {"model.onnx", "model.fp16.onnx"}
     loaded.backend.close()
+
+
+def test_variants_are_added_to_a_version_whose_publication_was_interrupted(version: Path) -> None:
+    version.rename(version.parent / f".{version.name}.next")
+    assert main(["--variants-of", str(version), "--precision", "fp16", "--accept-unrun"]) == 0
+    assert (version / "model.fp16.onnx").is_file() and (version / "model.onnx").is_file()
+    assert not list(version.parent.glob(".*"))
 
 
 def test_an_existing_variant_is_only_replaced_with_force(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from export.publish import (
     Release,
     add_artefacts,
     describe_file,
+    describe_served,
+    keep_default,
     merge_config,
     next_version,
     publish,
@@ -20,7 +23,7 @@ from export.publish import (
 )
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendOptions
-from service.models.repository import load_version
+from service.models.repository import find_default, load_version
 from tests.support import blob_model
 
 PASSED = {"passed": True, "cases": []}
@@ -138,11 +141,11 @@ def test_a_failing_rename_keeps_the_old_version(
     replace = os.replace
 
     def failing(source: Path, target: Path) -> None:
-        if Path(source).name == "new":
+        if Path(target).name == "config.json":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("export.publish.os.replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
         publish(tmp_path, build_release(graph=b"other"), force=True)
     assert files_under(tmp_path) == before
@@ -314,3 +317,73 @@ def test_the_version_policy_is_kept(tmp_path: Path) -> None:
     assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
     repository = read_repository(tmp_path / "blobs")
     assert repository is not None and repository.served_versions == [1, 2]
+
+
+def serve(root: Path, **policy: Any) -> None:
+    file = root / "blobs" / "config.json"
+    file.write_text(json.dumps({**read_config(root), "serve": policy}))
+
+
+def test_a_version_that_is_not_served_is_said_with_the_command(tmp_path: Path) -> None:
+    target = publish(tmp_path, build_release(1))
+    assert describe_served(target) == ["requests that name no model are answered by blobs"]
+    serve(tmp_path, policy="specific", versions=[1])
+    warning, default = describe_served(publish(tmp_path, build_release(2)))
+    assert warning == (
+        "warning: config.json serves version 1 of blobs, not 2; to serve it: "
+        f"solo-models serve blobs 2 --model-repo {tmp_path}"
+    )
+    assert default == "requests that name no model are answered by blobs"
+    serve(tmp_path, policy="all")
+    assert describe_served(publish(tmp_path, build_release(3))) == [default]
+
+
+def publish_as(root: Path, name: str) -> list[str]:
+    kept = keep_default(root, name)
+    return describe_served(publish(root, build_release(name=name)), kept)
+
+
+def test_a_second_model_does_not_take_over_requests_that_name_none(tmp_path: Path) -> None:
+    assert publish_as(tmp_path, "nuclei") == ["requests that name no model are answered by nuclei"]
+    assert find_default(tmp_path) == "nuclei"
+    assert publish_as(tmp_path, "mine") == [
+        "nuclei was the only model and is now recorded as the default",
+        "requests that name no model are answered by nuclei",
+    ]
+    assert publish_as(tmp_path, "other") == ["requests that name no model are answered by nuclei"]
+    assert find_default(tmp_path) == "nuclei"
+
+
+def test_a_default_that_is_not_known_is_said(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        publish(tmp_path, build_release(name=name))
+    (warning,) = publish_as(tmp_path, "c")
+    assert warning.startswith("warning: requests that name no model are refused")
+    assert warning.endswith(f"solo-models default c --model-repo {tmp_path}")
+
+
+def test_nothing_is_recorded_before_the_first_model(tmp_path: Path) -> None:
+    assert keep_default(tmp_path / "missing", "a") is None
+    assert keep_default(tmp_path, "a") is None
+    publish(tmp_path, build_release(name="a"))
+    assert keep_default(tmp_path, "a") is None
+    assert not (tmp_path / "repository.json").exists()
+
+
+def test_versions_that_are_published_at_the_same_time_are_all_listed(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda version: publish(tmp_path, build_release(version)), range(1, 9)))
+    repository = read_repository(tmp_path / "blobs")
+    assert repository is not None and repository.version_numbers == list(range(1, 9))
+
+
+def test_what_an_interrupted_publication_left_is_removed(tmp_path: Path) -> None:
+    publish(tmp_path, build_release(1))
+    before = files_under(tmp_path)
+    for left in (".2.next", ".1.prev"):
+        (tmp_path / "blobs" / left).mkdir()
+        (tmp_path / "blobs" / left / "model.onnx").write_bytes(b"half")
+    (tmp_path / "blobs" / ".config.json.partial").write_bytes(b"{")
+    publish(tmp_path, build_release(1), force=True)
+    assert files_under(tmp_path) == before
+    assert not [path for path in (tmp_path / "blobs").iterdir() if path.name.startswith(".")]

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from service.engines.driver import Gpu, find_gpu
+from service.models.publishing import write_default
 from service.predict import main as predict_main
 from tests.support.blob_model import (
     KEEP_RATIO_INPUT,
@@ -35,6 +37,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repo")
     publish(root)
     publish(root, "wide", poisonable=True, input=KEEP_RATIO_INPUT)
+    write_default(root, "blobs")
     return root
 
 
@@ -222,9 +225,31 @@ def test_cuda_where_there_is_none_exits_with_the_reason(repo: Path, tmp_path: Pa
     assert f"solo-serve: error: device cuda: {find_gpu()}" in server.read_log()
 
 
-def test_a_precision_that_no_model_has_exits_with_the_command(repo: Path, tmp_path: Path) -> None:
-    environment = {"SOLO_PRECISION": "int8", "SOLO_DEVICE": "cpu", "SOLO_MODEL_REPO": str(repo)}
-    server = ServerProcess(tmp_path / "log", environment=environment)
-    assert server.wait(30) == 1
-    assert "blobs/1/model.int8.onnx: precision int8 was asked for" in server.read_log()
-    assert f"solo-export CHECKPOINT --out {repo} --precision int8" in server.read_log()
+def test_a_precision_that_a_model_lacks_is_replaced_and_said(repo: Path, tmp_path: Path) -> None:
+    flags = ("--model-repo", str(repo), "--precision", "int8", *FLAGS)
+    with run_server(tmp_path / "log", *flags) as server:
+        assert segment(server.url).status_code == 200
+        assert "model blobs version 1 is served in fp32, not in int8" in server.read_log()
+        assert httpx.get(f"{server.url}/v2/models/blobs").json()["precision"] == "fp32"
+
+
+def test_a_server_that_watches_starts_without_models_and_takes_the_first(tmp_path: Path) -> None:
+    root = tmp_path / "repo"
+    root.mkdir()
+    server = ServerProcess(tmp_path / "alone", "--model-repo", str(root), *FLAGS)
+    assert server.wait() == 1
+    assert "has no model folders" in server.read_log()
+    watching = ServerProcess(
+        tmp_path / "log", "--model-repo", str(root), "--model-poll-s", "0.1", *FLAGS
+    )
+    try:
+        deadline_s = time.monotonic() + 60
+        while "running on" not in watching.read_log():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        publish(root)
+        watching.wait_until_ready()
+        assert segment(watching.url).json()["model"] == "blobs"
+    finally:
+        watching.process.kill()
+        watching.wait()

@@ -123,3 +123,71 @@ def test_a_version_that_is_to_be_served_and_is_not_there_is_named() -> None:
         _ = parse_model_config(json.dumps(content)).served_versions
     with pytest.raises(ConfigError, match="names no version"):
         _ = parse_model_config(json.dumps(_content(versions={}))).served_versions
+
+
+RESIZE = {"rule": "tile", "scale": 1, "tile_hw": [256, 256], "overlap_px": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"input": {"resize": {**RESIZE, "tile_hw": [100_000, 8]}}}, r"tile_hw\.0"),
+        ({"input": {"resize": {**RESIZE, "scale": 30}}}, "canvas would have 7680x7680 px"),
+        ({"input": {"resize": {**RESIZE, "scale": 0.0001}}}, "canvas would have 0x0 px"),
+        (
+            {"input": {"resize": {"rule": "keep_ratio", "short_side": 8192, "long_side": 8192}}},
+            "canvas would have 8192x8192 px",
+        ),
+        ({"limits": {"instances": 10**9}}, "instances"),
+        ({"limits": {"threads": 10**6}}, "threads"),
+        ({"limits": {"max_batch": 10**6}}, "max_batch"),
+        ({"limits": {"precision": "int4"}}, r"precision: .*'int8'"),
+        ({"candidates": 2**31}, "candidates"),
+        ({"versions": {"1": {"files": {"m": {"sha256": "a" * 64, "bytes": 2**40}}}}}, "bytes"),
+    ],
+)
+def test_sizes_are_bounded(changes: dict[str, Any], match: str) -> None:
+    repository = parse_model_config(json.dumps(_content(**changes)))
+    with pytest.raises(ConfigError, match=match):
+        repository.for_version(1)
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [
+        {**RESIZE, "scale": 16},
+        {"rule": "keep_ratio", "short_side": 4096, "long_side": 4096},
+        {"rule": "keep_ratio", "short_side": 800, "long_side": 1333},
+        {"rule": "keep_ratio", "short_side": 9999, "long_side": 1333},
+    ],
+)
+def test_the_largest_canvases_are_taken(resize: dict[str, Any]) -> None:
+    repository = parse_model_config(json.dumps(_content(input={"resize": resize})))
+    assert repository.for_version(1).input.resize.rule == resize["rule"]
+
+
+@pytest.mark.parametrize("key", ["9" * 5000, "1" * 10, "01", "1.0", "-1", "1\n"])
+def test_version_keys_have_at_most_nine_digits(key: str) -> None:
+    with pytest.raises(ConfigError, match="versions") as caught:
+        parse_model_config(json.dumps(_content(versions={key: {"files": FILES}})))
+    assert len(str(caught.value)) < 300
+    assert parse_model_config(json.dumps(_content(versions={"9" * 9: {}}))).version_numbers
+
+
+def test_a_reason_names_the_first_faults_and_counts_the_others() -> None:
+    text = json.dumps(_content(**{f"field_{i}": i for i in range(10_000)}))
+    with pytest.raises(ConfigError, match=r"field_0: .*; and 9995 more") as caught:
+        parse_model_config(text)
+    assert len(str(caught.value)) < 1100
+
+
+def test_a_model_may_name_its_precision() -> None:
+    content = _content(limits={"precision": "int8"})
+    assert parse_model_config(json.dumps(content)).for_version(1).limits.precision == "int8"
+    assert parse_model_config(json.dumps(_content())).for_version(1).limits.precision is None
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden", "a\nb", "x" * 300])
+def test_a_name_is_one_of_a_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        parse_model_config(json.dumps(_content(name=name)))

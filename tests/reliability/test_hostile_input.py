@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     publish(root / "repo", input=KEEP_RATIO_INPUT)
     publish(root / "repo", "tiles")
     limit = ("--max-body-bytes", str(MAX_BODY_BYTES))
-    flags = ("--model-repo", str(root / "repo"), *CPU_FLAGS, *limit)
+    flags = ("--model-repo", str(root / "repo"), "--default-model", "blobs", *CPU_FLAGS, *limit)
     with run_server(root / "log", *flags) as running:
         httpx.post(f"{running.url}/segment", content=encode_picture(PICTURE)).raise_for_status()
         yield running

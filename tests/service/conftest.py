@@ -37,6 +37,7 @@ def model_repo(tmp_path: Path) -> Path:
 def settings(model_repo: Path) -> Settings:
     return Settings(
         model_repo=model_repo,
+        default_model="blobs",
         device="cpu",
         threads=1,
         pool_threads=2,

@@ -4,8 +4,8 @@ import pytest
 
 from pipeline.model_config import RepositoryConfig
 from service.engines.state import EngineState
-from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
-from service.protocol import ModelState, Segmenter, find_model
+from service.errors import AmbiguousModel, ModelUnavailable, UnknownModel, UnknownVersion
+from service.protocol import ModelState, Segmenter, choose_default, find_model
 from service.scale.cluster.front import ClusterSegmenter
 from service.segmenter import LocalSegmenter
 from tests.support.blob_model import build_graph, model_config
@@ -16,7 +16,6 @@ SERVED = {"b": {1: "b1", 3: "b3", 2: "b2"}, "a": {7: "a7"}, "c": {1: "c1"}}
 @pytest.mark.parametrize(
     ("default", "name", "version", "found"),
     [
-        (None, None, None, "a7"),  # the first by name, not the first that was loaded
         ("b", None, None, "b3"),  # the highest version, wherever it stands
         ("b", None, 2, "b2"),
         (None, "b", None, "b3"),
@@ -54,9 +53,38 @@ def test_a_newer_version_that_was_refused_does_not_hide_what_is_served() -> None
     assert find_model(SERVED, {"b": "version 4 is broken"}, None, "b", None) == "b3"
 
 
+def test_a_request_without_a_model_is_refused_where_several_are_served_and_none_is_chosen() -> None:
+    with pytest.raises(AmbiguousModel, match=r"none of \['a', 'b', 'c'\] is the default"):
+        find_model(SERVED, {}, None, None, None)
+    with pytest.raises(AmbiguousModel):
+        find_model(SERVED, {}, None, None, 7)
+
+
+@pytest.mark.parametrize("unavailable", [{}, {"broken": "why"}])
+def test_a_single_model_is_the_default(unavailable: dict[str, str]) -> None:
+    assert find_model({"b": {1: "b1", 3: "b3"}}, unavailable, None, None, None) == "b3"
+
+
+def test_a_default_model_that_is_not_served_is_not_replaced_by_the_only_one() -> None:
+    with pytest.raises(ModelUnavailable, match="'b' is not served"):
+        find_model({"a": {7: "a7"}}, {"b": "unloaded"}, "b", None, None)
+    with pytest.raises(UnknownModel, match="no model 'b'"):
+        find_model({"a": {7: "a7"}}, {}, "b", None, None)
+
+
 def test_a_server_without_models_has_no_default() -> None:
-    with pytest.raises(UnknownModel, match=r"only \[\]"):
+    with pytest.raises(ModelUnavailable, match="no model is served"):
         find_model({}, {}, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("served", "named", "default"),
+    [([], None, None), (["a"], None, "a"), (["a", "b"], None, None), (["a", "b"], "b", "b")],
+)
+def test_the_default_is_the_one_that_was_chosen_or_the_only_one(
+    served: list[str], named: str | None, default: str | None
+) -> None:
+    assert choose_default(served, named) == default
 
 
 def test_a_models_state_has_the_name_and_version_of_its_configuration() -> None:

@@ -83,7 +83,7 @@ def test_a_wrong_flag_is_named_as_a_flag() -> None:
 
 
 def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = BackendOptions(threads=count_cores(), divide="tiles")
+    defaults = BackendOptions(precision_fallback=True, threads=count_cores(), divide="tiles")
     assert read_settings([]).backend_options() == defaults
     assert read_settings(["--workers", "2"]).backend_options() == replace(defaults, divide="all")
     for name, value in {
@@ -99,6 +99,7 @@ def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
             device="cuda",
             engine="trt",
             precision="bf16",
+            precision_fallback=True,
             threads=2,
             slots=3,
             divide="tiles",

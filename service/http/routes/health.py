@@ -22,6 +22,8 @@ async def healthz(segmenter: SegmenterDep) -> HealthResponse:
     """200 as long as the process answers; the text says whether new work is taken."""
     if not segmenter.admission.is_open:
         return HealthResponse(status="draining")
+    if not segmenter.models:
+        return HealthResponse(status="no_model")
     return HealthResponse(status="ok" if segmenter.is_ready else "engine_restarting")
 
 
@@ -33,7 +35,7 @@ async def live() -> LiveResponse:
 
 @router.get("/v2/health/ready", responses={503: {"model": ReadyResponse}})
 async def ready(segmenter: SegmenterDep, response: Response) -> ReadyResponse:
-    """200 if new work is taken, else 503; says what runs where.
+    """200 if new work is taken and a model is served, else 503; says what runs where.
 
     ```sh
     curl --fail-with-body localhost:8000/v2/health/ready

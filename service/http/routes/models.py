@@ -36,7 +36,10 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
         for name, reason in segmenter.unavailable.items()
         if name not in latest
     ]
-    return ModelList(models=sorted(served + others, key=lambda model: model.name))
+    return ModelList(
+        models=sorted(served + others, key=lambda model: model.name),
+        default_model=segmenter.default_model,
+    )
 
 
 @router.get("/v2/models/{name}", responses=_FAILURES)
@@ -83,6 +86,8 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
         state="READY",
         backend=engine.name,
         device=engine.device,
+        precision=engine.precision,
+        asked_precision=model.asked_precision,
         max_batch=model.max_batch,
         **config,
     )

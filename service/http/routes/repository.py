@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Depends, Request, Response
 from service.errors import Forbidden
 from service.http.oip.schemas import ProtocolError
 from service.http.routes.state import SegmenterDep, require_admin
-from service.http.schemas import IndexQuery, RepositoryEntry
+from service.http.schemas import IndexQuery, LoadResponse, RepositoryEntry
 
 router = APIRouter(tags=["model repository"])
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -54,10 +54,14 @@ async def list_repository(
 
 
 @router.post("/v2/repository/models/{name}/load", responses=_FAILURES, dependencies=_CONTROLLED)
-async def load(name: str, segmenter: SegmenterDep) -> Response:
+async def load(name: str, segmenter: SegmenterDep) -> LoadResponse:
     """Serves what the model's config.json says now; until that is ready, what was served stays."""
     await segmenter.load(name)
-    return Response()
+    return LoadResponse(
+        name=name,
+        versions=[str(model.version) for model in segmenter.models if model.name == name],
+        default_model=segmenter.default_model,
+    )
 
 
 @router.post("/v2/repository/models/{name}/unload", responses=_FAILURES, dependencies=_CONTROLLED)

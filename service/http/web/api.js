@@ -13,6 +13,7 @@ const PLAIN_WORDS = {
   overloaded: "The server is overloaded. Try again in a moment.",
   draining: "The server is shutting down. Try again in a moment.",
   engine_restarting: "The model is being restarted. Try again in a moment.",
+  ambiguous_model: "The server has several models; choose one.",
   model_unavailable: "This model is not available at the moment.",
   unknown_model: "The server no longer has this model. Reload the page.",
   engine_error: "The model failed on this image.",

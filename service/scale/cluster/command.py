@@ -42,7 +42,8 @@ def run(settings: ClusterSettings) -> None:
     is_local = settings.ray_address is None
     ray_options: dict[str, Any] = {"logging_level": logging.WARNING}
     if is_local:
-        find_models(settings.model_repo)  # a wrong path is said before Ray starts
+        # A wrong path is said before Ray starts.
+        find_models(settings.model_repo, may_be_empty=settings.models_may_change)
         ray_options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(address=settings.ray_address or "local", **ray_options)

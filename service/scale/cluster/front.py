@@ -25,7 +25,7 @@ from service.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from service.protocol import ModelState, Segmented, find_model
+from service.protocol import ModelState, Segmented, choose_default, find_model
 from service.scale.cluster.messages import Answer, Call, Description, WorkerLost, Workers
 from service.scale.cluster.metrics import FrontMetrics
 from service.segmenter import measure
@@ -95,10 +95,10 @@ class ClusterSegmenter:
 
     @property
     def is_ready(self) -> bool:
-        """Whether new work is admitted and workers answer."""
+        """Whether new work is admitted, and workers answer and serve models."""
         is_heard = time.monotonic() - self._heard_s < SILENCE_S
-        engines = (model.engine.is_alive for model in self.models)
-        return self.admission.is_open and is_heard and all(engines)
+        engines = [model.engine.is_alive for model in self.models]
+        return self.admission.is_open and is_heard and bool(engines) and all(engines)
 
     @property
     def models(self) -> Sequence[ModelState]:
@@ -110,6 +110,12 @@ class ClusterSegmenter:
         """Why they do not serve other models; by name."""
         return self._description.unavailable
 
+    @property
+    def default_model(self) -> str | None:
+        """Name of the model of requests that name none; None if such requests are refused."""
+        named = self._settings.default_model or self._description.default_model
+        return choose_default(self._served, named)
+
     def start(self) -> None:
         """Starts asking what is served."""
         self._refreshing = asyncio.get_running_loop().create_task(self._refresh(), name="refresh")
@@ -117,8 +123,7 @@ class ClusterSegmenter:
 
     def find(self, name: str | None, version: int | None) -> ModelState:
         """The model that a request means, as a worker described it last."""
-        default = self._settings.default_model
-        model = find_model(self._served, self.unavailable, default, name, version)
+        model = find_model(self._served, self.unavailable, self.default_model, name, version)
         if not model.engine.is_alive:
             raise EngineRestarting(f"the engine of model {model.name!r} is being rebuilt")
         return model

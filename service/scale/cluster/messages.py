@@ -50,10 +50,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Description:
-    """What a worker serves, and why it does not serve the rest of its repository."""
+    """What a worker serves, why not the rest of its repository, and the default model."""
 
     models: Sequence[ModelState]
     unavailable: Mapping[str, str] = field(default_factory=dict)
+    default_model: str | None = None
 
 
 class WorkerLost(Exception):

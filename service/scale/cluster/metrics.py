@@ -39,7 +39,8 @@ class FrontMetrics(MergedMetrics):
         """Shows what the workers serve, in place of what was shown before."""
         self._engines.clear()
         for model in models:
-            self.add_model(model.name, model.version, partial(_engine_of, model), model.max_batch)
+            engine, asked = partial(_engine_of, model), model.asked_precision
+            self.add_model(model.name, model.version, engine, model.max_batch, asked)
 
 
 async def report_front(metrics: Metrics) -> Report:
@@ -65,7 +66,7 @@ def name_process() -> str:
 
 
 def _is_of_engine(sample: Sample) -> bool:
-    return "model" in sample.labels or sample.name.startswith("solo_gpu_")
+    return "model" in sample.labels or sample.name.startswith(("solo_gpu_", "solo_repository_"))
 
 
 def _filter(metrics: Sequence[Metric], keep: Callable[[Sample], bool]) -> list[Metric]:

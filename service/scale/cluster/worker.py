@@ -35,7 +35,9 @@ async def start_segmenter(settings: Mapping[str, Any]) -> LocalSegmenter:
     configure_logging(checked.log_level, checked.log_format)
     options = checked.backend_options()
     check_device(options)
-    repository = await asyncio.to_thread(load_repository, checked.model_repo, options)
+    repository = await asyncio.to_thread(
+        load_repository, checked.model_repo, options, may_be_empty=checked.models_may_change
+    )
     metrics = Metrics()
     if checked.device != "cpu":
         metrics.watch_gpus(find_gpus())
@@ -72,7 +74,8 @@ class Worker:
 
     async def describe(self) -> Description:
         """What it serves at the moment."""
-        return Description(self._segmenter.models, dict(self._segmenter.unavailable))
+        segmenter = self._segmenter
+        return Description(segmenter.models, dict(segmenter.unavailable), segmenter.default_model)
 
     async def report(self) -> Report:
         """Its metrics."""
@@ -80,7 +83,7 @@ class Worker:
 
     async def check_health(self) -> None:
         """Raises while an engine has failed: if that lasts, Serve starts another worker."""
-        if not self._segmenter.is_ready:
+        if self._segmenter.models and not self._segmenter.is_ready:
             raise RuntimeError("an engine has died and is not back yet")
 
 

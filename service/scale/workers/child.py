@@ -44,7 +44,11 @@ def run_child(settings: Settings, index: int, channel: socket.socket, folder: Pa
         signal.signal(number, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
     try:
-        repository = load_repository(settings.model_repo, settings.backend_options())
+        repository = load_repository(
+            settings.model_repo,
+            settings.backend_options(),
+            may_be_empty=settings.models_may_change,
+        )
         peers = Peers(folder, index, settings.workers)
         metrics = MergedMetrics(peers.collect_all)
         if settings.device != "cpu" and index == 0:  # one is enough to watch the machine's GPUs

@@ -135,6 +135,59 @@ class TestWithoutGpu:
         (version.folder / "model.onnx").write_bytes(b"damaged, but not needed")
         assert version.build(replace(AUTO, precision="int8")).precision == "int8"
 
+    @pytest.mark.parametrize("precision", ["int8", "fp16", "bf16"])
+    def test_fp32_replaces_a_precision_that_the_version_lacks(
+        self, tmp_path: Path, precision: Literal["fp16", "bf16", "int8"]
+    ) -> None:
+        options = replace(AUTO, device="cpu", precision=precision, precision_fallback=True)
+        backend = Version(tmp_path).build(options)
+        assert backend.precision == "fp32"
+        assert backend.reason == (
+            f"CPU provider; device cpu was asked for; precision {precision} was asked for; "
+            f"not ONNX Runtime on the CPU: the version has no model.{precision}.onnx"
+        )
+
+    def test_fp32_replaces_a_precision_that_does_not_run(self, tmp_path: Path) -> None:
+        options = replace(AUTO, precision="int8", precision_fallback=True)
+        backend = Version(tmp_path, {"model.int8.onnx": b"no graph"}).build(options)
+        assert backend.precision == "fp32"
+        assert "cannot load the graph" in backend.reason
+
+    def test_a_precision_that_is_there_is_not_replaced(self, tmp_path: Path) -> None:
+        options = replace(AUTO, device="cpu", precision="int8", precision_fallback=True)
+        backend = Version(tmp_path, {"model.int8.onnx": build_graph()}).build(options)
+        assert backend.precision == "int8"
+        assert backend.reason == "CPU provider; device cpu was asked for"
+
+    def test_a_damaged_file_is_refused_not_replaced(self, tmp_path: Path) -> None:
+        version = Version(tmp_path, {"model.int8.onnx": build_graph()})
+        (version.folder / "model.int8.onnx").write_bytes(b"damaged")
+        with pytest.raises(ModelRefused, match="truncated or modified"):
+            version.build(replace(AUTO, precision="int8", precision_fallback=True))
+
+    def test_without_fallback_nothing_is_replaced(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelRefused, match="precision int8 was asked for"):
+            Version(tmp_path).build(replace(AUTO, precision="int8"))
+
+    def test_the_reason_that_fp32_fails_is_given_after_the_fallback(self, tmp_path: Path) -> None:
+        def fail(backend: Backend) -> None:
+            raise BackendError("the masks are wrong")
+
+        options = replace(AUTO, precision="int8", precision_fallback=True)
+        with pytest.raises(BackendError, match=r"no model\.int8\.onnx.*the masks are wrong"):
+            Version(tmp_path).build(options, fail)
+
+    @pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError(), RecursionError("deep")])
+    def test_an_engine_that_raises_anything_is_not_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def fail(*arguments: Any) -> SlotBackend:
+            raise error
+
+        monkeypatch.setattr("service.engines.onnxruntime.build_ort_backend", fail)
+        with pytest.raises(BackendError, match=type(error).__name__):
+            Version(tmp_path).build()
+
     @pytest.mark.parametrize("precision", ["fp32", "int8"])
     def test_the_graph_with_early_exits_is_taken(
         self, tmp_path: Path, precision: Literal["fp32", "int8"]

@@ -18,6 +18,7 @@ from service.engines.base import BackendError
 from service.errors import ModelUnavailable, UnknownModel, UnknownVersion
 from service.http.app import create_app
 from service.http.keys import add_key
+from service.models.publishing import write_default
 from service.models.repository import load_repository
 from service.models.store import ModelStore
 from service.settings import Settings
@@ -200,7 +201,8 @@ async def test_unloading_and_loading_again(client: httpx.AsyncClient) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
     listed = {m["name"]: m for m in (await client.get("/v2/models")).json()["models"]}
     assert (listed["blobs"]["state"], listed["blobs"]["reason"]) == ("UNAVAILABLE", "unloaded")
-    assert (await segment(client)).json()["model"] == "wide"  # the first that is served
+    refused = await segment(client)  # the default is not replaced in silence
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
     assert (await client.get("/v2/health/ready")).status_code == 200
     assert (await load(client, "blobs")).status_code == 200
     assert (await segment(client)).json()["model"] == "blobs"
@@ -303,3 +305,101 @@ async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Pa
         gc.collect()
         sizes.append(read_resident_bytes())
     assert max(sizes[-5:]) - max(sizes[:5]) < 12_000_000
+
+
+async def test_requests_that_name_no_model_are_refused_where_none_is_the_default(
+    settings: Settings, open_client: OpenClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second model beside the first does not take its requests over."""
+    root = tmp_path / "repo"
+    publish(root, "nuclei")
+    update = {"model_repo": root, "default_model": None, "model_control": True}
+    changed = settings.model_copy(update=update)
+    app = create_app(changed, load_repository(root, OPTIONS))
+    caplog.set_level("INFO")
+    async with open_client(app) as client:
+        assert (await segment(client)).json()["model"] == "nuclei"
+        publish(root, "mine")
+        loaded = (await load(client, "mine")).json()
+        assert loaded == {"name": "mine", "versions": ["1"], "default_model": None}
+        assert "refused, because none of ['mine', 'nuclei'] is the default" in caplog.text
+        refused = await segment(client)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "ambiguous_model")
+        assert "['mine', 'nuclei']" in refused.json()["error"]["message"]
+        for name in ("mine", "nuclei"):
+            assert (await segment(client, model=name)).json()["model"] == name
+        assert (await client.get("/v2/models")).json()["default_model"] is None
+        write_default(root, "nuclei")
+        assert (await load(client, "nuclei")).json()["default_model"] == "nuclei"
+        assert (await segment(client)).json()["model"] == "nuclei"
+        assert (await client.get("/v2/models")).json()["default_model"] == "nuclei"
+
+
+async def test_the_setting_goes_before_what_the_repository_says(
+    settings: Settings, open_client: OpenClient, model_repo: Path
+) -> None:
+    write_default(model_repo, "wide")
+    for setting, expected in (("blobs", "blobs"), (None, "wide")):
+        changed = settings.model_copy(update={"default_model": setting})
+        app = create_app(changed, load_repository(model_repo, OPTIONS))
+        async with open_client(app) as client:
+            assert (await segment(client)).json()["model"] == expected
+
+
+async def test_a_model_without_the_precision_is_served_in_fp32_and_says_so(
+    settings: Settings, open_client: OpenClient, model_repo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = build_graph()
+    (model_repo / "blobs" / "1" / "model.int8.onnx").write_bytes(graph)
+
+    def add(content: dict[str, Any]) -> None:
+        files = content["versions"]["1"]["files"]
+        files["model.int8.onnx"] = files["model.onnx"]
+
+    edit(model_repo / "blobs", add)
+    publish(model_repo, "own", limits={"precision": "fp16"})
+    changed = settings.model_copy(update={"precision": "int8"})
+    app = create_app(changed, load_repository(model_repo, changed.backend_options()))
+    async with open_client(app) as client:
+        shown = {}
+        for name in ("blobs", "wide", "own"):
+            assert (await segment(client, model=name)).status_code == 200
+            detail = (await client.get(f"/v2/models/{name}")).json()
+            shown[name] = detail["precision"], detail["asked_precision"]
+        assert shown == {
+            "blobs": ("int8", "int8"),
+            "wide": ("fp32", "int8"),
+            "own": ("fp32", "fp16"),
+        }
+        metrics = (await client.get("/metrics")).text
+        for labels, value in {
+            'asked="int8",model="blobs"': "0.0",
+            'asked="int8",model="wide"': "1.0",
+            'asked="fp16",model="own"': "1.0",
+        }.items():
+            assert f'solo_model_precision_fallback{{{labels},version="1"}} {value}' in metrics
+        ready = (await client.get("/v2/health/ready")).json()
+        reasons = {engine["model"]: engine["reason"] for engine in ready["engines"]}
+        assert "precision int8 was asked for" in reasons["wide"]
+        assert "asked for; precision" not in reasons["blobs"]
+    assert "model wide version 1 is served in fp32, not in int8" in caplog.text
+    assert "model blobs version 1 is served in" not in caplog.text
+
+
+async def test_a_repository_that_is_away_is_said_when_a_model_is_to_be_loaded(
+    client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    model_repo.rename(model_repo.with_name("aside"))
+    refused = await load(client, "blobs")
+    assert (refused.status_code, refused.json()["code"]) == (503, "model_unavailable")
+    assert "the model repository cannot be read: No such file" in refused.json()["error"]
+    assert (await segment(client)).status_code == 200
+
+
+async def test_a_wrong_repository_json_does_not_refuse_a_model(
+    client: httpx.AsyncClient, model_repo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model_repo / "repository.json").write_text("{")
+    add_version(model_repo / "blobs", 2)
+    assert (await load(client, "blobs")).json()["versions"] == ["2"]
+    assert "the default model is not changed" in caplog.text

@@ -442,49 +442,6 @@ class TestVersions:
             assert sorted(store.served["blobs"]) == [1]
 
 
-class TestPoll:
-    @pytest.mark.parametrize("when", ["loading", "unloading"])
-    async def test_it_survives_any_failure(
-        self,
-        settings: Settings,
-        model_repo: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-        when: str,
-    ) -> None:
-        failed = threading.Event()
-
-        async with open_store(settings) as store:
-            load, unload = store.load, store.unload
-
-            async def fail_to_load(name: str) -> list[int]:
-                if name == "blobs" and not failed.is_set():
-                    failed.set()
-                    raise OSError("stale file handle")
-                return await load(name)
-
-            async def unload_after_someone_else(name: str) -> None:
-                await unload(name)
-                failed.set()
-                await unload(name)
-
-            if when == "loading":
-                monkeypatch.setattr(store, "load", fail_to_load)
-            else:
-                monkeypatch.setattr(store, "unload", unload_after_someone_else)
-            poll = asyncio.create_task(store.poll(0.01))
-            await asyncio.sleep(0.05)
-            if when == "unloading":
-                await until(lambda: "wide" in store.served)
-                (model_repo / "wide" / "config.json").unlink()
-            await until(failed.is_set)
-            publish(model_repo, "late")
-            await until(lambda: "late" in store.served or poll.done())
-            assert not poll.done() and "late" in store.served
-            poll.cancel()
-        assert ("stale file handle" in caplog.text) is (when == "loading")
-
-
 def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:
     engine = Controlled(None)
     loaded = load_repository(settings.model_repo, OPTIONS)

@@ -36,6 +36,8 @@ NAMES = {
     "solo_model_info",
     "solo_engine_build_progress",
     "solo_model_refused",
+    "solo_model_precision_fallback",
+    "solo_repository_readable",
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from service.models.publishing import write_default
 from service.predict import command, main
 from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.journal import Journal
@@ -94,6 +95,17 @@ def test_what_cannot_be_done_is_said(
     arguments = [a.replace("IMAGES", str(images)) for a in arguments]
     with pytest.raises(SystemExit, match=reason):
         predict(tmp_path, *arguments)
+
+
+def test_one_of_several_models_is_named_or_is_the_default(tmp_path: Path, images: Path) -> None:
+    for name in ("a", "b"):
+        publish(tmp_path / "repo", name)
+    with pytest.raises(SystemExit, match=r"has the models \['a', 'b'\]; name one: --model NAME"):
+        predict(tmp_path, str(images))
+    assert predict(tmp_path, str(images), "--model", "b")
+    write_default(tmp_path / "repo", "a")
+    assert command.find_model(tmp_path / "repo", None).name == "a"
+    assert predict(tmp_path, str(images), "--restart")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with run_cluster() as cluster:
         add_node(cluster)
         flags = ["--ray-address", cluster.address, "--port", f"{port}"]
-        flags += ["--model-repo", f"{repo}", "--max-body-bytes", f"{MAX_BODY_BYTES}"]
+        flags += ["--model-repo", f"{repo}", "--default-model", "blobs"]
+        flags += ["--max-body-bytes", f"{MAX_BODY_BYTES}"]
         command = [sys.executable, "-m", "service", "ray", *flags]
         subprocess.run(command, cwd=ROOT, check=True, timeout=RAY_START_S)
         yield f"http://127.0.0.1:{port}"

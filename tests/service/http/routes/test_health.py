@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
+import pytest
 from fastapi import FastAPI
 
 from service.engines.state import EngineBuild
+from service.errors import StartupError
+from service.http.app import create_app
+from service.models.repository import load_repository
+from service.settings import Settings
+from tests.service.conftest import OPTIONS, OpenClient
+from tests.support.blob_model import publish
 
 
 async def test_a_ready_server(client: httpx.AsyncClient) -> None:
@@ -56,3 +65,27 @@ async def test_a_draining_server_is_alive_but_not_ready(
     assert response.json()["error"]["code"] == "draining"
     assert response.headers["retry-after"] == "1"
     assert "solo_ready 0.0" in (await client.get("/metrics")).text
+
+
+async def test_a_server_without_models_is_alive_but_not_ready(
+    settings: Settings, open_client: OpenClient, tmp_path: Path
+) -> None:
+    root = tmp_path / "empty"
+    root.mkdir()
+    with pytest.raises(StartupError, match="no model folders"):
+        load_repository(root, OPTIONS)
+    empty = settings.model_copy(update={"model_repo": root, "model_control": True})
+    app = create_app(empty, load_repository(root, OPTIONS, may_be_empty=True))
+    async with open_client(app) as client:
+        assert (await client.get("/v2/health/live")).status_code == 200
+        assert (await client.get("/healthz")).json() == {"status": "no_model"}
+        ready = await client.get("/v2/health/ready")
+        assert (ready.status_code, ready.json()["ready"]) == (503, False)
+        assert "solo_ready 0.0" in (await client.get("/metrics")).text
+        refused = await client.post("/segment", content=b"x")
+        assert refused.json()["error"]["code"] == "unknown_model"
+        publish(root)
+        assert (await client.post("/v2/repository/models/blobs/load")).status_code == 200
+        assert (await client.get("/v2/health/ready")).status_code == 200
+        assert (await client.post("/v2/repository/models/blobs/unload")).status_code == 200
+        assert (await client.get("/v2/health/ready")).status_code == 503

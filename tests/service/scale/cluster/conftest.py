@@ -50,7 +50,7 @@ class LocalWorkers:
 
 @pytest.fixture
 def cluster_settings(model_repo: Path) -> ClusterSettings:
-    return ClusterSettings(model_repo=model_repo)
+    return ClusterSettings(model_repo=model_repo, default_model="blobs")
 
 
 @asynccontextmanager
