@@ -73,13 +73,13 @@ def test_ray_finds_and_draws_what_this_process_does_and_names_the_same_failures(
     limit = ("--max-instances", "2")
     expected, expected_out = predict(repo, tmp_path / "local.json", *local, *limit)
     found, found_out = predict(repo, tmp_path / "on_ray.json", *on_ray, *limit)
-    assert capsys.readouterr().err.count("warning: 8 images reached the limit") == 2
+    assert capsys.readouterr().err.count("warning: 7 images reached the limit") == 2
     assert "5 images failed" in expected
     assert found.replace(str(more), "more").replace("drawn_on_ray", "drawn") == expected
     assert found_out == expected_out
     names = [result["file_name"] for result in json.loads(found_out)]
     assert len(names) == 14
-    assert {"images/1.png", "more/1.png"} < {*names}
+    assert {"images/1.png", "more/deeper/1.png"} < {*names}
     first, second = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in drawn)
     assert first == second
     assert len(first) == 7
