@@ -22,7 +22,7 @@ from service.predict.files import (
     list_store,
 )
 from service.predict.listing import Listing
-from service.predict.outputs import Outputs
+from service.predict.outputs import Outputs, is_picture
 from service.predict.patterns import EVERYTHING, Pattern, States
 
 _MOST_DETAILS = 3
@@ -192,6 +192,8 @@ class _Finder:
             return self._own[identity]
         if identity in self._seen:
             return "listed already, by this or another name"
+        if status is not None and stat.S_ISREG(status.st_mode) and is_picture(file.path):
+            return "a picture with masks that solo-predict has drawn"
         self._seen.add(identity)
         self._new.append(file)
         return None

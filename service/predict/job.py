@@ -23,7 +23,7 @@ from service.predict.errors import ImageUnusable, RunFailed, blame_image, descri
 from service.predict.files import ImageFile, as_line, as_text
 from service.predict.journal import Journal
 from service.predict.listing import Listing
-from service.predict.outputs import START, replace_file
+from service.predict.outputs import START, mark_picture, replace_file
 from service.predict.predictors import Prediction, Predictor
 
 MOST_BYTES = 2**30
@@ -266,7 +266,9 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     except DecodeError as error:
         raise ImageUnusable(f"no overlay: {error}") from error
     file = io.BytesIO()
-    Image.fromarray(draw_instances(picture, instances, answer.task)).save(file, "PNG")
+    Image.fromarray(draw_instances(picture, instances, answer.task)).save(
+        file, "PNG", pnginfo=mark_picture()
+    )
     return file.getvalue()
 
 

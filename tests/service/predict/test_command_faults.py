@@ -185,6 +185,10 @@ def test_a_second_run_does_not_see_what_the_first_wrote(predictor: EchoPredictor
         main([*inputs, *outputs])
         assert Path("in/results.json").read_bytes() == first
     assert len(list(Path("in/drawn").iterdir())) == 2
+    for more in ([], ["--overlays", "in/drawn2"]):  # other runs know them by a mark
+        main(["in", *more, "--quiet"])
+        assert Path("results.json").read_bytes() == first
+    assert "that solo-predict has drawn" in fail("in/drawn")
     assert "among the images" in fail("in/x.png", "--overlays", "in")
     assert "the folder of --overlays" in fail("in", "--overlays", "in")
 

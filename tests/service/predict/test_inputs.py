@@ -295,6 +295,8 @@ def test_a_list_names_files_and_folders(images: Path) -> None:
     names = [
         str(images / name) for name in ("deeper", "a.png", "gone.png", "a.png", "deeper/b.JPG")
     ]
+    os.mkfifo(images / "00001_pipe.png")
+    assert len(find_files([], [str(images / "00001_pipe.png")])) == 1  # it fails when it is read
     found = find_files([], names)
     assert below(found, images) == ["deeper/b.JPG", "deeper/more/c.jfif", "a.png", "gone.png"]
     assert [found.name_of(file) for file in found.files][2:] == ["a.png", "gone.png"]
