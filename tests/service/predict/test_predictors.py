@@ -108,6 +108,14 @@ def test_what_would_fail_every_image_ends_the_run(steps: list[Step]) -> None:
     assert len(requests) == len(steps)
 
 
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_proxy_that_finds_no_server_ends_the_run(status: int) -> None:
+    predictor, requests = build_remote(*[httpx.Response(status, text="a page")] * 3)
+    with pytest.raises(RunFailed, match=str(status)):
+        predictor.predict(b"data")
+    assert requests
+
+
 def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> None:
     folder = publish(tmp_path, "wide", poisonable=True)
     options = BackendOptions(device="cpu", threads=1)
