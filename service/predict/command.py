@@ -15,7 +15,7 @@ import solo_client
 from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.models.repository import find_models, load_version, read_config
-from service.predict.errors import ImageUnusable, RunFailed, describe
+from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_line, as_text
 from service.predict.image_ids import assign_ids, read_image_ids
 from service.predict.inputs import find_files, read_list
@@ -69,7 +69,7 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
         try:
             client = solo_client.Client(arguments.url, api_key=key, retry=RETRY)
         except Exception as error:  # those of addresses and proxies have no common base
-            raise StartupError(f"--url {arguments.url}: {describe(error)}") from error
+            raise StartupError(f"--url {arguments.url}: {error}") from error
         return RemotePredictor(
             client, bounds, arguments.model, arguments.version, on_progress=canvases.update
         )

@@ -210,7 +210,7 @@ class _Walk:
         self._finder = finder
         self._folder = folder
         self._pattern = pattern
-        self._folders: list[tuple[str, States]] = [("", pattern.start)]
+        self._folders = deque([("", pattern.start)])
         self._links: deque[tuple[str, States, str | None]] = deque()
         root = _identify(folder.absolute, _read_status(folder.absolute))
         self._entered: set[tuple[Identity, States]] = {(root, pattern.start)}
@@ -219,7 +219,7 @@ class _Walk:
         """Adds the files to those of the finder."""
         while self._folders or self._links:
             if self._folders:
-                self._list(*self._folders.pop())
+                self._list(*self._folders.popleft())
             else:
                 below, states, reason = self._links.popleft()
                 self._visit(below, states, _read_status(self._path_of(below)), reason)

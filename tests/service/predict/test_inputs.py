@@ -131,7 +131,11 @@ def test_loops_of_links_end_and_each_file_counts_once(
     assert len(find_files([str(root / pattern)])) == 1
 
 
-def test_linked_folders_are_followed_and_real_names_are_preferred(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_real_names_are_preferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(read(path), reverse=True))
     make(tmp_path / "other" / "z.png")
     make(tmp_path / "in" / "real" / "a.png")
     (tmp_path / "in" / "batch").symlink_to("../other")
@@ -139,13 +143,17 @@ def test_linked_folders_are_followed_and_real_names_are_preferred(tmp_path: Path
     (tmp_path / "in" / "0.png").symlink_to("real/a.png")
     (tmp_path / "in" / "1.png").symlink_to("../other/z.png")
     os.link(tmp_path / "in" / "real" / "a.png", tmp_path / "in" / "real" / "b.png")
+    make(tmp_path / "in" / "z" / "y.png")
+    (tmp_path / "in" / "later").mkdir()
+    os.link(tmp_path / "in" / "z" / "y.png", tmp_path / "in" / "later" / "y.png")
     found = find_files([str(tmp_path / "in")])
-    assert below(found, tmp_path / "in") == ["1.png", "real/a.png"]
+    assert below(found, tmp_path / "in") == ["1.png", "later/y.png", "real/a.png"]
     again = "listed already, by this or another name"
     assert left_out(found, tmp_path / "in") == {
         "0.png": again,
         "batch/z.png": again,
         "real/b.png": again,
+        "z/y.png": again,
         "again": "a link to a folder that is listed already",
     }
 
