@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.models.repository import find_default, find_models, load_version, read_config
 from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_text
-from service.predict.inputs import assign_ids, find_files
+from service.predict.files import ImageFile, as_line, as_text
+from service.predict.image_ids import assign_ids, read_image_ids
+from service.predict.inputs import find_files, read_list
 from service.predict.job import Item, Notes, PredictJob, Run, build_items, write_results
 from service.predict.journal import Journal, JournalDiffers, JournalInUse
+from service.predict.listing import Listing
+from service.predict.outputs import Outputs, check_outputs
 from service.predict.predictors import (
     RETRY,
     Bounds,
@@ -37,8 +40,10 @@ examples:
   solo-predict images/ --annotations val.json                  image ids from a COCO file
   solo-predict s3://bucket/images --ray --ray-address auto     on a Ray cluster
 
-Without --annotations the image ids are 1, 2, 3 ... in the order of the files; each result also has
-its file_name. Images that fail are listed at the end, and the exit status is then 1.
+Without --annotations the image ids are 1, 2, 3 ... in the order of the files. Each result also has
+its file_name: the path below the deepest folder that holds all inputs. Images that fail are listed
+at the end, and the exit status is then 1. Entries of folders that are left out are listed at the
+start: hidden ones, those without an image's suffix, and further names of the same file.
 
 Each image's results are stored in OUT.partial at once, and --out is written at the end. If the run
 is interrupted in any way, the same command continues it; after failures it retries only the images
@@ -59,11 +64,12 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
     """
     bounds = _bounds_of(arguments)
     if arguments.url is not None:
+        key_file = arguments.api_key_file
+        key = None if key_file is None else key_file.read_bytes().decode(errors="replace").strip()
         try:
-            key = arguments.api_key_file and arguments.api_key_file.read_text().strip()
             client = solo_client.Client(arguments.url, api_key=key, retry=RETRY)
-        except ValueError as error:
-            raise StartupError(str(error)) from error
+        except Exception as error:  # those of addresses and proxies have no common base
+            raise StartupError(f"--url {arguments.url}: {error}") from error
         return RemotePredictor(
             client, bounds, arguments.model, arguments.version, on_progress=canvases.update
         )
@@ -160,9 +166,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
         help="image, folder (recursive), glob or URI",
+    )
+    add(
+        "--files-from",
+        metavar="FILE",
+        help="file with more inputs (no globs), in lines or separated by zero bytes; -: stdin",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -203,6 +214,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; exits 2 if it is invalid."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
+    if not parsed.inputs and parsed.files_from is None:
+        parser.error("an INPUT or --files-from is required")
     if parsed.ray and parsed.url is not None:
         parser.error("--ray loads the model itself and cannot be combined with --url")
     if not parsed.ray and (parsed.ray_address or parsed.actors or parsed.gpus_per_actor):
@@ -211,29 +224,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exits 1 if an image or the whole run failed."""
+    """Runs the command; exits 1 if an image, a folder or the whole run failed."""
     parsed = parse(arguments)
     try:
-        failed = run(parsed)
+        problems = run(parsed)
     except (StartupError, JournalInUse, OSError) as error:
-        sys.exit(f"solo-predict: error: {error}")
+        sys.exit(f"solo-predict: error: {as_line(error)}")
     except JournalDiffers as error:
-        sys.exit(f"solo-predict: error: {error}. {JOURNAL_ADVICE}")
+        sys.exit(f"solo-predict: error: {as_line(error)}. {JOURNAL_ADVICE}")
     except RunFailed as error:
-        sys.exit(f"solo-predict: error: {error}; the same command continues from here")
+        sys.exit(f"solo-predict: error: {as_line(error)}; the same command continues from here")
     except KeyboardInterrupt:
         print("solo-predict: stopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
-    if failed:
-        named = [f"{as_text(file)}: {reason}" for file, reason in failed.items()]
-        sys.exit("\n".join([f"solo-predict: {len(failed)} images failed:", *named]))
+    if problems:
+        sys.exit("solo-predict: " + "\n".join(problems))
 
 
-def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageUnusable]:
+def run(arguments: argparse.Namespace) -> list[str]:
     """Processes the images, writes the results and prints a summary.
 
     Returns:
-        The images that failed, in their order.
+        What failed, in lines: images and folders with the reasons.
 
     Raises:
         StartupError: The run cannot start.
@@ -241,17 +253,20 @@ def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageUnusable]:
         OSError: A file cannot be read or written.
         RunFailed: The run cannot continue.
     """
-    files = find_files(arguments.inputs)
-    ids, failed = assign_ids(files, arguments.annotations)
+    outputs = check_outputs(arguments.out, arguments.overlays)
+    known = read_image_ids(arguments.annotations) if arguments.annotations is not None else None
+    listed = read_list(arguments.files_from) if arguments.files_from is not None else []
+    listing = find_files(arguments.inputs, listed, outputs)
+    ids = assign_ids(listing, known)
+    failed = {
+        file: why for file, why in zip(listing.files, ids, strict=True) if not isinstance(why, int)
+    }
+    _print_before(listing, failed)
     canvases = CanvasProgress()
     start = choose_run(arguments, canvases)
-    out: Path = arguments.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.overlays is not None:
-        arguments.overlays.mkdir(parents=True, exist_ok=True)
-    items = build_items(files, ids, overlays=arguments.overlays is not None)
-    partial = out.with_name(out.name + ".partial")
-    with Journal(partial, read_options(arguments), restart=arguments.restart) as journal:
+    outputs.create()
+    items = build_items(listing, ids, overlays=arguments.overlays is not None)
+    with Journal(outputs.journal, read_options(arguments), restart=arguments.restart) as journal:
         notes = Notes(journal, arguments.overlays)
         open_items = notes.find_open(items)
         with tqdm(
@@ -261,19 +276,43 @@ def run(arguments: argparse.Namespace) -> dict[ImageFile, ImageUnusable]:
             disable=arguments.quiet,
         ) as canvases.bar:
             failed.update(_process(start(notes), open_items, canvases.bar))
-        done = [item for item in items if item.file not in failed]
-        count = write_results(out, done, journal)
-        truncated = notes.count_truncated(done)
-        if not failed:
+        _write(arguments.out, outputs, [item for item in items if item.file not in failed], notes)
+        problems = _describe_problems(listing, failed)
+        if not problems:
             journal.remove()
-    print(f"{count} instances in {len(done)} images -> {out}")
+    return problems
+
+
+def _print_before(listing: Listing, failed: Mapping[ImageFile, ImageUnusable]) -> None:
+    """Names the entries that are left out, and says how many images fail without any work."""
+    if left_out := listing.describe_left_out():
+        print(f"solo-predict: {listing.left_out} entries are left out:", file=sys.stderr)
+        print(*left_out, sep="\n", file=sys.stderr)
+    if failed:
+        print(f"solo-predict: {len(failed)} images have no image id and fail", file=sys.stderr)
+
+
+def _write(given: Path, outputs: Outputs, done: Sequence[Item], notes: Notes) -> None:
+    count = write_results(outputs.out, done, notes.journal)
+    truncated = notes.count_truncated(done)
+    print(f"{count} instances in {len(done)} images -> {as_line(given)}")
     if truncated:
         print(
             f"solo-predict: warning: {truncated} images reached the limit of --max-instances; "
             "instances may be missing from their results",
             file=sys.stderr,
         )
-    return {file: failed[file] for file in files if file in failed}
+
+
+def _describe_problems(listing: Listing, failed: Mapping[ImageFile, ImageUnusable]) -> list[str]:
+    problems = []
+    if failed:
+        named = [f"{as_line(f)}: {as_line(failed[f])}" for f in listing.files if f in failed]
+        problems += [f"{len(failed)} images failed:", *named]
+    if listing.unreadable:
+        named = [f"{as_line(name)}: {why}" for name, why in listing.unreadable.items()]
+        problems += [f"{len(named)} inputs cannot be read:", *named]
+    return problems
 
 
 def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile, ImageUnusable]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -18,36 +19,52 @@ from pipeline.decode import decode_image
 from pipeline.draw import draw_instances
 from pipeline.errors import DecodeError
 from pipeline.types import Detection
-from service.predict.errors import ImageUnusable
-from service.predict.files import ImageFile, as_text, key_of, read_file, stamp_of
+from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
+from service.predict.files import ImageFile, as_line, as_text
 from service.predict.journal import Journal
+from service.predict.listing import Listing
+from service.predict.outputs import START, mark_picture, replace_file
 from service.predict.predictors import Prediction, Predictor
 
+MOST_BYTES = 2**30
+"""Size of an image file; the largest that can be decoded is far smaller."""
+_MOST_NAME_BYTES = 120
+"""Of an image's name in the name of its picture; file systems allow 143 or 255 in all."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing that every image would get."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """An image of a run.
 
     Attributes:
         file: The image.
+        name: Its path in the results.
         image_id: COCO image id of its results.
         overlay: File name of the picture with its masks; None if none is drawn.
     """
 
     file: ImageFile
+    name: str
     image_id: int
     overlay: str | None
 
 
 def build_items(
-    files: Sequence[ImageFile], ids: Mapping[ImageFile, int], *, overlays: bool
+    listing: Listing, ids: Sequence[int | ImageUnusable], *, overlays: bool
 ) -> list[Item]:
     """The items of the files that have an id, in the order of the files."""
     return [
-        Item(file, ids[file], f"{number:05d}_{file.stem}.png" if overlays else None)
-        for number, file in enumerate(files, 1)
-        if file in ids
+        Item(file, listing.name_of(file), image_id, _name_overlay(number, file, overlays))
+        for number, (file, image_id) in enumerate(zip(listing.files, ids, strict=True), 1)
+        if isinstance(image_id, int)
     ]
+
+
+def _name_overlay(number: int, file: ImageFile, overlays: bool) -> str | None:
+    stem = as_line(file.stem).encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
+    return f"{number:05d}_{stem}.png" if overlays else None
 
 
 class Run(Protocol):
@@ -59,9 +76,8 @@ class Run(Protocol):
         Closing the generator stops the run: an image in progress is completed or discarded.
 
         Raises:
-            RunFailed: The remaining images would fail too.
+            RunFailed: The remaining images would fail too, or the journal cannot be written.
             JournalDiffers: Another model or version found the images that are in the journal.
-            OSError: The journal or a picture cannot be written.
         """
         ...
 
@@ -100,15 +116,15 @@ class Notes:
         return [item for item in items if not self._is_done(item)]
 
     def _is_done(self, item: Item) -> bool:
-        entry = self.journal.find(key_of(item.file))
+        entry = self.journal.find(item.file.key)
         try:
-            if entry is None or entry["stamp"] != stamp_of(item.file):
+            if entry is None or entry["stamp"] != item.file.read_stamp():
                 return False
+            if self.overlays is None or item.overlay is None:
+                return True
+            return entry["overlay"] == item.overlay and (self.overlays / item.overlay).is_file()
         except OSError:
             return False
-        if self.overlays is None or item.overlay is None:
-            return True
-        return entry["overlay"] == item.overlay and (self.overlays / item.overlay).is_file()
 
     def note(self, item: Item, stamp: list[int], found: Found) -> None:
         """Writes the picture, then the results: the picture of an image in the journal exists.
@@ -119,31 +135,70 @@ class Notes:
             found: What was found in it.
 
         Raises:
+            ImageUnusable: The picture or the results cannot be written.
             JournalDiffers: Another model or version found the images that are in the journal.
-            OSError: A file cannot be written.
+            RunFailed: The disk is full, or the journal cannot be written.
         """
         if self.overlays is not None and item.overlay is not None and found.picture is not None:
-            (self.overlays / item.overlay).write_bytes(found.picture)
+            _write_picture(self.overlays / item.overlay, found.picture)
         properties = {"stamp": stamp, "overlay": item.overlay, "truncated": found.truncated}
-        self.journal.append(
-            key_of(item.file), found.results, served=found.served, properties=properties
-        )
+        with blame_image():
+            self.journal.append(
+                item.file.key, found.results, served=found.served, properties=properties
+            )
 
     def count_truncated(self, items: Sequence[Item]) -> int:
         """How many of these images, all of them complete, have results cut by max_instances."""
-        entries = (self.journal.find(key_of(item.file)) for item in items)
+        entries = (self.journal.find(item.file.key) for item in items)
         return sum(entry is not None and entry["truncated"] for entry in entries)
+
+
+def _write_picture(path: Path, picture: bytes) -> None:
+    try:
+        with replace_file(path) as file:
+            file.write(picture)
+    except OSError as error:
+        kind = RunFailed if error.errno in _FULL else ImageUnusable
+        raise kind(f"cannot write {as_line(path)}: {describe(error)}") from error
+
+
+def read_stamp(file: ImageFile) -> list[int]:
+    """Size and modification time of an image file that can be read into memory.
+
+    Raises:
+        ImageUnusable: It does not exist, or is too large.
+    """
+    with blame_image():
+        stamp = file.read_stamp()
+    if stamp[0] > MOST_BYTES:
+        raise ImageUnusable(f"the file has {stamp[0]} bytes, more than {MOST_BYTES}")
+    return stamp
+
+
+def read_data(file: ImageFile) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        ImageUnusable: It cannot be read, or is empty.
+    """
+    with blame_image():
+        data = file.read()
+    if not data:
+        raise ImageUnusable("empty_image: the file is empty")
+    return data
 
 
 def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
     """Segments an encoded image and, if `draw`, draws the masks.
 
     Raises:
-        ImageUnusable, RunFailed: From the predictor.
+        ImageUnusable: Any exception but RunFailed.
+        RunFailed: From the predictor.
     """
-    answer = predictor.predict(data)
-    picture = draw_overlay(data, answer) if draw else None
-    return Found(answer.served, answer.results, answer.truncated, picture)
+    with blame_image():
+        answer = predictor.predict(data)
+        picture = draw_overlay(data, answer) if draw else None
+        return Found(answer.served, answer.results, answer.truncated, picture)
 
 
 @dataclass(frozen=True)
@@ -179,15 +234,11 @@ class PredictJob:
 
     def _do(self, item: Item) -> ImageUnusable | None:
         try:
-            stamp = stamp_of(item.file)
-            data = read_file(item.file)
-        except OSError as error:
-            return ImageUnusable(str(error))
-        try:
-            found = find(self.predictor, data, draw=item.overlay is not None)
+            stamp = read_stamp(item.file)
+            data = read_data(item.file)
+            self.notes.note(item, stamp, find(self.predictor, data, draw=item.overlay is not None))
         except ImageUnusable as error:
             return error
-        self.notes.note(item, stamp, found)
         return None
 
 
@@ -215,12 +266,14 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     except DecodeError as error:
         raise ImageUnusable(f"no overlay: {error}") from error
     file = io.BytesIO()
-    Image.fromarray(draw_instances(picture, instances, answer.task)).save(file, "PNG")
+    Image.fromarray(draw_instances(picture, instances, answer.task)).save(
+        file, "PNG", pnginfo=mark_picture()
+    )
     return file.getvalue()
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
-    """Writes COCO results; `out` is replaced only when the new file is complete.
+    """Writes COCO results; the file is replaced only when the new one is complete.
 
     Args:
         out: The file.
@@ -232,19 +285,20 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
 
     Raises:
         KeyError: An image is not in the journal.
-        OSError: The file cannot be written.
+        RunFailed: The file cannot be written.
     """
     count = 0
-    unfinished = out.with_name(out.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        file.write(b"[")
-        for item in items:
-            for result in journal.read_results(key_of(item.file)):
-                named = {"image_id": item.image_id, "file_name": as_text(item.file.name)}
-                file.write((b",\n" if count else b"\n") + orjson.dumps({**named, **result}))
-                count += 1
-        file.write(b"\n]\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(out)
+    try:
+        with replace_file(out) as file:
+            file.write(START)
+            for item in items:
+                for result in journal.read_results(item.file.key):
+                    named = {"image_id": item.image_id, "file_name": as_text(item.name)}
+                    file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
+                    count += 1
+            file.write(b"\n]\n" if count else b"]\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunFailed(f"cannot write {as_line(out)}: {describe(error)}") from error
     return count

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import orjson
 
+from service.predict.errors import RunFailed
+
 _APPLICATION_ID = 0x534F4C4F
 _FORMAT = 1
 _SCHEMA = f"""
@@ -24,8 +26,8 @@ PRAGMA user_version = {_FORMAT};
 """
 
 
-class JournalError(Exception):
-    """A journal cannot be used; the text names the file and the reason."""
+class JournalError(RunFailed):
+    """A journal cannot be read or written; the text names the file and the reason."""
 
 
 class JournalInUse(JournalError):
@@ -38,7 +40,7 @@ class JournalDiffers(JournalError):
 
 @contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
-    """Raises SQLite's errors as `JournalError` or OSError."""
+    """Raises SQLite's errors as `JournalError`."""
     try:
         yield
     except sqlite3.Error as error:
@@ -49,7 +51,7 @@ def _translate_errors(path: Path) -> Iterator[None]:
             raise JournalDiffers(f"{path} is not a journal of this version") from error
         if code == sqlite3.SQLITE_CORRUPT:
             raise JournalDiffers(f"{path} is damaged ({error})") from error
-        raise OSError(f"cannot use the journal {path}: {error}") from error
+        raise JournalError(f"cannot use the journal {path}: {error}") from error
 
 
 class Journal:
@@ -71,7 +73,7 @@ class Journal:
     Raises:
         JournalInUse: Another run has it open.
         JournalDiffers: It has entries of other options, or is no journal of this version.
-        OSError: It cannot be read or written.
+        JournalError: It cannot be read or written.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -164,7 +166,8 @@ class Journal:
 
         Raises:
             JournalDiffers: The other entries are from another model or version.
-            OSError: It cannot be written. The journal is as before and can be used.
+            JournalError: It cannot be written. The journal is as before and can be used.
+            TypeError: The results are not JSON.
         """
         row = [key, served, orjson.dumps(properties), orjson.dumps(results)]
         with self._lock, _translate_errors(self.path):

@@ -16,8 +16,15 @@ from service.predict.errors import ImageUnusable, RunFailed
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
 """Lasts while a server restarts: the random waits add up to 2 min at most."""
-_IMAGE_STATUSES = (408, 413)
-"""Refusals that depend on the image: too slow to upload, too large."""
+_RUN_CODES = frozenset(
+    (
+        *("unauthorized", "forbidden", "not_found", "unknown_model", "unknown_version"),
+        *("method_not_allowed", "invalid_parameter"),
+    )
+)
+"""Errors of the server that every image would get."""
+_RUN_STATUSES = frozenset((301, 302, 303, 307, 308, 401, 404, 405, 407, 502, 504))
+"""Of a proxy, or of another server, if there is no code: wrong address, no server behind it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,9 @@ class RemotePredictor:
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
-        except solo_client.RequestRefused as error:
-            kind = ImageUnusable if error.status in _IMAGE_STATUSES else RunFailed
-            raise kind(str(error)) from error
+        except solo_client.ServerError as error:
+            ends = error.code in _RUN_CODES or (not error.code and error.status in _RUN_STATUSES)
+            raise (RunFailed if ends else ImageUnusable)(str(error)) from error
         except solo_client.ImageFailed as error:
             raise ImageUnusable(f"{error.code}: {error.message}") from error
         except solo_client.SoloError as error:

@@ -25,8 +25,8 @@ from service.engines.base import BackendOptions
 from service.errors import StartupError
 from service.models.repository import load_version
 from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_text, read_file, stamp_of
-from service.predict.job import Found, Item, Notes, find
+from service.predict.files import ImageFile, as_text
+from service.predict.job import Found, Item, Notes, find, read_data, read_stamp
 from service.predict.predictors import Bounds, LocalPredictor
 
 try:
@@ -122,9 +122,9 @@ def read_images(batch: pa.Table) -> pa.Table:
 def _read(row: dict[str, Any]) -> dict[str, Any]:
     file: ImageFile = pickle.loads(row["file"])
     try:
-        return {"number": row["number"], "data": read_file(file)}
-    except OSError as error:
-        return {"number": row["number"], "error": as_text(str(error))}
+        return {"number": row["number"], "data": read_data(file)}
+    except ImageUnusable as error:
+        return {"number": row["number"], "error": as_text(error)}
 
 
 class RaySegmenter:
@@ -156,7 +156,7 @@ class RaySegmenter:
         try:
             found = find(self._predictor, row["data"], draw=self._draw)
         except ImageUnusable as error:
-            return {"number": row["number"], "error": str(error)}
+            return {"number": row["number"], "error": as_text(error)}
         return {
             "number": row["number"],
             "served": found.served,
@@ -248,20 +248,26 @@ class RayJob:
         stamps, rows = {}, []
         for number, item in items.items():
             try:
-                stamps[number] = stamp_of(item.file)
-            except OSError as error:
-                yield number, ImageUnusable(str(error))
+                stamps[number] = read_stamp(item.file)
+            except ImageUnusable as error:
+                yield number, error
                 continue
             rows.append({"number": number, "file": pickle.dumps(item.file)})
         for row in self._segment(rows, images_a_task, actors):
             number = row["number"]
-            if row["error"] is not None:
-                yield number, ImageUnusable(row["error"])
-                continue
-            results = orjson.loads(row["results"])
-            found = Found(row["served"], results, row["truncated"], row["picture"])
-            self.notes.note(items[number], stamps[number], found)
-            yield number, None
+            yield number, self._note(items[number], stamps[number], row)
+
+    def _note(self, item: Item, stamp: list[int], row: Mapping[str, Any]) -> ImageUnusable | None:
+        """Stores what an actor found; returns why the image has no result."""
+        if row["error"] is not None:
+            return ImageUnusable(row["error"])
+        results = orjson.loads(row["results"])
+        found = Found(row["served"], results, row["truncated"], row["picture"])
+        try:
+            self.notes.note(item, stamp, found)
+        except ImageUnusable as error:
+            return error
+        return None
 
     def _segment(
         self, rows: Sequence[Mapping[str, Any]], images_a_task: int, actors: int

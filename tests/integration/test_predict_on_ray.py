@@ -146,7 +146,7 @@ def test_an_image_that_ends_its_process_is_named_and_the_others_are_done(
     from tests.support.dying_segmenter import DEADLY, DyingSegmenter
 
     expected = predict_here(repo, images, tmp_path / "local.json")
-    monkeypatch.setattr("service.predict.ray_job.Segmenter", DyingSegmenter)
+    monkeypatch.setattr("service.predict.ray_job.RaySegmenter", DyingSegmenter)
     (images / "99.png").write_bytes(DEADLY)
     out = tmp_path / "results.json"
     same = ["--model-repo", str(repo), "--out", str(out), "--quiet", "--ray"]

@@ -43,7 +43,7 @@ def predict(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_a_folder_becomes_coco_results(tmp_path: Path, images: Path) -> None:
     results = predict(tmp_path, str(images))
-    assert [(r["image_id"], r["file_name"]) for r in results] == [(1, "a.png"), (2, "b.JPG")]
+    assert [(r["image_id"], r["file_name"]) for r in results] == [(1, "a.png"), (2, "deeper/b.JPG")]
     assert results[0]["bbox"] == [4, 8, 12, 16]
     assert coco_mask.decode(results[0]["segmentation"]).sum() == 192
 
@@ -75,7 +75,7 @@ def test_a_bad_image_is_named_and_the_others_are_written(tmp_path: Path, images:
     with pytest.raises(SystemExit, match=r"1 images failed:\n.*bad.png: unsupported_format"):
         predict(tmp_path, str(images))
     results = json.loads((tmp_path / "out" / "results.json").read_bytes())
-    assert [r["file_name"] for r in results] == ["a.png", "b.JPG"]
+    assert [r["file_name"] for r in results] == ["a.png", "deeper/b.JPG"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_bad_image_is_named_and_the_others_are_written(tmp_path: Path, images:
         (["IMAGES", "--model", "cats"], "no model 'cats'"),
         (["IMAGES", "--version", "3"], "no version 3"),
         (["IMAGES", "--annotations", "missing.json"], "missing.json"),
-        (["IMAGES", "--overlays", "IMAGES/a.png"], "a.png"),
+        (["IMAGES", "--overlays", "IMAGES/a.png"], "a.png is not a folder"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -189,12 +189,15 @@ def test_a_run_that_was_cut_goes_on(predictor: FakePredictor) -> None:
     assert sorted(p.name for p in Path().iterdir() if "results" in p.name) == ["results.json"]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError("disk full")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RunFailed("disk full")])
 def test_any_stop_keeps_what_is_done(predictor: FakePredictor, stop: Exception) -> None:
     predictor.failure[b"d"] = stop
     with pytest.raises(SystemExit) as caught:
         main(["*.png", "--quiet"])
-    assert caught.value.code in (130, "solo-predict: error: disk full")
+    assert caught.value.code in (
+        130,
+        "solo-predict: error: disk full; the same command continues from here",
+    )
     predictor.failure.clear()
     predictor.seen.clear()
     main(["*.png", "--quiet"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +10,20 @@ from pathlib import Path
 import pytest
 
 from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import key_of
-from service.predict.job import Item, Notes, PredictJob, build_items, write_results
-from service.predict.journal import Journal
+from service.predict.files import ImageFile, LocalFile, build_folder
+from service.predict.job import (
+    MOST_BYTES,
+    Found,
+    Item,
+    Notes,
+    PredictJob,
+    build_items,
+    read_data,
+    read_stamp,
+    write_results,
+)
+from service.predict.journal import Journal, JournalDiffers
+from service.predict.listing import Listing
 from service.predict.predictors import Prediction
 
 
@@ -40,10 +53,18 @@ class SlowPredictor:
 
 @pytest.fixture
 def items(tmp_path: Path) -> list[Item]:
-    files = [tmp_path / f"{index}.png" for index in range(8)]
-    for index, file in enumerate(files):
-        file.write_bytes(str(index).encode())
-    return build_items(files, {file: i for i, file in enumerate(files, 1)}, overlays=False)
+    names = [f"{index}.png" for index in range(8)]
+    for index, name in enumerate(names):
+        (tmp_path / name).write_bytes(str(index).encode())
+    return build_items(list_files(tmp_path, *names), range(1, 9), overlays=False)
+
+
+def list_files(folder: Path, *names: str) -> Listing:
+    listing = Listing()
+    root = build_folder(str(folder))
+    listing.cover(root.address)
+    listing.files += [LocalFile(root, name) for name in names]
+    return listing
 
 
 @pytest.fixture
@@ -53,12 +74,11 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def path_of(item: Item) -> Path:
-    assert isinstance(item.file, Path)
-    return item.file
+    return Path(item.file.key)
 
 
 def done(journal: Journal, items: list[Item]) -> list[int]:
-    return [item.image_id for item in items if journal.find(key_of(item.file)) is not None]
+    return [item.image_id for item in items if journal.find(item.file.key) is not None]
 
 
 def test_no_more_than_jobs_at_once(items: list[Item], journal: Journal) -> None:
@@ -114,12 +134,130 @@ def test_an_image_that_is_gone_fails(items: list[Item], journal: Journal) -> Non
 
 
 def test_ids_and_names_follow_the_files() -> None:
-    files = [Path("a/x.png"), Path("b/x.png"), Path("c.jpg")]
-    items = build_items(files, {files[0]: 7, files[2]: 9}, overlays=True)
-    assert [(item.image_id, item.overlay) for item in items] == [
-        (7, "00001_x.png"),
-        (9, "00003_c.png"),
+    listing = list_files(Path("in"), "a/x.png", "b/x.png", "c.jpg")
+    items = build_items(listing, [7, ImageUnusable("it has no id"), 9], overlays=True)
+    assert [(item.image_id, item.name, item.overlay) for item in items] == [
+        (7, "a/x.png", "00001_x.png"),
+        (9, "c.jpg", "00003_c.png"),
     ]
+    assert build_items(listing, [1, 2, 3], overlays=False)[0].overlay is None
+
+
+@pytest.mark.parametrize(
+    ("stem", "picture"),
+    [
+        ("l" * 249, f"00001_{'l' * 120}.png"),
+        ("ü" * 120, f"00001_{'ü' * 60}.png"),
+        ("x" + "東" * 80, f"00001_x{'東' * 39}.png"),
+        ("M\udcfcller", "00001_M\\xfcller.png"),
+        ("a\nb", "00001_a\\nb.png"),
+    ],
+)
+def test_pictures_have_short_names_of_text(tmp_path: Path, stem: str, picture: str) -> None:
+    (item,) = build_items(list_files(tmp_path, f"{stem}.jpg"), [1], overlays=True)
+    assert item.overlay == picture
+    assert len(picture.encode()) <= 143
+    (tmp_path / picture).touch()
+
+
+class BrokenPredictor:
+    """Fails as the files say, in any way."""
+
+    def __init__(self, failures: dict[bytes, BaseException | Prediction]) -> None:
+        self.failures = failures
+
+    def predict(self, data: bytes) -> Prediction:
+        failure = self.failures.get(data, Prediction([{"of": data.decode()}], "contour", "m:1"))
+        if isinstance(failure, BaseException):
+            raise failure
+        return failure
+
+
+def test_no_exception_of_one_image_ends_the_run(items: list[Item], journal: Journal) -> None:
+    failures: dict[bytes, BaseException | Prediction] = {
+        b"0": MemoryError(),
+        b"1": OSError("broken"),
+        b"2": RecursionError("too deep"),
+        b"3": KeyError("score"),
+        b"4": Prediction([{"of": "\ud800"}], "contour", "m:1"),
+        b"5": Prediction([{"of": 2**70}], "contour", "m:1"),
+    }
+    outcomes = PredictJob(BrokenPredictor(failures), Notes(journal, None), 2).run(items)
+    reasons = {item.image_id - 1: str(failure) for item, failure in outcomes}
+    assert [reasons[index].partition(":")[0] for index in range(8)] == [
+        *("MemoryError", "OSError", "RecursionError", "KeyError"),
+        *("TypeError", "TypeError", "None", "None"),
+    ]
+    assert done(journal, items) == [7, 8]
+
+
+def test_an_error_of_the_journal_ends_the_run(items: list[Item], journal: Journal) -> None:
+    other = Prediction([], "contour", "m:2")
+    predictor = BrokenPredictor({b"1": other})
+    with pytest.raises(JournalDiffers):
+        list(PredictJob(predictor, Notes(journal, None), 1).run(items))
+    assert done(journal, items) == [1]
+
+
+def picture_of(item: Item, overlay: str) -> tuple[Item, Found]:
+    drawn = Item(item.file, item.name, item.image_id, overlay)
+    return drawn, Found("m:1", [], truncated=False, picture=b"picture")
+
+
+def test_a_picture_that_cannot_be_written_is_its_images_failure(
+    items: list[Item], journal: Journal, tmp_path: Path
+) -> None:
+    notes = Notes(journal, tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    for overlay in ("folder.png", "missing/x.png", "n" * 300):
+        item, found = picture_of(items[0], overlay)
+        with pytest.raises(ImageUnusable, match=f"cannot write .*{overlay}"):
+            notes.note(item, [1, 2], found)
+        assert notes.find_open([item]) == [item]
+    item, found = picture_of(items[0], "x.png")
+    notes.note(item, read_stamp(item.file), found)
+    assert (tmp_path / "x.png").read_bytes() == b"picture"
+    assert notes.find_open([item]) == []
+    item, _ = picture_of(items[0], "n" * 300)
+    assert notes.find_open([item]) == [item]
+
+
+def test_a_full_disk_ends_the_run(
+    items: list[Item], journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("service.predict.job.replace_file", fill)
+    item, found = picture_of(items[0], "x.png")
+    with pytest.raises(RunFailed, match=r"cannot write .*x\.png: No space left"):
+        Notes(journal, tmp_path).note(item, [1, 2], found)
+    assert done(journal, items) == []
+    with pytest.raises(RunFailed, match=r"cannot write .*out\.json: No space left"):
+        write_results(tmp_path / "out.json", [], journal)
+
+
+def file_of(path: Path) -> ImageFile:
+    return LocalFile(build_folder(str(path.parent)), path.name)
+
+
+def test_what_is_no_image_file_is_not_read(tmp_path: Path) -> None:
+    huge, empty, folder = tmp_path / "huge.png", tmp_path / "empty.png", tmp_path / "folder.png"
+    with open(huge, "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(ImageUnusable, match=f"has {MOST_BYTES + 1} bytes, more than {MOST_BYTES}"):
+        read_stamp(file_of(huge))
+    os.truncate(huge, MOST_BYTES)
+    assert read_stamp(file_of(huge))[0] == MOST_BYTES
+    empty.touch()
+    with pytest.raises(ImageUnusable, match="empty_image"):
+        read_data(file_of(empty))
+    folder.mkdir()
+    for read in (read_stamp, read_data):
+        with pytest.raises(ImageUnusable, match=r"regular file|directory"):
+            read(file_of(folder))
+        with pytest.raises(ImageUnusable, match=r"^No such file or directory$"):
+            read(file_of(tmp_path / "gone.png"))
 
 
 def test_results_are_written_whole_or_not_at_all(

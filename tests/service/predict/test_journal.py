@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from service.predict.journal import Journal, JournalDiffers, JournalInUse
+from service.predict.journal import Journal, JournalDiffers, JournalError, JournalInUse
 
 OPTIONS: dict[str, Any] = {"url": None, "score_threshold": 0.5}
 KEYS = [f"{index}.png" for index in range(6)]
@@ -264,7 +264,9 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
         try:
-            with pytest.raises(OSError, match=r"cannot use the journal .*out\.partial: disk I/O"):
+            with pytest.raises(
+                JournalError, match=r"cannot use the journal .*out\.partial: disk I/O"
+            ):
                 append(journal, "1.png", of="x" * 9000)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -276,7 +278,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     for folder in (Path("/proc"), Path("/nowhere")):
-        with pytest.raises(OSError, match=rf"journal {folder}/x\.partial: unable to open"):
+        with pytest.raises(JournalError, match=rf"journal {folder}/x\.partial: unable to open"):
             Journal(folder / "x.partial", OPTIONS)
 
 
@@ -285,7 +287,7 @@ def test_remove_leaves_no_file(path: Path, tmp_path: Path) -> None:
         append(journal, "0.png")
         journal.remove()
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(OSError, match="closed"):
+        with pytest.raises(JournalError, match="closed"):
             append(journal, "1.png")
 
 

@@ -66,6 +66,14 @@ def test_a_busy_server_is_asked_again() -> None:
         error(413, "too_many_images"),
         error(500, "engine_error"),
         error(500, "internal_error"),
+        error(400, "empty_body"),
+        error(400, "invalid_multipart"),
+        error(422, "an_unknown_code"),
+        error(504, "deadline_exceeded"),
+        httpx.Response(400, text="a proxy's page"),
+        httpx.Response(403, text="a firewall's page"),
+        httpx.Response(413, text="a proxy's page"),
+        httpx.Response(500, text="Internal Server Error"),
         httpx.ReadTimeout("slow"),
         httpx.Response(200, json=EMPTY),
     ],
@@ -82,7 +90,13 @@ def test_what_is_an_images_fault_is_its_alone(step: Step) -> None:
         [error(404, "unknown_model")],
         [error(401, "unauthorized")],
         [error(422, "invalid_parameter")],
+        [error(403, "forbidden")],
+        [error(404, "not_found")],
         [error(503, "model_unavailable")],
+        [httpx.Response(401, text="a proxy's page")],
+        [httpx.Response(404, text="another server's page")],
+        [httpx.Response(407, text="a proxy's page")],
+        [httpx.Response(301, headers={"location": "https://test/"})],
         [error(503, "overloaded", retry_after="0") for _ in range(3)],
         [httpx.ConnectError("refused") for _ in range(3)],
     ],
@@ -92,6 +106,14 @@ def test_what_would_fail_every_image_ends_the_run(steps: list[Step]) -> None:
     with pytest.raises(RunFailed):
         predictor.predict(b"data")
     assert len(requests) == len(steps)
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_proxy_that_finds_no_server_ends_the_run(status: int) -> None:
+    predictor, requests = build_remote(*[httpx.Response(status, text="a page")] * 3)
+    with pytest.raises(RunFailed, match=str(status)):
+        predictor.predict(b"data")
+    assert requests
 
 
 def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> None:

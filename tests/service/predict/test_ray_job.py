@@ -13,6 +13,7 @@ from service.engines.base import BackendOptions
 from service.errors import ModelRefused, StartupError
 from service.models.repository import read_config
 from service.predict import main
+from service.predict.files import LocalFile, build_folder
 from service.predict.predictors import Bounds
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 from tests.support.processes import free_port
@@ -47,7 +48,11 @@ def predict(repo: Path, out: Path, *arguments: str) -> tuple[str, bytes]:
 
 
 def test_ray_finds_and_draws_what_this_process_does_and_names_the_same_failures(
-    tmp_path: Path, plan: Plan, own_ray: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    plan: Plan,
+    own_ray: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, more = tmp_path / "images", tmp_path / "more"
     for folder in (images, more / "deeper"):
@@ -56,26 +61,34 @@ def test_ray_finds_and_draws_what_this_process_does_and_names_the_same_failures(
             boxes = {"red": (4, 8, 12 + index, 16), "green": (40, 2 + index, 10, 20)}
             (folder / f"{index}.png").write_bytes(encode_picture(draw_picture(90, 70, boxes)))
     (images / "1b.png").write_bytes(b"no image")
+    (images / "1c.png").write_bytes(b"")
+    (images / "1d.png").symlink_to("gone.png")
     (more / "0.png").write_bytes(encode_picture(poisoned_picture()))
     repo, drawn = tmp_path / "repo", [tmp_path / name for name in ("drawn", "drawn_on_ray")]
-    local = [str(images), str(more), "--device", "cpu", "--overlays", str(drawn[0])]
-    on_ray = [str(images), f"file://{more}", "--ray", "--overlays", str(drawn[1])]
+    for folder in drawn:
+        (folder / "00009_0.png").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # Ray's processes work in another folder
+    local = ["images", "more", "--device", "cpu", "--overlays", "drawn"]
+    on_ray = ["images", f"file://{more}", "--ray", "--overlays", "drawn_on_ray"]
     limit = ("--max-instances", "2")
     expected, expected_out = predict(repo, tmp_path / "local.json", *local, *limit)
     found, found_out = predict(repo, tmp_path / "on_ray.json", *on_ray, *limit)
-    assert capsys.readouterr().err.count("warning: 8 images reached the limit") == 2
-    assert "2 images failed" in expected
-    assert found.replace(f"file://{more}", str(more)) == expected
+    assert capsys.readouterr().err.count("warning: 7 images reached the limit") == 2
+    assert "5 images failed" in expected
+    assert found.replace(str(more), "more").replace("drawn_on_ray", "drawn") == expected
     assert found_out == expected_out
-    assert len(json.loads(found_out)) == 16
-    first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in drawn)
+    names = [result["file_name"] for result in json.loads(found_out)]
+    assert len(names) == 14
+    assert {"images/1.png", "more/deeper/1.png"} < {*names}
+    first, second = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in drawn)
     assert first == second
-    assert len(first) == 8
+    assert len(first) == 7
 
 
 def test_files_are_read_or_the_reason_is_given(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"data")
-    files = [tmp_path / "a", tmp_path / "missing"]
+    folder = build_folder(str(tmp_path))
+    files = [LocalFile(folder, "a"), LocalFile(folder, "missing")]
     rows = [{"number": n, "file": pickle.dumps(file)} for n, file in enumerate(files, 5)]
     read = read_images(pa.Table.from_pylist(rows)).to_pylist()
     assert read[0] == {"number": 5, "data": b"data", "error": None}

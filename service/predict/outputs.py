@@ -1,0 +1,140 @@
+"""Where a run writes, checked before the work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL.PngImagePlugin import PngInfo
+
+from service.errors import StartupError
+from service.predict.errors import describe
+
+START = b"[\n"
+"""Of a file with results; the first result or the end of the list follows."""
+_JOURNAL = ".partial"
+_UNFINISHED = ".partial-new"
+_STARTS = (START + b'{"image_id":', START + b"]")
+_SOFTWARE = ("Software", "solo-predict")
+_MARK_END = 100
+_PICTURE_NAME = re.compile(r"\d{5,}_.*\.png", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files and the folder that a run writes.
+
+    Attributes:
+        out: COCO results.
+        overlays: Folder for pictures, or None.
+    """
+
+    out: Path
+    overlays: Path | None
+
+    @property
+    def journal(self) -> Path:
+        """The results while the run is not complete."""
+        return self.out.with_name(self.out.name + _JOURNAL)
+
+    def name_own(self) -> dict[Path, str]:
+        """What these paths, which may exist, are."""
+        names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal", _UNFINISHED)]
+        own = dict.fromkeys(map(self.out.with_name, names), "a file that this command writes")
+        return own if self.overlays is None else {**own, self.overlays: "the folder of --overlays"}
+
+    def create(self) -> None:
+        """Makes the folders.
+
+        Raises:
+            OSError: They cannot be made, or the pictures' folder cannot be written.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.overlays is not None:
+            self.overlays.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.overlays).close()
+        if self.out.is_dir():
+            raise StartupError(f"--out {self.out} is a folder")
+
+
+def mark_picture() -> PngInfo:
+    """What tells a picture with masks from an image."""
+    info = PngInfo()
+    info.add_text(*_SOFTWARE)
+    return info
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture that an earlier run has drawn; False if it cannot be read."""
+    if not _PICTURE_NAME.fullmatch(os.path.basename(path)):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return "\0".join(_SOFTWARE).encode() in file.read(_MARK_END)
+    except OSError:
+        return False
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end of the block.
+
+    After an exception nothing has changed. A link at `path` is replaced, not followed.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+        if path.is_file() and not path.is_symlink():
+            shutil.copymode(path, unfinished)
+        unfinished.replace(path)
+    finally:
+        with suppress(OSError):  # it is there only after an exception
+            unfinished.unlink()
+
+
+def check_outputs(out: Path, overlays: Path | None) -> Outputs:
+    """The outputs that a command names; links to files are followed.
+
+    Raises:
+        StartupError: `out` is not a file, or not one with results, which could be replaced; or
+            `overlays` is not a folder.
+    """
+    try:
+        status = out.stat()
+    except FileNotFoundError:
+        status = None
+    except OSError as error:
+        raise StartupError(f"--out {out}: {describe(error)}") from error
+    if status is not None:
+        _check_file(out, status)
+    if overlays is not None and overlays.exists() and not overlays.is_dir():
+        raise StartupError(f"--overlays {overlays} is not a folder")
+    return Outputs(Path(os.path.realpath(out)), overlays)
+
+
+def _check_file(out: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise StartupError(f"--out {out} is a folder (directory); name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise StartupError(f"--out {out} is not a regular file")
+    if not os.access(out, os.W_OK):
+        raise StartupError(f"--out {out} is not writable")
+    with open(out, "rb") as file:
+        start = file.read(max(map(len, _STARTS)))
+    if start.strip() and not start.startswith(_STARTS):
+        raise StartupError(
+            f"--out {out} exists and was not written by this command; remove it or name another"
+        )

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service.errors import StartupError
+from service.predict.outputs import (
+    Outputs,
+    check_outputs,
+    is_picture,
+    mark_picture,
+    replace_file,
+)
+
+OURS = b'[\n{"image_id":1,"file_name":"a.png"}\n]\n'
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"[\n]\n", OURS])
+def test_earlier_results_and_empty_files_may_be_replaced(tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "out.json"
+    assert check_outputs(out, None).out == out
+    out.write_bytes(content)
+    assert check_outputs(out, None).out == out
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"text", b"\x89PNG\r\n\x1a\n", b'[{"image_id": 1}]', json.dumps({"images": []}).encode()],
+)
+def test_a_file_of_another_origin_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "out.json"
+    out.write_bytes(content)
+    with pytest.raises(StartupError, match=r"out\.json exists and was not written by this command"):
+        check_outputs(out, None)
+    assert out.read_bytes() == content
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for name in ("pipe", "socket"):
+        with pytest.raises(StartupError, match=f"{name} is not a regular file"):
+            check_outputs(tmp_path / name, None)
+    with pytest.raises(StartupError, match="/dev/null is not a regular file"):
+        check_outputs(Path("/dev/null"), None)
+    for folder in (tmp_path, Path(".."), Path()):
+        with pytest.raises(StartupError, match="is a folder"):
+            check_outputs(folder, None)
+    (tmp_path / "file").touch()
+    with pytest.raises(StartupError, match="Not a directory"):
+        check_outputs(tmp_path / "file" / "out.json", None)
+    with pytest.raises(StartupError, match="is not a folder"):
+        check_outputs(tmp_path / "out.json", tmp_path / "file")
+
+
+def test_a_file_that_may_not_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    out.touch(0o444)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
+    with pytest.raises(StartupError, match="is not writable"):
+        check_outputs(out, None)
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    target, link = tmp_path / "deep" / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    outputs = check_outputs(link, None)
+    assert outputs.out == target
+    outputs.create()
+    with replace_file(outputs.out) as file:
+        file.write(OURS)
+    assert link.is_symlink() and link.read_bytes() == OURS
+    assert check_outputs(link, None).out == target
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(StartupError, match="symbolic links"):
+        check_outputs(loop, None)
+
+
+def test_own_files_are_named(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "out.json", tmp_path / "drawn")
+    assert {path.name for path in outputs.name_own()} == {
+        *("out.json", "out.json.partial", "out.json.partial-wal", "out.json.partial-new"),
+        "drawn",
+    }
+    assert outputs.journal.name == "out.json.partial"
+
+
+def test_folders_are_made_and_tried(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "a" / "b" / "out.json", tmp_path / "c" / "drawn")
+    outputs.create()
+    outputs.create()
+    assert outputs.out.parent.is_dir()
+    assert outputs.overlays is not None and list(outputs.overlays.iterdir()) == []
+    same = Outputs(tmp_path / "same", tmp_path / "same")
+    with pytest.raises(StartupError, match="same is a folder"):
+        same.create()
+    with pytest.raises(OSError):
+        Outputs(tmp_path / "out.json", Path("/proc/self")).create()
+
+
+def test_pictures_are_known_by_name_and_mark(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 200))
+    for name in ("00001_a.png", "a.png", "1_a.png", "123456_\n.png"):
+        image.save(tmp_path / name, pnginfo=mark_picture())
+    image.save(tmp_path / "00002_b.png")
+    (tmp_path / "00003_c.png").touch()
+    (tmp_path / "00004_d.png").mkdir()
+    drawn = {path.name for path in tmp_path.iterdir() if is_picture(str(path))}
+    assert drawn == {"00001_a.png", "123456_\n.png"}
+    assert not is_picture(str(tmp_path / "00005_gone.png"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"before")
+    path.chmod(0o640)
+    with pytest.raises(KeyError), replace_file(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"before"
+    (tmp_path / "a.partial-new").write_bytes(b"left behind")
+    with replace_file(path) as file:
+        file.write(b"after")
+        file.flush()
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), replace_file(path) as file:
+            file.write(bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
+    other, path = tmp_path / "other", tmp_path / "a"
+    other.write_bytes(b"not ours")
+    path.symlink_to(other)
+    with replace_file(path) as file:
+        file.write(b"new")
+    assert other.read_bytes() == b"not ours"
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError), replace_file(tmp_path / "folder"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "other"]
