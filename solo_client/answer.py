@@ -304,12 +304,18 @@ def build_error(
 
 
 def translate(
-    error: httpx.RequestError | SoloError, url: str, timeout_s: float | None
+    error: httpx.RequestError | SoloError, route: str, timeout_s: float | None
 ) -> SoloError:
-    """The client's error for an error of httpx, which becomes its cause."""
+    """The client's error for an error of httpx, which becomes its cause.
+
+    Args:
+        error: The error.
+        route: Address of the server, and of the proxy if there is one.
+        timeout_s: The client's.
+    """
     if isinstance(error, SoloError):
         return error
-    text = f"{url}: {error or type(error).__name__}"
+    text = f"{route}: {error or type(error).__name__}"
     failure: SoloError
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         failure = TimedOut(

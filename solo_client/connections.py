@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -84,10 +83,12 @@ class Connections(Generic[_Http, _Slots, _Transport]):
             self._options["auth"] = (address.username, address.password)
             address = address.copy_with(username=None, password=None)
         self._options["base_url"] = address
-        self.url = str(address)
+        self.url = self._route = str(address)
         if transport is None:
             proxy = find_proxy(address)
             self._options |= {"proxy": proxy, "verify": load_certificates(address, proxy)}
+            if proxy is not None:
+                self._route += f" through the proxy {proxy.url}"
         self._transport_is_used = False
         self._closed = False
         self._forget()
@@ -133,7 +134,7 @@ class Connections(Generic[_Http, _Slots, _Transport]):
         """Seconds until the next attempt; raises the error if there is none."""
         if answer is not None and answer.raised_by_callback is error:
             raise error
-        failure = translate(error, self.url, self._timeout_s)
+        failure = translate(error, self._route, self._timeout_s)
         wait_s = self._retry.wait_s(failure, attempt)
         if wait_s is None:
             raise failure
@@ -152,10 +153,8 @@ _connections: weakref.WeakSet[Connections[Any, Any, Any]] = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the parent closes them
-        for connections in list(_connections):
-            connections._forget()
+    for connections in list(_connections):
+        connections._forget()
 
 
 if hasattr(os, "register_at_fork"):

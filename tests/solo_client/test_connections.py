@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -18,10 +19,11 @@ from typing import Any
 import httpx
 import pytest
 
-from solo_client import AsyncClient, Client, ConnectionFailed, Result, Retry
+from solo_client import AsyncClient, Busy, Client, ConnectionFailed, Result, Retry
 from solo_client.connections import CALLS
 from tests.solo_client.conftest import INSTANCE, answer, found
 from tests.solo_client.fake_server import FakeServer, line, stream
+from tests.support.processes import free_port
 
 ANSWER = answer(found(INSTANCE))
 WHOLE = stream(line(result=ANSWER))
@@ -71,7 +73,13 @@ def test_a_forked_process_opens_its_own_connection() -> None:
     with FakeServer(*[WHOLE] * 4) as server, Client(server.url) as client:
         assert count_found(client) == 1
         sockets = count_sockets()
-        assert run_forked(lambda: (count_sockets(), count_found(client))) == (sockets - 1, 1)
+
+        def work() -> tuple[int, int]:
+            count = count_found(client)
+            gc.collect()
+            return count, count_sockets()
+
+        assert run_forked(work) == (1, sockets), "the parent's connection is closed in the child"
         assert server.connections == 2
         assert run_forked(lambda: run_forked(lambda: count_found(client))) == 1
         assert server.connections == 3
@@ -263,12 +271,28 @@ def test_a_proxy_of_the_environment_is_used_unless_it_is_excluded(
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    with FakeServer(WHOLE) as proxy, FakeServer(WHOLE) as server:
+    refusal = b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n"
+    with FakeServer(WHOLE, [refusal]) as proxy, FakeServer(WHOLE) as server:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         with Client("http://solo.example:8000") as client:
             assert count_found(client) == 1
+        once = Retry(attempts=1)
+        with Client("http://solo.example", retry=once) as client, pytest.raises(Busy) as busy:
+            client.segment(b"file")
+        assert busy.value.status == 502
         assert proxy.heads[0].startswith("POST http://solo.example:8000/segment HTTP/1.1\n")
         monkeypatch.setenv("NO_PROXY", "fd00::/8,127.0.0.0/8")
         with Client(server.url) as client:
             assert count_found(client) == 1
-        assert (proxy.connections, server.connections) == (1, 1)
+        assert (proxy.connections, server.connections) == (2, 1)
+
+
+def test_a_proxy_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://name:s3cret@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with (
+        Client("http://solo.example", retry=Retry(attempts=1)) as client,
+        pytest.raises(ConnectionFailed, match="through the proxy http://127") as caught,
+    ):
+        client.segment(b"file")
+    assert "s3cret" not in str(caught.value)
