@@ -18,7 +18,7 @@ from solo_client.answer import (
     read_models,
     read_results,
 )
-from solo_client.connections import FAILURES, Connections, Pool
+from solo_client.connections import FAILURES, Connections, ConnectionPool
 from solo_client.errors import ImageFailed, ServerError
 from solo_client.images import ImageInput
 from solo_client.request import Options, build_request
@@ -153,7 +153,7 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
     _http_class = httpx.AsyncClient
     _slots_class = asyncio.Semaphore
 
-    def _open_here(self) -> Pool[httpx.AsyncClient, asyncio.Semaphore]:
+    def _open_here(self) -> ConnectionPool[httpx.AsyncClient, asyncio.Semaphore]:
         """The pool of the running event loop; drops the pools of loops that are closed."""
         loop = asyncio.get_running_loop()
         if loop not in self._pools:

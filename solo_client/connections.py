@@ -27,7 +27,7 @@ httpx's own queue takes time that grows with the square of its length."""
 
 
 @dataclass(frozen=True)
-class Pool(Generic[_Http, _Slots]):
+class ConnectionPool(Generic[_Http, _Slots]):
     """The connections of a process and an event loop.
 
     Attributes:
@@ -97,9 +97,9 @@ class Connections(Generic[_Http, _Slots, _Transport]):
     def _forget(self) -> None:
         """Drops the pools without a word to the server: after a fork they are the parent's too."""
         self._lock = threading.Lock()
-        self._pools: dict[object, Pool[_Http, _Slots]] = {}
+        self._pools: dict[object, ConnectionPool[_Http, _Slots]] = {}
 
-    def _open(self, owner: object = None) -> Pool[_Http, _Slots]:
+    def _open(self, owner: object = None) -> ConnectionPool[_Http, _Slots]:
         """The pool of this process and of an event loop.
 
         Raises:
@@ -112,16 +112,16 @@ class Connections(Generic[_Http, _Slots, _Transport]):
                 self._pools[owner] = self._build()
             return self._pools[owner]
 
-    def _build(self) -> Pool[_Http, _Slots]:
+    def _build(self) -> ConnectionPool[_Http, _Slots]:
         if self._transport_is_used:
             raise RuntimeError(
                 "the client's transport belongs to the process and event loop that used it first; "
                 "create another client here"
             )
         self._transport_is_used = self._options["transport"] is not None
-        return Pool(self._http_class(**self._options), self._slots_class(CALLS))
+        return ConnectionPool(self._http_class(**self._options), self._slots_class(CALLS))
 
-    def _end(self) -> dict[object, Pool[_Http, _Slots]]:
+    def _end(self) -> dict[object, ConnectionPool[_Http, _Slots]]:
         """Closes the client for further calls; returns its pools."""
         with self._lock:
             self._closed = True
