@@ -18,7 +18,7 @@ from solo_client.answer import (
     read_models,
     read_results,
 )
-from solo_client.connections import FAILURES, Connections, ConnectionPool
+from solo_client.connections import FAILURES, ConnectionPool, Connections
 from solo_client.errors import ImageFailed, ServerError
 from solo_client.images import ImageInput
 from solo_client.request import Options, build_request
