@@ -50,6 +50,10 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
     _http_class = httpx.Client
     _slots_class = threading.Semaphore
 
+    @property
+    def _http(self) -> httpx.Client:
+        return self._open().http
+
     def segment(
         self,
         image: ImageInput,
@@ -105,7 +109,7 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
     def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
         try:
-            return self._open().http.request(**_READY).is_success
+            return self._http.request(**_READY).is_success
         except httpx.RequestError:
             return False
 
@@ -115,7 +119,7 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
             attempt += 1
             answer: AnswerParser | None = None
             try:
-                with self._open().http.stream(**request) as response:
+                with self._http.stream(**request) as response:
                     answer = AnswerParser(response, on_progress)
                     for chunk in response.iter_bytes():
                         answer.feed(chunk)
@@ -152,6 +156,10 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
 
     _http_class = httpx.AsyncClient
     _slots_class = asyncio.Semaphore
+
+    @property
+    def _http(self) -> httpx.AsyncClient:
+        return self._open_here().http
 
     def _open_here(self) -> ConnectionPool[httpx.AsyncClient, asyncio.Semaphore]:
         """The pool of the running event loop; drops the pools of loops that are closed."""
@@ -196,7 +204,7 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
     async def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
         try:
-            return (await self._open_here().http.request(**_READY)).is_success
+            return (await self._http.request(**_READY)).is_success
         except httpx.RequestError:
             return False
 
@@ -206,7 +214,7 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
             attempt += 1
             answer: AnswerParser | None = None
             try:
-                async with self._open_here().http.stream(**request) as response:
+                async with self._http.stream(**request) as response:
                     answer = AnswerParser(response, on_progress)
                     async for chunk in response.aiter_bytes():
                         answer.feed(chunk)
