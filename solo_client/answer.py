@@ -31,6 +31,8 @@ IMAGE_CODES = frozenset(
     )
 )
 """Errors of a single image, not of the request; a request with one empty file has an empty body."""
+_MISFITS = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""What reading a field raises that is missing or of another type."""
 _MAX_ANSWER_BYTES = 2**30
 _MAX_ERROR_BYTES = 2**20
 
@@ -85,7 +87,7 @@ class AnswerParser:
         """
         self._room_bytes -= len(chunk)
         if self._room_bytes < 0:
-            raise self._unexpected(b"".join(self._pieces)[:100], "it is too long")
+            raise self._unexpected([*self._pieces, chunk][0], "it is too long")
         if not self._is_stream:
             self._pieces.append(chunk)
             return
@@ -127,7 +129,7 @@ class AnswerParser:
             progress = self._read_progress(content["progress"]) if "progress" in content else None
             if progress is None and not content.keys() & {"result", "error"}:
                 raise ValueError("an unknown kind of line")
-        except (ValueError, KeyError, TypeError) as error:
+        except _MISFITS as error:
             raise self._unexpected(line) from error
         if progress is None:
             self._last = content
@@ -160,7 +162,7 @@ class AnswerParser:
                 request_id=self._response.headers.get("x-request-id"),
                 retry_after_s=float(line.get("retry_after_s", 0)),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except _MISFITS as error:
             raise self._unexpected(json.dumps(line).encode()) from error
 
     def _unexpected(self, data: bytes, reason: str = "") -> UnexpectedAnswer:
@@ -197,7 +199,7 @@ def read_results(content: Any, names: Sequence[str | None], url: str) -> list[Re
             _read_result(index, name, entry, common)
             for index, (name, entry) in enumerate(zip(names, content["results"], strict=True))
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MISFITS as error:
         raise _not_ours(url, content, error) from error
 
 
@@ -254,7 +256,7 @@ def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     """
     try:
         models: list[dict[str, Any]] = content["models"]
-    except (KeyError, TypeError) as error:
+    except _MISFITS as error:
         raise _not_ours(url, content, error) from error
     return models
 
@@ -282,7 +284,7 @@ def read_failure(response: httpx.Response, data: bytes) -> ServerError:
             code, message = str(error["code"]), str(error["message"])
         else:  # under /v2: the Open Inference Protocol's format
             code, message = str(body.get("code", "")), str(error)
-    except (ValueError, KeyError, TypeError):
+    except _MISFITS:
         pass  # the answer of a proxy
     return build_error(
         response.status_code,
