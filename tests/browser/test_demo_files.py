@@ -45,7 +45,7 @@ def test_the_images_of_a_folder_can_be_chosen(demo: Demo, tmp_path: Path) -> Non
     assert read_choice(demo) == expected
     assert demo.by_id("choice-count").inner_text() == "of 4"
     assert (
-        demo.by_id("choice-rest").inner_text() == "Not images: plate/notes.txt, plate/b/table.csv."
+        demo.by_id("choice-rest").inner_text() == "Not images: plate/b/table.csv, plate/notes.txt."
     )
     assert count_segmentations(demo) == 1, "only what is shown is sent"
     demo.page.get_by_role("combobox", name="Image", exact=True).focus()

@@ -40,10 +40,13 @@ export async function findImages(entries, types, signal) {
     if (isAlone || types.includes(file.type)) images.push({ file, path });
     else others.push(path);
   }
+  found.images.sort((a, b) => compare(a.path, b.path));
+  found.others.sort(compare);
   if (!found.images.length) throw new Refused(describeNoImage(hasFolder, found.others));
-  found.images.sort((a, b) => a.path.localeCompare(b.path, "en", { numeric: true }));
   return found;
 }
+
+const { compare } = new Intl.Collator("en", { numeric: true });
 
 async function* walk(entries) {
   const waiting = [...entries];
