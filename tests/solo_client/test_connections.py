@@ -240,6 +240,17 @@ async def test_many_calls_at_once_wait_before_they_read_their_images(tmp_path: P
     assert 1 < most <= CALLS
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 60), ({"timeout_s": 0.001}, 0.001), ({"timeout_s": None}, None)],
+)
+def test_the_timeout_bounds_all_but_the_wait_for_a_connection(
+    options: dict[str, Any], expected: float | None
+) -> None:
+    with Client("http://test", **options) as client:
+        assert client._http.timeout == httpx.Timeout(expected, pool=None)
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
 def test_a_wrong_timeout_is_refused(timeout_s: float) -> None:
     with pytest.raises(ValueError, match=f"timeout_s is {timeout_s}"):
