@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,14 +21,20 @@ from solo_client.errors import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.images import ImageInput
-from solo_client.request import name_of
 from solo_client.result import Instance, Result
+from solo_client.retry import read_retry_after
 
 IMAGE_CODES = frozenset(
-    ("empty_image", "unsupported_format", "image_too_large", "corrupt_image", "engine_error")
+    (
+        *("empty_body", "empty_image", "unsupported_format"),
+        *("image_too_large", "corrupt_image", "engine_error"),
+    )
 )
-"""Errors of a single image, not of the request."""
+"""Errors of a single image, not of the request; a request with one empty file has an empty body."""
+_MISFITS = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""What reading a field raises that is missing or of another type."""
+_MAX_ANSWER_BYTES = 2**30
+_MAX_ERROR_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class AnswerParser:
     Args:
         response: Status and headers; the body is passed to `feed`.
         on_progress: Called for each progress line.
+
+    Attributes:
+        raised_by_callback: The exception of `on_progress`, which ends the request.
     """
 
     def __init__(self, response: httpx.Response, on_progress: OnProgress | None) -> None:
@@ -67,15 +74,20 @@ class AnswerParser:
         content_type = response.headers.get("content-type", "").partition(";")[0].strip()
         self._is_stream = response.is_success and content_type == "application/x-ndjson"
         self._pieces: list[bytes] = []
+        self._room_bytes = _MAX_ANSWER_BYTES if response.is_success else _MAX_ERROR_BYTES
         self._waited_s = 0.0  # last time at which no canvas was finished
         self._last: dict[str, Any] | None = None
+        self.raised_by_callback: BaseException | None = None
 
     def feed(self, chunk: bytes) -> None:
         """Takes a part of the body.
 
         Raises:
-            UnexpectedAnswer: A line that is not one of solo-serve.
+            UnexpectedAnswer: A line that is not one of solo-serve, or a body beyond any answer.
         """
+        self._room_bytes -= len(chunk)
+        if self._room_bytes < 0:
+            raise self._unexpected([*self._pieces, chunk][0], "it is too long")
         if not self._is_stream:
             self._pieces.append(chunk)
             return
@@ -98,7 +110,7 @@ class AnswerParser:
             raise read_failure(self._response, data)
         if not self._is_stream:
             try:
-                return json.loads(data)
+                return _load_json(data)
             except ValueError as error:
                 raise self._unexpected(data) from error
         with suppress(UnexpectedAnswer):  # a line that was cut, or the last one without a newline
@@ -113,16 +125,20 @@ class AnswerParser:
         if not line.strip():
             return
         try:
-            content = dict(json.loads(line))
+            content = dict(_load_json(line))
             progress = self._read_progress(content["progress"]) if "progress" in content else None
             if progress is None and not content.keys() & {"result", "error"}:
                 raise ValueError("an unknown kind of line")
-        except (ValueError, KeyError, TypeError) as error:
+        except _MISFITS as error:
             raise self._unexpected(line) from error
         if progress is None:
             self._last = content
         elif self._on_progress is not None:
-            self._on_progress(progress)
+            try:
+                self._on_progress(progress)
+            except BaseException as error:
+                self.raised_by_callback = error
+                raise
 
     def _read_progress(self, content: Mapping[str, Any]) -> Progress:
         done, total = int(content["canvases_done"]), int(content["canvases"])
@@ -146,18 +162,28 @@ class AnswerParser:
                 request_id=self._response.headers.get("x-request-id"),
                 retry_after_s=float(line.get("retry_after_s", 0)),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except _MISFITS as error:
             raise self._unexpected(json.dumps(line).encode()) from error
 
-    def _unexpected(self, data: bytes) -> UnexpectedAnswer:
+    def _unexpected(self, data: bytes, reason: str = "") -> UnexpectedAnswer:
         start = data[:100].decode("utf-8", "replace")
-        return UnexpectedAnswer(f"{self._response.url}: not an answer of solo-serve: {start!r}")
+        kind = self._response.headers.get("content-type", "no content type")
+        return UnexpectedAnswer(
+            f"{self._response.url}: not an answer of solo-serve (status "
+            f"{self._response.status_code}, {kind}{reason and ', '}{reason}): {start!r}"
+        )
 
 
-def read_results(
-    content: Any, images: Sequence[ImageInput], url: str
-) -> list[Result | ImageFailed]:
-    """The results of POST /segment, in the order of the images.
+def _load_json(data: bytes) -> Any:
+    """Parses JSON; any fault is a ValueError."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_results(content: Any, names: Sequence[str | None], url: str) -> list[Result | ImageFailed]:
+    """The results of POST /segment, in the order of the images, whose file names are given.
 
     Raises:
         UnexpectedAnswer: The content does not fit the request.
@@ -169,12 +195,11 @@ def read_results(
             "task": str(content.get("task", "segmentation")),
             "timing_ms": content.get("timing_ms", {}),
         }
-        names = [name_of(image) for image in images]
         return [
             _read_result(index, name, entry, common)
             for index, (name, entry) in enumerate(zip(names, content["results"], strict=True))
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MISFITS as error:
         raise _not_ours(url, content, error) from error
 
 
@@ -182,22 +207,23 @@ def _read_result(
     index: int, name: str | None, entry: Mapping[str, Any], common: Mapping[str, Any]
 ) -> Result | ImageFailed:
     if entry.get("error") is not None:
-        return ImageFailed(index, name, entry["error"]["code"], entry["error"]["message"])
+        error = entry["error"]
+        return ImageFailed(index, name, str(error["code"]), str(error["message"]))
     instances = tuple(
         Instance(
-            category_id=found["category_id"],
-            category=found["category"],
-            score=found["score"],
-            bbox_xywh=tuple(found["bbox"]),
-            area=found["area"],
+            category_id=int(found["category_id"]),
+            category=str(found["category"]),
+            score=float(found["score"]),
+            bbox_xywh=_read_box(found["bbox"]),
+            area=int(found["area"]),
             rle=found.get("segmentation"),
         )
         for found in entry["instances"]
     )
     return Result(
         name,
-        entry["height"],
-        entry["width"],
+        int(entry["height"]),
+        int(entry["width"]),
         instances,
         **common,
         canvases=entry.get("canvases"),
@@ -206,11 +232,18 @@ def _read_result(
     )
 
 
-def blame_image(error: ServerError, images: Sequence[ImageInput]) -> list[Result | ImageFailed]:
+def _read_box(values: Any) -> tuple[float, float, float, float]:
+    left, top, width, height = values
+    if not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"bbox {values}")
+    return left, top, width, height
+
+
+def blame_image(error: ServerError, names: Sequence[str | None]) -> list[Result | ImageFailed]:
     """The result for a single image that the server refused; raises any other error again."""
-    if len(images) != 1 or error.code not in IMAGE_CODES:
+    if len(names) != 1 or error.code not in IMAGE_CODES:
         raise error
-    failed = ImageFailed(0, name_of(images[0]), error.code, error.message)
+    failed = ImageFailed(0, names[0], error.code, error.message)
     failed.__cause__ = error
     return [failed]
 
@@ -223,7 +256,7 @@ def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     """
     try:
         models: list[dict[str, Any]] = content["models"]
-    except (KeyError, TypeError) as error:
+    except _MISFITS as error:
         raise _not_ours(url, content, error) from error
     return models
 
@@ -241,52 +274,58 @@ def read_failure(response: httpx.Response, data: bytes) -> ServerError:
         data: The body.
     """
     code, message = "", response.reason_phrase
+    if response.has_redirect_location:
+        target = response.headers["location"]
+        message = f"{message}: the server is at {target!r}; redirects are not followed"
     try:
-        body = json.loads(data)
+        body = _load_json(data)
         error = body["error"]
         if isinstance(error, dict):
             code, message = str(error["code"]), str(error["message"])
         else:  # under /v2: the Open Inference Protocol's format
             code, message = str(body.get("code", "")), str(error)
-    except (ValueError, KeyError, TypeError):
+    except _MISFITS:
         pass  # the answer of a proxy
     return build_error(
         response.status_code,
         code,
         message,
         request_id=response.headers.get("x-request-id"),
-        retry_after_s=_read_retry_after(response.headers.get("retry-after")),
+        retry_after_s=read_retry_after(response.headers.get("retry-after")),
     )
 
 
 def build_error(
     status: int, code: str, message: str, *, request_id: str | None, retry_after_s: float | None
 ) -> ServerError:
-    """The error for an HTTP status."""
-    if status in (429, 503):
+    """The error for an HTTP status; solo-serve's own errors have a code, a proxy's have none."""
+    if status in (429, 503) or (status in (502, 504) and not code):
         return Busy(status, code, message, request_id=request_id, retry_after_s=retry_after_s)
     kind = RequestRefused if 400 <= status < 500 else ServerFailed
     return kind(status, code, message, request_id=request_id)
 
 
-def _read_retry_after(value: str | None) -> float | None:
-    """Seconds from now; the header contains seconds or a date."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+def translate(
+    error: httpx.RequestError | SoloError, route: str, timeout_s: float | None
+) -> SoloError:
+    """The client's error for an error of httpx, which becomes its cause.
 
-
-def translate(error: httpx.RequestError | SoloError, url: str) -> SoloError:
-    """The client's error for an error of httpx, which becomes its cause."""
+    Args:
+        error: The error.
+        route: Address of the server, and of the proxy if there is one.
+        timeout_s: The client's.
+    """
     if isinstance(error, SoloError):
         return error
-    text = f"{url}: {error or type(error).__name__}"
-    slow = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
-    failure: SoloError = TimedOut(text) if slow else ConnectionFailed(text)
+    text = f"{route}: {error or type(error).__name__}"
+    failure: SoloError
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        failure = TimedOut(
+            f"{text} (timeout_s={timeout_s}; a proxy that collects the answer needs a longer one)"
+        )
+    elif isinstance(error, httpx.TransportError):
+        failure = ConnectionFailed(text)
+    else:  # a body that cannot be decoded
+        failure = UnexpectedAnswer(text)
     failure.__cause__ = error
     return failure

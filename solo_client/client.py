@@ -1,12 +1,13 @@
-"""The clients: `Client` for threads, `AsyncClient` for an event loop."""
+"""The clients: `Client` for threads, `AsyncClient` for event loops."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import httpx
 
@@ -16,73 +17,42 @@ from solo_client.answer import (
     blame_image,
     read_models,
     read_results,
-    translate,
 )
-from solo_client.errors import ImageFailed, ServerError, SoloError
+from solo_client.connections import FAILURES, ConnectionPool, Connections
+from solo_client.errors import ImageFailed, ServerError
 from solo_client.images import ImageInput
 from solo_client.request import Options, build_request
 from solo_client.result import Result
-from solo_client.retry import Retry
 
 _READY: dict[str, Any] = {"method": "GET", "url": "/v2/health/ready"}
 _MODELS: dict[str, Any] = {"method": "GET", "url": "/v2/models"}
-_FAILURES = (httpx.RequestError, SoloError)
-_Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
-_Transport = TypeVar("_Transport", httpx.BaseTransport, httpx.AsyncBaseTransport)
 
 
-class _Connections(Generic[_Http, _Transport]):
-    """Settings of a client, its pool of connections and its decision to retry."""
-
-    _http_class: ClassVar[Any]
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 60.0,
-        retry: Retry | None = None,
-        transport: _Transport | None = None,
-    ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"a server's address starts with http:// or https://, not {url!r}")
-        headers = {"user-agent": "solo-client"}
-        if api_key is not None:
-            headers["x-api-key"] = api_key
-        self.url = url
-        self._retry = retry or Retry()
-        self._http: _Http = self._http_class(
-            base_url=url,
-            headers=headers,
-            timeout=httpx.Timeout(timeout_s, pool=None),
-            transport=transport,
-        )
-
-    def _wait_s(self, error: httpx.RequestError | SoloError, attempt: int) -> float:
-        """Seconds until the next attempt; raises the error if there is none."""
-        failure = translate(error, self.url)
-        wait_s = self._retry.wait_s(failure, attempt)
-        if wait_s is None:
-            raise failure
-        return wait_s
-
-
-class Client(_Connections[httpx.Client, httpx.BaseTransport]):
-    """A client that several threads may use; `with` or `close` closes its connections.
+class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]):
+    """A client that several threads and forked processes may use; closed by `with` or `close`.
 
     Args:
-        url: Address of the server, e.g. http://localhost:8000.
+        url: Address of the server, e.g. http://localhost:8000. The proxy is taken from HTTP_PROXY,
+            HTTPS_PROXY, ALL_PROXY and NO_PROXY when the client is created.
         api_key: Sent as X-API-Key.
-        timeout_s: Bounds connecting, and each wait for the server to send something. While it
-            works on a request it sends its progress at least every 5 s, so a large image does not
-            time out; an older server sends nothing before the result. The wait for a free
-            connection of this client is not bounded.
+        timeout_s: Bounds connecting, and each wait for the server to send something; None: no
+            bound. While it works on a request it sends its progress at least every 5 s, so a large
+            image does not time out. An older server, and a proxy that collects the answer, send
+            nothing before the result. The wait for a free connection of this client is not bounded.
         retry: When a request is sent again.
-        transport: Transport of httpx, for tests and special networks.
+        transport: Transport of httpx, for tests and special networks; such a client cannot be
+            pickled, or used in a forked process or another event loop.
+
+    Raises:
+        ValueError: An argument, or a variable that names a proxy or certificates, is invalid.
     """
 
     _http_class = httpx.Client
+    _slots_class = threading.Semaphore
+
+    @property
+    def _http(self) -> httpx.Client:
+        return self._open().http
 
     def segment(
         self,
@@ -94,7 +64,7 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
         """Segments one image.
 
         Args:
-            image: A path, the bytes of a file, a PIL image or an array (`ImageInput`).
+            image: A path, a file's bytes, an open file, a PIL image or an array (`ImageInput`).
             on_progress: Called when the request is admitted, when canvases are finished, and
                 at least every 5 s. A retry starts again at 0. An exception from it ends the
                 request. An older server reports nothing.
@@ -109,7 +79,7 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
 
     def segment_many(
         self,
-        images: Sequence[ImageInput],
+        images: Iterable[ImageInput],
         *,
         on_progress: OnProgress | None = None,
         **options: Unpack[Options],
@@ -123,13 +93,14 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
             SoloError: The whole request failed.
             OSError, TypeError, ValueError: An image cannot be sent.
         """
-        if not images:
-            return []
-        request = build_request(images, options)
-        try:
-            return read_results(self._ask(request, on_progress), images, self.url)
-        except ServerError as error:
-            return blame_image(error, images)
+        with self._open().slots:
+            names, request = build_request(images, options)
+            if not names:
+                return []
+            try:
+                return read_results(self._ask(request, on_progress), names, self.url)
+            except ServerError as error:
+                return blame_image(error, names)
 
     def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
@@ -146,21 +117,24 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
         attempt = 0
         while True:
             attempt += 1
+            answer: AnswerParser | None = None
             try:
                 with self._http.stream(**request) as response:
                     answer = AnswerParser(response, on_progress)
                     for chunk in response.iter_bytes():
                         answer.feed(chunk)
                 return answer.finish()
-            except _FAILURES as error:
-                wait_s = self._wait_s(error, attempt)
+            except FAILURES as error:
+                wait_s = self._wait_s(error, answer, attempt)
             time.sleep(wait_s)
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
+        """Closes the client and its connections."""
+        for pool in self._end().values():
+            pool.http.close()
 
     def __enter__(self) -> Self:
+        self._open()
         return self
 
     def __exit__(
@@ -172,14 +146,29 @@ class Client(_Connections[httpx.Client, httpx.BaseTransport]):
         self.close()
 
 
-class AsyncClient(_Connections[httpx.AsyncClient, httpx.AsyncBaseTransport]):
-    """The methods of `Client` as coroutines, for one event loop; closed by `async with` or `close`.
+class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncBaseTransport]):
+    """The methods of `Client` as coroutines; closed by `async with` or `close`.
 
     Cancelling a call closes its connection; the server then drops the work. Files are read and
-    arrays are encoded in a thread.
+    arrays are encoded in a thread. Several event loops may use a client, e.g. of several calls of
+    `asyncio.run`; each has connections of its own.
     """
 
     _http_class = httpx.AsyncClient
+    _slots_class = asyncio.Semaphore
+
+    @property
+    def _http(self) -> httpx.AsyncClient:
+        return self._open_here().http
+
+    def _open_here(self) -> ConnectionPool[httpx.AsyncClient, asyncio.Semaphore]:
+        """The pool of the running event loop; drops the pools of loops that are closed."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._pools:
+            for other in list(self._pools):
+                if isinstance(other, asyncio.AbstractEventLoop) and other.is_closed():
+                    self._pools.pop(other, None)
+        return self._open(loop)
 
     async def segment(
         self,
@@ -193,19 +182,20 @@ class AsyncClient(_Connections[httpx.AsyncClient, httpx.AsyncBaseTransport]):
 
     async def segment_many(
         self,
-        images: Sequence[ImageInput],
+        images: Iterable[ImageInput],
         *,
         on_progress: OnProgress | None = None,
         **options: Unpack[Options],
     ) -> list[Result | ImageFailed]:
         """Segments several images in one request; a result or an error for each of them."""
-        if not images:
-            return []
-        request = await asyncio.to_thread(build_request, images, options)
-        try:
-            return read_results(await self._ask(request, on_progress), images, self.url)
-        except ServerError as error:
-            return blame_image(error, images)
+        async with self._open_here().slots:
+            names, request = await asyncio.to_thread(build_request, images, options)
+            if not names:
+                return []
+            try:
+                return read_results(await self._ask(request, on_progress), names, self.url)
+            except ServerError as error:
+                return blame_image(error, names)
 
     async def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
@@ -222,21 +212,25 @@ class AsyncClient(_Connections[httpx.AsyncClient, httpx.AsyncBaseTransport]):
         attempt = 0
         while True:
             attempt += 1
+            answer: AnswerParser | None = None
             try:
                 async with self._http.stream(**request) as response:
                     answer = AnswerParser(response, on_progress)
                     async for chunk in response.aiter_bytes():
                         answer.feed(chunk)
                 return answer.finish()
-            except _FAILURES as error:
-                wait_s = self._wait_s(error, attempt)
+            except FAILURES as error:
+                wait_s = self._wait_s(error, answer, attempt)
             await asyncio.sleep(wait_s)
 
     async def close(self) -> None:
-        """Closes the connections."""
-        await self._http.aclose()
+        """Closes the client and its connections of this event loop."""
+        pool = self._end().get(asyncio.get_running_loop())
+        if pool is not None:
+            await pool.http.aclose()
 
     async def __aenter__(self) -> Self:
+        self._open_here()
         return self
 
     async def __aexit__(

@@ -5,19 +5,27 @@
     ├── TimedOut              the server sent nothing for `timeout_s`
     ├── ServerError           the server answered with an error: `status`, `code`, `message`
     │   ├── RequestRefused    4xx: a retry gives the same error
-    │   ├── Busy              429 or 503, `retry_after_s`
+    │   ├── Busy              429 or 503, or a proxy's 502 or 504: `retry_after_s`
     │   └── ServerFailed      any other status
     ├── ImageFailed           the server cannot segment an image: `index`, `code`, `message`
     └── UnexpectedAnswer      not an answer of solo-serve
 
-A file that cannot be read raises OSError, a wrong argument TypeError or ValueError.
+A file that cannot be read raises OSError, a wrong argument TypeError or ValueError, and a closed
+client RuntimeError. SoloErrors can be copied and pickled.
 """
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class SoloError(Exception):
     """Base of the client's errors."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Restores the fields without the constructor, whose arguments are not `args`."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConnectionFailed(SoloError):
@@ -53,7 +61,7 @@ class RequestRefused(ServerError):
 
 
 class Busy(ServerError):
-    """The server accepts no work at the moment (429, 503).
+    """The server accepts no work at the moment (429, 503), or a proxy cannot reach it (502, 504).
 
     Attributes:
         retry_after_s: Time to wait before a retry; None if the server sent none.
@@ -73,7 +81,7 @@ class Busy(ServerError):
 
 
 class ServerFailed(ServerError):
-    """The server failed (any status except 2xx, 4xx and 503)."""
+    """The server failed (any status except 2xx, 4xx and those of `Busy`)."""
 
 
 class ImageFailed(SoloError):
@@ -81,13 +89,14 @@ class ImageFailed(SoloError):
 
     Attributes:
         index: Position of the image in the request, from 0.
-        file_name: File name of the path that was sent; None for any other input.
+        file_name: File name of the path or open file that was sent; None for any other input.
         code: Name of the error, e.g. "corrupt_image".
         message: Text of the error.
     """
 
     def __init__(self, index: int, file_name: str | None, code: str, message: str) -> None:
-        super().__init__(f"image {index}: {code}: {message}")
+        name = "" if file_name is None else f" ({file_name})"
+        super().__init__(f"image {index}{name}: {code}: {message}")
         self.index = index
         self.file_name = file_name
         self.code = code

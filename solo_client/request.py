@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from solo_client.images import ImageInput, read_input
 
-ACCEPT = "application/x-ndjson, application/json;q=0.9"
-"""Progress while the server works; a server that has none answers with JSON."""
+_HEADERS = {
+    "accept": "application/x-ndjson, application/json;q=0.9",
+    "accept-encoding": "identity",
+}
+"""Progress while the server works; a server that has none answers with JSON. A proxy that
+compressed the answer would hold the progress back."""
 
 
 class Options(TypedDict, total=False):
@@ -32,8 +36,10 @@ class Options(TypedDict, total=False):
     query: Mapping[str, str | int | float]
 
 
-def build_request(images: Sequence[ImageInput], options: Options) -> dict[str, Any]:
-    """Arguments of httpx' `stream` for POST /segment.
+def build_request(
+    images: Iterable[ImageInput], options: Options
+) -> tuple[list[str | None], dict[str, Any]]:
+    """The file names of the images (`read_input`), and httpx' arguments for POST /segment.
 
     Raises:
         TypeError: An unknown option, or an image of an unsupported type.
@@ -44,6 +50,8 @@ def build_request(images: Sequence[ImageInput], options: Options) -> dict[str, A
         raise TypeError(
             f"unknown options {unknown}; the options are {sorted(Options.__annotations__)}"
         )
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)):
+        raise TypeError(f"several images are a list or another iterable, not {images!r:.100}")
     known = ("model", "version", "score_threshold", "max_instances")
     given = {name: options.get(name) for name in known}
     query = {name: str(value) for name, value in given.items() if value is not None}
@@ -51,19 +59,19 @@ def build_request(images: Sequence[ImageInput], options: Options) -> dict[str, A
         query["masks"] = "none"
     for name, value in options.get("query", {}).items():
         query[name] = str(value)
-    headers = {"accept": ACCEPT}
     request: dict[str, Any] = {"method": "POST", "url": "/segment", "params": query}
     read = [read_input(image) for image in images]
+    names = [name for name, _ in read]
     if len(read) == 1:
-        headers["content-type"] = "application/octet-stream"
-        return {**request, "content": read[0][1], "headers": headers}
+        headers = {**_HEADERS, "content-type": "application/octet-stream"}
+        return names, {**request, "content": read[0][1], "headers": headers}
     parts = [
-        ("images", (name or f"image_{index}", data, "application/octet-stream"))
+        ("images", (_as_utf8(name or f"image_{index}"), data, "application/octet-stream"))
         for index, (name, data) in enumerate(read)
     ]
-    return {**request, "files": parts, "headers": headers}
+    return names, {**request, "files": parts, "headers": _HEADERS}
 
 
-def name_of(image: ImageInput) -> str | None:
-    """The file name of a path; None for any other input."""
-    return os.path.basename(image) if isinstance(image, (str, os.PathLike)) else None
+def _as_utf8(name: str) -> str:
+    """The name with a replacement for each byte that is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")

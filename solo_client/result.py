@@ -66,7 +66,7 @@ class Result:
     """The instances of an image, by decreasing score.
 
     Attributes:
-        file_name: File name of the path that was sent; None for any other input.
+        file_name: File name of the path or open file that was sent; None for any other input.
         height, width: Size of the upright image, px.
         instances: The instances.
         model, version: Model and version that were used.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import email.utils
 import random
+import re
+import time
 from dataclasses import dataclass
+from datetime import UTC
 
 from solo_client.errors import Busy, ConnectionFailed, SoloError
 
@@ -43,7 +47,20 @@ class Retry:
             asked_s = failure.retry_after_s or 0.0
         elif not isinstance(failure, ConnectionFailed):
             return None
-        if attempt >= self.attempts or asked_s > self.max_wait_s:
+        if attempt >= self.attempts or not 0 <= asked_s <= self.max_wait_s:
             return None
         window_s = min(self.backoff_s * 2.0 ** min(attempt - 1, 32), self.max_wait_s)
         return asked_s + random.random() * window_s
+
+
+def read_retry_after(value: str | None) -> float | None:
+    """Seconds from now, from a Retry-After header: seconds or a date; None if it is neither."""
+    text = (value or "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+        known = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+        return max(0.0, known.timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None

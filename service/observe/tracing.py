@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
 _FLUSH_TIMEOUT_S = 3.0
 """How long the shutdown waits for the last spans to be exported."""
 
@@ -167,10 +170,13 @@ def build_tracer(endpoint: str | None, version: str) -> Tracer | None:
         version: Version of the server.
 
     Raises:
-        StartupError: `endpoint` is set, but the extra `tracing` is not installed.
+        StartupError: `endpoint` is set, but the extra `tracing` is not installed; or a variable
+            has a value that cannot be followed.
     """
-    if endpoint is None and not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
-        return None
+    if endpoint is None:
+        named = any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
+        if not named or os.environ.get(EXPORTER_VARIABLE, "").strip() == "none":
+            return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -183,11 +189,31 @@ def build_tracer(endpoint: str | None, version: str) -> Tracer | None:
         # Only a warning: OTEL_* variables may be set for other processes.
         logger.warning("tracing is disabled: %s", reason)
         return None
+    _check_variables(endpoint)
     url = None if endpoint is None else endpoint.rstrip("/") + "/v1/traces"
     own = Resource.create({"service.name": "solo-serve", "service.version": version})
-    # `close` shuts the provider down, with a timeout.
-    provider = TracerProvider(
-        resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
-    )
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+    try:
+        # `close` shuts the provider down, with a timeout.
+        provider = TracerProvider(
+            resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
+        )
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+    except ValueError as error:
+        raise StartupError(f"tracing: an OTEL_* variable is invalid: {error}") from error
     return Tracer(provider)
+
+
+def _check_variables(endpoint: str | None) -> None:
+    """Refuses what OpenTelemetry's exporter would ignore."""
+    _check(PROTOCOL_VARIABLES, "http/protobuf", "to the collector's HTTP port, usually 4318")
+    if endpoint is None:
+        _check((EXPORTER_VARIABLE,), "otlp", "or none")
+        _check(ENDPOINT_VARIABLES, r"https?://.+", "the address of the collector")
+
+
+def _check(names: Sequence[str], expected: str, about: str) -> None:
+    """Raises StartupError if the first variable that is set has another value."""
+    found = ((name, os.environ.get(name, "").strip()) for name in names)
+    name, value = next(((name, value) for name, value in found if value), ("", ""))
+    if value and not re.fullmatch(expected, value, re.IGNORECASE):
+        raise StartupError(f"tracing: {name}={value} is not possible, only {expected} ({about})")

@@ -74,6 +74,15 @@ class Demo:
         """Pastes or drops a file {name, base64}, or words."""
         self.page.evaluate(_TRANSFER, [kind, file])
 
+    def drop(self, *paths: Path) -> None:
+        """Drops files and folders, as a file manager does."""
+        session = self.page.context.new_cdp_session(self.page)
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            event = {"type": kind, "x": 400, "y": 400, "data": data}
+            session.send("Input.dispatchDragEvent", event)
+        session.detach()
+
     def await_result(self) -> None:
         """Waits until the result is shown."""
         self.page.wait_for_selector("body[data-state=done] #busy[hidden]", state="attached")

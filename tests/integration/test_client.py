@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -75,8 +76,15 @@ def test_every_kind_of_image(server: ServerProcess, tmp_path: Path) -> None:
     with Client(server.url) as client:
         assert client.is_ready()
         assert [model["name"] for model in client.list_models()] == ["blobs"]
-        for image in (FILE, path, str(path), PIXELS, Image.fromarray(PIXELS)):
+        for image in (FILE, bytearray(FILE), memoryview(FILE), io.BytesIO(FILE), path, str(path)):
             check(client.segment(image))
+        for pixels in (PIXELS, Image.fromarray(PIXELS)):
+            check(client.segment(pixels))
+        with open(path, "rb") as file:
+            assert client.segment(file).file_name == "picture.png"
+        path.with_name("empty.png").touch()
+        with pytest.raises(ImageFailed, match=r"image 0 \(empty\.png\): empty_body"):
+            client.segment(path.with_name("empty.png"))
         assert client.segment(path).file_name == "picture.png"
         assert client.segment(FILE, score_threshold=1.0).instances == ()
         (only,) = client.segment(FILE, max_instances=1, masks=False).instances

@@ -46,7 +46,7 @@ TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not used, but slow to load with
 
 
 def segment_sync(
-    url: str, *, timeout_s: float = 20.0, retry: Retry = AT_ONCE, **options: Any
+    url: str, *, timeout_s: float | None = 20.0, retry: Retry = AT_ONCE, **options: Any
 ) -> Result:
     transport = httpx.HTTPTransport(verify=TLS)
     with Client(url, timeout_s=timeout_s, retry=retry, transport=transport) as client:
@@ -54,7 +54,7 @@ def segment_sync(
 
 
 def segment_async(
-    url: str, *, timeout_s: float = 20.0, retry: Retry = AT_ONCE, **options: Any
+    url: str, *, timeout_s: float | None = 20.0, retry: Retry = AT_ONCE, **options: Any
 ) -> Result:
     async def ask() -> Result:
         transport = httpx.AsyncHTTPTransport(verify=TLS)
@@ -100,6 +100,94 @@ def test_a_server_with_plain_json_is_read_too(segment: Segment) -> None:
     assert len(result.instances) == 1
     assert seen == []
     assert (result.canvases, result.instances_found, result.truncated) == (None, None, False)
+
+
+@both
+def test_an_answer_with_more_and_with_fewer_fields_is_read(segment: Segment) -> None:
+    old = {"model": "blobs", "version": 2, "results": [found(INSTANCE)]}
+    new = {**answer({**found({**INSTANCE, "colour": "red"}), "colour": 1}), "colour": {}}
+    with FakeServer(stream(line(result=old)), stream(line(result=new, colour=1))) as server:
+        for result in (segment(server.url), segment(server.url)):
+            assert [instance.area for instance in result.instances] == [6]
+            assert (result.task, result.canvases, result.truncated) == ("segmentation", None, False)
+
+
+@both
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": [1, 2, 3]},
+        {"bbox": ["1", "2", "3", "4"]},
+        {"bbox": 1},
+        {"area": "large"},
+        {"area": float("inf")},
+        {"area": float("nan")},
+        {"score": None},
+        {"category_id": []},
+    ],
+)
+def test_an_instance_that_is_none_is_refused(segment: Segment, change: dict[str, Any]) -> None:
+    wrong = answer(found({**INSTANCE, **change}))
+    with (
+        FakeServer(stream(line(result=wrong))) as server,
+        pytest.raises(UnexpectedAnswer, match="not an answer of solo-serve"),
+    ):
+        segment(server.url)
+
+
+@both
+@pytest.mark.parametrize("size", [0, 1, len(JSON_BODY) - 1])
+def test_a_plain_answer_that_was_cut_is_asked_for_again(segment: Segment, size: int) -> None:
+    with FakeServer([PLAIN[0], JSON_BODY[:size]], PLAIN) as server:
+        assert segment(server.url).instances
+
+
+@both
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\ncontent-ty", b"SSH-2.0-server\r\n"])
+def test_a_connection_that_ends_before_an_answer_is_opened_again(
+    segment: Segment, start: bytes
+) -> None:
+    with FakeServer([start], [start], PLAIN) as server:
+        assert segment(server.url).instances
+        assert server.connections == 3
+    with FakeServer(*[[start]] * 3) as server, pytest.raises(ConnectionFailed, match=server.url):
+        segment(server.url)
+
+
+@both
+def test_progress_that_a_proxy_collected_says_the_same(segment: Segment) -> None:
+    seen: list[Progress] = []
+    lines = [ADMITTED, progress(1, 3, 10.0), progress(2, 3, 20.0)]
+    with FakeServer(stream(0.5, b"".join([*lines, RESULT]))) as server:
+        assert segment(server.url, on_progress=seen.append).instances
+    assert [(p.done, p.elapsed_s, p.remaining_s) for p in seen] == [
+        (0, 0.0, None),
+        (1, 10.0, 20.0),
+        (2, 20.0, 10.0),
+    ]
+
+
+@both
+def test_a_time_out_names_its_bound_and_a_proxy_that_collects(segment: Segment) -> None:
+    with (
+        FakeServer([5.0]) as server,
+        pytest.raises(TimedOut, match=r"timeout_s=0\.2; a proxy that collects the answer"),
+    ):
+        segment(server.url, timeout_s=0.2)
+    with FakeServer([0.3, *PLAIN]) as server:
+        assert segment(server.url, timeout_s=None).instances
+
+
+@both
+def test_an_answer_without_end_is_refused(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("solo_client.answer._MAX_ANSWER_BYTES", 10_000)
+    with (
+        FakeServer(stream(*[b"x" * 1000] * 11, 5.0)) as server,
+        pytest.raises(UnexpectedAnswer, match=r"it is too long\): 'xxx"),
+    ):
+        segment(server.url)
 
 
 @both
@@ -199,9 +287,12 @@ def test_a_busy_error_line_is_retried(segment: Segment) -> None:
         b'{"progress": {"canvases": 3, "elapsed_s": 1}}\n',
         b'{"progress": {"canvases": 3, "canvases_done": "many", "elapsed_s": 1}}\n',
         b'{"error": "no", "status": 503}\n',
+        b'{"error": {"code": "c", "message": "m"}, "status": 1e999}\n',
+        b'{"progress": {"canvases": 1e999, "canvases_done": 1, "elapsed_s": 1}}\n',
         b'{"error": {"code": "c", "message": "m"}}\n',
         b'{"result": null}\n',
         b"\xff\n",
+        b"[" * 100_000 + b"\n",
     ],
 )
 def test_a_line_that_is_not_ours_ends_the_request(segment: Segment, garbage: bytes) -> None:

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from solo_client import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.answer import read_failure
 from tests.solo_client.conftest import INSTANCE, answer, found
 
 URL = "http://test"
@@ -137,6 +133,35 @@ def test_a_busy_server_is_asked_again(segment: Segment, waits: list[float]) -> N
 
 
 @both
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_that_cannot_reach_the_server_is_asked_again(
+    segment: Segment, status: int, waits: list[float]
+) -> None:
+    page = httpx.Response(status, html="<html>")
+    later = httpx.Response(status, html="<html>", headers={"retry-after": "3"})
+    script = Script(page, later, GOOD)
+    assert segment(script).instances
+    assert waits == [0.5, 4.0]
+    script = Script(*[page] * 9)
+    with pytest.raises(Busy, match=f"HTTP status {status}: ") as caught:
+        segment(script)
+    assert len(script.requests) == Retry().attempts
+    assert (caught.value.status, caught.value.code) == (status, "")
+
+
+@both
+@pytest.mark.parametrize("wanted", ["31", "9" * 400, "Tue, 01 Jan 2999 00:00:00 GMT"])
+def test_a_server_that_wants_a_long_wait_is_not_waited_for(
+    segment: Segment, wanted: str, waits: list[float]
+) -> None:
+    with pytest.raises(Busy) as caught:
+        segment(Script(busy(wanted)))
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s >= 31
+    assert waits == []
+
+
+@both
 @pytest.mark.parametrize("step", [busy("0"), httpx.ReadError("reset")])
 def test_it_gives_up_after_the_last_attempt(
     segment: Segment, step: Step, waits: list[float]
@@ -162,7 +187,26 @@ def test_it_gives_up_after_the_last_attempt(
         (refuse(503, "model_unavailable"), Busy, "model_unavailable: why"),
         (refuse(415, "unsupported_format"), ImageFailed, "image 0: unsupported_format: why"),
         (refuse(500, "engine_error"), ImageFailed, "engine_error"),
-        (httpx.Response(502, text="<html>"), ServerFailed, "HTTP status 502: Bad Gateway"),
+        (refuse(504, "deadline_exceeded"), ServerFailed, "deadline_exceeded: why"),
+        (refuse(400, "empty_body"), ImageFailed, "image 0: empty_body: why"),
+        (httpx.Response(500, text="<html>"), ServerFailed, "HTTP status 500: Internal Server"),
+        (
+            httpx.Response(301, headers={"location": "https://other/segment"}),
+            ServerFailed,
+            "status 301: .*'https://other/segment'; redirects are not followed",
+        ),
+        (httpx.Response(304), ServerFailed, "status 304"),
+        (httpx.Response(407, text="<html>"), RequestRefused, "status 407: Proxy Authentication"),
+        (httpx.DecodingError("bad gzip"), UnexpectedAnswer, f"{URL}: bad gzip"),
+        (
+            httpx.Response(200, html="<html>Log in"),
+            UnexpectedAnswer,
+            r"status 200, text/html; charset=utf-8\): '<html>Log in'",
+        ),
+        (httpx.Response(204), UnexpectedAnswer, "status 204, no content type"),
+        (httpx.Response(200, content=b"[" * 200_000), UnexpectedAnswer, "not an answer"),
+        (httpx.Response(200, content=b"\xff\xfe{}"), UnexpectedAnswer, "not an answer"),
+        (httpx.Response(200, json="results"), UnexpectedAnswer, "not an answer"),
         (httpx.Response(404, json={"error": "t", "code": "c"}), RequestRefused, "c: t"),
         (httpx.Response(404, json=[1]), RequestRefused, "HTTP status 404"),
         (httpx.ReadTimeout("slow"), TimedOut, f"{URL}: slow"),
@@ -227,6 +271,38 @@ def test_the_key_is_sent() -> None:
     assert script.requests[0].headers["x-api-key"] == "secret"
 
 
+@both
+@pytest.mark.parametrize("error", [httpx.ConnectError("no webhook"), Busy(503, "", "elsewhere")])
+def test_an_error_of_the_callback_is_never_taken_for_one_of_the_server(
+    segment: Segment, error: Exception, waits: list[float]
+) -> None:
+    def stop(progress: Any) -> None:
+        raise error
+
+    line = b'{"progress": {"canvases": 2, "canvases_done": 1, "elapsed_s": 1}}\n'
+    headers = {"content-type": "application/x-ndjson"}
+    with pytest.raises(type(error)) as caught:
+        segment(Script(httpx.Response(200, content=line, headers=headers)), on_progress=stop)
+    assert caught.value is error
+    assert waits == []
+
+
+@both
+@pytest.mark.parametrize("size", [2**20, 2**20 + 1])
+def test_a_page_of_an_error_is_read_up_to_a_bound(segment: Segment, size: int) -> None:
+    page = httpx.Response(404, content=b"x" * size)
+    kind = RequestRefused if size == 2**20 else UnexpectedAnswer
+    with pytest.raises(kind, match="404" if kind is RequestRefused else "it is too long"):
+        segment(Script(page))
+
+
+@both
+def test_no_proxy_may_compress_the_progress(segment: Segment) -> None:
+    script = Script(GOOD)
+    segment(script)
+    assert script.requests[0].headers["accept-encoding"] == "identity"
+
+
 def test_readiness_and_models() -> None:
     models = {"models": [{"name": "blobs", "state": "READY", "version": 2}]}
     ready: list[Step] = [httpx.Response(200), httpx.Response(503), httpx.ConnectError("no")]
@@ -253,35 +329,6 @@ def test_wrong_arguments_are_named() -> None:
         segment_sync(Script(), treshold=0.5)
     with pytest.raises(FileNotFoundError):
         segment_sync(Script(), "missing.png")
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("7", 7.0),
-        (" 7 ", 7.0),
-        ("0", 0.0),
-        (None, None),
-        ("soon", None),
-        ("-3", None),
-        pytest.param(
-            format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True),
-            0.0,
-            id="an hour ago",  # the same in every process that shares the tests
-        ),
-    ],
-)
-def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | None) -> None:
-    failure = read_failure(busy(value), b"")
-    assert isinstance(failure, Busy)
-    assert failure.retry_after_s == expected
-
-
-def test_retry_after_may_be_a_date_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: datetime(2030, 1, 1, tzinfo=UTC).timestamp())
-    failure = read_failure(busy("Tue, 01 Jan 2030 00:00:20 GMT"), b"")
-    assert isinstance(failure, Busy)
-    assert failure.retry_after_s == 20
 
 
 def test_a_base_path_is_kept() -> None:

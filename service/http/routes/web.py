@@ -24,7 +24,7 @@ _MEDIA_TYPES = {
     "svg": "image/svg+xml",
 }
 _SCRIPTS = (
-    *("api", "app", "busy", "docs", "draw", "estimate"),
+    *("api", "app", "busy", "docs", "draw", "estimate", "files"),
     *("list", "rle", "save", "text", "viewer"),
 )
 _SAMPLES = ("crowded", "sparse", "tissue")

@@ -12,6 +12,7 @@ import {
 import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
+import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
 import { savePicture, saveResult } from "./save.js";
 import {
@@ -20,6 +21,7 @@ import {
   describeCount,
   describeEstimate,
   describeHidden,
+  formatCount,
   showFacts,
   showNotes,
   showTime,
@@ -30,6 +32,7 @@ import { Viewer } from "./viewer.js";
 const state = {
   model: null, // as GET /v2/models/{name} describes it
   file: null,
+  images: [], // to choose from: {file, path}
   answer: null, // what `segment` of api.js returns
   instances: [], // by descending score
   shown: [], // those with at least the threshold's score
@@ -95,12 +98,36 @@ async function run(work, retry) {
 function open(file) {
   return run(async (signal) => {
     state.file = file;
-    await show(file, signal);
+    await show(file, signal).catch((error) => {
+      throw Object.assign(error, { fileName: file.name });
+    });
   }, () => open(file));
+}
+
+/** Opens the first image of files and folders, and offers the others. */
+function openAll(entries) {
+  return run(async (signal) => {
+    const types = byId("file").accept.split(",");
+    const found = await findImages(entries, types, signal);
+    signal.throwIfAborted();
+    offer(found);
+    await open(found.images[0].file);
+  }, () => openAll(entries));
+}
+
+/** Fills the choice of images; it is hidden if there is none. */
+function offer({ images, others = [], isCut = false }) {
+  state.images = images;
+  const rest = describeRest({ images, others, isCut });
+  byId("choice").replaceChildren(...images.map(({ path }, index) => new Option(path, index)));
+  byId("choice-count").textContent = `of ${formatCount(images.length)}`;
+  byId("choice-rest").textContent = rest;
+  byId("choice-field").hidden = images.length < 2 && !rest;
 }
 
 function openSample(name) {
   return run(async (signal) => {
+    offer({ images: [] });
     const file = await fetchSample(name, signal);
     signal.throwIfAborted();
     state.file = file;
@@ -112,6 +139,7 @@ async function show(file, signal) {
   clearResult();
   const name = file.name || "the image";
   showBusy(`Segmenting ${name}`);
+  await checkFile(file);
   if (!state.model) await loadModels();
   // The server applies the EXIF orientation; so must the browser.
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
@@ -121,7 +149,11 @@ async function show(file, signal) {
   const expected = bitmap && (await confirmCost(bitmap, model, signal));
   const left = new TimeLeft(expected);
   const onProgress = (line) => showProgress(line, left.update(line));
-  const answer = await segment(file, model, { onProgress, signal });
+  const answer = await segment(file, model, { onProgress, signal }).catch(async (error) => {
+    signal.throwIfAborted();
+    await checkFile(file); // it may have been changed while it was sent
+    throw error;
+  });
   signal.throwIfAborted();
   pace.learn(model.name, answer.canvases, answer.timing.total / 1000);
   state.answer = answer;
@@ -167,7 +199,8 @@ function leaveImage() {
 function showProblem(error, retry) {
   const known = error instanceof Refused;
   byId("problem").hidden = false;
-  byId("problem-text").textContent = known ? error.message : "An error occurred in this page.";
+  const text = known ? error.message : "An error occurred in this page.";
+  byId("problem-text").textContent = error.fileName ? `${error.fileName}: ${text}` : text;
   const id = error.requestId ? ` (request ${error.requestId})` : "";
   byId("problem-detail").textContent = `${known ? error.detail : error.message}${id}`;
   byId("retry").hidden = !error.canRetry;
@@ -231,24 +264,26 @@ function light() {
 
 // --- wiring -------------------------------------------------------------------------------------
 
-/** Takes the first file of a drop, a paste or the picker. */
-function take(files, wanted) {
-  if (files.length) open(files[0]);
+/** Takes the files of a drop or a paste. */
+function take(transfer, wanted) {
+  const entries = listEntries(transfer);
+  if (entries.length) openAll(entries);
   else showProblem(new Refused(wanted));
 }
 
 function wireSources() {
   byId("file").addEventListener("change", ({ target }) => {
-    if (target.files.length) open(target.files[0]);
+    if (target.files.length) openAll([...target.files]);
     target.value = ""; // the same file can be chosen again
   });
+  byId("choice").addEventListener("change", ({ target }) => open(state.images[target.value].file));
   for (const button of document.querySelectorAll("[data-sample]")) {
     button.addEventListener("click", () => openSample(button.dataset.sample));
   }
   document.addEventListener("paste", (event) => {
     if (event.target.closest("input")) return;
     event.preventDefault();
-    take(event.clipboardData.files, "The clipboard has no image.");
+    take(event.clipboardData, "The clipboard has no image.");
   });
   const hint = byId("drop-hint");
   document.addEventListener("dragover", (event) => {
@@ -261,7 +296,7 @@ function wireSources() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     hint.hidden = true;
-    take(event.dataTransfer.files, "This is not a file. Save the image first, then drop the file.");
+    take(event.dataTransfer, "This is not a file. Save the image first, then drop the file.");
   });
 }
 

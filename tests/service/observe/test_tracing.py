@@ -239,6 +239,60 @@ def test_otel_variables_without_the_library_only_log_a_warning(
     assert "tracing is disabled" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "OTEL_EXPORTER_OTLP_PROTOCOL=grpc"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL=http/json"),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": " gRPC ",
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            },
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=gRPC",
+        ),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "OTEL_TRACES_EXPORTER=console"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317"}, "ENDPOINT=collector:4317"),
+        ({"OTEL_ATTRIBUTE_COUNT_LIMIT": "many"}, "OTEL_ATTRIBUTE_COUNT_LIMIT"),
+    ],
+)
+def test_otel_variables_that_cannot_be_followed_are_startup_errors(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StartupError, match=named):
+        build_tracer(None, "1")
+    if "PROTOCOL" in named:
+        with pytest.raises(StartupError, match=named):
+            build_tracer("http://localhost:4318", "1")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_EXPORTER_OTLP_PROTOCOL": "HTTP/protobuf", "OTEL_TRACES_EXPORTER": "otlp"},
+        {
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        },
+        {"OTEL_EXPORTER_OTLP_PROTOCOL": ""},
+    ],
+)
+async def test_otel_variables_that_fit_are_followed(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tracer = build_tracer(None, "1")
+    assert tracer is not None
+    await tracer.close()
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert build_tracer(None, "1") is None
+
+
 @pytest.mark.parametrize("by_variable", [True, False])
 async def test_spans_reach_a_collector(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, open_client: OpenClient, by_variable: bool
