@@ -181,7 +181,12 @@ class CocoDataset:
         label = self.labels[row.category_id]
         if isinstance(segmentation, tuple):
             return PolygonObject(segmentation, label)
-        rle = to_rle(segmentation, *image_hw)
+        try:
+            rle = to_rle(segmentation, *image_hw)
+        except _MALFORMED as error:
+            raise DatasetError(
+                f"annotation {row.id} in {self.annotation_file}: {error or type(error).__name__}"
+            ) from error
         if tuple(rle["size"]) != image_hw:
             raise DatasetError(
                 f"annotation {row.id} in {self.annotation_file} is a mask of "
