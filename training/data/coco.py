@@ -20,6 +20,8 @@ from training.data.coco_json import AnnotationRow, Polygons, read_coco_json
 UInt8 = NDArray[np.uint8]
 YEARS = ("", "2017")
 CACHE_LIMIT_BYTES = 2 * 1024**3
+_FARTHEST = 10
+"""Coordinates of polygons may be so many times height + width; rasterising takes as long."""
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What fields that are missing or of other types raise."""
 
@@ -180,6 +182,14 @@ class CocoDataset:
     ) -> Annotation | PolygonObject:
         label = self.labels[row.category_id]
         if isinstance(segmentation, tuple):
+            most = _FARTHEST * sum(image_hw)
+            for polygon in segmentation:
+                far = polygon[~(np.abs(polygon) <= most)]  # NaN, too
+                if far.size:
+                    raise DatasetError(
+                        f"annotation {row.id} in {self.annotation_file} has a polygon with the "
+                        f"coordinate {far[0]}, its image is {list(image_hw)} (height, width)"
+                    )
             return PolygonObject(segmentation, label)
         try:
             rle = to_rle(segmentation, *image_hw)

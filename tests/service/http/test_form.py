@@ -157,6 +157,11 @@ async def test_file_names(disposition: bytes, name: str | None) -> None:
         (field(b"masks", b"a"), InvalidMultipart, r"no file part.*\['masks'\]"),
         (part(b"name=a", b"", b"Content-Disposition: form-data; name=b"), InvalidMultipart, "rep"),
         (part(b'name=images; filename="a\nb"'), InvalidMultipart, "line feed|line break"),
+        (
+            part(b"name=images; filename=a", b"", b"A: a\nb"),
+            InvalidMultipart,
+            "line feed|line break",
+        ),
         (b"--x\r\nContent-Type: text/plain\r\n\r\n\r\n", InvalidMultipart, "Disposition"),
         (b"--x\r\nContent-Disposition: file; name=a\r\n\r\n\r\n", InvalidMultipart, "type"),
         (b"--x\r\n" + b"A: b\r\n" * 100 + b"\r\n", InvalidMultipart, "header"),

@@ -90,6 +90,18 @@ def test_an_rle_that_does_not_fill_its_mask_is_refused_by_its_annotation(
         build(tmp_path, [annotation_of(mask, 1, 3), wrong])
 
 
+@pytest.mark.parametrize("wrong", [1e9, -1e9, float("nan"), float("inf"), None])
+def test_a_coordinate_far_from_the_image_is_refused_by_its_annotation(
+    tmp_path: Path, wrong: float | None
+) -> None:
+    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
+    near = annotation_of(mask, 1, 3) | {"segmentation": [[-9, -9, 90, 0, 5, 50]]}
+    assert len(build(tmp_path, [near]).records[0].annotations) == 1
+    far = annotation_of(mask, 1, 3) | {"segmentation": [[0, 0, wrong, 0, 5, 5]], "id": 4711}
+    with pytest.raises(DatasetError, match=r"annotation 4711 .* coordinate"):
+        build(tmp_path, [near, far])
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
     [
