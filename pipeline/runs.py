@@ -17,6 +17,36 @@ from pycocotools import mask as coco_mask
 from pipeline.types import Bool, Detection, Int64
 
 
+def read_counts(counts: str | bytes, pixels: int) -> Int64:
+    """The run lengths of a compressed RLE, alternately of zeros and ones.
+
+    pycocotools reads and writes beyond its memory where they do not fill the mask.
+
+    Args:
+        counts: As COCO writes them, 5 bits in a character.
+        pixels: Of the mask; the lengths add up to it.
+
+    Raises:
+        ValueError: They are malformed, or do not fill the mask.
+    """
+    text = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    characters = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if characters.size == 0 or characters.min() < 0 or characters.max() > 63:
+        raise ValueError(f"the RLE counts are empty or have characters beyond 0..o: {text[:20]!r}")
+    ends = np.flatnonzero(characters & 32 == 0)
+    starts = np.append(0, ends[:-1] + 1)
+    places = np.arange(characters.size) - np.repeat(starts, np.diff(starts, append=len(text)))
+    if characters[-1] & 32 or places.max() > 6:
+        raise ValueError(f"the RLE counts are cut, or have a number too large: {text[-20:]!r}")
+    values = np.add.reduceat((characters & 31) << (5 * places), starts)
+    values -= ((characters[ends] & 16) << 1) << (5 * places[ends])  # the sign
+    for first in (1, 2):  # each is the difference from the one before the last
+        values[first::2] = np.cumsum(values[first::2])
+    if values.min() < 0 or values.sum() != pixels:
+        raise ValueError(f"the RLE counts give {values.sum()} pixels, the mask has {pixels}")
+    return values
+
+
 @dataclass(frozen=True)
 class BoxMask:
     """A mask cropped to its box: pixels [bh, bw], top-left corner y, x in the image."""

@@ -10,9 +10,11 @@
     │   └── TooManyCanvases       an image that needs more canvases than allowed
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
     ├── BodyTimeout               the client stopped sending the body
+    ├── UnsupportedEncoding       a compressed body
     ├── Unauthorized              no API key, or an unknown one
     ├── Forbidden                 the API key lacks the permission
     ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
+    │   └── TooManyWrongKeys      of an address, not of a key
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          in model_repo, but not loaded
@@ -99,6 +101,12 @@ class BodyTimeout(ServiceError):
     code = "body_timeout"
 
 
+class UnsupportedEncoding(ServiceError):
+    """The body is compressed."""
+
+    code = "unsupported_encoding"
+
+
 class Unauthorized(ServiceError):
     """The request has no API key, or an unknown one."""
 
@@ -115,7 +123,7 @@ class QuotaExceeded(ServiceError):
     """A limit of the API key is reached.
 
     Attributes:
-        reason: The limit: "key_canvases" or "key_rate".
+        reason: The limit: "key_canvases", "key_rate" or "wrong_keys".
         retry_after_s: Value of the Retry-After header, seconds.
     """
 
@@ -125,6 +133,12 @@ class QuotaExceeded(ServiceError):
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class TooManyWrongKeys(QuotaExceeded):
+    """An address has sent too many wrong API keys."""
+
+    code = "too_many_wrong_keys"
 
 
 class UnknownModel(ServiceError):
@@ -244,9 +258,11 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "too_many_images": 413,
     "too_many_canvases": 413,
     "unsupported_format": 415,
+    "unsupported_encoding": 415,
     "corrupt_image": 422,
     "invalid_parameter": 422,
     "quota_exceeded": 429,
+    "too_many_wrong_keys": 429,
     "internal_error": 500,
     "engine_error": 500,
     "overloaded": 503,

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
+
+from solo_client.rle import decode_rle
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class Instance:
         """[H, W] bool, of the whole image; decoded at the first access.
 
         Raises:
-            ValueError: The request said masks=False.
+            ValueError: The request said masks=False, or the RLE is damaged.
         """
         if self.rle is None:
             raise ValueError("no mask: the request said masks=False")
-        decoded: NDArray[np.uint8] = coco_mask.decode(dict(self.rle))
-        return np.ascontiguousarray(decoded, bool)
+        return decode_rle(self.rle)
 
     def to_coco(self, image_id: int) -> dict[str, Any]:
         """A COCO result; `pycocotools` loads a list of them."""

@@ -22,8 +22,6 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "prometheus_client": "prometheus-client",
     "pydantic_settings": "pydantic-settings",
-    "multipart": "python-multipart",
-    "python_multipart": "python-multipart",
     "starlette": "fastapi",  # a part of FastAPI's public interface
     "onnx_ir": "onnxscript",  # likewise of onnxscript's
 }

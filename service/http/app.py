@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from pipeline.errors import DecodeError
 from service.errors import (
@@ -22,9 +23,13 @@ from service.errors import (
     QuotaExceeded,
     ServiceError,
     Unauthorized,
+    UnsupportedEncoding,
     build_error_body,
     describe_error,
 )
+from service.http.cors import build_cors_options
+from service.http.exchange import CLIENT_LEFT
+from service.http.explain import explain_errors
 from service.http.keys import KeyRing
 from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from service.http.routes import health, inference, models, segment, web
@@ -45,7 +50,7 @@ _FIXED_PATHS = (
     *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
     *("/v2/repository/index", "/metrics", "/docs", "/openapi.json"),
 )
-_HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException)
+_HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException, ClientDisconnect)
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -114,17 +119,11 @@ def create_app(
         _include_admin_routes(app)
     answer = _build_answer(settings, metrics)
     _add_error_handlers(app, answer)
-    # The last one added is the outermost.
-    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
     _add_middleware(app, settings, metrics, tracer)
+    # The last one added is the outermost: every answer has its headers.
+    cors = build_cors_options(settings.cors_origins)
+    if cors is not None:
+        app.add_middleware(CORSMiddleware, **cors)
     return app
 
 
@@ -178,6 +177,8 @@ def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
     """The handler of all errors that have an answer of their own."""
 
     async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=CLIENT_LEFT)  # for log and metrics
         if isinstance(error, RequestValidationError):
             error = InvalidParameter(_explain(error))
         elif isinstance(error, HTTPException):
@@ -193,6 +194,8 @@ def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
         elif isinstance(error, Unauthorized):
             metrics.rejections.labels("unauthorized").inc()
             headers["www-authenticate"] = "Bearer"
+        elif isinstance(error, UnsupportedEncoding):
+            headers["accept-encoding"] = "identity"
         status, detail = describe_error(error)
         return _error_response(request, status, detail, headers)
 
@@ -203,19 +206,16 @@ def _answer_http(request: Request, error: HTTPException) -> Response:
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     message = f"{error.detail}: {request.method} {request.url.path}"
     detail = {"code": code, "message": message}
-    return _error_response(request, error.status_code, detail, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"  # see RequestContextMiddleware
+    return _error_response(request, error.status_code, detail, headers)
 
 
 def _explain(error: RequestValidationError) -> str:
-    """Names each wrong parameter and its value."""
-    parts = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0])
-        if item["type"] == "extra_forbidden":
-            parts.append(f"there is no parameter {name!r}")
-        else:
-            parts.append(f"{name}: {item['msg']}, not {item['input']!r}")
-    return "; ".join(parts)
+    """Names each wrong parameter and its value, but not the place of the request it is in."""
+    errors = [{**item, "loc": item["loc"][1:] or item["loc"]} for item in error.errors()]
+    return explain_errors(errors, "parameter")
 
 
 def _error_response(

@@ -14,23 +14,30 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import secrets
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import StartupError
+from service.errors import StartupError, TooManyWrongKeys
 from service.work.request import ClientProfile
 
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0
 """Shortest time between two checks of the file for changes, seconds."""
+WRONG_KEYS = 10
+"""Of one address that are answered at once; beyond them one in `WRONG_KEY_EVERY_S`."""
+WRONG_KEY_EVERY_S = 1.0
+MAX_DELAY_S = 2.0
+MAX_ADDRESSES = 4096
 
 
 class KeySpec(BaseModel):
@@ -73,6 +80,37 @@ class KeyFile(BaseModel):
     keys: tuple[KeySpec, ...]
 
 
+class WrongKeys:
+    """Wrong keys of each address; of the addresses the last `MAX_ADDRESSES` are known.
+
+    Args:
+        clock: Monotonic, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._paid_s: OrderedDict[str, float] = OrderedDict()
+
+    def count(self, address: str) -> float:
+        """Counts a wrong key; returns for how long its answer is to be delayed, seconds.
+
+        Raises:
+            TooManyWrongKeys: For more than `MAX_DELAY_S`; the key is not counted then.
+        """
+        now_s = self._clock()
+        paid_s = max(self._paid_s.get(address, now_s), now_s)
+        delay_s = paid_s - now_s - (WRONG_KEYS - 1) * WRONG_KEY_EVERY_S
+        if delay_s > MAX_DELAY_S:
+            retry_after_s = math.ceil(delay_s - MAX_DELAY_S)
+            text = f"too many wrong API keys came from {address}"
+            raise TooManyWrongKeys(text, "wrong_keys", retry_after_s)
+        self._paid_s[address] = paid_s + WRONG_KEY_EVERY_S
+        self._paid_s.move_to_end(address)
+        if len(self._paid_s) > MAX_ADDRESSES:
+            self._paid_s.popitem(last=False)
+        return max(0.0, delay_s)
+
+
 class KeyRing:
     """The keys of a file; a change of the file is seen without a restart.
 
@@ -80,12 +118,16 @@ class KeyRing:
         file: See the module.
         clock: Monotonic, seconds.
 
+    Attributes:
+        wrong: Keys that were not found.
+
     Raises:
         StartupError: The file cannot be read.
     """
 
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.file = file
+        self.wrong = WrongKeys(clock)
         self._clock = clock
         self._keys: dict[str, KeySpec] = {}
         try:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,27 +23,20 @@ from service.errors import (
     build_error_body,
     describe_error,
 )
+from service.http.exchange import REQUEST_ID, WatchedExchange
 from service.observe.metrics import WORK_ROUTES, Metrics
 from service.observe.timing import Interval
 from service.observe.tracing import TracedImage, TracedRequest, Tracer, collect_images
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_REQUEST_ID = REQUEST_ID.encode()
-_SECURITY_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-)
-"""Of every response that does not set its own."""
-CLIENT_LEFT = 499
-"""Status in log and metrics of a request whose client left before the answer."""
 
 
 class RequestContextMiddleware:
-    """Outermost: gives the request its id, counts it, logs one line, answers what nobody caught.
+    """Gives the request its id, counts it, logs one line, answers what nobody caught.
+
+    Outermost but for CORS. HEAD is routed as GET.
 
     Args:
         app: What it wraps.
@@ -74,42 +68,35 @@ class RequestContextMiddleware:
         images = collect_images() if self.tracer is not None else []
         began_s = time.monotonic()
         scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
-        status = CLIENT_LEFT
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = message["headers"]
-                names = {name for name, _ in headers}
-                message["headers"] = [
-                    *headers,
-                    (_REQUEST_ID, request_id.encode()),
-                    *(header for header in _SECURITY_HEADERS if header[0] not in names),
-                ]
-            await send(message)
-
+        exchange = WatchedExchange(receive, send, request_id)
+        # The server sends no body in answer to HEAD, so every route of GET can answer it.
+        routed = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(routed, exchange.receive, exchange.send)
         except Exception as error:
-            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
-            if status == CLIENT_LEFT:
-                await send_error(send_with_id, error, scope["path"])
+            extra = {"request_id": request_id}
+            if exchange.client_left:
+                logger.debug("the client of request %s has left", request_id, extra=extra)
+            else:
+                logger.exception("request %s failed", request_id, extra=extra)
+                if not exchange.started:
+                    await send_error(exchange.send, error, scope["path"])
         finally:
-            status = scope["state"].get("status", status)  # of a stream that its client left
-            self._count(scope, request_id, status, (began_s, time.monotonic()), images)
+            ran = (began_s, time.monotonic())
+            self._count(scope, routed.get("route"), request_id, exchange, ran, images)
 
     def _count(
         self,
         scope: Scope,
+        matched: Any,
         request_id: str,
-        status: int,
+        exchange: WatchedExchange,
         ran: Interval,
         images: Sequence[TracedImage],
     ) -> None:
-        seconds = ran[1] - ran[0]
+        seconds, status = ran[1] - ran[0], exchange.status
         fallback = scope["path"] if scope["path"] in self.routes else "unmatched"
-        route = getattr(scope.get("route"), "path", fallback)
+        route = getattr(matched, "path", fallback)
         method = scope["method"] if route != "unmatched" else "any"
         self.metrics.requests.labels(route, method, str(status)).inc()
         line = {
@@ -128,7 +115,7 @@ class RequestContextMiddleware:
                 exemplar = {"trace_id": trace_id}
         self.metrics.request_seconds.labels(route, method).observe(seconds, exemplar)
         logger.log(
-            logging.INFO if route in WORK_ROUTES else logging.DEBUG,
+            logging.INFO if route in WORK_ROUTES and not exchange.cut else logging.DEBUG,
             "%s %s %d %.1f ms id=%s",
             method,
             scope["path"],

@@ -40,7 +40,7 @@ WORK_ROUTES = (
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
     *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
-    *("unauthorized", "key_canvases", "key_rate", "connections", "body_timeout"),
+    *("unauthorized", "wrong_keys", "key_canvases", "key_rate", "connections", "body_timeout"),
 )
 
 # An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.

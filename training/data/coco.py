@@ -14,11 +14,16 @@ from pipeline.decode import decode_image
 from pipeline.errors import DecodeError
 from pipeline.model_config import ClassSpec, ContrastSpec
 from pipeline.preprocess import stretch_contrast
+from pipeline.runs import read_counts
 from training.data.coco_json import AnnotationRow, Polygons, read_coco_json
 
 UInt8 = NDArray[np.uint8]
 YEARS = ("", "2017")
 CACHE_LIMIT_BYTES = 2 * 1024**3
+_FARTHEST = 10
+"""Coordinates of polygons may be so many times height + width; rasterising takes as long."""
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What fields that are missing or of other types raise."""
 
 
 class DatasetError(ValueError):
@@ -99,13 +104,20 @@ def build_annotation(rle: dict[str, Any], label: int) -> Annotation:
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons, uncompressed or compressed RLE -> compressed COCO RLE."""
+    """Polygons, uncompressed or compressed RLE -> compressed COCO RLE.
+
+    Raises:
+        ValueError: The counts of the RLE do not fill its size.
+    """
     if isinstance(segmentation, list):
         return dict(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        return dict(coco_mask.frPyObjects(segmentation, height, width))
-    counts = segmentation["counts"]
-    size = segmentation["size"]
+    counts, size = segmentation["counts"], [int(length) for length in segmentation["size"]]
+    rows, columns = size
+    if isinstance(counts, list):
+        if min(counts, default=0) < 0 or sum(counts) != rows * columns:
+            raise ValueError(f"the RLE counts give {sum(counts)} pixels, its size is {size}")
+        return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
+    read_counts(counts, rows * columns)
     return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
@@ -130,15 +142,19 @@ class CocoDataset:
         try:
             content, rows = read_coco_json(self.annotation_file)
             categories = sorted(content["categories"], key=lambda c: int(c["id"]))
-        except (KeyError, TypeError, ValueError) as error:
+            self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
+        except (*_MALFORMED, RecursionError) as error:
             raise DatasetError(f"{self.annotation_file} is not COCO JSON: {error!r}") from error
-        self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
         try:
             self.labelled = rows is not None
             self.records = self._read(content["images"], rows or [])
-        except (KeyError, TypeError) as error:
-            raise DatasetError(f"{self.annotation_file} lacks a COCO field: {error!r}") from error
+        except DatasetError:
+            raise
+        except _MALFORMED as error:
+            raise DatasetError(
+                f"{self.annotation_file} lacks a COCO field, or has a wrong one: {error!r}"
+            ) from error
         pixels = sum(r.height * r.width for r in self.records)
         self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
@@ -166,8 +182,21 @@ class CocoDataset:
     ) -> Annotation | PolygonObject:
         label = self.labels[row.category_id]
         if isinstance(segmentation, tuple):
+            most = _FARTHEST * sum(image_hw)
+            for polygon in segmentation:
+                far = polygon[~(np.abs(polygon) <= most)]  # NaN, too
+                if far.size:
+                    raise DatasetError(
+                        f"annotation {row.id} in {self.annotation_file} has a polygon with the "
+                        f"coordinate {far[0]}, its image is {list(image_hw)} (height, width)"
+                    )
             return PolygonObject(segmentation, label)
-        rle = to_rle(segmentation, *image_hw)
+        try:
+            rle = to_rle(segmentation, *image_hw)
+        except _MALFORMED as error:
+            raise DatasetError(
+                f"annotation {row.id} in {self.annotation_file}: {error or type(error).__name__}"
+            ) from error
         if tuple(rle["size"]) != image_hw:
             raise DatasetError(
                 f"annotation {row.id} in {self.annotation_file} is a mask of "

@@ -5,13 +5,10 @@ The body is JSON; or Inference-Header-Content-Length bytes of JSON followed by b
 
 from __future__ import annotations
 
-import base64
-import binascii
-import reprlib
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,11 +23,12 @@ from service.errors import (
     InvalidRequest,
     TooManyImages,
 )
+from service.http.explain import explain_errors
+from service.http.oip.data import DataArray, decode_files, decode_pixels, find_data
 from service.http.oip.schemas import OUTPUTS, InferInput, InferParameters, InferRequest, OutputName
 
-MAX_JSON_VALUES = 2_000_000
-"""Most numbers, lists and objects in the JSON: parsed, they take up to 30 times the memory of
-their text. A base64 file is one value of any size."""
+MAX_JSON_BYTES = 64 * 1024
+"""Of the JSON without the array `data`."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -61,7 +59,7 @@ def read_request(body: bytes, header_length: int | None, max_images: int) -> Inf
 
     Raises:
         InvalidRequest, InvalidParameter, EmptyBody, TooManyImages: The message names the fault.
-        BodyTooLarge: The JSON has more than `MAX_JSON_VALUES` values.
+        BodyTooLarge: The JSON without `data` has more than `MAX_JSON_BYTES`.
     """
     if not body:
         raise EmptyBody("the body is empty, expected the protocol's JSON")
@@ -70,10 +68,12 @@ def read_request(body: bytes, header_length: int | None, max_images: int) -> Inf
             f"Inference-Header-Content-Length is {header_length}, but the body has "
             f"{len(body)} bytes"
         )
-    request = _read_json(body[:header_length])
-    binary = memoryview(body)[len(body) if header_length is None else header_length :]
+    text = body[:header_length]
+    data = find_data(text, MAX_JSON_BYTES)  # after more there is too much other JSON
+    request = _read_json(text, data)
+    binary = memoryview(body)[len(text) :]
     parameters = request.parameters or InferParameters()
-    images = _read_images(request.inputs[0], binary, max_images)
+    images = _read_images(request.inputs[0], data, binary, max_images)
     return InferCall(request.id, images, parameters, _choose_outputs(request, parameters))
 
 
@@ -88,35 +88,35 @@ def _choose_outputs(request: InferRequest, parameters: InferParameters) -> dict[
     return chosen
 
 
-def _read_json(text: bytes) -> InferRequest:
-    values = sum(text.count(character) for character in (b",", b"[", b"{"))
-    if values > MAX_JSON_VALUES:
+def _read_json(text: bytes, data: DataArray | None) -> InferRequest:
+    """The request; an array `data` that was found is empty in it."""
+    size = len(text) if data is None else len(text) - (data.end - data.start)
+    if size > MAX_JSON_BYTES:
         raise BodyTooLarge(
-            f"the JSON has about {values} values, the limit is {MAX_JSON_VALUES}; "
-            "send pixels as binary data"
+            f"the JSON without 'data' has {size} bytes, the limit is {MAX_JSON_BYTES}"
         )
+    if data is not None:
+        text = text[: data.start] + b"[]" + text[data.end :]
     try:
-        return InferRequest.model_validate(orjson.loads(text))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the {len(text)} bytes of JSON are invalid: {error}") from error
+        content = orjson.loads(text)
+        json.loads(text.decode(), object_pairs_hook=_refuse_repeated)  # orjson takes the last
+        return InferRequest.model_validate(content)
     except ValidationError as error:
-        raise InvalidParameter(_explain(error)) from error
+        raise InvalidParameter(explain_errors(error.errors(include_url=False), "field")) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the {len(text)} bytes of JSON are invalid: {error}") from error
 
 
-def _explain(error: ValidationError) -> str:
-    """Lists each invalid field with its value; abbreviated, because a value can be large."""
-    parts = []
-    for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"]) or "the body"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown field {name!r}")
-        else:
-            parts.append(f"{name}: {item['msg']}, not {reprlib.repr(item['input'])}")
-    return "; ".join(parts)
+def _refuse_repeated(members: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for name, _ in members:
+        if name in seen:
+            raise InvalidParameter(f"the field {name!r} is given more than once")
+        seen.add(name)
 
 
 def _read_images(
-    tensor: InferInput, binary: memoryview, max_images: int
+    tensor: InferInput, data: DataArray | None, binary: memoryview, max_images: int
 ) -> Sequence[bytes | UInt8]:
     size = None if tensor.parameters is None else tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
@@ -126,79 +126,62 @@ def _read_images(
         raise InvalidRequest(
             f"binary_data_size is {size or 0}, but {len(binary)} bytes follow the JSON"
         )
+    if tensor.data is None:
+        data = None
+    elif data is None:
+        raise InvalidRequest("the name of the array 'data' must be written without escapes")
     if tensor.datatype == "UINT8":
-        return [_read_pixels(tensor.shape, binary if tensor.data is None else tensor.data)]
-    if len(tensor.shape) != 1:
-        raise InvalidParameter(f"the shape of a BYTES 'image' must be [N], not {tensor.shape}")
-    if tensor.shape[0] > max_images:
-        raise TooManyImages(
-            f"a request may have at most {max_images} images, not {tensor.shape[0]}"
-        )
-    files = _split_files(binary) if tensor.data is None else _decode_files(tensor.data)
-    if len(files) != tensor.shape[0]:
-        raise InvalidParameter(f"the shape {tensor.shape} does not match {len(files)} files")
+        return [_read_pixels(tensor.shape, binary if data is None else data)]
+    return _read_files(tensor.shape, binary if data is None else data, max_images)
+
+
+def _read_files(
+    shape: Sequence[int], data: memoryview | DataArray, max_images: int
+) -> Sequence[bytes]:
+    if len(shape) != 1:
+        raise InvalidParameter(f"the shape of a BYTES 'image' must be [N], not {list(shape)}")
+    (count,) = shape
+    if count > max_images:
+        raise TooManyImages(f"a request may have at most {max_images} images, not {count}")
+    if isinstance(data, memoryview):
+        return _split_files(data, count)
+    files = decode_files(data)
+    if len(files) != count:
+        raise InvalidParameter(f"the shape [{count}] does not match {len(files)} files")
     return files
 
 
-def _split_files(binary: memoryview) -> list[bytes]:
+def _split_files(binary: memoryview, count: int) -> list[bytes]:
     """Splits binary data of the form (length, file)*."""
     files: list[bytes] = []
     offset = 0
-    while offset < len(binary):
+    for index in range(count):
         start = offset + _LENGTH.size
         if start > len(binary):
             raise InvalidRequest(
-                f"the binary data ends inside a length field, after {len(files)} files"
+                f"the binary data ends inside a length field, after {index} of {count} files"
             )
         (length,) = _LENGTH.unpack_from(binary, offset)
         offset = start + length
         if offset > len(binary):
             raise InvalidRequest(
-                f"file {len(files)} should have {length} bytes, but only "
-                f"{len(binary) - start} remain"
+                f"file {index} should have {length} bytes, but only {len(binary) - start} remain"
             )
         files.append(bytes(binary[start:offset]))
+    if offset < len(binary):
+        raise InvalidParameter(
+            f"the shape [{count}] does not match the binary data: {len(binary) - offset} bytes "
+            f"follow file {count - 1}"
+        )
     return files
 
 
-def _decode_files(data: Sequence[Any]) -> list[bytes]:
-    files = []
-    for index, text in enumerate(data):
-        if not isinstance(text, str):
-            raise InvalidParameter(
-                f"file {index} must be a base64 string, not {reprlib.repr(text)}"
-            )
-        try:
-            files.append(base64.b64decode(text, validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise InvalidParameter(
-                f"file {index} is not base64: {error}; starts with {text[:20]!r}"
-            ) from error
-    return files
-
-
-def _read_pixels(shape: Sequence[int], data: memoryview | Sequence[Any]) -> UInt8:
+def _read_pixels(shape: Sequence[int], data: memoryview | DataArray) -> UInt8:
     if len(shape) != 3 or shape[2] != 3:
         raise InvalidParameter(f"the shape of a UINT8 'image' must be [H, W, 3], not {list(shape)}")
-    if isinstance(data, memoryview):
-        pixels: UInt8 = np.frombuffer(data, np.uint8)
-    else:
-        pixels = _read_numbers(shape, data)
+    if isinstance(data, DataArray):
+        return decode_pixels(data, shape)
+    pixels: UInt8 = np.frombuffer(data, np.uint8)
     if pixels.size != shape[0] * shape[1] * 3:
         raise InvalidParameter(f"the shape {list(shape)} does not match {pixels.size} numbers")
     return pixels.reshape(shape)
-
-
-def _read_numbers(shape: Sequence[int], data: Sequence[Any]) -> UInt8:
-    """Pixels [H * W * 3] from a flat list, or from one nested as the shape."""
-    try:
-        if isinstance(data[0], list):
-            nested = (len(data), {len(row) for row in data}, {len(p) for row in data for p in row})
-            if nested != (shape[0], {shape[1]}, {shape[2]}):
-                raise InvalidParameter(f"the nested lists do not have the shape {list(shape)}")
-            data = list(chain.from_iterable(chain.from_iterable(data)))
-        return np.frombuffer(bytes(data), np.uint8)
-    except (IndexError, TypeError, ValueError) as error:
-        raise InvalidParameter(
-            f"a UINT8 'image' must have integers 0..255, not {reprlib.repr(data)}"
-        ) from error

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from service.errors import InvalidRequest, build_error_body, describe_error
-from service.http.middleware import CLIENT_LEFT
+from service.errors import build_error_body, describe_error
+from service.http.body import read_body
 from service.http.oip.read import InferCall, read_request
 from service.http.oip.schemas import (
     InferRequest,
@@ -26,7 +26,6 @@ from service.http.oip.schemas import (
     inline_schema,
 )
 from service.http.oip.write import build_body, build_tensors
-from service.http.routes.progress import ClientLeft
 from service.http.routes.segment import MAX_FILES, segment_in_time
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs
@@ -68,7 +67,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
         401: "An API key is needed",
         404: "No such model or version",
         413: "Too many bytes, pixels, canvases or images",
-        415: "Not an image of an allowed format",
+        415: "Not an image of an allowed format, or a compressed body",
         422: "A parameter, a tensor or the image is not valid",
         429: "The API key's limits are used up; see Retry-After",
         500: "The server failed",
@@ -185,27 +184,21 @@ async def infer_version(name: str, version: int, sent: SentDep) -> Response:
 async def _infer(name: str, version: int | None, sent: Sent) -> Response:
     segmenter, request = sent.segmenter, sent.request
     with segmenter.use(name, version, sent.client) as model:
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise InvalidRequest(f"Content-Encoding {encoding!r} is not supported")
-        body = await request.body()
+        body = await read_body(request)
         max_images = min(MAX_FILES, segmenter.admission.max_canvases)
         call = await asyncio.to_thread(read_request, body, sent.header_length, max_images)
         images = [ImageFile(None, image) for image in call.images]
         timeout_ms = call.parameters.timeout_ms or sent.timeout_ms
-        try:
-            segmented = await segment_in_time(
-                request,
-                segmenter,
-                model,
-                images,
-                build_options(call),
-                sent.client,
-                RequestProgress(began_s=request.state.began_s),
-                timeout_ms,
-            )
-        except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)
+        segmented = await segment_in_time(
+            request,
+            segmenter,
+            model,
+            images,
+            build_options(call),
+            sent.client,
+            RequestProgress(began_s=request.state.began_s),
+            timeout_ms,
+        )
     outcomes = segmented.outcomes
     failed = [index for index, outcome in enumerate(outcomes) if outcome.error is not None]
     if failed and (len(outcomes) == 1 or "error" not in call.outputs):

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import describe_error
-from service.http.middleware import CLIENT_LEFT
 from service.protocol import Segmented
 from service.work.request import RequestProgress
 
@@ -24,10 +24,6 @@ EVERY_S = 0.5
 """Time between progress lines."""
 HEARTBEAT_S = 5.0
 """Longest time without a line, also when there is no progress."""
-
-
-class ClientLeft(Exception):
-    """The client has closed the connection."""
 
 
 class ProgressResponse(Response):
@@ -58,7 +54,6 @@ class ProgressResponse(Response):
         self._build_body = build_body
         self._progress = progress
         self._stack = ExitStack()
-        self._scope: Scope = {}
 
     def closes(self, stack: ExitStack) -> None:
         """Hands over what is closed after the last line."""
@@ -83,7 +78,6 @@ class ProgressResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the lines; the work is cancelled if they cannot be sent."""
-        self._scope = scope
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for line in self._lines():
@@ -103,8 +97,8 @@ class ProgressResponse(Response):
             await asyncio.wait({self._task}, timeout=EVERY_S)
         try:
             yield b'{"result":' + self._build_body(self._task.result()) + b"}\n"
-        except ClientLeft:
-            self._scope["state"]["status"] = CLIENT_LEFT
+        except ClientDisconnect:
+            return
         except Exception as error:
             status, detail = describe_error(error)
             if detail["code"] == "internal_error":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import ValidationError
 
-from service.errors import Forbidden
-from service.http.oip.schemas import ProtocolError
+from service.errors import Forbidden, InvalidParameter
+from service.http.body import read_body
+from service.http.explain import explain_errors
+from service.http.oip.schemas import ProtocolError, inline_schema
 from service.http.routes.state import SegmenterDep, require_admin
 from service.http.schemas import IndexQuery, LoadResponse, RepositoryEntry
 
@@ -23,6 +26,22 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
+_INDEX_BODY = {
+    "requestBody": {"content": {"application/json": {"schema": inline_schema(IndexQuery)}}}
+}
+_MAX_INDEX_BYTES = 4096
+
+
+async def _read_query(request: Request) -> IndexQuery:
+    body = await read_body(request, _MAX_INDEX_BYTES)
+    if not body.strip():
+        return IndexQuery()
+    try:
+        return IndexQuery.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidParameter(explain_errors(error.errors(), "field")) from error
+
+
 async def _require_control(request: Request) -> None:
     if not request.app.state.settings.model_control:
         raise Forbidden("model control is off; the server must be started with --model-control")
@@ -31,21 +50,20 @@ async def _require_control(request: Request) -> None:
 _CONTROLLED = [Depends(_require_control), Depends(require_admin)]
 
 
-@router.post("/v2/repository/index")
-async def list_repository(
-    segmenter: SegmenterDep, query: Annotated[IndexQuery | None, Body()] = None
-) -> list[RepositoryEntry]:
+@router.post("/v2/repository/index", openapi_extra=_INDEX_BODY)
+async def list_repository(request: Request, segmenter: SegmenterDep) -> list[RepositoryEntry]:
     """Every version that is served, and why other models, or newer versions, are not.
 
     ```sh
     curl --fail-with-body -X POST localhost:8000/v2/repository/index
     ```
     """
+    query = await _read_query(request)
     entries = [
         RepositoryEntry(name=model.name, version=str(model.version), state="READY")
         for model in segmenter.models
     ]
-    if query is None or not query.ready:
+    if not query.ready:
         entries += [
             RepositoryEntry(name=name, version="", state="UNAVAILABLE", reason=reason)
             for name, reason in segmenter.unavailable.items()

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
-from starlette.datastructures import QueryParams, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from service.errors import (
     DeadlineExceeded,
     EmptyBody,
     InvalidMultipart,
+    InvalidParameter,
     InvalidRequest,
-    TooManyImages,
 )
-from service.http.middleware import CLIENT_LEFT
-from service.http.routes.progress import ClientLeft, ProgressResponse
+from service.http.body import check_encoding, read_body
+from service.http.form import PART_NAME, read_form
+from service.http.routes.progress import ProgressResponse
 from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
@@ -32,14 +33,17 @@ from service.work.request import ClientProfile, ImageFile, RequestOptions, Reque
 
 PATH = "/segment"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp")
-PART_NAME = "images"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+_CHOICES = ("model", "version")
+"""Parameters that must be in the query: the model is chosen before the body is read."""
+_FORM_FIELDS = tuple(name for name in SegmentQuery.model_fields if name not in _CHOICES)
 _PARTS = {
     "schema": {
         "type": "object",
         "required": [PART_NAME],
         "properties": {
-            PART_NAME: {"type": "array", "items": {"type": "string", "format": "binary"}}
+            PART_NAME: {"type": "array", "items": {"type": "string", "format": "binary"}},
+            **{name: SegmentQuery.model_json_schema()["properties"][name] for name in _FORM_FIELDS},
         },
     }
 }
@@ -57,6 +61,7 @@ MAX_FILES = 256
 """Images in one request."""
 _TIMEOUT_HEADER = "x-timeout-ms"
 _NO_QUERY = SegmentQuery()
+_MAX_PARAMETERS = 100
 _TIMEOUT: TypeAdapter[int | None] = TypeAdapter(TimeoutMs)
 
 
@@ -83,7 +88,7 @@ router = APIRouter(tags=["segment"])
                 404: "No such model or version",
                 408: "The body was not received in time",
                 413: "Too many bytes, pixels, canvases or images",
-                415: "Not an image of an allowed format",
+                415: "Not an image of an allowed format, or a compressed body",
                 422: "A parameter or the image is not valid",
                 429: "The API key's limits are used up; see Retry-After",
                 500: "The server failed",
@@ -117,7 +122,9 @@ async def segment(
     progress = RequestProgress(began_s=request.state.began_s)
     with ExitStack() as stack:
         model = stack.enter_context(segmenter.use(query.model, query.version, client))
-        images = await read_images(request, min(MAX_FILES, segmenter.admission.max_canvases))
+        max_images = min(MAX_FILES, segmenter.admission.max_canvases)
+        images, fields = await read_images(request, max_images)
+        query = add_fields(query, fields)
         if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
         options = RequestOptions(
@@ -131,15 +138,12 @@ async def segment(
         work = segment_in_time(
             request, segmenter, model, images, options, client, progress, timeout_ms
         )
-        try:
-            if media_type == NDJSON:
-                response = ProgressResponse(work, build_body, progress, request.url.path)
-                await response.admitted()
-                response.closes(stack.pop_all())
-                return response
-            segmented = await work
-        except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)
+        if media_type == NDJSON:
+            response = ProgressResponse(work, build_body, progress, request.url.path)
+            await response.admitted()
+            response.closes(stack.pop_all())
+            return response
+        segmented = await work
     if media_type == PNG:
         outcome = only_success(segmented)
         return Response(outcome.payload, media_type=PNG, headers={"vary": "accept"})
@@ -158,17 +162,17 @@ ROUTE = Route(PATH, answer, methods=["POST"])
 
 
 def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
-    """The query and the header X-Timeout-Ms, validated as FastAPI does.
+    """The query and the header X-Timeout-Ms, validated as FastAPI does; nothing may be repeated.
 
     Raises:
         RequestValidationError: Names everything that is wrong.
+        InvalidParameter: A parameter is given more than once, or is not UTF-8.
     """
     query, timeout_ms = _NO_QUERY, None
     wrong: list[dict[str, Any]] = []
     if request.scope["query_string"]:
-        values = dict(QueryParams(request.scope["query_string"]))
         try:
-            query = SegmentQuery.model_validate(values)
+            query = SegmentQuery.model_validate(_split_query(request.scope["query_string"]))
         except ValidationError as error:
             wrong += _locate(error, "query")
     header = request.headers.get(_TIMEOUT_HEADER)
@@ -180,6 +184,47 @@ def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
     if wrong:
         raise RequestValidationError(wrong)
     return query, timeout_ms
+
+
+def _split_query(text: bytes) -> dict[str, str]:
+    """Names and values of a query, decoded."""
+    try:
+        pairs = parse_qsl(
+            text.decode("latin-1"),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=_MAX_PARAMETERS,
+        )
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise InvalidParameter(f"the query cannot be read: {error}") from error
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        _refuse_repeated([name for name, _ in pairs])
+    return values
+
+
+def _refuse_repeated(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InvalidParameter(f"the parameter {name!r} is given more than once")
+        seen.add(name)
+
+
+def add_fields(query: SegmentQuery, fields: Mapping[str, str]) -> SegmentQuery:
+    """The query together with the text fields of a form, which are validated alike.
+
+    Raises:
+        RequestValidationError: Names everything that is wrong.
+        InvalidParameter: A parameter is given in both.
+    """
+    if not fields:
+        return query
+    _refuse_repeated([*query.model_fields_set, *fields])
+    try:
+        return SegmentQuery.model_validate({**query.model_dump(exclude_unset=True), **fields})
+    except ValidationError as error:
+        raise RequestValidationError(_locate(error, "form")) from error
 
 
 def _locate(error: ValidationError, *place: str) -> list[dict[str, Any]]:
@@ -209,7 +254,7 @@ async def segment_in_time(
         timeout_ms: Counted from the request's first byte; None takes the server's default.
 
     Raises:
-        ClientLeft: The client has closed the connection.
+        ClientDisconnect: The client has closed the connection.
         DeadlineExceeded: The deadline has passed.
     """
     timeout_ms = timeout_ms or request.app.state.settings.request_timeout_ms
@@ -233,7 +278,7 @@ async def segment_in_time(
             raise  # it was cancelled from outside, too
         segmenter.metrics.cancelled_images.labels(model.name, stopped).inc(len(images))
         if stopped == "client_left":
-            raise ClientLeft from None
+            raise ClientDisconnect from None
         raise DeadlineExceeded(
             f"the request was not done within {timeout_ms} ms; {progress.done} of "
             f"{progress.canvases} canvases were done"
@@ -301,64 +346,28 @@ def _quality(parameters: str) -> float:
     return 1.0
 
 
-async def read_images(request: Request, max_images: int) -> list[ImageFile]:
-    """A request's images, in memory.
+async def read_images(
+    request: Request, max_images: int
+) -> tuple[Sequence[ImageFile], Mapping[str, str]]:
+    """A request's images, in memory, and the text fields of its form.
 
     Args:
-        request: Multipart with parts named `images`, or anything else: then the body is an image.
-        max_images: Most file parts.
+        request: A form with files named `images`, or anything else: then the body is an image.
+        max_images: Most files.
 
     Raises:
         EmptyBody: There are no bytes.
-        InvalidMultipart: Broken, or no file part is named `images`.
-        TooManyImages: More file parts.
+        UnsupportedEncoding: The body is compressed.
+        InvalidMultipart, InvalidParameter, TooManyImages: See `read_form`.
     """
     content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
-        data = await request.body()
-        if not data:
-            raise EmptyBody("the body is empty; send an image's bytes or multipart parts")
-        return [ImageFile(None, data)]
-    parser = _InMemoryParser(
-        request.headers, _not_empty(request.stream()), max_files=max_images, max_fields=16
-    )
-    try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        reason = getattr(error, "message", "no boundary is named in Content-Type")
-        if reason.startswith("Too many files"):
-            raise TooManyImages(f"one request may have {max_images} images") from error
-        raise InvalidMultipart(f"the multipart body cannot be read: {reason}") from error
-    images = [
-        ImageFile(_as_text(part.filename), await part.read())
-        for part in form.getlist(PART_NAME)
-        if isinstance(part, UploadFile)
-    ]
-    if not images:
-        found = sorted({name for name, _ in form.multi_items()})
-        raise InvalidMultipart(
-            f"no file part is named {PART_NAME!r} (with a file name); the parts are {found}"
-        )
-    await form.close()
-    return images
-
-
-def _as_text(name: str | None) -> str | None:
-    """A file name as valid Unicode: the charset of a form can give lone surrogates."""
-    return name.encode(errors="replace").decode() if name else None
-
-
-class _InMemoryParser(MultiPartParser):
-    """Keeps parts in memory: the body's limit bounds them."""
-
-    spool_max_size = 1 << 62
-
-
-async def _not_empty(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The chunks of a stream; raises `EmptyBody` if it has no bytes."""
-    empty = True
-    async for chunk in stream:
-        empty = empty and not chunk
-        yield chunk
-    if empty:
-        raise EmptyBody("the body is empty; send parts named 'images'")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        await check_encoding(request)
+        return await read_form(content_type, request.stream(), _FORM_FIELDS, max_images)
+    if media_type.startswith("multipart/"):
+        raise InvalidMultipart(f"a form must be multipart/form-data, not {media_type}")
+    data = await read_body(request)
+    if not data:
+        raise EmptyBody("the body is empty; send an image's bytes or multipart parts")
+    return [ImageFile(None, data)], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from asyncio import sleep
 from functools import lru_cache
 from typing import Annotated, cast
 
@@ -25,8 +26,11 @@ SegmenterDep = Annotated[Segmenter, Depends(get_segmenter)]
 async def find_key(request: Request) -> KeySpec | None:
     """The entry of the request's API key; None where the server asks for no keys.
 
+    A valid key is accepted at once, however many wrong ones its address has sent.
+
     Raises:
         Unauthorized: The request has no key, or one that is not known.
+        TooManyWrongKeys: The key is not known, nor were many others of its address.
     """
     ring = cast(KeyRing | None, request.app.state.keys)
     if ring is None:
@@ -37,6 +41,7 @@ async def find_key(request: Request) -> KeySpec | None:
         raise Unauthorized("an API key is needed: header X-API-Key, or a bearer token")
     spec = ring.find(key)
     if spec is None:
+        await sleep(ring.wrong.count(_client_of(request).name))
         raise Unauthorized("the API key is not known")
     return spec
 
@@ -50,6 +55,10 @@ async def find_client(request: Request) -> ClientProfile:
     spec = await find_key(request)
     if spec is not None:
         return spec.client
+    return _client_of(request)
+
+
+def _client_of(request: Request) -> ClientProfile:
     return _client_at("" if request.client is None else request.client.host)
 
 

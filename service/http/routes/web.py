@@ -95,13 +95,13 @@ def _answer(request: Request, asset: Asset, policy: Mapping[str, str] = _DEMO_PO
     return Response(asset.data, headers=headers, media_type=asset.media_type)
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def demo_page(request: Request) -> Response:
     """The demo page."""
     return _answer(request, load_asset("service.http", "web", "index.html"))
 
 
-@router.api_route("/web/{name:path}", methods=["GET", "HEAD"])
+@router.get("/web/{name:path}")
 async def web_file(request: Request, name: str) -> Response:
     """A file of the demo page."""
     if name not in WEB_FILES:
@@ -109,13 +109,13 @@ async def web_file(request: Request, name: str) -> Response:
     return _answer(request, load_asset("service.http", "web", name))
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@router.get("/docs")
 async def docs_page(request: Request) -> Response:
     """The interactive description of the API (Swagger UI)."""
     return _answer(request, load_asset("service.http", "web", "docs.html"), _DOCS_POLICY)
 
 
-@router.api_route("/docs/{name}", methods=["GET", "HEAD"])
+@router.get("/docs/{name}")
 async def docs_file(request: Request, name: str) -> Response:
     """A file of Swagger UI."""
     if name not in DOCS_FILES:

@@ -13,9 +13,23 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from service.errors import Overloaded, QuotaExceeded, StartupError, TooManyImages
+from service.errors import (
+    Overloaded,
+    QuotaExceeded,
+    StartupError,
+    TooManyImages,
+    TooManyWrongKeys,
+)
 from service.http.app import create_app
-from service.http.keys import KeyRing, KeySpec, add_key, main
+from service.http.keys import (
+    MAX_ADDRESSES,
+    WRONG_KEYS,
+    KeyRing,
+    KeySpec,
+    WrongKeys,
+    add_key,
+    main,
+)
 from service.models.repository import load_repository
 from service.settings import Settings
 from service.work.admission import Admission
@@ -334,3 +348,62 @@ async def test_a_key_with_too_much_in_flight_is_429(
             assert (await post(client, keys["free"], 2)).status_code == 200
         assert (await post(client, keys["small"], 2)).status_code == 200
         assert 'reason="key_canvases"} 1.0' in (await client.get("/metrics")).text
+
+
+def test_wrong_keys_are_slowed_and_then_refused() -> None:
+    clock = Clock()
+    wrong = WrongKeys(clock)
+    assert [wrong.count("a") for _ in range(WRONG_KEYS)] == [0.0] * WRONG_KEYS
+    assert [wrong.count("a"), wrong.count("a")] == [1.0, 2.0]
+    for _ in range(100):  # being refused makes nothing worse
+        with pytest.raises(TooManyWrongKeys, match=r"from a$") as caught:
+            wrong.count("a")
+        assert (caught.value.retry_after_s, caught.value.reason) == (1, "wrong_keys")
+    assert wrong.count("b") == 0.0
+    clock.now_s += 1
+    assert wrong.count("a") == 2.0
+    clock.now_s += 3600
+    assert [wrong.count("a") for _ in range(WRONG_KEYS + 1)] == [0.0] * WRONG_KEYS + [1.0]
+
+
+def test_the_addresses_of_wrong_keys_are_bounded() -> None:
+    wrong = WrongKeys(Clock())
+    for _ in range(WRONG_KEYS + 2):
+        wrong.count("old")
+    for number in range(MAX_ADDRESSES - 1):
+        wrong.count(f"{number}")
+    assert wrong.count("0") == 0.0
+    with pytest.raises(TooManyWrongKeys):
+        wrong.count("old")
+    wrong.count("another")
+    assert wrong.count("old") == 0.0
+    assert len(wrong._paid_s) == MAX_ADDRESSES
+
+
+async def test_many_wrong_keys_are_429_and_a_valid_one_is_served(
+    guarded: FastAPI,
+    keys: dict[str, str],
+    open_client: OpenClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("service.http.routes.state.sleep", sleep)
+    monkeypatch.setattr("service.http.keys.WRONG_KEY_EVERY_S", 60.0)
+    monkeypatch.setattr("service.http.keys.MAX_DELAY_S", 60.0)
+    async with open_client(guarded) as client:
+        statuses = [(await post(client, f"wrong {n}")).status_code for n in range(20)]
+        assert statuses == [401] * (WRONG_KEYS + 1) + [429] * (19 - WRONG_KEYS)
+        assert slept[:WRONG_KEYS] == [0.0] * WRONG_KEYS
+        assert 59 < slept[WRONG_KEYS] <= 60
+        refused = await client.post("/v2/models/blobs/infer", headers={"x-api-key": "wrong"})
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_wrong_keys")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert (await post(client, keys["free"])).status_code == 200
+        assert (await client.post("/segment", content=b"")).status_code == 401  # no key at all
+        text = (await client.get("/metrics")).text
+        assert f'solo_rejections_total{{reason="wrong_keys"}} {20.0 - WRONG_KEYS}' in text
+        assert f'solo_rejections_total{{reason="unauthorized"}} {WRONG_KEYS + 2.0}' in text

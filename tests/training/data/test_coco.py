@@ -63,6 +63,75 @@ def test_counts_may_be_bytes() -> None:
     np.testing.assert_array_equal(coco_mask.decode(to_rle(rle, HEIGHT, WIDTH)), mask)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counts": [2, 3]},
+        {"counts": [2, 3, HEIGHT * WIDTH]},
+        {"counts": [-2, 3, HEIGHT * WIDTH - 1]},
+        {"counts": [2.5, "3"]},
+        {"counts": "23"},
+        {"counts": "oooooooo"},
+        {"counts": ""},
+        {"counts": "é"},
+        {"counts": None},
+        {"size": [HEIGHT]},
+        {"size": [HEIGHT, WIDTH + 1]},
+        {"size": None},
+        {"size": [10**9, 10**9]},
+    ],
+)
+def test_an_rle_that_does_not_fill_its_mask_is_refused_by_its_annotation(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
+    wrong = annotation_of(mask, 1, 3) | {"segmentation": rle_of(mask) | changes, "id": 4711}
+    with pytest.raises(DatasetError, match="annotation 4711"):
+        build(tmp_path, [annotation_of(mask, 1, 3), wrong])
+
+
+@pytest.mark.parametrize("wrong", [1e9, -1e9, float("nan"), float("inf"), None])
+def test_a_coordinate_far_from_the_image_is_refused_by_its_annotation(
+    tmp_path: Path, wrong: float | None
+) -> None:
+    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
+    near = annotation_of(mask, 1, 3) | {"segmentation": [[-9, -9, 90, 0, 5, 50]]}
+    assert len(build(tmp_path, [near]).records[0].annotations) == 1
+    far = annotation_of(mask, 1, 3) | {"segmentation": [[0, 0, wrong, 0, 5, 5]], "id": 4711}
+    with pytest.raises(DatasetError, match=r"annotation 4711 .* coordinate"):
+        build(tmp_path, [near, far])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("categories", [{"id": 1}]),
+        ("categories", [{"id": -1, "name": "a"}]),
+        ("categories", [None]),
+        ("categories", 5),
+        ("images", [{"id": 1}]),
+        ("images", [{"id": "a", "file_name": "a", "height": 1, "width": 1}]),
+        ("images", [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}]),
+        ("images", None),
+    ],
+)
+def test_a_field_that_is_wrong_is_an_error_of_the_data_set(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    build(tmp_path, [])
+    file = tmp_path / "annotations" / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    with pytest.raises(DatasetError, match=r"train\.json"):
+        CocoDataset(tmp_path, "train")
+
+
+def test_endless_nesting_is_an_error_of_the_data_set(tmp_path: Path) -> None:
+    build(tmp_path, [])
+    (tmp_path / "annotations" / "train.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(DatasetError, match=r"train\.json"):
+        CocoDataset(tmp_path, "train")
+
+
 def test_crowds_and_empty_segmentations_are_left_out(tmp_path: Path) -> None:
     mask = disc(HEIGHT, WIDTH, 8, 9, 5)
     data = build(

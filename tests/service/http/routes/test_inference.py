@@ -170,7 +170,7 @@ async def test_errors_are_those_of_the_protocol(client: httpx.AsyncClient) -> No
     assert error_of(await client.get(INFER))[:2] == (405, "method_not_allowed")
     assert error_of(await client.post(INFER))[:2] == (400, "empty_body")
     for headers, status, code in (
-        ({"content-encoding": "gzip"}, 400, "invalid_request"),
+        ({"content-encoding": "gzip"}, 415, "unsupported_encoding"),
         ({"inference-header-content-length": "999"}, 400, "invalid_request"),
         ({"inference-header-content-length": "x"}, 422, "invalid_parameter"),
         ({"inference-header-content-length": "0"}, 422, "invalid_parameter"),

@@ -144,7 +144,7 @@ def test_every_refusal_has_plain_words() -> None:
     known = set(re.findall(r"^  (\w+): ", text, re.MULTILINE))
     own_mistakes = {
         *("invalid_request", "invalid_multipart", "invalid_parameter"),
-        *("not_found", "unknown_version", "method_not_allowed"),
+        *("not_found", "unknown_version", "method_not_allowed", "unsupported_encoding"),
     }
     for code, status in STATUS_BY_CODE.items():
         assert known & {code, str(status)} or code in own_mistakes, code
