@@ -14,8 +14,8 @@ from service.work.batches import Canvas
 from service.work.policy import Policy
 from service.work.request import ImageFile
 from service.work.scheduler import CallStats
-from tests.service.work.test_scheduler import errors_of, leave_at_random, open_bench, settle, until
 from tests.support.canvases import BAD, build_config, build_job, build_work
+from tests.support.scheduling import errors_of, leave_at_random, open_bench, settle, until
 
 
 def batches(
