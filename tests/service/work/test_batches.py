@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -165,6 +167,42 @@ async def test_cancelled_work_is_removed_and_never_runs() -> None:
         bench.engine.go.set()
         await settle([held, *waiting[90:]])
         assert sorted(bench.engine.values) == [1, *range(92, 102)]
+
+
+async def test_results_of_a_batch_are_post_processed_side_by_side() -> None:
+    together = threading.Barrier(2, timeout=5)
+    async with open_bench(batches(2, 1000.0)) as bench:
+        jobs = [build_job(build_work(value)) for value in (1, 2)]
+        for job in jobs:
+            (image,) = job.images
+            search = image.search
+
+            def search_together(*found: Any, search: Callable[..., None] = search) -> None:
+                together.wait()
+                search(*found)
+
+            image.search = search_together  # type: ignore[method-assign]
+        await settle([bench.start_job(job) for job in jobs])
+        assert [errors_of(job) for job in jobs] == [[None], [None]]
+
+
+async def test_canvases_of_a_failed_batch_run_side_by_side(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    together = threading.Barrier(2, timeout=5)
+    async with open_bench(batches(2, 1000.0, calls=2)) as bench:
+        infer = bench.engine.infer
+
+        def infer_alone(tiles: Sequence[Tile]) -> list[Candidates]:
+            if len(tiles) > 1:
+                raise RuntimeError("too many for the memory")
+            together.wait()
+            return infer(tiles)
+
+        bench.engine.infer = infer_alone  # type: ignore[method-assign]
+        jobs = await settle([bench.start(1), bench.start(2)])
+        assert [errors_of(job) for job in jobs] == [[None], [None]]
+    assert "a batch of 2 failed, its canvases run one by one: too many for the" in caplog.text
 
 
 async def test_work_cancelled_in_the_engine_leaves_the_others_alone() -> None:

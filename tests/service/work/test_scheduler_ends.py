@@ -134,6 +134,41 @@ async def test_a_call_that_hangs_costs_its_image_and_another_thread_takes_over(
         assert not set(bench.others[0].threads) & set(bench.engine.threads)
 
 
+async def test_a_call_that_hangs_is_no_longer_counted_as_a_batch() -> None:
+    async with open_bench(timeout_s=0.05) as bench:
+        bench.engine.go.clear()
+        (job,) = await settle([bench.start(1)])
+        assert isinstance(errors_of(job)[0], EngineError)
+        assert bench.scheduler._batches.calls == 0
+
+
+async def test_a_helper_that_hangs_is_replaced_too() -> None:
+    policy = Policy(threads=1, helpers=1, calls=2)
+    async with open_bench(policy, timeout_s=0.5) as bench:
+        bench.engine.go.clear()
+        hung = bench.start(1, 2)
+        await until(lambda: len(bench.engine.batches) == 2)
+        await settle([hung])
+        await until(lambda: len(bench.stats) == 2)
+        together, engine = threading.Barrier(2, timeout=5), bench.others[0]
+        infer = engine.infer
+
+        def infer_together(tiles: Sequence[Tile]) -> list[Candidates]:
+            together.wait()
+            return infer(tiles)
+
+        engine.infer = infer_together  # type: ignore[method-assign]
+        (job,) = await settle([bench.start(3, 4, 5, 6)])
+        assert errors_of(job) == [None]
+        assert {thread.name for thread in engine.threads} == {"work", "help"}
+
+
+async def test_why_an_engine_failed_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_bench() as bench:
+        await settle([bench.start(BAD)])
+    assert caplog.text.count("the engine failed on a canvas: the engine does not like 250") == 1
+
+
 async def test_draining_finishes_what_there_is_and_takes_nothing_more() -> None:
     async with open_bench() as bench:
         held = await bench.hold()

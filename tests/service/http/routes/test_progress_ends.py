@@ -235,8 +235,11 @@ async def test_lines_that_cannot_be_sent_stop_the_work() -> None:
         if message["type"] == "http.response.body":
             raise OSError("the connection is gone")
 
+    before = asyncio.all_tasks()
     response = ProgressResponse(work(), lambda segmented: b"", progress, "/segment")
     await response.admitted()
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks() - before) == 1  # the work; nobody waits for admission any more
     response.closes(stack)
     with pytest.raises(OSError, match="gone"):
         await response({"type": "http"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
