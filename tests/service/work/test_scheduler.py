@@ -89,8 +89,8 @@ async def test_a_small_image_does_not_wait_for_a_large_one() -> None:
         await settle(small)
         between = bench.engine.values.index(4) + 1
         assert between <= 1 + 2 * 4 * 2  # both small ones, and no more of the large one
-        assert not large.done()
         await settle([large])
+        assert bench.engine.values[-100:] == [9] * 100
 
 
 async def test_two_clients_that_wait_all_the_time_are_served_alike() -> None:
@@ -131,6 +131,24 @@ async def test_progress_counts_finished_canvases() -> None:
         bench.engine.go.set()
         await settle([held])
         assert (job.progress.done, job.progress.canvases) == (3, 3)
+
+
+async def test_canvases_that_are_finished_do_not_wait_any_more() -> None:
+    async with open_bench() as bench:
+        infer, permits = bench.engine.infer, threading.Semaphore(0)
+
+        def infer_when_let(tiles: Sequence[Tile]) -> list[Candidates]:
+            assert permits.acquire(timeout=10)
+            return infer(tiles)
+
+        bench.engine.infer = infer_when_let  # type: ignore[method-assign]
+        task = bench.start(1, 2, 3)
+        await until(lambda: bench.scheduler.waiting == 3)
+        permits.release(2)
+        await until(lambda: bench.scheduler.waiting == 1)
+        permits.release()
+        await settle([task])
+        assert bench.scheduler.waiting == 0
 
 
 async def test_progress_is_corrected_when_an_image_has_fewer_canvases_than_admitted() -> None:
