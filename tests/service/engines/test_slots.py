@@ -142,6 +142,8 @@ class TestBackend:
                 BackendError, match=r"plain failed on images \(2, 8, 8, 3\): out of memory"
             ):
                 backend.infer(build_tiles(2))
+        with pytest.raises(BackendError, match=r"plain failed on images \(1, 8, 8, 3\): out of"):
+            backend.infer(build_tiles(1))
         slot.fail = BackendError("as it is")
         with pytest.raises(BackendError, match=r"^as it is$"):
             backend.infer(build_tiles(2))
