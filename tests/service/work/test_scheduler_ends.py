@@ -163,6 +163,24 @@ async def test_a_helper_that_hangs_is_replaced_too() -> None:
         assert {thread.name for thread in engine.threads} == {"work", "help"}
 
 
+@pytest.mark.parametrize("stage", ["search", "finish"])
+@pytest.mark.parametrize("batch", [False, True])
+async def test_a_failure_after_the_engine_ends_the_image_and_not_the_thread(
+    stage: str, batch: bool
+) -> None:
+    async with open_bench(Policy(threads=1, batch=batch)) as bench:
+
+        def fail(*given: object) -> None:
+            raise ZeroDivisionError("of our own")
+
+        bad = build_job(build_work(1, 2))
+        setattr(bad.images[0], stage, fail)
+        bad, good = await settle([bench.start_job(bad), bench.start(3)])
+        assert isinstance(errors_of(bad)[0], ZeroDivisionError)
+        assert errors_of(good) == [None]
+        assert bench.budget.held == 0 and bench.scheduler._batches.calls == 0
+
+
 async def test_why_an_engine_failed_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with open_bench() as bench:
         await settle([bench.start(BAD)])
