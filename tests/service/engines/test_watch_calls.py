@@ -131,6 +131,20 @@ def test_an_engine_that_fails_after_it_was_swapped_out_is_not_probed() -> None:
         wait_for(lambda: first.closed)
 
 
+def test_a_call_that_failed_just_before_the_end_has_its_own_error() -> None:
+    """Its engine was swapped out, and is closed after its last call; that is when all ends."""
+    with open_house() as house, ThreadPoolExecutor(1) as pool:
+        first = house.engines[0]
+        call = pool.submit(house.infer, HANGING, BAD, give_up=refuse)
+        wait_for(lambda: HANGING in first.calls)
+        house.build()
+        first.close = house.backend.close  # type: ignore[method-assign]
+        first.release.set()
+        with pytest.raises(ValueError, match="2 is not liked"):
+            call.result(10)
+        assert house.backend.is_closed
+
+
 def test_a_failure_is_logged_with_what_shows_it(caplog: pytest.LogCaptureFixture) -> None:
     with open_house() as house:
         house.engines[0].dead = True

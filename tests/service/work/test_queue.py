@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -51,8 +52,9 @@ async def test_canvases_of_an_image_come_once_each_and_in_order() -> None:
     queue = build_queue()
     job = build_job(build_work(1, 2, 3))
     queue.add(job)
+    assert queue
     assert [pick(queue)[2] for _ in range(3)] == [0, 1, 2]
-    assert queue.pick() is None
+    assert not queue and queue.pick() is None
 
 
 async def test_an_image_that_is_being_opened_has_no_other_canvas_yet() -> None:
@@ -161,6 +163,21 @@ async def test_removed_requests_are_not_picked_and_give_their_pixels_back() -> N
     assert all(gone.skips(image) for image in gone.images)
     assert pick(queue)[0] is stays
     assert queue.pick() is None and queue.pick_active() is None
+
+
+@pytest.mark.parametrize("by", ["leaving", "ending"])
+async def test_an_image_that_is_not_needed_any_more_is_not_kept(by: str) -> None:
+    queue = build_queue()
+    job = build_job(build_work(1), build_work(2))
+    queue.add(job)
+    image = job.images[1]
+    pixels = weakref.ref(image._file.data)  # type: ignore[arg-type]
+    assert pixels() is not None
+    if by == "leaving":
+        queue.remove(job)
+    else:
+        queue.finish(job, image, DONE)
+    assert pixels() is None
 
 
 async def test_a_request_that_leaves_while_its_image_is_opened() -> None:
