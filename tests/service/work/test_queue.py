@@ -171,7 +171,7 @@ async def test_an_image_that_is_not_needed_any_more_is_not_kept(by: str) -> None
     job = build_job(build_work(1), build_work(2))
     queue.add(job)
     image = job.images[1]
-    pixels = weakref.ref(image._file.data)  # type: ignore[arg-type]
+    pixels = weakref.ref(image._file.data)
     assert pixels() is not None
     if by == "leaving":
         queue.remove(job)

@@ -46,10 +46,15 @@ async def test_every_canvas_is_processed_once(threads: int, helpers: int) -> Non
         assert bench.scheduler.waiting == 0 and bench.budget.held == 0
 
 
+@pytest.mark.parametrize("adopted", [False, True])
 @pytest.mark.parametrize(("threads", "helpers"), [(2, 0), (1, 1)])
-async def test_idle_threads_take_canvases_of_an_image(threads: int, helpers: int) -> None:
+async def test_idle_threads_take_canvases_of_an_image(
+    threads: int, helpers: int, adopted: bool
+) -> None:
+    policy = Policy(threads=threads, helpers=helpers, calls=2)
     together = threading.Barrier(2, timeout=10)
-    async with open_bench(Policy(threads=threads, helpers=helpers, calls=2)) as bench:
+    async with open_bench(Policy(threads=1) if adopted else policy) as bench:
+        bench.scheduler.adopt(policy)
         infer = bench.engine.infer
 
         def infer_together(tiles: Sequence[Tile]) -> list[Candidates]:
