@@ -1,4 +1,4 @@
-"""What an answer of POST /segment says of its images together, and how many there may be."""
+"""What an answer of POST /segment says of its images together, and what is left of a request."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from fastapi import FastAPI
 
 from pipeline.errors import CorruptImage
 from service.engines.state import EngineState
-from service.http.app import create_app
 from service.http.routes.segment import build_body
-from service.models.repository import load_repository
 from service.observe.timing import Timing
 from service.protocol import ModelState, Segmented
-from service.settings import Settings
 from service.work.request import Outcome
-from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.asgi import AsgiExchange
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.canvases import CONFIG
@@ -59,21 +55,6 @@ def test_images_that_all_failed_took_no_time_and_cost_nothing() -> None:
 def test_the_error_of_a_single_image_is_the_requests() -> None:
     with pytest.raises(CorruptImage, match="broken"):
         build_body(Segmented(STATE, [BAD]))
-
-
-@pytest.mark.parametrize(("queue", "most"), [(4096, 256), (24, 24)])
-async def test_as_many_images_as_the_queue_holds_and_at_most_256(
-    settings: Settings, open_client: OpenClient, queue: int, most: int
-) -> None:
-    update = {"max_queue_canvases": queue, "max_image_canvases": 12}
-    small = settings.model_copy(update=update)
-    app = create_app(small, load_repository(small.model_repo, OPTIONS))
-    async with open_client(app) as client:
-        for count, status in ((most, 200), (most + 1, 413)):
-            response = await client.post("/segment", files=[("images", b"text")] * count)
-            assert response.status_code == status
-        error = response.json()["error"]
-        assert error["code"] == "too_many_images" and f"may have {most} images" in error["message"]
 
 
 async def test_nothing_of_a_request_that_was_answered_is_left(app: FastAPI) -> None:
