@@ -204,13 +204,15 @@ async def test_draining_finishes_what_there_is_and_takes_nothing_more() -> None:
 
 async def test_a_drain_that_is_given_up_leaves_the_requests_to_abort() -> None:
     async with open_bench() as bench:
-        held = await bench.hold()
+        held = await bench.hold(1, 2)
         waits = bench.start(2)
         await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(bench.scheduler.drain(), 0.01)
         assert not any(task.done() for task in (held, waits))
+        assert bench.budget.held > 0
         await bench.scheduler.abort()
+        assert bench.budget.held == 0  # at once, before the callers go on
         for task in (held, waits):
             with pytest.raises(Draining):
                 await task
