@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -14,10 +15,15 @@ from service.errors import EngineError
 from service.work.fair import BURST, BURST_CHARGE
 from service.work.pixels import PixelBudget
 from service.work.policy import Policy
-from service.work.queue import Pick
+from service.work.queue import Job, Pick
 from service.work.scheduler import CallStats
 from tests.support.canvases import BAD, build_job, build_work
 from tests.support.scheduling import errors_of, open_bench, settle, until
+from tests.support.waiting import poll_until
+
+
+def have_outcomes(jobs: Sequence[Job]) -> bool:
+    return all(image.outcome is not None for job in jobs for image in job.images)
 
 
 async def test_an_image_keeps_its_thread() -> None:
@@ -136,6 +142,44 @@ async def test_progress_counts_finished_canvases() -> None:
         bench.engine.go.set()
         await settle([held])
         assert (job.progress.done, job.progress.canvases) == (3, 3)
+
+
+async def test_requests_that_finish_while_the_event_loop_is_busy_wake_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_bench(Policy(threads=2, calls=2)) as bench:
+        loop, woken = asyncio.get_running_loop(), list[object]()
+        call_soon = loop.call_soon_threadsafe
+
+        def watch(callback: Callable[[], object]) -> object:
+            woken.append(callback)
+            return call_soon(callback)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", watch)
+        for _ in range(2):
+            woken.clear()
+            jobs = [build_job(build_work(1, 2), build_work(3)) for _ in range(5)]
+            tasks = [bench.start_job(job) for job in jobs]
+            await asyncio.sleep(0)  # the requests are queued; from here on the loop is busy
+            poll_until(partial(have_outcomes, jobs), timeout_s=10, pause_s=0.001)
+            poll_until(lambda: bool(woken), timeout_s=10, pause_s=0.001)
+            assert len(woken) == 1 and not any(task.done() for task in tasks)
+            await settle(tasks)
+
+
+async def test_a_request_whose_event_loop_has_ended_keeps_no_other_from_its_answer() -> None:
+    async with open_bench() as bench:
+        ended = asyncio.new_event_loop()
+        job = build_job(build_work(1))
+        job.done = ended.create_future()
+        ended.close()
+        scheduler = bench.scheduler
+        with scheduler._lock:
+            scheduler._queue.add(job)
+            scheduler._threads.wake()
+        await until(lambda: job.images[0].outcome)
+        (other,) = await settle([bench.start(2)])
+        assert errors_of(other) == [None]
 
 
 async def test_canvases_that_are_finished_do_not_wait_any_more() -> None:
