@@ -69,6 +69,12 @@ async def test_nothing_of_a_request_that_was_answered_is_left(app: FastAPI) -> N
 
 async def test_a_deadline_that_was_kept_stops_nothing_later(client: httpx.AsyncClient) -> None:
     """The client calls the application in its own task, which goes on."""
-    response = await client.post("/segment?timeout_ms=2000", content=PICTURE)
+    response = await client.post("/segment?timeout_ms=1500", content=PICTURE)
     assert response.status_code == 200
-    await asyncio.sleep(2.1)
+    await asyncio.sleep(1.6)
+
+
+def test_the_schema_says_that_a_body_is_needed(app: FastAPI) -> None:
+    body = app.openapi()["paths"]["/segment"]["post"]["requestBody"]
+    assert body["required"] is True
+    assert {"multipart/form-data", "image/jpeg", "image/png"} <= set(body["content"])
