@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from pipeline.types import Candidates, Tile
 from service.engines.base import BackendError
 from service.errors import Draining, EngineError
+from service.work import image as image_module
 from service.work.pixels import PixelBudget
 from service.work.policy import Policy
 from service.work.scheduler import CallStats
@@ -45,18 +47,24 @@ async def test_a_request_that_leaves_stops_within_one_canvas() -> None:
         assert bench.engine.values == [1, 9]
 
 
-async def test_a_request_that_leaves_while_its_image_is_decoded_keeps_no_pixels() -> None:
+@pytest.mark.parametrize("when", ["before", "while"])
+async def test_a_request_that_leaves_while_its_image_is_decoded_keeps_no_pixels(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves before the file is looked at, or when its pixels have just been read."""
     async with open_bench() as bench:
         job = build_job(build_work(1, 2, 3))
         (image,) = job.images
-        entered, go, decode = threading.Event(), threading.Event(), image.open
+        entered, go = threading.Event(), threading.Event()
+        target, name = (image, "open") if when == "before" else (image_module, "prepare")
+        step = getattr(target, name)
 
-        def open_slowly() -> None:
+        def take_slowly(*given: Any, **named: Any) -> Any:
             entered.set()
             assert go.wait(10)
-            decode()
+            return step(*given, **named)
 
-        image.open = open_slowly  # type: ignore[method-assign]
+        monkeypatch.setattr(target, name, take_slowly)
         task = bench.start_job(job)
         assert await asyncio.to_thread(entered.wait, 10)
         task.cancel()
