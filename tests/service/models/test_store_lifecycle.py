@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +26,7 @@ from service.models.repository import LoadedModel, Repository, load_repository
 from service.models.served import ServedModel
 from service.models.store import ModelStore
 from service.observe.metrics import Metrics
+from service.segmenter import LocalSegmenter
 from service.settings import Settings
 from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
@@ -269,13 +272,37 @@ class TestBuilds:
         assert "first goes on, the faster engine failed: no memory" in caplog.text
 
 
+@asynccontextmanager
+async def open_watched(settings: Settings, interval_s: float) -> AsyncIterator[LocalSegmenter]:
+    """A segmenter that looks at the repository in an interval."""
+    watched = settings.model_copy(update={"model_poll_s": interval_s})
+    segmenter = LocalSegmenter(watched, load_repository(settings.model_repo, OPTIONS), Metrics())
+    segmenter.start()
+    try:
+        yield segmenter
+    finally:
+        await segmenter.drain()
+
+
 class TestWatching:
-    async def test_a_folder_is_looked_at_after_the_interval_and_loaded_once(
-        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    async def test_the_repository_is_not_looked_at_before_the_interval(
+        self, settings: Settings, model_repo: Path
+    ) -> None:
+        async with open_watched(settings, 60.0) as segmenter:
+            publish(model_repo, "late")
+            await asyncio.sleep(0.2)
+            assert "late" not in segmenter.store.served
+
+    async def test_a_model_that_has_changed_is_loaded_once(
+        self,
+        settings: Settings,
+        model_repo: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         caplog.set_level("INFO")
-        async with open_store(settings) as store:
-            loaded: list[str] = []
+        async with open_watched(settings, 0.01) as segmenter:
+            store, loaded = segmenter.store, list[str]()
             load = store.load
 
             async def watch(name: str) -> list[int]:
@@ -283,24 +310,17 @@ class TestWatching:
                 return await load(name)
 
             monkeypatch.setattr(store, "load", watch)
-            rare = asyncio.create_task(store.poll(60.0))
+            publish(model_repo, "late")
+            await until(lambda: re.search(r"model late .*served in version .?1", caplog.text))
+            assert "late" in store.served
             await asyncio.sleep(0.1)
-            rare.cancel()
-            assert loaded == []
-            often = asyncio.create_task(store.poll(0.01))
-            await until(lambda: len(loaded) == 3)
-            await asyncio.sleep(0.1)
-            often.cancel()
-            assert loaded == ["blobs", "broken", "wide"]
-        assert "model blobs has changed, served in version [1]" in caplog.text
+            assert loaded.count("late") == 1 and len(loaded) == len(set(loaded))
 
     async def test_a_refused_model_that_vanishes_is_forgotten(
         self, settings: Settings, model_repo: Path
     ) -> None:
-        async with open_store(settings) as store:
-            poll = asyncio.create_task(store.poll(0.01))
+        async with open_watched(settings, 0.01) as segmenter:
             await asyncio.sleep(0.05)
-            assert "broken" in store.unavailable
+            assert "broken" in segmenter.unavailable
             shutil.rmtree(model_repo / "broken")
-            await until(lambda: "broken" not in store.unavailable)
-            poll.cancel()
+            await until(lambda: "broken" not in segmenter.unavailable)
