@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import ImageTooLarge
+from service import segmenter as segmenter_module
 from service.engines.base import BackendOptions
 from service.errors import (
     Draining,
@@ -87,6 +90,21 @@ async def test_outcomes_come_in_the_order_of_the_images(running: Running) -> Non
     ]
     assert [outcome.canvases for outcome in outcomes] == [9, 0, 1, 0]
     assert b'"3.png"' in outcomes[3].payload
+
+
+async def test_a_header_that_takes_long_to_read_does_not_hold_up_the_event_loop(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watch(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return measure(*given, **named)
+
+    monkeypatch.setattr(segmenter_module, "measure", watch)
+    running.gate.let()
+    await running.segment(ONE, b"text")
+    assert len(threads) == 2 and threading.main_thread() not in threads
 
 
 async def test_finished_and_failed_images_are_counted(

@@ -64,14 +64,19 @@ def _client_of(request: Request) -> ClientProfile:
 
 @lru_cache(maxsize=4096)
 def _client_at(address: str) -> ClientProfile:
-    """A client by address; of IPv6 addresses the /64 network, which is one client's."""
+    """A client by address; of IPv6 addresses the /64 network, which is one client's.
+
+    A socket for both families gives the addresses of IPv4 clients as `::ffff:a.b.c.d`.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return ClientProfile(name=address)
-    if parsed.version == 6:
-        return ClientProfile(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
-    return ClientProfile(name=address)
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return ClientProfile(name=address)
+    if parsed.ipv4_mapped is not None:
+        return ClientProfile(name=str(parsed.ipv4_mapped))
+    return ClientProfile(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
 
 
 ClientDep = Annotated[ClientProfile, Depends(find_client)]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +9,12 @@ import numpy as np
 import pytest
 
 from pipeline.postprocess import TileCandidates
-from pipeline.types import Candidates, Tile, Window
+from pipeline.types import Candidates
 from service.engines.base import BackendError
-from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
-from service.engines.device import CudaDevice, CudaError
+from service.engines.calls import BatchShape, EngineRun, SlotMemory
+from service.engines.device import CudaError
 from service.engines.device_slot import (
     GPU_SLOTS,
-    KEPT_BUFFERS,
     DeviceSlot,
     build_device_slots,
     list_batch_sizes,
@@ -27,146 +22,9 @@ from service.engines.device_slot import (
 from service.engines.kernels.select import DeviceBatch
 from tests.service.engines.test_ort_session import read_config
 from tests.support.blob_model import KEEP_RATIO_INPUT, POISON
-from tests.support.fake_cuda import FakeCuda, read_memory, view_memory
+from tests.support.device_slots import CANVAS, CANVASES, LAYOUT, Rig, build_tiles, check
+from tests.support.fake_cuda import FakeCuda, read_memory
 from tests.support.fake_gpu import HostSelect
-
-CANVAS = (32, 64)
-CANVASES = [(32, 64), (64, 32), (64, 64)]
-LAYOUT = OutputLayout(candidates=4, mask_stride=4, mask_type="float32")
-STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-
-
-class PixelCall:
-    """As many candidates as a canvas's first pixel says; their masks show the valid rows.
-
-    Attributes:
-        bound: Shapes, each time that one was bound.
-        closed: Shapes whose graphs were closed.
-    """
-
-    def __init__(
-        self, cuda: FakeCuda, device: CudaDevice, stream: int, layout: OutputLayout = LAYOUT
-    ) -> None:
-        self._cuda, self._device, self._stream, self._layout = cuda, device, stream, layout
-        self.bound: list[BatchShape] = []
-        self.closed: list[BatchShape] = []
-        self.runs = 0
-        self.is_closed = False
-        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def bind(self, shape: BatchShape, memory: SlotMemory) -> EngineRun:
-        self.bound.append(shape)
-        outputs = memory.outputs(self._layout, shape)
-
-        def enqueue() -> EngineOutputs:
-            step = lambda: self._compute(shape, memory, outputs)  # noqa: E731
-            self._cuda.streams[self._stream].put(step)
-            return outputs
-
-        def record() -> EngineRun:
-            graph = self._device.capture(self._stream, enqueue)
-
-            def replay() -> EngineOutputs:
-                self._device.launch_graph(graph, self._stream)
-                return outputs
-
-            def close() -> None:
-                graph.close()
-                self.closed.append(shape)
-
-            return EngineRun(replay, close=close)
-
-        return EngineRun(enqueue, record)
-
-    def _compute(self, shape: BatchShape, memory: SlotMemory, outputs: EngineOutputs) -> None:
-        self.runs += 1
-        batch, (height, width) = shape.batch, shape.canvas_hw
-        images = read_memory(memory.images, np.uint8, (batch, height, width, 3))
-        valid_hw = read_memory(memory.valid_hw, np.int64, (batch, 2))
-        self.seen.append((images, valid_hw))
-        if (images[:, 0, 0, 0] == POISON).any():
-            raise RuntimeError("poisoned")
-        shapes = self._layout.shapes(shape)
-        dtype = STORED[self._layout.mask_type]
-        scores = view_memory(outputs.scores, np.float32, shapes["scores"])
-        masks = view_memory(outputs.mask_probs, dtype, shapes["mask_probs"])
-        scores[:], masks[:] = 0, 0
-        view_memory(outputs.labels, np.int64, shapes["labels"])[:] = np.arange(4)
-        one = 0x3F80 if self._layout.mask_type == "bfloat16" else 1
-        for row, count in enumerate(np.minimum(images[:, 0, 0, 0], 4)):
-            scores[row, :count] = np.linspace(0.9, 0.5, count)
-            masks[row, :count, : valid_hw[row, 0] // 4] = one
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-class Rig:
-    """A slot and what is behind it."""
-
-    def __init__(
-        self,
-        cuda: FakeCuda,
-        *,
-        select: Callable[..., Any] | None = None,
-        layout: OutputLayout = LAYOUT,
-        **slot: Any,
-    ) -> None:
-        self.cuda = cuda
-        self.device = CudaDevice()
-        self.streams = cuda.open_streams
-        self.calls: list[PixelCall] = []
-        self.select = HostSelect(self.device) if select is None else select
-
-        def build(stream: int) -> PixelCall:
-            self.calls.append(PixelCall(cuda, self.device, stream, layout))
-            return self.calls[-1]
-
-        options = {"max_batch": 4, "canvases": CANVASES, "select": self.select, **slot}
-        self.slot = DeviceSlot(self.device, build, **options)
-        self.memory = cuda.open_buffers
-
-    @property
-    def call(self) -> PixelCall:
-        return self.calls[0]
-
-
-@pytest.fixture
-def rig(fake_cuda: FakeCuda) -> Rig:
-    return Rig(fake_cuda)
-
-
-@pytest.fixture(params=["on the device", "on the host"])
-def either(request: pytest.FixtureRequest, fake_cuda: FakeCuda) -> Rig:
-    """A slot whose candidates stay on the device, and one whose candidates are copied."""
-    if request.param == "on the host":
-        rig = Rig(fake_cuda)
-        rig.slot._select = None
-        return rig
-    return Rig(fake_cuda)
-
-
-def build_tiles(counts: Sequence[int], canvas_hw: tuple[int, int] = CANVAS) -> list[Tile]:
-    tiles = []
-    for index, count in enumerate(counts):
-        valid_hw = (canvas_hw[0] - 4 * index, canvas_hw[1])
-        image = np.full((*canvas_hw, 3), count, np.uint8)
-        tiles.append(Tile(image, valid_hw, Window(0, 0, *valid_hw)))
-    return tiles
-
-
-def check(tiles: Sequence[Tile], found: Sequence[TileCandidates]) -> None:
-    """Each canvas has its own candidates."""
-    for tile, candidates in zip(tiles, found, strict=True):
-        assert isinstance(candidates, Candidates)
-        count = min(4, int(tile.image[0, 0, 0]))
-        np.testing.assert_allclose(candidates.scores, np.linspace(0.9, 0.5, count), rtol=1e-6)
-        assert candidates.labels.tolist() == list(range(count))
-        height, width = tile.image.shape[:2]
-        expected = np.zeros((count, height // 4, width // 4), np.float32)
-        expected[:, : tile.valid_hw[0] // 4] = 1
-        np.testing.assert_array_equal(candidates.mask_probs, expected)
-        assert candidates.mask_probs.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -305,48 +163,6 @@ def test_outputs_that_are_held_are_not_written_again(fake_cuda: FakeCuda) -> Non
     assert len({batch.scores for batch in kept}) == 4
 
 
-def test_buffers_come_back_once_and_few_are_kept(rig: Rig) -> None:
-    assert isinstance(rig.select, HostSelect)
-    rig.select.held = []
-    rig.slot.infer(build_tiles([1]))
-    fixed = len(rig.cuda.open_buffers) - 1
-    for _ in range(5):
-        rig.slot.infer(build_tiles([1]))
-    assert len(rig.cuda.open_buffers) == fixed + 6
-    for release in rig.select.held * 2:  # a second call does nothing
-        release()
-    rig.select.held = []
-    rig.slot.infer(build_tiles([1]))
-    assert len(rig.cuda.open_buffers) == fixed + KEPT_BUFFERS
-    rig.slot.infer(build_tiles([1]))
-    rig.slot.infer(build_tiles([1]))
-    assert len(rig.cuda.open_buffers) == fixed + 3
-    assert len(rig.select.held) == 3
-
-
-def test_a_buffer_that_is_too_small_is_replaced(rig: Rig) -> None:
-    rig.slot.infer(build_tiles([1]))
-    before = len(rig.cuda.open_buffers)
-    tiles = build_tiles([1, 2, 3, 4], (64, 64))
-    check(tiles, rig.slot.infer(tiles))
-    check(tiles[:1], rig.slot.infer(tiles[:1]))  # in the larger one
-    assert len(rig.cuda.open_buffers) == before
-
-
-def test_a_failure_gives_the_memory_back(rig: Rig) -> None:
-    assert isinstance(rig.select, HostSelect)
-    tiles = build_tiles([1, 2])
-    rig.select.fail = ValueError("no kernel")
-    for _ in range(3):
-        with pytest.raises(ValueError, match="no kernel"):
-            rig.slot.infer(tiles)
-        assert all(stream.is_idle for stream in rig.cuda.streams.values())
-    memory = rig.cuda.open_buffers
-    rig.select.fail = None
-    check(tiles, rig.slot.infer(tiles))
-    assert rig.cuda.open_buffers == memory
-
-
 def test_a_shape_is_recorded_once_and_the_least_recently_used_goes(fake_cuda: FakeCuda) -> None:
     rig = Rig(fake_cuda, max_shapes=2)
     first, second, third = (BatchShape(1, canvas_hw) for canvas_hw in CANVASES)
@@ -395,85 +211,6 @@ def test_a_canvas_larger_than_the_memory_is_refused(either: Rig) -> None:
         either.slot.infer(build_tiles([1], (64, 96)))
     tiles = build_tiles([2], (64, 64))
     check(tiles, either.slot.infer(tiles))
-
-
-def test_a_closed_slot_frees_everything(either: Rig) -> None:
-    either.slot.infer(build_tiles([1, 2]))
-    either.slot.infer(build_tiles([1], (64, 64)))
-    either.slot.close()
-    assert not either.cuda.open_buffers
-    assert either.cuda.open_streams == either.streams
-    assert all(graph.closed for graph in either.cuda.graphs)
-    assert either.call.is_closed
-
-
-def test_a_slot_on_a_dead_device_closes_all_that_it_can(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig.slot.infer(build_tiles([1, 2]))
-    free, failed = rig.device.free, list[int]()
-
-    def fail_once(memory: Any) -> None:
-        if not failed:
-            failed.append(memory.pointer)
-            raise CudaError("CUDA cannot free 8 bytes: unspecified launch failure")
-        free(memory)
-
-    monkeypatch.setattr(rig.device, "free", fail_once)
-    with pytest.raises(CudaError, match="unspecified launch failure"):
-        rig.slot.close()
-    assert rig.cuda.open_streams == rig.streams
-    assert rig.call.is_closed
-    assert failed[0] in rig.cuda.open_buffers and len(rig.cuda.open_buffers) < 4
-
-
-def test_a_batch_that_cannot_be_written_leaves_no_pixels_behind(fake_cuda: FakeCuda) -> None:
-    rig = Rig(fake_cuda, max_batch=6)
-    rig.slot.infer(build_tiles([1]))
-    tiles = build_tiles([9] * 6)
-    tiles[4] = build_tiles([9], (64, 32))[0]
-    with pytest.raises(ValueError, match="broadcast"):
-        rig.slot.infer(tiles)
-    rig.slot.infer(build_tiles([1, 1, 1]))
-    assert not rig.call.seen[-1][0][3:].any()
-
-
-def test_any_thread_may_use_a_slot(either: Rig) -> None:
-    tiles = build_tiles([1, 2, 3])
-    for _ in range(3):
-        with ThreadPoolExecutor(1) as pool:
-            check(tiles, pool.submit(either.slot.infer, tiles).result())
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(either.slot.close).result()
-    assert not either.cuda.open_buffers
-
-
-def test_candidates_may_outlive_their_slot(rig: Rig) -> None:
-    assert isinstance(rig.select, HostSelect)
-    rig.select.held = []
-    rig.slot.infer(build_tiles([1, 2]))
-    (release,) = rig.select.held
-    rig.slot.close()
-    (buffer,) = (b for b in rig.cuda.buffers if not b.closed)
-    gone = weakref.ref(buffer.owner)
-    release()
-    rig.cuda.buffers.clear()
-    rig.select.held.clear()
-    rig.slot, buffer, release = None, None, None  # type: ignore[assignment]
-    gc.collect()
-    assert gone() is None
-
-
-def test_an_engine_that_cannot_be_bound_leaves_no_stream(fake_cuda: FakeCuda) -> None:
-    device = CudaDevice()
-    before = fake_cuda.open_streams
-
-    def fail(stream: int) -> PixelCall:
-        raise BackendError("not this stream")
-
-    with pytest.raises(BackendError, match="not this stream"):
-        DeviceSlot(device, fail, max_batch=2, canvases=CANVASES, select=None)
-    assert fake_cuda.open_streams == before
 
 
 class TestBuilding:

@@ -142,6 +142,8 @@ class TestBackend:
                 BackendError, match=r"plain failed on images \(2, 8, 8, 3\): out of memory"
             ):
                 backend.infer(build_tiles(2))
+        with pytest.raises(BackendError, match=r"plain failed on images \(1, 8, 8, 3\): out of"):
+            backend.infer(build_tiles(1))
         slot.fail = BackendError("as it is")
         with pytest.raises(BackendError, match=r"^as it is$"):
             backend.infer(build_tiles(2))
@@ -212,6 +214,10 @@ class TestHostSlot:
             slot.infer(build_tiles(1))
 
 
+def slot_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "slot"}
+
+
 class TestThreadSlot:
     def test_all_happens_in_one_thread_of_its_own(self) -> None:
         inner = PlainSlot()
@@ -221,10 +227,12 @@ class TestThreadSlot:
             built.append(threading.current_thread().name)
             return inner
 
-        before = threading.active_count()
+        before = slot_threads()
         slot = ThreadSlot(build)
         for _ in range(2):
             assert len(slot.infer(build_tiles(2))) == 2
+        (own,) = slot_threads() - before
+        assert own.daemon  # one that hangs ends with the process
         inner.fail = ValueError("not this")
         with pytest.raises(ValueError, match="not this"):
             slot.infer(build_tiles(1))
@@ -232,16 +240,16 @@ class TestThreadSlot:
         slot.close()
         assert {*built, *inner.threads} == {"slot"}
         assert (inner.interrupted, inner.closed) == (1, 1)
-        wait_for(lambda: threading.active_count() == before)
+        wait_for(lambda: not slot_threads() - before)
 
     def test_a_slot_that_cannot_be_built_raises_the_reason_and_leaves_no_thread(self) -> None:
         def fail() -> PlainSlot:
             raise BackendError("no such stream")
 
-        before = threading.active_count()
+        before = slot_threads()
         with pytest.raises(BackendError, match="no such stream"):
             ThreadSlot(fail)
-        wait_for(lambda: threading.active_count() == before)
+        wait_for(lambda: not slot_threads() - before)
 
     def test_results_are_not_kept_until_the_next_call(self) -> None:
         """They may hold memory of a device."""

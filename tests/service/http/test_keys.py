@@ -184,6 +184,9 @@ def test_the_command_prints_a_key_that_works(
     assert main(["shop", "--file", str(file)]) == 1
     assert "has a key for 'shop' already" in capsys.readouterr().err
     assert main(["a b", "--file", str(file)]) == 1
+    with pytest.raises(SystemExit):
+        main(["shop"])
+    assert "--file" in capsys.readouterr().err
 
 
 def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(

@@ -1,138 +1,28 @@
-"""`ModelStore.replace`: dead engines, faster engines, versions; one operation for all of them."""
+"""`ModelStore.replace`: dead engines and faster engines; one operation for both."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.postprocess import TileCandidates
-from pipeline.preprocess import prepare
-from pipeline.types import Tile
-from service.engines.base import Backend, BackendError, Precision
+from service.engines.base import Backend, BackendError
 from service.engines.state import EngineBuild
-from service.errors import EngineRestarting, ModelUnavailable
-from service.models import repository as repository_module
+from service.errors import EngineRestarting
 from service.models import store as store_module
 from service.models.repository import LoadedModel, Repository, load_repository
-from service.models.served import ServedModel
-from service.models.store import ModelStore
-from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
 from tests.service.models.test_store import add_version, edit, wait_for_retirement
-from tests.support.blob_model import draw_picture, publish
-
-
-class Controlled:
-    """An engine around another one that tests can hold, kill and watch.
-
-    Attributes:
-        inside: Set by every call; calls wait for `go`.
-    """
-
-    device = "cpu"
-    precision: Precision = "fp32"
-    concurrency = 1
-
-    def __init__(self, engine: Backend | None, name: str = "first") -> None:
-        self.name = self.reason = name
-        self.engine = engine
-        self.dead = self.closed = False
-        self.upgrade: FakeUpgrade | None = None
-        self.inside, self.go = threading.Event(), threading.Event()
-        self.go.set()
-
-    def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
-        self.inside.set()
-        assert self.go.wait(20)
-        if self.dead:
-            raise MemoryError("bad allocation")
-        assert self.engine is not None
-        return self.engine.infer(tiles)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeUpgrade:
-    """Builds `engine` when it is told to.
-
-    Attributes:
-        failure: Raised instead, if there is one.
-    """
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.engine = Controlled(None, "faster")
-        self.failure = failure
-        self.may_build, self.cancelled = threading.Event(), threading.Event()
-        self.loads = 0
-
-    def build(self, report: Callable[[str, float], None]) -> None:
-        report("compiling", 0.25)
-        while not self.may_build.wait(0.01):
-            if self.cancelled.is_set():
-                raise OSError("cancelled")
-        if self.failure is not None:
-            raise self.failure
-
-    def load(self) -> Backend:
-        self.loads += 1
-        return self.engine
-
-    def cancel(self) -> None:
-        self.cancelled.set()
+from tests.support.stores import Controlled, FakeUpgrade, engine_of, infer, open_store, until
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "FIRST_PAUSE_S", 0.01)
-
-
-@asynccontextmanager
-async def open_store(
-    settings: Settings, upgrade: FakeUpgrade | None = None
-) -> AsyncIterator[ModelStore]:
-    """A started store whose model `blobs` has controlled engines."""
-    repository = load_repository(settings.model_repo, OPTIONS)
-    versions = {}
-    for version, model in repository.models["blobs"].items():
-        engine = Controlled(model.backend)
-        if upgrade is not None:
-            engine.upgrade, upgrade.engine.engine = upgrade, model.backend
-        versions[version] = replace(model, backend=engine)
-    repository = replace(repository, models={**repository.models, "blobs": versions})
-    store = ModelStore(settings, repository, Metrics())
-    store.start()
-    try:
-        yield store
-    finally:
-        await store.close(finished=True)
-
-
-async def infer(model: ServedModel) -> Sequence[TileCandidates]:
-    """One call of a model's engine in a thread, as the scheduler makes it."""
-    tiles = list(prepare(draw_picture(), model.config.input).tiles)
-    return await asyncio.to_thread(model.engine.infer, tiles, lambda: None)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def engine_of(model: ServedModel) -> Controlled:
-    engine = model.engine.current
-    assert isinstance(engine, Controlled)
-    return engine
 
 
 def graph_of(model_repo: Path) -> Path:
@@ -354,92 +244,6 @@ class TestUpgrades:
             await until(lambda: model.state.max_batch == 8)
             assert model.scheduler.policy.max_delay_s == 0.005
             assert store._metrics.batch_limit.labels("blobs")._value.get() == 8
-
-
-class TestVersions:
-    async def test_two_loads_at_once_build_one_after_the_other(
-        self, settings: Settings, model_repo: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        caplog.set_level("INFO")
-        async with open_store(settings) as store:
-            add_version(model_repo / "blobs", 2)
-            both = await asyncio.gather(store.load("blobs"), store.load("blobs"))
-            assert list(both) == [[2], [2]]
-            await wait_for_retirement(store)
-        assert caplog.text.count("model blobs version 1 has ended") == 1
-
-    async def test_an_engine_that_is_replaced_during_a_load_goes_on(
-        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        upgrade = FakeUpgrade()
-        go, inside = threading.Event(), threading.Event()
-        load_model = repository_module.load_model
-
-        def load_slowly(*arguments: Any) -> dict[int, LoadedModel]:
-            inside.set()
-            assert go.wait(10)
-            return load_model(*arguments)
-
-        monkeypatch.setattr(store_module, "load_model", load_slowly)
-        async with open_store(settings, upgrade) as store:
-            model = store.find("blobs", None)
-            load = asyncio.create_task(store.load("blobs"))
-            assert await asyncio.to_thread(inside.wait, 10)
-            upgrade.may_build.set()
-            await until(lambda: model.engine.current is upgrade.engine)
-            go.set()
-            assert await load == [1]
-            assert store.find("blobs", None) is model
-            assert not engine_of(model).closed
-
-    async def test_a_load_does_not_build_an_engine_twice(self, settings: Settings) -> None:
-        upgrade = FakeUpgrade()
-        async with open_store(settings, upgrade) as store:
-            model = store.find("blobs", None)
-            assert len(model.builds) == 1
-            assert await store.load("blobs") == [1]
-            assert store.find("blobs", None) is model and len(model.builds) == 1
-            upgrade.may_build.set()
-            await until(lambda: not model.builds)
-            assert upgrade.loads == 1
-
-    async def test_a_model_loaded_at_run_time_is_rebuilt_and_counted(
-        self, settings: Settings, model_repo: Path
-    ) -> None:
-        async with open_store(settings) as store:
-            publish(model_repo, "late")
-            assert await store.load("late") == [1]
-            model = store.find("late", None)
-            dead = Controlled(model.engine.current)
-            dead.dead = True
-            model.engine.swap(dead)
-            assert len(await infer(model)) == 1
-            assert model.engine.current is not dead
-            restarts = store._metrics.engine_restarts.labels("late")
-            await until(lambda: restarts._value.get() == 1)
-            page = (await store._metrics.answer(""))[0].decode()
-            assert 'model="late",precision="fp32",version="1"} 1.0' in page
-
-    async def test_engines_of_a_load_that_fails_are_closed(
-        self, settings: Settings, model_repo: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        built: list[Controlled] = []
-        build: Callable[..., Backend] = vars(repository_module)["build_backend"]
-
-        def watch(*arguments: Any) -> Backend:
-            built.append(Controlled(build(*arguments)))
-            return built[-1]
-
-        async with open_store(settings) as store:
-            monkeypatch.setattr(repository_module, "build_backend", watch)
-            add_version(model_repo / "blobs", 2)
-            add_version(model_repo / "blobs", 3, graph=b"broken")
-            wanted = {"policy": "specific", "versions": [2, 3]}
-            edit(model_repo / "blobs", lambda content: content.update(serve=wanted))
-            with pytest.raises(ModelUnavailable, match=r"blobs/3/model\.onnx"):
-                await store.load("blobs")
-            assert [engine.closed for engine in built] == [True]
-            assert sorted(store.served["blobs"]) == [1]
 
 
 def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 
 import pytest
@@ -135,6 +136,10 @@ async def test_finishing_waits_for_the_requests_in_flight(
     with admission.request(ANN):
         assert not await admission.finish(0.02)
         assert "1 requests were not finished" in caplog.text
+        finishing = asyncio.create_task(admission.finish(3.0))
+        await asyncio.sleep(0.05)
+        assert not finishing.done()
+    assert await finishing
     assert await admission.finish(10.0)
     assert not admission.is_open
 
@@ -202,6 +207,19 @@ class TestQuotas:
         with admission.admit(self.KEY, [4]):
             smaller = ClientProfile(name="key shop", max_canvases=4)
             assert isinstance(refuse(admission, smaller, 1), QuotaExceeded)
+
+    def test_a_rate_that_is_new_counts_from_the_clients_first_canvas_in_flight(self) -> None:
+        clock = Clock()
+        admission = Admission(100, clock)
+        free, bounded = (
+            ClientProfile(name="key shop"),
+            ClientProfile(name="key shop", canvases_per_minute=60.0),
+        )
+        with admission.admit(free, [4]):
+            assert isinstance(refuse(admission, bounded, 1), QuotaExceeded)
+            clock.now_s += 1
+            with admission.admit(bounded, [1]):
+                assert isinstance(refuse(admission, bounded, 1), QuotaExceeded)
 
     def test_addresses_are_forgotten_and_rates_are_not(self) -> None:
         admission = Admission(100)

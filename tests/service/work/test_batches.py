@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -14,8 +16,16 @@ from service.work.batches import Canvas
 from service.work.policy import Policy
 from service.work.request import ImageFile
 from service.work.scheduler import CallStats
-from tests.service.work.test_scheduler import errors_of, leave_at_random, open_bench, settle, until
 from tests.support.canvases import BAD, build_config, build_job, build_work
+from tests.support.scheduling import (
+    Bench,
+    errors_of,
+    leave_at_random,
+    open_bench,
+    settle,
+    until,
+)
+from tests.support.waiting import poll_until
 
 
 def batches(
@@ -24,6 +34,23 @@ def batches(
     return Policy(
         threads=threads, calls=calls, batch=True, max_batch=max_batch, max_delay_s=max_delay_s
     )
+
+
+def count_busy(bench: Bench) -> int:
+    """Threads that do not wait for work."""
+    with bench.scheduler._lock:
+        crew = bench.scheduler._threads
+        return len(crew._threads) - len(crew._idle)
+
+
+def meet_before(together: threading.Barrier, step: Callable[..., None]) -> Callable[..., None]:
+    """A step that begins when as many threads are about to take it."""
+
+    def take_together(*given: Any) -> None:
+        together.wait()
+        step(*given)
+
+    return take_together
 
 
 async def test_canvases_of_different_requests_share_calls() -> None:
@@ -167,6 +194,69 @@ async def test_cancelled_work_is_removed_and_never_runs() -> None:
         assert sorted(bench.engine.values) == [1, *range(92, 102)]
 
 
+async def test_results_of_a_batch_are_post_processed_side_by_side() -> None:
+    together = threading.Barrier(2, timeout=5)
+    async with open_bench(batches(2, 1000.0)) as bench:
+        jobs = [build_job(build_work(value)) for value in (1, 2)]
+        for job in jobs:
+            (image,) = job.images
+            image.search = meet_before(together, image.search)  # type: ignore[method-assign]
+        bench.engine.go.clear()
+        tasks = [bench.start_job(job) for job in jobs]
+        await until(lambda: bench.engine.batches and count_busy(bench) == 1)
+        bench.engine.go.set()
+        await settle(tasks)
+        assert [errors_of(job) for job in jobs] == [[None], [None]]
+
+
+async def test_all_threads_create_canvases_when_a_batch_makes_room() -> None:
+    together = threading.Barrier(3, timeout=5)
+    async with open_bench(batches(3, 0.0, threads=4)) as bench:
+        held = await bench.hold()
+        waiting = [bench.start(value) for value in range(2, 8)]
+        await until(lambda: bench.scheduler._batches.waiting == 6)
+        jobs = [build_job(build_work(value)) for value in (8, 9, 10)]
+        for job in jobs:
+            (image,) = job.images
+            image.open = meet_before(together, image.open)  # type: ignore[method-assign]
+        waiting += [bench.start_job(job) for job in jobs]
+        await until(lambda: bench.scheduler.waiting == 10 and count_busy(bench) == 1)
+        infer = bench.engine.infer
+
+        def hold_again(tiles: Sequence[Tile]) -> list[Candidates]:
+            bench.engine.go.clear()
+            return infer(tiles)
+
+        bench.engine.infer = hold_again  # type: ignore[method-assign]
+        bench.engine.go.set()
+        await until(lambda: len(bench.engine.batches) == 2)
+        await until(lambda: together.broken or bench.scheduler._batches.waiting == 6)
+        assert not together.broken
+        bench.engine.infer = infer  # type: ignore[method-assign]
+        bench.engine.go.set()
+        assert all(errors_of(job) == [None] for job in await settle([held, *waiting]))
+
+
+async def test_canvases_of_a_failed_batch_run_side_by_side(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    together = threading.Barrier(2, timeout=5)
+    async with open_bench(batches(2, 1000.0, calls=2)) as bench:
+        infer = bench.engine.infer
+
+        def infer_alone(tiles: Sequence[Tile]) -> list[Candidates]:
+            if len(tiles) > 1:
+                poll_until(lambda: count_busy(bench) == 1, timeout_s=10, pause_s=0.001)
+                raise RuntimeError("too many for the memory")
+            together.wait()
+            return infer(tiles)
+
+        bench.engine.infer = infer_alone  # type: ignore[method-assign]
+        jobs = await settle([bench.start(1), bench.start(2)])
+        assert [errors_of(job) for job in jobs] == [[None], [None]]
+    assert "a batch of 2 failed, its canvases run one by one: too many for the" in caplog.text
+
+
 async def test_work_cancelled_in_the_engine_leaves_the_others_alone() -> None:
     async with open_bench(batches(2, 10.0)) as bench:
         bench.engine.go.clear()
@@ -255,8 +345,8 @@ async def test_a_small_image_does_not_wait_for_a_large_one() -> None:
         bench.engine.go.set()
         await settle([small])
         assert bench.engine.values.index(4) <= 1 + 4 + 2 * 4 + 2
-        assert not large.done()
         await settle([large])
+        assert bench.engine.values[-100:] == [9] * 100
 
 
 async def test_a_batch_that_hangs_runs_one_by_one_on_the_next_engine() -> None:

@@ -199,6 +199,28 @@ def test_one_thread_is_woken_unless_more_are_asked_for(shop: Shop) -> None:
     assert all(thread.daemon for thread in alive())
 
 
+def test_no_more_threads_are_started_than_the_crew_has(shop: Shop) -> None:
+    with shop.lock:
+        for _ in range(2):
+            shop.crew.wake(9)
+            assert len(alive()) == 2
+
+
+def test_a_pause_that_ends_while_its_thread_is_woken_loses_no_thread() -> None:
+    shop = Shop(1)
+    shop.pause_s = 0.01
+    shop.add(lambda: None)
+    wait_for(lambda: shop.asked >= 2)
+    with shop.lock:
+        time.sleep(0.1)  # the pause is over, and the thread waits for the lock
+        shop.crew.wake()
+        assert shop.crew._idle == []
+    shop.add(lambda: None)
+    wait_for(lambda: len(shop.ran_by) == 2)
+    assert shop.ran_by[0] is shop.ran_by[1]
+    shop.close()
+
+
 def test_a_surplus_thread_is_not_replaced(shop: Shop) -> None:
     go = threading.Event()
     shop.add(go.wait, go.wait)
@@ -206,6 +228,7 @@ def test_a_surplus_thread_is_not_replaced(shop: Shop) -> None:
     with shop.lock:
         shop.crew.resize(1)
         assert shop.crew.replace(shop.ran_by[0])
+        assert set(alive()) == set(shop.ran_by)
     go.set()
     wait_for(lambda: len(alive()) == 1)
     assert alive() == [shop.ran_by[1]]

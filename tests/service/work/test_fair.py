@@ -118,6 +118,26 @@ def test_a_flow_that_left_before_its_burst_was_over_keeps_its_place() -> None:
     assert queue.first() is first
 
 
+def test_a_flow_that_comes_back_before_its_time_keeps_its_place() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    first, second = (Flow(tag=10.0, burst=0) for _ in range(2))
+    queue.push(first)
+    queue.push(second)
+    queue.served(first, goes_on=False)  # time is 10 now, as far as the first tag
+    queue.push(first)
+    assert serve(queue, 2) == [first, second]
+
+
+def test_a_newcomer_does_not_wait_for_what_a_heavy_flow_was_served_before() -> None:
+    queue: FairQueue[Flow] = FairQueue()
+    heavy = steady(weight=10.0)
+    queue.push(heavy)
+    serve(queue, 100)
+    new = steady()
+    queue.push(new)
+    assert serve(queue, 24).count(new) in (2, 3)
+
+
 def test_a_short_flow_passes_a_long_one_that_does_not_take_turns_either() -> None:
     queue: FairQueue[Flow] = FairQueue()
     old = Flow(in_turns=False)

@@ -124,6 +124,17 @@ class TestOpen:
         difference = np.abs(a.image.astype(int) - b.image)
         assert difference.max() > 0 and difference.mean() < 2
 
+    def test_an_image_is_decoded_whole_unless_told_otherwise(self) -> None:
+        data = build_photo()
+        works = [
+            ImageWork(ImageFile(None, data), (900, 1200), 1, WHOLE, RequestOptions()),
+            build(data, WHOLE, scaled=False),
+        ]
+        for work in works:
+            work.open()
+        a, b = (work.make_canvas(0)[0].image for work in works)
+        assert (a == b).all()
+
     def test_an_image_larger_than_admitted_is_refused(self) -> None:
         data = encode_picture(draw_picture(30, 40))
         small = ImageWork(ImageFile(None, data), (30, 39), 9, TILES, RequestOptions())
@@ -167,6 +178,24 @@ class TestAnswer:
         assert outcome.whole[0] == 0.0
         assert set(outcome.stages) == {"decode", "infer", "postprocess", "encode"}
         assert len(outcome.stages["decode"]) == outcome.canvases + 1
+        assert len(outcome.stages["postprocess"]) == outcome.canvases + 1
+
+    def test_engine_calls_are_told_of_once_each_and_in_order(self) -> None:
+        work = build(draw_picture(70, 100))
+        work.open()
+        calls = [(5.0, 6.0), (3.0, 4.0), (5.0, 6.0), (1.0, 2.0), (3.0, 4.0), (1.0, 2.0)]
+        assert work.canvases >= 4
+        for index in range(work.canvases):
+            tile, _ = work.make_canvas(index)
+            work.search(index, tile, find_colours(tile), calls[index % 6], 1.0)
+        assert work.finish(0.0).stages["infer"] == sorted(set(calls[: work.canvases]))
+
+    @pytest.mark.parametrize("masks", ["rle", "polygon", "png", "none"])
+    def test_only_masks_as_one_image_are_one_image(self, masks: str) -> None:
+        picture = draw_picture(48, 48, {"red": (4, 4, 20, 20)})
+        entry = orjson.loads(run(build(picture, masks=masks)).payload)
+        assert ("index_png" in entry) is (masks == "png")
+        assert ("segmentation" in entry["instances"][0]) is (masks in ("rle", "polygon"))
 
     def test_an_overlay_is_drawn_on_the_decoded_image(self) -> None:
         picture = draw_picture(70, 100, {"red": (4, 4, 20, 20)})

@@ -55,3 +55,9 @@ def test_the_delay_and_the_batch_are_settings_and_the_model_bounds_the_batch() -
 def test_bounds_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         Policy(**{"threads": 1, **wrong})
+
+
+def test_unless_told_otherwise_there_is_one_call_of_one_canvas_without_delay() -> None:
+    assert Policy(threads=1) == Policy(
+        threads=1, helpers=0, calls=1, batch=False, max_batch=1, max_delay_s=0.0
+    )

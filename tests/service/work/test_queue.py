@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -51,8 +52,9 @@ async def test_canvases_of_an_image_come_once_each_and_in_order() -> None:
     queue = build_queue()
     job = build_job(build_work(1, 2, 3))
     queue.add(job)
+    assert queue
     assert [pick(queue)[2] for _ in range(3)] == [0, 1, 2]
-    assert queue.pick() is None
+    assert not queue and queue.pick() is None
 
 
 async def test_an_image_that_is_being_opened_has_no_other_canvas_yet() -> None:
@@ -105,6 +107,15 @@ async def test_a_short_request_passes_a_long_one_of_the_same_client() -> None:
     assert served[0] is short and served.count(short) == 4
 
 
+async def test_short_requests_of_a_client_are_finished_one_after_the_other() -> None:
+    queue = build_queue()
+    jobs = [build_job(build_work(1, 2, 3, 4)) for _ in range(3)]
+    for job in jobs:
+        queue.add(job)
+    assert pick_all(queue, 3) == jobs  # while an image is opened, the next may be too
+    assert pick_all(queue, 9) == [job for job in jobs for _ in range(3)]
+
+
 @pytest.mark.parametrize("first", ["interactive", "batch"])
 async def test_a_clients_batch_work_gets_one_canvas_of_eight(first: str) -> None:
     queue = build_queue()
@@ -116,6 +127,7 @@ async def test_a_clients_batch_work_gets_one_canvas_of_eight(first: str) -> None
     (other,) = jobs.values()
     queue.add(other)
     served = [job.priority for job in pick_all(queue, 240)]
+    assert BATCH_EVERY == 8 and served.index("batch") == 7
     for start in range(240 - BATCH_EVERY):
         assert "batch" in served[start : start + BATCH_EVERY]
     assert served.count("batch") == 240 // BATCH_EVERY
@@ -151,6 +163,21 @@ async def test_removed_requests_are_not_picked_and_give_their_pixels_back() -> N
     assert all(gone.skips(image) for image in gone.images)
     assert pick(queue)[0] is stays
     assert queue.pick() is None and queue.pick_active() is None
+
+
+@pytest.mark.parametrize("by", ["leaving", "ending"])
+async def test_an_image_that_is_not_needed_any_more_is_not_kept(by: str) -> None:
+    queue = build_queue()
+    job = build_job(build_work(1), build_work(2))
+    queue.add(job)
+    image = job.images[1]
+    pixels = weakref.ref(image._file.data)
+    assert pixels() is not None
+    if by == "leaving":
+        queue.remove(job)
+    else:
+        queue.finish(job, image, DONE)
+    assert pixels() is None
 
 
 async def test_a_request_that_leaves_while_its_image_is_opened() -> None:
@@ -233,6 +260,24 @@ async def test_images_wait_until_the_pixels_of_others_are_given_back() -> None:
     budget.release(queue.release(second), "b")
     assert queue.pick() is None
     assert budget.held == 0
+
+
+async def test_the_budget_is_asked_again_only_after_a_release() -> None:
+    class Full(PixelBudget):
+        asked = 0
+
+        def take(self, pixels: int, client: str) -> bool:
+            self.asked += 1
+            return False
+
+    budget = Full()
+    queue = build_queue(budget)
+    for name in "ab":
+        queue.add(build_job(build_work(1), client=name))
+    assert [queue.pick() for _ in range(5)] == [None] * 5
+    assert budget.asked == 2
+    budget.generation += 1
+    assert queue.pick() is None and budget.asked == 4
 
 
 async def test_an_image_with_fewer_canvases_than_admitted_is_done_when_it_is_opened() -> None:

@@ -5,113 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
 from pipeline.types import Candidates, Tile
-from service.engines.base import Backend, BackendError
-from service.engines.watch import WatchedEngine
-from service.errors import Draining, EngineError
+from service.errors import EngineError
 from service.work.fair import BURST, BURST_CHARGE
 from service.work.pixels import PixelBudget
 from service.work.policy import Policy
 from service.work.queue import Job, Pick
-from service.work.scheduler import CallStats, Scheduler
-from tests.support.canvases import BAD, FakeEngine, build_job, build_work
+from service.work.scheduler import CallStats
+from tests.support.canvases import BAD, build_job, build_work
+from tests.support.scheduling import errors_of, open_bench, settle, until
+from tests.support.waiting import poll_until
 
 
-class Bench:
-    """A scheduler with its engine; another engine replaces one that dies.
-
-    Attributes:
-        stats: Of every engine call.
-    """
-
-    def __init__(
-        self,
-        policy: Policy | None = None,
-        *,
-        timeout_s: float = 10.0,
-        budget: PixelBudget | None = None,
-        replacement: Callable[[], FakeEngine] = FakeEngine,
-    ) -> None:
-        self.policy = policy or Policy(threads=1)
-        self.engine = FakeEngine(self.policy.calls)
-        self.others: list[FakeEngine] = []
-        self.stats: list[CallStats] = []
-        self.budget = budget or PixelBudget()
-
-        def replace(reason: str) -> None:
-            self.others.append(replacement())
-            self.watched.swap(self.others[-1])
-
-        self.watched = WatchedEngine(self.engine, self.probe, timeout_s=timeout_s, on_death=replace)
-        self.scheduler = Scheduler(self.watched, self.policy, self.budget, self.stats.append)
-
-    def probe(self, backend: Backend) -> None:
-        """The engine is always alive."""
-
-    def start(self, *values: int, client: str = "someone") -> asyncio.Task[Job]:
-        return self.start_job(build_job(build_work(*values), client=client))
-
-    def start_job(self, job: Job) -> asyncio.Task[Job]:
-        async def run() -> Job:
-            await self.scheduler.run(job)
-            return job
-
-        return asyncio.create_task(run())
-
-    async def hold(self, *values: int, client: str = "someone") -> asyncio.Task[Job]:
-        """Puts a canvas into the engine and keeps it there until `engine.go` is set."""
-        self.engine.go.clear()
-        task = self.start(*values or (1,), client=client)
-        assert await asyncio.to_thread(self.engine.entered.wait, 10)
-        return task
-
-    async def close(self) -> None:
-        self.engine.go.set()
-        await self.scheduler.abort()
-        self.watched.close()
-
-
-@asynccontextmanager
-async def open_bench(policy: Policy | None = None, **options: object) -> AsyncIterator[Bench]:
-    bench = Bench(policy, **options)  # type: ignore[arg-type]
-    try:
-        yield bench
-    finally:
-        await bench.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def settle(tasks: Sequence[Awaitable[Job]]) -> list[Job]:
-    return await asyncio.wait_for(asyncio.gather(*tasks), 20)
-
-
-def errors_of(job: Job) -> list[Exception | None]:
-    outcomes = [image.outcome for image in job.images]
-    assert all(outcome is not None for outcome in outcomes)
-    return [outcome.error for outcome in outcomes if outcome is not None]
-
-
-async def leave_at_random(bench: Bench) -> None:
-    """Many requests of three clients, some cancelled; those that follow are all answered."""
-    for round_ in range(40):
-        tasks = [bench.start(*range(1, 2 + n % 5), client=f"{n % 3}") for n in range(12)]
-        for _ in range(round_ % 7):
-            await asyncio.sleep(0)
-        for task in tasks[round_ % 3 :: 2]:
-            task.cancel()
-        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-    jobs = await settle([bench.start(1, 2, 3) for _ in range(6)])
-    assert all(errors_of(job) == [None] for job in jobs)
+def have_outcomes(jobs: Sequence[Job]) -> bool:
+    return all(image.outcome is not None for job in jobs for image in job.images)
 
 
 async def test_an_image_keeps_its_thread() -> None:
@@ -140,10 +52,15 @@ async def test_every_canvas_is_processed_once(threads: int, helpers: int) -> Non
         assert bench.scheduler.waiting == 0 and bench.budget.held == 0
 
 
+@pytest.mark.parametrize("adopted", [False, True])
 @pytest.mark.parametrize(("threads", "helpers"), [(2, 0), (1, 1)])
-async def test_idle_threads_take_canvases_of_an_image(threads: int, helpers: int) -> None:
+async def test_idle_threads_take_canvases_of_an_image(
+    threads: int, helpers: int, adopted: bool
+) -> None:
+    policy = Policy(threads=threads, helpers=helpers, calls=2)
     together = threading.Barrier(2, timeout=10)
-    async with open_bench(Policy(threads=threads, helpers=helpers, calls=2)) as bench:
+    async with open_bench(Policy(threads=1) if adopted else policy) as bench:
+        bench.scheduler.adopt(policy)
         infer = bench.engine.infer
 
         def infer_together(tiles: Sequence[Tile]) -> list[Candidates]:
@@ -183,8 +100,8 @@ async def test_a_small_image_does_not_wait_for_a_large_one() -> None:
         await settle(small)
         between = bench.engine.values.index(4) + 1
         assert between <= 1 + 2 * 4 * 2  # both small ones, and no more of the large one
-        assert not large.done()
         await settle([large])
+        assert bench.engine.values[-100:] == [9] * 100
 
 
 async def test_two_clients_that_wait_all_the_time_are_served_alike() -> None:
@@ -227,186 +144,68 @@ async def test_progress_counts_finished_canvases() -> None:
         assert (job.progress.done, job.progress.canvases) == (3, 3)
 
 
+async def test_requests_that_finish_while_the_event_loop_is_busy_wake_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_bench(Policy(threads=2, calls=2)) as bench:
+        loop, woken = asyncio.get_running_loop(), list[object]()
+        call_soon = loop.call_soon_threadsafe
+
+        def watch(callback: Callable[[], object]) -> object:
+            woken.append(callback)
+            return call_soon(callback)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", watch)
+        for _ in range(2):
+            woken.clear()
+            jobs = [build_job(build_work(1, 2), build_work(3)) for _ in range(5)]
+            tasks = [bench.start_job(job) for job in jobs]
+            await asyncio.sleep(0)  # the requests are queued; from here on the loop is busy
+            poll_until(partial(have_outcomes, jobs), timeout_s=10, pause_s=0.001)
+            poll_until(lambda: bool(woken), timeout_s=10, pause_s=0.001)
+            assert len(woken) == 1 and not any(task.done() for task in tasks)
+            await settle(tasks)
+
+
+async def test_a_request_whose_event_loop_has_ended_keeps_no_other_from_its_answer() -> None:
+    async with open_bench() as bench:
+        ended = asyncio.new_event_loop()
+        job = build_job(build_work(1))
+        job.done = ended.create_future()
+        ended.close()
+        scheduler = bench.scheduler
+        with scheduler._lock:
+            scheduler._queue.add(job)
+            scheduler._threads.wake()
+        await until(lambda: job.images[0].outcome)
+        (other,) = await settle([bench.start(2)])
+        assert errors_of(other) == [None]
+
+
+async def test_canvases_that_are_finished_do_not_wait_any_more() -> None:
+    async with open_bench() as bench:
+        infer, permits = bench.engine.infer, threading.Semaphore(0)
+
+        def infer_when_let(tiles: Sequence[Tile]) -> list[Candidates]:
+            assert permits.acquire(timeout=10)
+            return infer(tiles)
+
+        bench.engine.infer = infer_when_let  # type: ignore[method-assign]
+        task = bench.start(1, 2, 3)
+        await until(lambda: bench.scheduler.waiting == 3)
+        permits.release(2)
+        await until(lambda: bench.scheduler.waiting == 1)
+        permits.release()
+        await settle([task])
+        assert bench.scheduler.waiting == 0
+
+
 async def test_progress_is_corrected_when_an_image_has_fewer_canvases_than_admitted() -> None:
     async with open_bench() as bench:
         work = build_work(1, 2)
         work.canvases = 5
         (job,) = await settle([bench.start_job(build_job(work))])
         assert (job.progress.done, job.progress.canvases) == (2, 2)
-
-
-async def test_a_request_that_leaves_while_it_waits_is_never_opened() -> None:
-    async with open_bench() as bench:
-        held = await bench.hold()
-        left, stays = bench.start(2), bench.start(3)
-        await asyncio.sleep(0)
-        assert bench.scheduler.waiting == 3
-        left.cancel()
-        await asyncio.sleep(0)
-        assert bench.scheduler.waiting == 2
-        bench.engine.go.set()
-        await settle([held, stays])
-        assert bench.engine.values == [1, 3]
-        assert left.cancelled()
-
-
-async def test_a_request_that_leaves_stops_within_one_canvas() -> None:
-    async with open_bench() as bench:
-        left = await bench.hold(1, 2, 3, 4)
-        assert bench.budget.held
-        left.cancel()
-        await asyncio.wait([left])
-        assert bench.budget.held == 0
-        bench.engine.go.set()
-        await settle([bench.start(9)])
-        assert bench.engine.values == [1, 9]
-
-
-async def test_a_request_that_leaves_while_its_image_is_decoded_keeps_no_pixels() -> None:
-    async with open_bench() as bench:
-        job = build_job(build_work(1, 2, 3))
-        (image,) = job.images
-        entered, go, decode = threading.Event(), threading.Event(), image.open
-
-        def open_slowly() -> None:
-            entered.set()
-            assert go.wait(10)
-            decode()
-
-        image.open = open_slowly  # type: ignore[method-assign]
-        task = bench.start_job(job)
-        assert await asyncio.to_thread(entered.wait, 10)
-        task.cancel()
-        await asyncio.wait([task])
-        assert bench.budget.held == 0
-        go.set()
-        await settle([bench.start(9)])
-        assert bench.engine.values == [9]
-        assert image._prepared is None
-
-
-async def test_a_canvas_that_fails_ends_its_image_alone() -> None:
-    async with open_bench() as bench:
-        bad, good = await settle([bench.start(5, BAD, 6), bench.start(7)])
-        assert isinstance(errors_of(bad)[0], EngineError)
-        assert errors_of(good) == [None]
-        assert [s.failed for s in bench.stats].count(True) == 1
-        assert 6 not in bench.engine.values  # nobody needs it any more
-        assert bench.budget.held == 0
-
-
-async def test_an_image_that_cannot_be_decoded_is_an_error_of_its_own() -> None:
-    async with open_bench() as bench:
-        job = build_job(build_work(1), build_work(2))
-        job.images[0]._file = type(job.images[0]._file)("broken.png", b"no image")
-        (job,) = await settle([bench.start_job(job)])
-        broken, good = errors_of(job)
-        assert getattr(broken, "code", "") == "unsupported_format" and good is None
-        assert bench.engine.values == [2] and bench.budget.held == 0
-
-
-@pytest.mark.parametrize("factor", [0, 2])
-async def test_a_wrong_number_of_results_is_an_engine_error(factor: int) -> None:
-    async with open_bench() as bench:
-        infer = bench.engine.infer
-        bench.engine.infer = lambda tiles: infer(tiles) * factor  # type: ignore[method-assign]
-        (job,) = await settle([bench.start(7)])
-        assert isinstance(errors_of(job)[0], EngineError)
-        assert bench.stats == [CallStats(1, failed=True)]
-
-
-async def test_what_is_no_exception_ends_the_image_and_not_the_thread() -> None:
-    async with open_bench() as bench:
-        infer = bench.engine.infer
-
-        def leave(tiles: Sequence[Tile]) -> list[Candidates]:
-            if tiles[0].image[0, 0, 0] == 3:
-                raise KeyboardInterrupt
-            return infer(tiles)
-
-        bench.engine.infer = leave  # type: ignore[method-assign]
-        bad, good = await settle([bench.start(3), bench.start(4)])
-        assert isinstance(errors_of(bad)[0], EngineError)
-        assert errors_of(good) == [None]
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-async def test_a_call_that_hangs_costs_its_image_and_another_thread_takes_over(
-    threads: int,
-) -> None:
-    policy = Policy(threads=1, helpers=threads - 1, calls=threads)
-    async with open_bench(policy, timeout_s=0.05) as bench:
-        bench.engine.go.clear()
-        hung, waits = bench.start(1, 2), bench.start(3)
-        (job,) = await settle([hung])
-        assert isinstance(errors_of(job)[0], EngineError)
-        (job,) = await settle([waits])
-        assert errors_of(job) == [None]
-        assert 3 in bench.others[0].values
-        failed = [stats.failed for stats in bench.stats]
-        assert failed.count(True) in range(1, threads + 1) and failed.count(False) == 1
-        bench.engine.go.set()  # the threads return, and do nothing more
-        (job,) = await settle([bench.start(4)])
-        assert errors_of(job) == [None]
-        assert not set(bench.others[0].threads) & set(bench.engine.threads)
-
-
-async def test_draining_finishes_what_there_is_and_takes_nothing_more() -> None:
-    async with open_bench() as bench:
-        held = await bench.hold()
-        waits = bench.start(2)
-        await asyncio.sleep(0)
-        drained = asyncio.create_task(bench.scheduler.drain())
-        await asyncio.sleep(0.01)
-        assert not drained.done()
-        with pytest.raises(Draining):
-            await bench.start(3)
-        bench.engine.go.set()
-        await drained
-        assert [errors_of(job) for job in await settle([held, waits])] == [[None], [None]]
-
-
-async def test_a_drain_that_is_given_up_leaves_the_requests_to_abort() -> None:
-    async with open_bench() as bench:
-        held = await bench.hold()
-        waits = bench.start(2)
-        await asyncio.sleep(0)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(bench.scheduler.drain(), 0.01)
-        assert not any(task.done() for task in (held, waits))
-        await bench.scheduler.abort()
-        for task in (held, waits):
-            with pytest.raises(Draining):
-                await task
-        with pytest.raises(Draining):
-            await bench.start(3)
-        assert bench.budget.held == 0
-
-
-@pytest.mark.parametrize("by", ["drain", "abort"])
-async def test_threads_end_with_the_scheduler(by: str) -> None:
-    def threads() -> set[threading.Thread]:
-        return {t for t in threading.enumerate() if t.name in ("work", "help")}
-
-    before = threads()
-    async with open_bench(Policy(threads=2, helpers=1, calls=3)) as bench:
-        await settle([bench.start(*range(1, 20)) for _ in range(4)])
-        assert threads() - before
-        await (bench.scheduler.drain() if by == "drain" else bench.scheduler.abort())
-        await until(lambda: not threads() - before)
-        assert bench.budget._callbacks == []
-
-
-async def test_closing_the_engine_ends_the_waiting() -> None:
-    async with open_bench() as bench:
-        held = await bench.hold()
-        bench.watched.close()
-        (job,) = await settle([held])
-        assert isinstance(errors_of(job)[0], EngineError)
-        (job,) = await settle([bench.start(2)])
-        assert isinstance(errors_of(job)[0], EngineError)
-        with pytest.raises(BackendError):
-            bench.watched.infer([], lambda: None)
 
 
 async def test_a_policy_is_changed_while_it_works() -> None:
@@ -444,20 +243,6 @@ async def test_images_of_one_client_do_not_keep_an_image_of_another_waiting() ->
         assert bench.budget.held == 0
 
 
-async def test_a_cancelled_request_gives_the_pixels_of_each_image_back() -> None:
-    """Two images are small, the sum of both would count as a large one."""
-    budget = PixelBudget(800)
-    async with open_bench(Policy(threads=4, calls=4), budget=budget) as bench:
-        bench.engine.go.clear()
-        job = build_job(build_work(1, 2, overlay=True), build_work(3, 4, overlay=True))
-        task = bench.start_job(job)
-        await until(lambda: budget.held == 64)
-        task.cancel()
-        await asyncio.wait([task])
-        assert budget.held == 0
-        assert all(budget.take(50, client) for client in "abcdefgh")
-
-
 async def test_images_wait_encoded_until_pixels_are_given_back() -> None:
     """Two schedulers share a budget that holds one image."""
     budget = PixelBudget(16)
@@ -469,11 +254,3 @@ async def test_images_wait_encoded_until_pixels_are_given_back() -> None:
         one.engine.go.set()
         await settle([held, waits])
         assert other.engine.values == [3, 4] and budget.held == 0
-
-
-@pytest.mark.parametrize(("threads", "helpers"), [(3, 0), (2, 2)])
-async def test_leaving_at_random_loses_no_thread_and_no_pixels(threads: int, helpers: int) -> None:
-    async with open_bench(Policy(threads=threads, helpers=helpers, calls=4)) as bench:
-        await leave_at_random(bench)
-        await until(lambda: bench.budget.held == 0)
-        assert bench.scheduler.waiting == 0

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from tests.service.conftest import MAX_BODY_BYTES, OpenClient, publish_models
+from service.http.app import create_app
+from service.http.routes import progress as progress_module
+from service.models.repository import load_repository
+from service.settings import Settings
+from tests.service.conftest import MAX_BODY_BYTES, OPTIONS, OpenClient, publish_models
+from tests.support.gate import EngineGate
 from tests.support.processes import free_port
 from tests.support.ray_nodes import add_node, run_cluster, skip_without_ray
 from tests.support.server import RAY_START_S, ROOT
@@ -63,3 +70,32 @@ async def client(
         return
     async with open_client(server) as opened:
         yield opened
+
+
+OpenGated = Callable[..., AbstractAsyncContextManager[tuple[FastAPI, EngineGate]]]
+
+
+@pytest.fixture
+def quick_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RequestProgress is looked at often, and no heartbeat comes by itself."""
+    monkeypatch.setattr(progress_module, "EVERY_S", 0.005)
+    monkeypatch.setattr(progress_module, "HEARTBEAT_S", 60.0)
+
+
+@pytest.fixture
+def open_gated(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> OpenGated:
+    """Opens an application whose model `blobs` waits for the test before every canvas."""
+
+    @asynccontextmanager
+    async def open_it(**changes: Any) -> AsyncIterator[tuple[FastAPI, EngineGate]]:
+        changed = settings.model_copy(update=changes)
+        repository = load_repository(changed.model_repo, OPTIONS)
+        gate = EngineGate(monkeypatch, repository)
+        app = create_app(changed, repository)
+        async with app.router.lifespan_context(app):
+            try:
+                yield app, gate
+            finally:
+                gate.let()
+
+    return open_it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -30,12 +31,14 @@ async def test_a_deadline_that_passes_is_504_and_removes_the_work(
     app = create_app(patient, load_repository(patient.model_repo, OPTIONS))
     given: dict[str, Any] = {"headers": {"X-Timeout-Ms": "60"}} if header else {}
     async with open_client(app) as client:
+        began_s = time.monotonic()
         response = await client.post(
             "/segment",
             files=[part(PICTURE)] * 3,
             params={} if header else {"timeout_ms": 60},
             **given,
         )
+        assert time.monotonic() - began_s >= 0.06
         assert (response.status_code, response.json()["error"]["code"]) == (
             504,
             "deadline_exceeded",
