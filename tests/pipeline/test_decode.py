@@ -16,9 +16,9 @@ from PIL import Image
 from pipeline import decode
 from pipeline.decode import (
     decode_image,
+    open_image,
     peek_hw,
     read_image_hw,
-    read_upright_hw,
 )
 from pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
 from pipeline.types import UInt8
@@ -229,7 +229,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(
     }
     stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
     data = _encode(stored, "JPEG", exif=exif, quality=95, subsampling=0)
-    assert read_upright_hw(data) == (200, 300)
+    assert open_image(data).upright_hw == (200, 300)
     got = decode_image(data, least_hw=least_hw)
     assert got.shape == (-(-200 * eighths // 8), -(-300 * eighths // 8), 3)
     wanted = np.asarray(upright.resize(got.shape[1::-1], Image.Resampling.BOX))

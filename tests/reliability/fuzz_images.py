@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from pipeline.decode import decode_image, read_image_hw, read_upright_hw
+from pipeline.decode import decode_image, open_image, read_image_hw
 from pipeline.errors import DecodeError
 
 MAX_PIXELS = 4_000_000
@@ -129,7 +129,7 @@ def try_all(data: bytes, seconds: float) -> str:
     """
     steps: tuple[Callable[[], object], ...] = (
         lambda: read_image_hw(data, max_pixels=MAX_PIXELS),
-        lambda: read_upright_hw(data, max_pixels=MAX_PIXELS),
+        lambda: open_image(data, max_pixels=MAX_PIXELS),
         lambda: decode_image(data, max_pixels=MAX_PIXELS, least_hw=(20, 20)),
         lambda: decode_image(data, max_pixels=MAX_PIXELS),
     )
