@@ -12,7 +12,7 @@ from pipeline.types import UInt8
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
-_PEEKED_SEGMENTS = 32
+_PEEKED_BYTES, _PEEKED_SEGMENTS = 1 << 18, 32
 
 
 def _find_reader(data: bytes) -> ModuleType:
@@ -30,9 +30,7 @@ def _find_reader(data: bytes) -> ModuleType:
     allowed = ", ".join(ALLOWED_FORMATS)
     name = name_format(data)
     if name is not None:
-        raise UnsupportedFormat(
-            f"the file is in {name} format, which is not allowed ({allowed} are)"
-        )
+        raise UnsupportedFormat(f"{name} files are not read; the allowed formats are {allowed}")
     raise UnsupportedFormat(
         f"not an image of an allowed format ({allowed}); its {len(data)} bytes start with "
         f"{data[:12].hex(' ')}"
@@ -73,7 +71,8 @@ def peek_hw(data: bytes) -> tuple[int, int] | None:
     """
     try:
         with damage_is_refused():
-            height, width = _find_reader(data).read_hw(data, max_segments=_PEEKED_SEGMENTS)
+            start = data[:_PEEKED_BYTES]
+            height, width = _find_reader(start).read_hw(start, max_segments=_PEEKED_SEGMENTS)
     except DecodeError:
         return None
     return (height, width) if height and width else None

@@ -37,7 +37,8 @@ def damage_is_refused() -> Iterator[None]:
     except DecodeError:
         raise
     except DAMAGE as error:
-        raise CorruptImage(f"the image is damaged or truncated: {error}") from error
+        reason = error.err if isinstance(error, cv2.error) else error  # without its source file
+        raise CorruptImage(f"the image is damaged or truncated: {reason}") from error
 
 
 @dataclass(frozen=True)

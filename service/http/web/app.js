@@ -13,6 +13,7 @@ import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { InstanceList } from "./list.js";
+import { decodePicture, turnPicture } from "./orient.js";
 import { savePicture, saveResult } from "./save.js";
 import {
   announce,
@@ -113,8 +114,7 @@ async function show(file, signal) {
   const name = file.name || "the image";
   showBusy(`Segmenting ${name}`);
   if (!state.model) await loadModels();
-  // The server applies the EXIF orientation; so must the browser.
-  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
+  const { bitmap, isStored } = await decodePicture(file);
   signal.throwIfAborted();
   viewer.showPicture(bitmap);
   const { model } = state;
@@ -122,6 +122,8 @@ async function show(file, signal) {
   const left = new TimeLeft(expected);
   const onProgress = (line) => showProgress(line, left.update(line));
   const answer = await segment(file, model, { onProgress, signal });
+  signal.throwIfAborted();
+  if (isStored) viewer.showPicture(await turnPicture(bitmap, answer.result.orientation));
   signal.throwIfAborted();
   pace.learn(model.name, answer.canvases, answer.timing.total / 1000);
   state.answer = answer;
