@@ -73,17 +73,18 @@ class Bmp(EncodedImage):
         has_alpha = len(self.channels) == 4 and self._is_any_visible()
         channels = self.channels if has_alpha else self.channels[:3]
         pixels = np.empty((self.height, self.width, 3), np.uint8)
+        filled = pixels if self.is_top_down else pixels[::-1]
         for rows in stripes(self.height, self.width):
             stored = self._read_rows(rows)
             if self.bits <= 8:
-                pixels[rows] = self.palette[self._unpack(stored)]
+                filled[rows] = self.palette[self._unpack(stored)]
             elif not self.channels:
-                pixels[rows] = stored[:, : 3 * self.width].reshape(-1, self.width, 3)[..., ::-1]
+                filled[rows] = stored[:, : 3 * self.width].reshape(-1, self.width, 3)[..., ::-1]
             else:
                 parts = [_scale(self._read_values(stored), channel) for channel in channels]
                 colours = np.stack(parts, axis=2)
-                pixels[rows] = draw_on_black(colours) if has_alpha else colours
-        return pixels if self.is_top_down else pixels[::-1]
+                filled[rows] = draw_on_black(colours) if has_alpha else colours
+        return pixels
 
     @property
     def _stride(self) -> int:
@@ -144,9 +145,10 @@ class Bmp(EncodedImage):
         if indices is None or indices.shape != (self.height, self.width):
             raise CorruptImage("the BMP's run lengths are damaged or truncated")
         pixels = np.empty((self.height, self.width, 3), np.uint8)
+        filled = pixels[::-1] if self.is_top_down else pixels  # OpenCV gave the first row last
         for rows in stripes(self.height, self.width):
-            pixels[rows] = self.palette[indices[rows]]
-        return pixels[::-1] if self.is_top_down else pixels
+            filled[rows] = self.palette[indices[rows]]
+        return pixels
 
 
 def _scale(values: NDArray[np.unsignedinteger], channel: Channel) -> UInt8:

@@ -63,13 +63,15 @@ class Jpeg(EncodedImage):
         coding: Name of the kind of JPEG.
         bits: Of a sample.
         components: Colour components.
-        essence: The file without metadata.
+        tables: What the pixels depend on before the first scan.
+        scan: Where the first scan begins.
     """
 
     coding: str
     bits: int
     components: int
-    essence: bytes = field(repr=False)
+    tables: bytes = field(repr=False)
+    scan: int
 
     def _decode(self, least_hw: tuple[int, int]) -> UInt8:
         _check_scans(self.data)
@@ -77,7 +79,7 @@ class Jpeg(EncodedImage):
         if pixels is not None:
             return pixels
         try:
-            with JpegImageFile(io.BytesIO(self.essence)) as image:
+            with JpegImageFile(io.BytesIO(self.tables + self.data[self.scan :])) as image:
                 image.load()
                 if image.size != (self.width, self.height):
                     raise CorruptImage(f"the JPEG has a second size, {image.width}x{image.height}")
@@ -113,7 +115,7 @@ class Jpeg(EncodedImage):
             return None
         if not reduce and pixels.shape[:2] != (self.height, self.width):
             return None
-        if colours == "CMYK":  # stored inverted, as Adobe began to
+        if colours == "CMYK":  # Adobe's programs store it inverted, and all others do as they do
             np.invert(pixels, out=pixels)
             size = pixels.shape[1::-1]
             return to_rgb(Image.frombuffer("CMYK", size, pixels, "raw", "CMYK", 0, 1))
@@ -133,10 +135,10 @@ def read_hw(data: bytes, *, max_segments: int = MAX_SEGMENTS) -> tuple[int, int]
 def open_file(data: bytes) -> Jpeg:
     """Reads everything up to the first scan."""
     coding, frame = "", (0, 0, 0, 0)
-    orientation, kept = None, [data[:2]]
+    orientation, kept, scan = None, [data[:2]], 0
     for marker, start, end in _segments(data, MAX_SEGMENTS):
         if marker == _SCAN:
-            kept.append(data[start - 2 :])
+            scan = start - 2
             break
         if marker in _CODINGS and not coding:
             coding, frame = _CODINGS[marker], _read_frame(data[start:end])
@@ -151,9 +153,8 @@ def open_file(data: bytes) -> Jpeg:
     bits, height, width, components = frame
     if not coding:
         raise CorruptImage("the JPEG has a scan before its frame header")
-    return Jpeg(
-        data, height, width, orientation or 1, coding, bits, components, essence=b"".join(kept)
-    )
+    tables = b"".join(kept)
+    return Jpeg(data, height, width, orientation or 1, coding, bits, components, tables, scan)
 
 
 def _read_frame(segment: bytes) -> tuple[int, int, int, int]:
