@@ -56,14 +56,15 @@ class Png(EncodedImage):
         with PngImageFile(io.BytesIO(self.essence)) as image:
             image.load()
             pixels = to_rgb(image)
-            if self.is_interlaced or not pixels[-1].any():
+            last_row = image.crop((0, self.height - 1, self.width, self.height))
+            if self.is_interlaced or not np.asarray(last_row).any():
                 self._check_length()
             if self.transparent:
                 self._clear(pixels, image)
         return pixels
 
     def _check_length(self) -> None:
-        """Counts the bytes of the pixels; Pillow leaves pixels black if there are too few."""
+        """Counts the bytes of the pixels; Pillow leaves pixels 0 if there are too few."""
         bits = self.depth * self.samples
         passes = _PASSES if self.is_interlaced else [(0, 0, 1, 1)]
         sides = [

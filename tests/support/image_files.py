@@ -85,13 +85,18 @@ def build_png(
     is_interlaced: bool = False,
     before: bytes = b"",
     chunk_bytes: int = 1 << 20,
+    missing_bytes: int = 0,
 ) -> bytes:
-    """A PNG of samples [h, w, channels], with chunks before its pixels."""
+    """A PNG of samples [h, w, channels], with chunks before its pixels.
+
+    The last `missing_bytes` of the pixels are left out.
+    """
     height, width = samples.shape[:2]
     parts = [samples]
     if is_interlaced:
         parts = [samples[y::dy, x::dx] for x, y, dx, dy in [*_PASSES, (0, 1, 1, 2)]]
-    stream = zlib.compress(b"".join(_pack_scanlines(p, depth) for p in parts if p.size))
+    scanlines = b"".join(_pack_scanlines(p, depth) for p in parts if p.size)
+    stream = zlib.compress(scanlines[: len(scanlines) - missing_bytes])
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(is_interlaced))
     pixels = [stream[i : i + chunk_bytes] for i in range(0, len(stream), chunk_bytes)]
     return b"".join(

@@ -124,6 +124,7 @@ def test_rows_may_go_down(bits: int) -> None:
         (32, 52, 3, (0xFF, 0xFF00, 0xFF0000)),
         (32, 40, 3, (0x3FF00000, 0xFFC00, 0x3FF)),
         (32, 40, 3, (0xFFE00000, 0x1FFC00, 0x3FF)),
+        (32, 40, 3, (0x7FC0000, 0x3FE00, 0x1FF)),
         (32, 40, 3, (0xFF0000, 0, 0xFF)),
     ],
 )

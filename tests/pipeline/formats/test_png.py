@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -210,13 +211,19 @@ def test_damage_is_refused_and_named(data: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize("is_interlaced", [False, True], ids=["rows", "interlaced"])
-def test_black_images_are_whole(is_interlaced: bool) -> None:
-    """An image of which rows are missing looks black there."""
-    for height, width in ((1, 1), (1, 9), (9, 1), (8, 8), (13, 11)):
-        for colour, depth in ((0, 1), (0, 16), (2, 8), (6, 16)):
+def test_one_missing_byte_is_noticed_in_images_of_zeros(is_interlaced: bool) -> None:
+    """Rows that are missing are left 0."""
+    before = png_chunk(b"PLTE", b"white!")
+    for height, width in ((1, 1), (1, 9), (9, 1), (5, 5), (8, 8), (13, 11), (3, 40), (40, 3)):
+        for colour, depth in ((0, 1), (0, 16), (2, 8), (3, 8), (4, 8), (6, 16)):
             samples = np.zeros((height, width, PNG_CHANNELS[colour]), np.int64)
-            data = build_png(samples, colour, depth, is_interlaced=is_interlaced)
-            assert decode_image(data).shape == (height, width, 3)
+            options: dict[str, Any] = {"is_interlaced": is_interlaced}
+            options["before"] = before if colour == 3 else b""
+            whole = build_png(samples, colour, depth, **options)
+            assert decode_image(whole).shape == (height, width, 3)
+            cut = build_png(samples, colour, depth, missing_bytes=1, **options)
+            with pytest.raises(CorruptImage, match=r"bytes of pixels|file is truncated"):
+                decode_image(cut)
 
 
 @pytest.mark.parametrize("is_interlaced", [False, True], ids=["rows", "interlaced"])
