@@ -36,6 +36,7 @@ def draw_waves(height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
 
 PICTURE = draw_waves()
 GOOD = encode(PICTURE, "JPEG", quality=92)
+PROGRESSIVE = encode(PICTURE, "JPEG", progressive=True)
 SCAN = GOOD.index(b"\xff\xda")
 FRAME = GOOD.index(b"\xff\xc0")
 EXIF_6 = jpeg_segment(0xE1, b"Exif\0\0" + build_exif(6))
@@ -182,6 +183,7 @@ def test_a_warning_of_the_decoder_is_no_damage() -> None:
         (GOOD[: SCAN + 5], "ends before its first scan"),
         (GOOD[: len(GOOD) // 2], "truncated"),
         (GOOD[:-30], "truncated"),
+        (PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
         (GOOD[:FRAME] + GOOD[SCAN:], "no frame header before its first scan"),
         (GOOD[:2] + b"\xff\xe0\0\1" + GOOD[2:], "no frame header"),
         (GOOD[:2] + b"\xff\xe0\xff\xff" + GOOD[2:], "no frame header"),
