@@ -4,7 +4,7 @@ PipelineError
     ConfigError            config.json is invalid
     DecodeError            an image is rejected; `code` gives the reason
         EmptyImage         no bytes
-        UnsupportedFormat  not JPEG, PNG, WebP or BMP
+        UnsupportedFormat  not JPEG, PNG, WebP or BMP, or of a kind that is not read
         ImageTooLarge      more pixels than allowed
         CorruptImage       damaged or truncated
 """
@@ -33,7 +33,7 @@ class EmptyImage(DecodeError):
 
 
 class UnsupportedFormat(DecodeError):
-    """The bytes are not an image of a supported format."""
+    """The bytes are not an image of a supported format, or of a kind of it that is not read."""
 
     code = "unsupported_format"
 

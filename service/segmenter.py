@@ -127,7 +127,7 @@ class LocalSegmenter:
         settings = self._settings
         sizes = [peek_size(image.data) for image in images]
         build = partial(_build_work, model, options=options, settings=settings)
-        if None in sizes:  # an unusual header may take long to parse
+        if None in sizes:  # an unusual header takes milliseconds
             return await asyncio.to_thread(lambda: [*map(build, images, sizes)])
         return [*map(build, images, sizes)]
 

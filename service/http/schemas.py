@@ -93,8 +93,12 @@ class ImageResult(BaseModel):
     """One image: width, height and instances, or an error."""
 
     file_name: str | None
-    width: int | None = None
-    height: int | None = None
+    width: Annotated[int | None, Field(description="of the upright image, px")] = None
+    height: Annotated[int | None, Field(description="of the upright image, px")] = None
+    orientation: Annotated[
+        int | None,
+        Field(description="EXIF orientation, 1 to 8, by which the stored pixels were turned"),
+    ] = None
     instances: list[InstanceModel] | None = None
     canvases: Annotated[
         int | None, Field(description="canvases (tiles) that the engine processed")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import orjson
 from PIL import Image
 
-from pipeline.decode import decode_image, peek_hw, read_image_hw, read_upright_hw
+from pipeline.decode import open_image, peek_hw, read_image_hw
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
 from pipeline.errors import CorruptImage
@@ -108,6 +108,7 @@ class ImageWork:
         self._config = config
         self._options = options
         self._scaled = scaled
+        self._orientation = 1
         self._prepared: Prepared | None = None
         self._picture: UInt8 | None = None
         self._collector: Collector | None = None
@@ -126,14 +127,13 @@ class ImageWork:
         """
         started_s = time.monotonic()
         data, spec, image_hw = self._file.data, self._config.input, None
-        if not isinstance(data, bytes):
-            pixels = data
-        elif self._scaled and not self._options.overlay:
-            image_hw = read_upright_hw(data, max_pixels=self.pixels)
-            least_hw = needed_hw(image_hw, spec)
-            pixels = decode_image(data, max_pixels=self.pixels, least_hw=least_hw)
+        if isinstance(data, bytes):
+            image = open_image(data, max_pixels=self.pixels)
+            image_hw, self._orientation = image.upright_hw, image.orientation
+            is_scaled = self._scaled and not self._options.overlay
+            pixels = image.decode(needed_hw(image_hw, spec) if is_scaled else (0, 0))
         else:
-            pixels = decode_image(data, max_pixels=self.pixels)
+            pixels = data
         self._file = ImageFile(self._file.file_name, b"")
         prepared = prepare(pixels, spec, image_hw=image_hw)
         if len(prepared.tiles) > self.canvases:
@@ -206,6 +206,7 @@ class ImageWork:
             payload = encode_entry(
                 self._file.file_name,
                 prepared.image_hw,
+                self._orientation,
                 detections,
                 self._config,
                 options,
@@ -244,6 +245,7 @@ class ImageWork:
 def encode_entry(
     file_name: str | None,
     image_hw: HW,
+    orientation: int,
     detections: Detections,
     config: ModelConfig,
     options: RequestOptions,
@@ -255,6 +257,7 @@ def encode_entry(
         "file_name": file_name,
         "width": image_hw[1],
         "height": image_hw[0],
+        "orientation": orientation,
         "canvases": canvases,
         "instances_found": detections.found,
         "truncated": detections.found > len(instances),

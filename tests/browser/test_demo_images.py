@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -181,7 +181,14 @@ def test_a_model_can_be_chosen(open_demo: OpenDemo) -> None:
     assert ["model=blobs" in asked[0], "model=wide" in asked[1], len(asked)] == [True, True, 2]
 
 
-def turn_scene(orientation: int) -> bytes:
+KINDS: dict[str, dict[str, Any]] = {
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True},
+}
+
+
+def turn_scene(orientation: int, kind: str) -> bytes:
     """The scene as a camera stores it that was held in one of EXIF's eight ways."""
     stored = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -198,14 +205,15 @@ def turn_scene(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()
-    scene.save(file, "JPEG", quality=95, subsampling=0, exif=exif)
+    scene.save(file, exif=exif, **KINDS[kind])
     return file.getvalue()
 
 
-def test_turned_photos_line_up(demo: Demo) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_turned_photos_line_up(demo: Demo, kind: str) -> None:
     for orientation in range(1, 9):
-        name = f"photo-{orientation}.jpg"
-        demo.choose(turn_scene(orientation), name)
+        name = f"photo-{orientation}.{kind}"
+        demo.choose(turn_scene(orientation, kind), name)
         demo.page.locator("#about", has_text=f"{name}, 80 × 40 px").wait_for()
         demo.by_id("show-masks").check()
         assert demo.by_id("notes").is_hidden(), "browser and server agree on the size"

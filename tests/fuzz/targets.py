@@ -31,7 +31,7 @@ class FuzzTarget:
 
 def check_decode(data: bytes) -> None:
     """An image file: what the header says, and what is decoded."""
-    from pipeline.decode import decode_image, peek_hw, read_upright_hw
+    from pipeline.decode import decode_image, open_image, peek_hw
     from pipeline.errors import DecodeError
 
     most = 1_000_000
@@ -41,7 +41,7 @@ def check_decode(data: bytes) -> None:
     except DecodeError:
         return
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    assert pixels.shape == (*read_upright_hw(data, max_pixels=most), 3)
+    assert pixels.shape == (*open_image(data, max_pixels=most).upright_hw, 3)
 
 
 def check_form(data: bytes) -> None:

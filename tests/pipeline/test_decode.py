@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decode
 from pipeline.decode import (
     decode_image,
+    open_image,
     peek_hw,
     read_image_hw,
-    read_upright_hw,
 )
 from pipeline.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat
+from pipeline.formats import convert
 from pipeline.types import UInt8
-from tests.support.pictures import build_jpeg_of_scans
 
 
 def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -135,12 +134,6 @@ def test_turned_image_swaps_its_sides_behind_the_header() -> None:
     assert decode_image(data).shape == (30, 20, 3)
 
 
-def test_animation_gives_its_first_frame() -> None:
-    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    data = _encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    assert decode_image(data)[0, 0].tolist() == [255, 0, 0]
-
-
 def test_one_pixel() -> None:
     assert decode_image(_encode(Image.new("RGB", (1, 1), "white"), "PNG")).shape == (1, 1, 3)
 
@@ -171,7 +164,7 @@ def test_truncated_files_are_refused(kind: str, share: float) -> None:
 
 
 def test_huge_header_is_refused_before_decoding() -> None:
-    with pytest.raises(ImageTooLarge, match="3600000000 pixels"):
+    with pytest.raises(ImageTooLarge, match="60000x60000 px"):
         decode_image(_png_header(60_000, 60_000))
 
 
@@ -200,14 +193,6 @@ def _photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.uint8(127 + 120 * np.stack(waves, axis=2)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 5}])
-def test_jpegs_give_the_pixels_that_pillow_gives(mode: str, options: dict[str, Any]) -> None:
-    data = _encode(_photo(83, 61).convert(mode), "JPEG", **options)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(decode_image(data), expected)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(
     ("least_hw", "eighths"), [((100, 150), 4), ((101, 150), 8), ((60, 90), 3), ((1, 1), 1)]
@@ -229,7 +214,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(
     }
     stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
     data = _encode(stored, "JPEG", exif=exif, quality=95, subsampling=0)
-    assert read_upright_hw(data) == (200, 300)
+    assert open_image(data).upright_hw == (200, 300)
     got = decode_image(data, least_hw=least_hw)
     assert got.shape == (-(-200 * eighths // 8), -(-300 * eighths // 8), 3)
     wanted = np.asarray(upright.resize(got.shape[1::-1], Image.Resampling.BOX))
@@ -247,33 +232,6 @@ def test_a_truncated_jpeg_is_refused_at_a_smaller_scale_too() -> None:
         decode_image(data[: len(data) // 2], least_hw=(20, 30))
 
 
-def test_a_jpeg_of_very_many_scans_is_refused() -> None:
-    """30 KB that took a decoder many seconds."""
-    with pytest.raises(CorruptImage, match="more than 50 scans"):
-        decode_image(build_jpeg_of_scans(64, 1000))
-    assert decode_image(build_jpeg_of_scans(64, 20)).shape == (64, 64, 3)
-
-
-def test_scans_are_counted_behind_segments_that_look_like_an_end() -> None:
-    data = build_jpeg_of_scans(64, 1000)
-    start = data.rindex(b"\xff\xc2")
-    comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xd9"
-    with pytest.raises(CorruptImage, match="more than 50 scans"):
-        decode_image(data[:start] + comment + data[start:])
-
-
-def test_what_follows_a_jpeg_is_not_counted() -> None:
-    """A telephone's moving picture is a film behind a JPEG."""
-    film = b"\xff\xda\x00\x02" * 100
-    assert decode_image(_encode(_gradient(), "JPEG") + film).shape == (20, 30, 3)
-
-
-def test_a_jpeg_of_very_many_segments_is_refused() -> None:
-    data = _encode(_gradient(), "JPEG")
-    with pytest.raises(CorruptImage, match="more than 10000 segments"):
-        decode_image(data[:2] + b"\xff\xfe\x00\x02" * 20_000 + data[2:])
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(
     "options",
@@ -285,9 +243,11 @@ def test_sizes_of_ordinary_jpegs_are_read_at_once(mode: str, options: dict[str, 
     assert peek_hw(data) == (20, 30)
 
 
-def test_the_size_of_a_png_is_read_at_once() -> None:
-    assert peek_hw(_encode(_gradient(), "PNG")) == (20, 30)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_the_size_of_other_formats_is_read_at_once(kind: str) -> None:
+    assert peek_hw(_encode(_gradient(), kind)) == (20, 30)
     assert peek_hw(_png_header(60_000, 50_000)) == (50_000, 60_000)
+    assert peek_hw(_encode(_gradient(), kind) + bytes(1_000_000)) == (20, 30)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +263,14 @@ def test_the_size_of_a_png_is_read_at_once() -> None:
         b"\xff\xd8\xff\xc0\0\x11\x08\0\0\0\1" + bytes(20),  # height 0
         _png_header(0, 7),
         _png_header(7, 7)[:23],
-        _encode(Image.new("RGB", (4, 4)), "WEBP"),
-        _encode(Image.new("RGB", (4, 4)), "BMP"),
+        b"\xff\xd8\xff" + b"\xff" * 300_000 + _encode(_gradient(), "JPEG")[2:],
     ],
 )
 def test_what_cannot_be_told_at_once_is_left_to_who_reads_headers(data: bytes) -> None:
     assert peek_hw(data) is None
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_a_peek_agrees_with_the_header_or_tells_nothing_whatever_is_sent(kind: str) -> None:
     rng = np.random.default_rng(0)
     good = np.frombuffer(_encode(_gradient(), kind), np.uint8)
@@ -321,15 +280,10 @@ def test_a_peek_agrees_with_the_header_or_tells_nothing_whatever_is_sent(kind: s
         data = damaged.tobytes()
         told = peek_hw(data)
         with contextlib.suppress(CorruptImage, EmptyImage, ImageTooLarge, UnsupportedFormat):
-            assert told in (None, read_image_hw(data, max_pixels=1 << 40))
-
-
-@pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}, {"quality": 5}])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_webp_pixels_equal_pillows(mode: str, options: dict[str, Any]) -> None:
-    data = _encode(_gradient("RGB").convert(mode), "WEBP", **options)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(decode_image(data), expected)
+            height, width = read_image_hw(data, max_pixels=1 << 40)
+            assert told in (None, (height, width))
+            pixels = decode_image(data, max_pixels=100_000)
+            assert pixels.shape in ((height, width, 3), (width, height, 3))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "I;16"])
@@ -346,5 +300,5 @@ def test_stripes_change_no_pixel(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
     data = _encode(image, "PNG")
     whole = decode_image(data)
     for pixels in (1, 41, 200):
-        monkeypatch.setattr(decode, "_STRIPE_PIXELS", pixels)
+        monkeypatch.setattr(convert, "_STRIPE_PIXELS", pixels)
         np.testing.assert_array_equal(decode_image(data), whole)

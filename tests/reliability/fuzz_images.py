@@ -3,9 +3,10 @@
 python -m tests.reliability.fuzz_images --count 20000
 
 Each file begins as a good one of some kind (every format, progressive, interlaced, palettes, 16
-bits, CMYK, animated, EXIF), then bytes change, vanish, repeat, or come from another file. Counts
-what the decoder said; anything but a `DecodeError`, more CPU time than allowed, or more memory ends
-the run with status 1 and the file's number, which gives the same file again.
+bits, CMYK, animated, EXIF, run lengths, bit masks), then bytes change, vanish, repeat, or come from
+another file. Counts what the decoder said; anything but a `DecodeError`, more CPU time than
+allowed, or more memory ends the run with status 1 and the file's number, which gives the same file
+again.
 """
 
 from __future__ import annotations
@@ -14,16 +15,29 @@ import argparse
 import io
 import json
 import resource
+import struct
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
 
-from pipeline.decode import decode_image, read_image_hw, read_upright_hw
+from pipeline.decode import decode_image, open_image, read_image_hw
 from pipeline.errors import DecodeError
+from tests.support.image_files import (
+    ARITHMETIC_JPEG,
+    PNG_SIGNATURE,
+    build_bmp,
+    build_png,
+    build_webp,
+    png_chunk,
+    riff_chunk,
+    webp_canvas,
+    webp_frame,
+)
 
 MAX_PIXELS = 4_000_000
 """Decoded, with a copy in another mode, this is about 30 MB."""
@@ -73,7 +87,48 @@ def build_good_files() -> list[bytes]:
             buffer = io.BytesIO()
             image.save(buffer, kind, **options)
             files.append(buffer.getvalue())
-    return files
+    return [*files, *build_rare_files(rng)]
+
+
+def build_rare_files(rng: np.random.Generator) -> list[bytes]:
+    """Kinds that Pillow does not write."""
+    indices = rng.integers(0, 256, (60, 90, 1))
+    deep = rng.integers(0, 65536, (60, 90, 3))
+    clear = png_chunk(b"tRNS", struct.pack(">3H", *(int(v) for v in deep[0, 0])))
+    text = png_chunk(b"tEXt", b"Comment\0" + bytes(500))
+    palette = rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    runs = {n: b"\x1e\1\0\x1e" + bytes(range(n)) + b"\x1e\2\0\0" for n in (30, 16)}
+    words = rng.integers(0, 256, (60, 360)).astype(np.uint8)
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    still = io.BytesIO()
+    Image.fromarray(words[:40, :240].reshape(40, 60, 4)).save(still, "WEBP")
+    canvas, picture = still.getvalue()[12:30], still.getvalue()[30:]
+    frame = webp_frame(10, 20, 60, 40, picture)
+    return [
+        ARITHMETIC_JPEG,
+        build_png(deep, 2, 16, before=clear + text, chunk_bytes=4000),
+        build_png(indices % 4, 0, 2, is_interlaced=True, before=png_chunk(b"tRNS", b"\0\3")),
+        build_webp(webp_canvas(90, 80, 18), riff_chunk(b"ANIM", bytes(6)), frame, frame),
+        build_webp(canvas, riff_chunk(b"ABCD", bytes(99)), picture),
+        build_bmp(runs[30] * 60 + b"\0\1", 90, 60, 8, compression=1, palette=palette),
+        build_bmp(runs[16] * 60 + b"\0\1", 90, 60, 4, compression=2, palette=palette[:16]),
+        build_bmp(words, 90, 60, 32, header_bytes=124, compression=3, masks=masks),
+        build_bmp(words[:, :180], 90, 60, 16, compression=3, masks=(0xF800, 0x7E0, 0x1F)),
+        build_bmp(words[:, :270], 90, 60, 24, header_bytes=12),
+        build_bmp(words[:, :23], 90, 60, 2, palette=palette[:4], is_top_down=True),
+    ]
+
+
+def repair_checksums(data: bytes) -> bytes:
+    """A PNG with right checksums, so that damage gets further than to them."""
+    repaired, position = bytearray(data), 8
+    while position + 12 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if end > len(data):
+            break
+        repaired[end - 4 : end] = zlib.crc32(data[position + 4 : end - 4]).to_bytes(4, "big")
+        position = end
+    return bytes(repaired)
 
 
 def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
@@ -111,7 +166,10 @@ def build_cases(first: int, count: int) -> Iterator[tuple[int, bytes]]:
     for number in range(first, first + count):
         rng = np.random.default_rng(number)
         data, other = (good[int(i)] for i in rng.integers(0, len(good), 2))
-        yield number, mutate(data, other, rng)
+        changed = mutate(data, other, rng)
+        if changed.startswith(PNG_SIGNATURE) and rng.random() < 0.8:
+            changed = repair_checksums(changed)
+        yield number, changed
 
 
 def limit_memory(extra_bytes: int) -> None:
@@ -129,7 +187,7 @@ def try_all(data: bytes, seconds: float) -> str:
     """
     steps: tuple[Callable[[], object], ...] = (
         lambda: read_image_hw(data, max_pixels=MAX_PIXELS),
-        lambda: read_upright_hw(data, max_pixels=MAX_PIXELS),
+        lambda: open_image(data, max_pixels=MAX_PIXELS),
         lambda: decode_image(data, max_pixels=MAX_PIXELS, least_hw=(20, 20)),
         lambda: decode_image(data, max_pixels=MAX_PIXELS),
     )

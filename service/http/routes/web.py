@@ -25,7 +25,7 @@ _MEDIA_TYPES = {
 }
 _SCRIPTS = (
     *("api", "app", "busy", "docs", "draw", "estimate", "files"),
-    *("list", "rle", "save", "text", "viewer"),
+    *("list", "orient", "rle", "save", "text", "viewer"),
 )
 _SAMPLES = ("crowded", "sparse", "tissue")
 WEB_FILES = frozenset(

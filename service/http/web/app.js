@@ -14,6 +14,7 @@ import { prepareInstances } from "./draw.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
+import { decodePicture, turnPicture } from "./orient.js";
 import { savePicture, saveResult } from "./save.js";
 import {
   announce,
@@ -141,8 +142,7 @@ async function show(file, signal) {
   showBusy(`Segmenting ${name}`);
   await checkFile(file);
   if (!state.model) await loadModels();
-  // The server applies the EXIF orientation; so must the browser.
-  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
+  const { bitmap, isStored } = await decodePicture(file);
   signal.throwIfAborted();
   viewer.showPicture(bitmap);
   const { model } = state;
@@ -154,6 +154,8 @@ async function show(file, signal) {
     await checkFile(file); // it may have been changed while it was sent
     throw error;
   });
+  signal.throwIfAborted();
+  if (isStored) viewer.showPicture(await turnPicture(bitmap, answer.result.orientation));
   signal.throwIfAborted();
   pace.learn(model.name, answer.canvases, answer.timing.total / 1000);
   state.answer = answer;

@@ -46,6 +46,7 @@ export class Viewer {
 
   /** The picture alone, until its result is there; null if the browser cannot read it. */
   showPicture(bitmap) {
+    if (this.bitmap !== bitmap) this.bitmap?.close();
     this.bitmap = bitmap;
     this.size = bitmap && { width: bitmap.width, height: bitmap.height };
     this.dropLayers();

@@ -111,6 +111,20 @@ class TestOpen:
             (a, _), (b, _) = (work.make_canvas(index) for work in works)
             assert (a.image == b.image).all() and a.window == b.window
 
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+    def test_the_answer_says_how_the_image_was_turned(self, kind: str) -> None:
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        Image.fromarray(draw_picture(30, 40)).save(buffer, kind, exif=exif)
+        for data, size, orientation in (
+            (buffer.getvalue(), (30, 40), 6),
+            (encode_picture(draw_picture(30, 40)), (40, 30), 1),
+            (draw_picture(30, 40), (40, 30), 1),
+        ):
+            entry = orjson.loads(run(build(data)).payload)
+            assert (entry["width"], entry["height"]) == size
+            assert entry["orientation"] == orientation
+
     def test_scaled_decoding_gives_nearly_the_same_canvas(self) -> None:
         data = build_photo()
         tiles = []

@@ -1,0 +1,93 @@
+"""What the readers of all formats share."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from pipeline.errors import CorruptImage, DecodeError
+from pipeline.types import UInt8
+
+# OpenCV would report damaged files on standard error.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+MAX_CHUNKS = 100_000
+"""Of a PNG or WebP: bounds the time to go over them. Encoders write chunks of kilobytes."""
+DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(struct.error, zlib.error, cv2.error),
+)
+"""What readers and decoders raise on damaged files."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+
+
+@contextmanager
+def damage_is_refused() -> Iterator[None]:
+    """Turns what decoders raise into a `CorruptImage`."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except DAMAGE as error:
+        reason = error.err if isinstance(error, cv2.error) else error  # without its source file
+        raise CorruptImage(f"the image is damaged or truncated: {reason}") from error
+
+
+@dataclass(frozen=True)
+class EncodedImage(ABC):
+    """An image file of which everything but the pixels has been read.
+
+    Attributes:
+        data: The file.
+        height, width: Of the stored pixels, both at least 1.
+        orientation: EXIF's, 1..8: how the stored pixels are turned to be seen.
+    """
+
+    data: bytes = field(repr=False)
+    height: int
+    width: int
+    orientation: int
+
+    @property
+    def upright_hw(self) -> tuple[int, int]:
+        """Height and width as the image is seen."""
+        hw = (self.height, self.width)
+        return hw[::-1] if self.orientation in _SIDEWAYS else hw
+
+    def decode(self, least_hw: tuple[int, int] = (0, 0)) -> UInt8:
+        """The pixels [H, W, 3] RGB, upright; see `pipeline.decode.decode_image`.
+
+        Raises:
+            DecodeError: The image cannot be decoded.
+        """
+        stored = least_hw[::-1] if self.orientation in _SIDEWAYS else least_hw
+        with damage_is_refused():
+            return turn(self._decode(stored), self.orientation)
+
+    @abstractmethod
+    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+        """The stored pixels [H, W, 3] RGB; only a JPEG may be smaller, but not than `least_hw`.
+
+        Raises:
+            DecodeError: The image cannot be decoded.
+            Exception: One of `DAMAGE`, which means that it is damaged.
+        """
+
+
+def turn(pixels: UInt8, orientation: int) -> UInt8:
+    """Stored pixels as EXIF says they are to be seen."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
