@@ -55,7 +55,13 @@ class LocalSegmenter:
     @property
     def is_ready(self) -> bool:
         """Whether new work is admitted and every engine answers."""
-        return self.admission.is_open and all(m.engine.is_alive for m in self.store.all_models)
+        is_usable = self.admission.is_open and self.failure is None
+        return is_usable and all(m.engine.is_alive for m in self.store.all_models)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the process must be replaced."""
+        return self.store.failure
 
     @property
     def models(self) -> list[ModelState]:
@@ -146,6 +152,10 @@ class LocalSegmenter:
     async def unload(self, name: str) -> None:
         """Stops serving a model."""
         await self.store.unload(name)
+
+    async def rescan(self) -> None:
+        """Follows the changes of the model repository, as polling does."""
+        await self.store.rescan()
 
     async def finish_accepted(self) -> bool:
         """Refuses new work and waits, within the drain timeout, for what was accepted."""

@@ -158,7 +158,7 @@ class SegmentResponse(BaseModel):
 class HealthResponse(BaseModel):
     """Answer of GET /healthz."""
 
-    status: Literal["ok", "draining", "engine_restarting"]
+    status: Literal["ok", "draining", "engine_restarting", "failed"]
 
 
 class LiveResponse(BaseModel):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Protocol, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
 from service.http.connections import ConnectionLimit, raise_file_limit
+from service.http.reload import Reloader
+from service.http.signals import END_S, EXIT_SIGNALS, handle_exit_signals
 from service.models.repository import Repository
 from service.protocol import Segmenter
 from service.settings import Settings
@@ -34,9 +37,6 @@ class ConnectionSource(Protocol):
 
     async def start(self, main: DrainingServer, admin: AdminServer | None) -> None:
         """Starts passing connections to the servers; called in the event loop."""
-
-    def report(self) -> None:
-        """Called every 0.1 s."""
 
     def stop(self) -> None:
         """Stops accepting connections."""
@@ -75,8 +75,8 @@ class AdminServer(uvicorn.Server):
 class DrainingServer(uvicorn.Server):
     """Drains on the first SIGTERM or SIGINT: accepted work is finished before the sockets close.
 
-    While draining, new work is answered 503 and the health routes still answer. A second signal
-    shuts down immediately.
+    While draining, new work is answered 503 and the health routes still answer. SIGHUP reloads.
+    It also drains when the segmenter has failed for good, so that the process can be replaced.
 
     Args:
         config: Configuration of the main server.
@@ -98,7 +98,15 @@ class DrainingServer(uvicorn.Server):
         self._admin = admin
         self._source = source
         self._drain_task: asyncio.Task[None] | None = None
+        self._state = cast(FastAPI, config.app).state
+        self._reloader = Reloader(self._state)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the process must be replaced; None while it need not be."""
+        segmenter: Segmenter | None = getattr(self._state, "segmenter", None)
+        return None if segmenter is None else segmenter.failure
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts this server, then the admin server, then the connection source."""
@@ -113,8 +121,8 @@ class DrainingServer(uvicorn.Server):
         """Closes silent connections; called by uvicorn every 0.1 s."""
         if counter % _CLOSE_SILENT_TICKS == 0:
             self._limit.close_silent()
-        if self._source is not None:
-            self._source.report()
+        if self._source is None and self._drain_task is None and self.failure is not None:
+            signal.raise_signal(signal.SIGTERM)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -127,31 +135,30 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs uvicorn's signal handlers, unless the connection source handles signals."""
+        """Handles the process's signals, unless the connection source does."""
         if self._source is not None:
             yield
             return
-        with super().capture_signals():
+        with handle_exit_signals(self.handle_signal, self._state.settings.drain_timeout_s + END_S):
             yield
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Schedules the drain; called in a signal handler."""
-        if self._loop is None or self._drain_task is not None:
-            super().handle_exit(sig, frame)
+    def handle_signal(self, number: int) -> None:
+        """Schedules the drain, or reloading keys and models; called in a signal handler."""
+        if self._loop is None:  # it has not begun to serve
+            self.should_exit = self.should_exit or number in EXIT_SIGNALS
         else:
-            self._loop.call_soon_threadsafe(self._begin_drain)
+            act = self._begin_drain if number in EXIT_SIGNALS else self._reloader.start
+            self._loop.call_soon_threadsafe(act)
 
     def _begin_drain(self) -> None:
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        app = self.config.app
-        segmenter = getattr(getattr(app, "state", None), "segmenter", None)
-        if segmenter is not None:
-            logger.info("draining: %d images in flight", segmenter.admission.images)
-            if not await segmenter.finish_accepted():
-                await segmenter.give_up()
+        segmenter: Segmenter = self._state.segmenter
+        logger.info("draining: %d images in flight", segmenter.admission.images)
+        if not await segmenter.finish_accepted():
+            await segmenter.give_up()
         self.should_exit = True
 
 
