@@ -56,3 +56,16 @@ async def test_a_draining_server_is_alive_but_not_ready(
     assert response.json()["error"]["code"] == "draining"
     assert response.headers["retry-after"] == "1"
     assert "solo_ready 0.0" in (await client.get("/metrics")).text
+
+
+async def test_a_server_that_must_be_replaced_is_not_alive(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    app.state.segmenter.store.failure = "no engine can be built"
+    answers = {
+        path: await client.get(path) for path in ("/healthz", "/v2/health/live", "/v2/health/ready")
+    }
+    assert [answer.status_code for answer in answers.values()] == [503] * 3
+    assert answers["/healthz"].json() == {"status": "failed"}
+    assert answers["/v2/health/live"].json() == {"live": False}
+    assert "solo_ready 0.0" in (await client.get("/metrics")).text
