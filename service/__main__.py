@@ -40,8 +40,6 @@ def serve(settings: Settings) -> int:
         return run_workers(settings)
     server = build_server(settings, load_repository(settings.model_repo, options))
     server.run()
-    if not server.started:
-        raise StartupError(f"cannot serve on {settings.host}:{settings.port}; see above")
     if server.failure is None:
         return 0
     print(f"solo-serve: error: {server.failure}", file=sys.stderr)

@@ -1,11 +1,17 @@
-"""Accepts connections, also while there are no file descriptors left."""
+"""Accepts connections, also while there are no file descriptors left, and serves them."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+logger = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
 """How long nothing is accepted after an error: the kernel would report it again at once."""
@@ -75,3 +81,39 @@ def _open_spare() -> int | None:
         return os.open(os.devnull, os.O_RDONLY)
     except OSError:
         return None
+
+
+async def serve_connection(
+    server: uvicorn.Server,
+    connection: socket.socket,
+    when_lost: Callable[[], None] = lambda: None,
+) -> None:
+    """As uvicorn does with a connection that it has accepted itself.
+
+    Args:
+        server: Has started.
+        connection: Not read from yet.
+        when_lost: Called after the server has forgotten the connection.
+    """
+
+    def build() -> asyncio.Protocol:
+        protocol: asyncio.Protocol = server.config.http_protocol_class(  # type: ignore[call-arg]
+            config=server.config,
+            server_state=server.server_state,
+            app_state=server.lifespan.state,
+        )
+        lost = protocol.connection_lost
+
+        def connection_lost(error: Exception | None) -> None:
+            lost(error)
+            when_lost()
+
+        protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
+        return protocol
+
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().connect_accepted_socket(build, connection)
+    except OSError as error:  # the client is gone already
+        connection.close()
+        logger.debug("a connection was lost on its way: %s", error)

@@ -15,6 +15,7 @@ import time
 import uvicorn
 
 from service.errors import StartupError
+from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server
 from service.http.signals import END_S, EXIT_FAILED, SIGNALS
 from service.models.background import spawn
@@ -90,6 +91,8 @@ class Intake:
         peers: The other workers.
     """
 
+    has_signals = True
+
     def __init__(self, channel: WorkerEnd, segmenter: Segmenter, peers: Peers) -> None:
         self._channel = channel
         self._segmenter = segmenter
@@ -151,29 +154,6 @@ class Intake:
         elif self._is_closed:
             connection.close()
         else:
-            spawn(self._serve(self._servers[listener], connection), self._tasks)
-
-    async def _serve(self, server: uvicorn.Server, connection: socket.socket) -> None:
-        """As uvicorn does with a connection that it has accepted itself."""
-
-        def build() -> asyncio.Protocol:
-            protocol: asyncio.Protocol = server.config.http_protocol_class(  # type: ignore[call-arg]
-                config=server.config,
-                server_state=server.server_state,
-                app_state=server.lifespan.state,
-            )
-            lost = protocol.connection_lost
-
-            def connection_lost(error: Exception | None) -> None:
-                lost(error)
-                self._report()  # the parent would give others the next ones
-
-            protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
-            return protocol
-
-        connection.setblocking(False)
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(build, connection)
-        except OSError as error:  # the client is gone already
-            connection.close()
-            logger.debug("a connection was lost on its way: %s", error)
+            # Without a report the parent would give the next ones to others.
+            work = serve_connection(self._servers[listener], connection, self._report)
+            spawn(work, self._tasks)

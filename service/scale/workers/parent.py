@@ -13,8 +13,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from service.errors import StartupError
+from service.http import listeners
 from service.http.accept import PAUSE_S, Accepter
-from service.http.servers import bind, log_address
+from service.http.listeners import bind, listen
 from service.http.signals import END_S, EXIT_SIGNALS, handle_signals
 from service.observe.rare import RareWarning
 from service.scale.workers.channel import ADMIN, MAIN, ChannelClosed, Order, State
@@ -25,8 +26,7 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
-WHAT = {MAIN: "running", ADMIN: "admin endpoints"}
+WHAT = {MAIN: listeners.MAIN, ADMIN: listeners.ADMIN}
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 TICK_S = 0.25
@@ -49,11 +49,11 @@ def run_workers(settings: Settings) -> int:
     """
     with ExitStack() as stack:
         main = bind(settings.host, settings.port, "requests")
-        listeners = {MAIN: stack.enter_context(main)}
+        sockets = {MAIN: stack.enter_context(main)}
         if settings.admin_port is not None:
             admin = bind(settings.admin_host, settings.admin_port, WHAT[ADMIN])
-            listeners[ADMIN] = stack.enter_context(admin)
-        parent = Parent(settings, listeners)
+            sockets[ADMIN] = stack.enter_context(admin)
+        parent = Parent(settings, sockets)
         stack.enter_context(handle_signals(parent.take_signal))
         return parent.run()
 
@@ -63,19 +63,19 @@ class Parent:
 
     Args:
         settings: Of the whole server.
-        listeners: Bound sockets by number; they listen as soon as a worker is ready.
+        sockets: Bound, by the listener's number; they listen as soon as a worker is ready.
         target: A worker's main function; see `run_child`.
     """
 
     def __init__(
         self,
         settings: Settings,
-        listeners: dict[int, socket.socket],
+        sockets: dict[int, socket.socket],
         target: Callable[..., None] = run_child,
     ) -> None:
         self._settings = settings
         self._shared = share(settings)
-        self._listeners = listeners
+        self._sockets = sockets
         self._target = target
         self._workers: dict[int, WorkerProcess] = {}
         self._due_s: dict[int, float] = dict.fromkeys(range(settings.workers), 0.0)
@@ -268,11 +268,8 @@ class Parent:
         """Listens from the first call on."""
         if self._accepters:
             return
-        for number, listener in self._listeners.items():
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-            self._accepters[number] = Accepter(listener)
-            log_address(listener, WHAT[number])
+        for number, listener in self._sockets.items():
+            self._accepters[number] = listen(listener, WHAT[number])
 
     def _dispatch(self) -> None:
         """Hands over the connections that wait, and accepts more only if none is left.
@@ -287,7 +284,7 @@ class Parent:
             and any(worker.answers for worker in self._workers.values())
         )
         for number in self._accepters:
-            listener = self._listeners[number]
+            listener = self._sockets[number]
             is_watched = listener in self._selector.get_map()
             if is_open and not is_watched:
                 self._watch(listener, partial(self._accept, number))

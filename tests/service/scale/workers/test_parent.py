@@ -16,7 +16,7 @@ import pytest
 
 from service.errors import StartupError
 from service.http.accept import Accepter
-from service.http.servers import bind
+from service.http.listeners import bind
 from service.scale.workers import parent as parent_module
 from service.scale.workers import process as process_module
 from service.scale.workers.channel import MAIN, ParentEnd, State, WorkerEnd
