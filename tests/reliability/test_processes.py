@@ -25,6 +25,7 @@ from tests.support.waiting import poll_until
 
 PICTURE = encode_picture(draw_picture())
 WAIT_S = 60.0
+BOTH = [1, pytest.param(2, marks=pytest.mark.slow)]
 END_S = 30.0
 """Far above the times after which processes are killed here."""
 READY = 'solo_ready{replica="%d"}'
@@ -97,7 +98,7 @@ def test_a_drain_ends_with_a_worker_that_does_not(repo: Path, tmp_path: Path) ->
         assert server.read_log().count("draining") == 1  # the other one did
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", BOTH)
 def test_a_second_signal_ends_the_server_at_once(repo: Path, tmp_path: Path, workers: int) -> None:
     flags = ("--max-delay-ms", "10000", "--drain-timeout-s", "600")
     with run_workers(repo, tmp_path, *flags, workers=workers) as server:
@@ -171,7 +172,10 @@ def cpu_seconds(process: int) -> float:
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("folder", ["missing", "long", "empty"])
+@pytest.mark.parametrize(
+    "folder",
+    ["long", pytest.param("missing", marks=pytest.mark.slow), "empty"],
+)
 def test_no_temporary_folder_is_needed_and_nothing_is_left_in_one(
     repo: Path, tmp_path: Path, folder: str
 ) -> None:
@@ -190,7 +194,7 @@ def test_no_temporary_folder_is_needed_and_nothing_is_left_in_one(
 
 
 @pytest.mark.parametrize("output", ["closed", "full", "gone"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", BOTH)
 def test_the_server_needs_no_reader_of_its_log(
     repo: Path, tmp_path: Path, output: str, workers: int
 ) -> None:
