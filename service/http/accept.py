@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -16,7 +15,6 @@ logger = logging.getLogger(__name__)
 PAUSE_S = 1.0
 """How long nothing is accepted after an error: the kernel would report it again at once."""
 _MOST_AT_ONCE = 64
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Accepter:
@@ -37,7 +35,8 @@ class Accepter:
         """Yields the connections that wait, up to a limit.
 
         Raises:
-            OSError: No connection can be accepted; try again after `PAUSE_S`.
+            OSError: No connection can be accepted; `refuse` those that wait, and try again after
+                `PAUSE_S`.
         """
         if self._spare is None:
             self._spare = _open_spare()
@@ -48,10 +47,6 @@ class Accepter:
                 return
             except (ConnectionAbortedError, InterruptedError):
                 continue
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._refuse()
-                raise
             yield connection
 
     def close(self) -> None:
@@ -60,7 +55,7 @@ class Accepter:
             os.close(self._spare)
             self._spare = None
 
-    def _refuse(self) -> None:
+    def refuse(self) -> None:
         """Closes the connections that wait, up to a limit."""
         for _ in range(_MOST_AT_ONCE):
             if self._spare is None:
@@ -86,7 +81,7 @@ def _open_spare() -> int | None:
 async def serve_connection(
     server: uvicorn.Server,
     connection: socket.socket,
-    when_lost: Callable[[], None] = lambda: None,
+    when_lost: Callable[[], None] | None = None,
 ) -> None:
     """As uvicorn does with a connection that it has accepted itself.
 
@@ -102,13 +97,8 @@ async def serve_connection(
             server_state=server.server_state,
             app_state=server.lifespan.state,
         )
-        lost = protocol.connection_lost
-
-        def connection_lost(error: Exception | None) -> None:
-            lost(error)
-            when_lost()
-
-        protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
+        if when_lost is not None:
+            _call_when_lost(protocol, when_lost)
         return protocol
 
     connection.setblocking(False)
@@ -117,3 +107,13 @@ async def serve_connection(
     except OSError as error:  # the client is gone already
         connection.close()
         logger.debug("a connection was lost on its way: %s", error)
+
+
+def _call_when_lost(protocol: asyncio.Protocol, act: Callable[[], None]) -> None:
+    lost = protocol.connection_lost
+
+    def connection_lost(error: Exception | None) -> None:
+        lost(error)
+        act()
+
+    protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]

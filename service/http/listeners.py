@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -51,6 +50,7 @@ class Listeners:
                 self._sockets[0].close()
                 raise
         self._accepters: list[Accepter] = []
+        self._accepting: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._warn = RareWarning(logger)
 
@@ -60,31 +60,34 @@ class Listeners:
         for listener, server, what in zip(self._sockets, servers, (MAIN, ADMIN), strict=False):
             accepter = listen(listener, what)
             self._accepters.append(accepter)
-            self._watch(listener, partial(self._accept, listener, accepter, server))
+            accepting = asyncio.ensure_future(self._accept(listener, accepter, server))
+            self._accepting.append(accepting)
 
     def stop(self) -> None:
         """Closes the sockets."""
-        for listener in self._sockets:
-            if listener.fileno() >= 0:
-                asyncio.get_running_loop().remove_reader(listener)
-                listener.close()
+        for accepting in self._accepting:
+            accepting.cancel()
         for accepter in self._accepters:
             accepter.close()
+        for listener in self._sockets:
+            listener.close()
 
-    def _watch(self, listener: socket.socket, accept: partial[None]) -> None:
-        if listener.fileno() >= 0:  # it was not closed meanwhile
-            asyncio.get_running_loop().add_reader(listener, accept)
-
-    def _accept(self, listener: socket.socket, accepter: Accepter, server: uvicorn.Server) -> None:
-        try:
-            for connection in accepter.accept():
+    async def _accept(
+        self, listener: socket.socket, accepter: Accepter, server: uvicorn.Server
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
                 spawn(serve_connection(server, connection), self._tasks)
-        except OSError as error:
-            self._warn("connections are refused: %s", error)
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(listener)
-            again = partial(self._accept, listener, accepter, server)
-            loop.call_later(PAUSE_S, self._watch, listener, again)
+                for connection in accepter.accept():
+                    spawn(serve_connection(server, connection), self._tasks)
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                accepter.refuse()
+                self._warn("connections are refused: %s", error)
+                await asyncio.sleep(PAUSE_S)
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:

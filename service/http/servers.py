@@ -77,7 +77,7 @@ class AdminServer(uvicorn.Server):
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT: accepted work is finished before the sockets close.
+    """Drains on a signal to exit: accepted work is finished before the sockets close.
 
     While draining, new work is answered 503 and the health routes still answer. SIGHUP reloads.
     It also drains when the segmenter has failed for good, so that the process can be replaced.

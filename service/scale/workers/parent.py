@@ -297,6 +297,7 @@ class Parent:
                 if self._waiting or not self._give(number, connection):
                     self._waiting.append((number, connection))
         except OSError as error:
+            self._accepters[number].refuse()
             self._paused_until_s = time.monotonic() + PAUSE_S
             self._warn("connections are refused: %s", error)
 

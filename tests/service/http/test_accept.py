@@ -66,6 +66,8 @@ def test_without_descriptors_what_waits_is_refused_and_later_connections_are_ser
         with limit_descriptors(free=2), pytest.raises(OSError) as raised:
             for connection in accepter.accept():
                 accepted.append(stack.enter_context(connection))
+        with limit_descriptors(free=0):
+            accepter.refuse()
         assert raised.value.errno == errno.EMFILE
         assert len(accepted) == 2
         for connection in accepted:
@@ -86,12 +88,16 @@ def test_a_spare_descriptor_that_is_lost_is_opened_again_when_there_is_one(
     with ExitStack() as stack:
         connect(listener, 1, stack)
         with limit_descriptors(free=0), pytest.raises(OSError):
-            list(accepter.accept())  # nothing to refuse it with
+            list(accepter.accept())
+        with limit_descriptors(free=0):
+            accepter.refuse()  # there is nothing to do it with
         (served,) = accepter.accept()
         served.close()
         (late,) = connect(listener, 1, stack)
         with limit_descriptors(free=0), pytest.raises(OSError):
             list(accepter.accept())
+        with limit_descriptors(free=0):
+            accepter.refuse()
         assert is_refused(late)
     accepter.close()
     accepter.close()
