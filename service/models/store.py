@@ -86,9 +86,8 @@ class ModelStore:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.failure: str | None = None
-        self._seen: dict[
-            str, tuple[int, int]
-        ] = {}  # so that a change during the start is not missed
+        # Empty at first, so that a change during the start is not missed.
+        self._seen: dict[str, tuple[int, int]] = {}
         self._scanning = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -256,9 +255,12 @@ class ModelStore:
             try:
                 async with asyncio.timeout(REBUILD_S):
                     await self.replace(model.name, build, only=model)
+            except TimeoutError:
+                self._give_up(model, f"an attempt to replace it hangs for {REBUILD_S:g} s")
+                return
             except Exception as error:  # whatever stands in the way may pass
                 failures += not _is_of_files(error)
-                if failures == self._settings.max_rebuilds or isinstance(error, TimeoutError):
+                if failures == self._settings.max_rebuilds:
                     self._give_up(model, f"{failures} attempts to replace it failed: {error!r}")
                     return
                 logger.error("no new engine yet, next attempt in %g s: %s", pause_s, error)
