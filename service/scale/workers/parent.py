@@ -116,7 +116,7 @@ class Parent:
                 self._dispatch()
         finally:
             for worker in self._workers.values():
-                worker.kill()
+                worker.destroy()
             for _, connection in self._waiting:
                 connection.close()
             for accepter in self._accepters.values():
@@ -149,7 +149,7 @@ class Parent:
             if worker.is_ready:
                 worker.end_within(self._settings.drain_timeout_s + END_S)
             else:
-                worker.process.kill()  # it has no work yet
+                worker.kill()  # it has no work yet
         self._send_signal(number)
 
     def _send_signal(self, number: int) -> None:
@@ -158,7 +158,7 @@ class Parent:
 
     def _kill_all(self) -> None:
         for worker in self._workers.values():
-            worker.process.kill()
+            worker.kill()
 
     # --- processes ------------------------------------------------------------------------------
 
@@ -227,6 +227,8 @@ class Parent:
             if passed_s > STALL_S:  # stopped or starved, as the workers may have been
                 worker.channel.heard_s = now_s
             limit_s = self._settings.worker_timeout_s
+            if worker.is_killed:
+                continue
             if worker.is_ready and worker.is_silent_for(limit_s):
                 logger.error(
                     "worker %d has not answered for %g s, it is killed", worker.index, limit_s
@@ -236,8 +238,7 @@ class Parent:
                 self._status = self._status or int(self._ending)
             else:
                 continue
-            worker.process.kill()
-            worker.is_ready, worker.deadline_s = False, None
+            worker.kill()
 
     def _bury(self, worker: WorkerProcess) -> None:
         """A worker has ended: another takes its place, unless all are to end.

@@ -29,7 +29,8 @@ class WorkerProcess:
     Attributes:
         channel: To it.
         process: Its process.
-        is_ready: Whether it has reported, and is not about to be killed.
+        is_ready: Whether it has reported.
+        is_killed: Whether `kill` was called; its end will follow.
         deadline_s: When it is killed, by the monotonic clock; None if it is to go on.
 
     Raises:
@@ -39,6 +40,7 @@ class WorkerProcess:
     def __init__(self, target: Callable[..., None], settings: Settings, index: int) -> None:
         self.index = index
         self.is_ready = False
+        self.is_killed = False
         self.deadline_s: float | None = None
         ours, theirs = socket.socketpair()
         with theirs:
@@ -56,7 +58,7 @@ class WorkerProcess:
     @property
     def answers(self) -> bool:
         """Whether it takes connections, as far as is known."""
-        is_open = self.is_ready and self.channel.state is not State.CLOSED
+        is_open = self.is_ready and not self.is_killed and self.channel.state is not State.CLOSED
         return is_open and not self.is_silent_for(SILENCE_S)
 
     @property
@@ -87,7 +89,12 @@ class WorkerProcess:
         return self.channel.take_back()
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Has it end at once."""
+        self.is_killed = True
         self.process.kill()
+
+    def destroy(self) -> None:
+        """Kills it, and frees what it held."""
+        self.kill()
         for _, connection in self.bury():
             connection.close()
