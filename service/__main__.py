@@ -14,8 +14,10 @@ from service.engines.choose import check_device
 from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
 from service.http.servers import build_server
+from service.http.signals import EXIT_FAILED, hold_reloads
 from service.models.repository import load_repository
 from service.observe.logs import configure_logging
+from service.observe.standard_error import open_standard_files
 from service.scale.cluster import command as cluster
 from service.scale.workers.parent import run_workers
 from service.settings import Settings
@@ -23,8 +25,11 @@ from service.settings import Settings
 logger = logging.getLogger("service")
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings) -> int:
     """Loads the models and serves them until a signal.
+
+    Returns:
+        The exit status.
 
     Raises:
         StartupError: The device or a port is not there, or no model can be served.
@@ -32,18 +37,21 @@ def serve(settings: Settings) -> None:
     options = settings.backend_options()
     check_device(options)
     if settings.workers > 1:
-        run_workers(settings)
-        return
+        return run_workers(settings)
     may_be_empty = settings.models_may_change
     repository = load_repository(settings.model_repo, options, may_be_empty=may_be_empty)
     server = build_server(settings, repository)
     server.run()
-    if not server.started:
-        raise StartupError(f"cannot serve on {settings.host}:{settings.port}; see above")
+    if server.failure is None:
+        return 0
+    print(f"solo-serve: error: {server.failure}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the server; exits 0 after a drain, 1 with the reason if it cannot start."""
+    open_standard_files()
+    hold_reloads()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["ray"]:
         cluster.main(arguments[1:])
@@ -54,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configure_logging(settings.log_level, settings.log_format)
         for warning in find_unknown_variables(os.environ):
             logger.warning(warning)
-        serve(settings)
+        status = serve(settings)
     except StartupError as error:
         sys.exit(f"solo-serve: error: {error}")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,11 @@ class Segmenter(Protocol):
         ...
 
     @property
+    def failure(self) -> str | None:
+        """Why the process must be replaced; None while it need not be."""
+        ...
+
+    @property
     def models(self) -> Sequence[ModelState]:
         """What is served, by name and version."""
         ...
@@ -214,6 +219,10 @@ class Segmenter(Protocol):
         Raises:
             UnknownModel: It is not served.
         """
+        ...
+
+    async def rescan(self) -> None:
+        """Follows the changes of the model repository."""
         ...
 
     async def finish_accepted(self) -> bool:

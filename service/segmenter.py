@@ -58,7 +58,13 @@ class LocalSegmenter:
     def is_ready(self) -> bool:
         """Whether new work is admitted, and there are models whose engines all answer."""
         models = self.store.all_models
-        return self.admission.is_open and bool(models) and all(m.engine.is_alive for m in models)
+        is_usable = self.admission.is_open and self.failure is None and bool(models)
+        return is_usable and all(model.engine.is_alive for model in models)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the process must be replaced."""
+        return self.store.failure
 
     @property
     def models(self) -> list[ModelState]:

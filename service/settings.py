@@ -35,6 +35,10 @@ class Settings(BaseSettings):
             "limits of work in flight, and /metrics"
         ),
     ] = 1
+    worker_timeout_s: Annotated[
+        float,
+        Field(ge=2, description="longest silence of a worker, s; then it is killed and replaced"),
+    ] = 10.0
     admin_port: Annotated[
         int | None,
         Field(
@@ -122,6 +126,13 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, description="longest engine call, s; then the engine is replaced"),
     ] = 120.0
+    max_rebuilds: Annotated[
+        PositiveInt,
+        Field(
+            description="failed attempts in a row to replace an engine; then the process ends with "
+            "status 70, to be replaced itself"
+        ),
+    ] = 5
     max_delay_ms: Annotated[
         float | None,
         Field(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from service.engines.base import Backend, BackendError
 
@@ -63,9 +63,9 @@ class Upgrade:
         Raises:
             BuildFailed: The job failed, the child died, or `cancel` was called.
         """
-        with tempfile.NamedTemporaryFile(prefix="solo-serve-build-") as errors:
+        with tempfile.TemporaryFile() as errors:  # has no name, so it never stays behind
             try:
-                process, messages = self._start(Path(errors.name))
+                process, messages = self._start(Path(f"/proc/{os.getpid()}/fd/{errors.fileno()}"))
             except BuildFailed:
                 raise
             except Exception as error:  # of the operating system or of pickling
@@ -87,7 +87,7 @@ class Upgrade:
                 raise BuildFailed(outcome)
             if outcome is None or process.exitcode != 0:
                 end = _describe_exit(process.exitcode or 0)
-                raise BuildFailed(f"{end}{_read_last_line(errors.name)}")
+                raise BuildFailed(f"{end}{_read_last_line(errors)}")
 
     def load(self) -> Backend:
         """The engine that was built.
@@ -187,8 +187,9 @@ def _describe_exit(status: int) -> str:
     return f"the builder ended with status {status} and no engine"
 
 
-def _read_last_line(file: str) -> str:
+def _read_last_line(file: IO[bytes]) -> str:
     """The last line on its stderr, which for a Python error is the error."""
-    lines = Path(file).read_bytes()[-4000:].decode(errors="replace").split("\n")
+    file.seek(0)
+    lines = file.read()[-4000:].decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return f": {last}" if last else ""

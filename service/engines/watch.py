@@ -101,7 +101,7 @@ class WatchedEngine:
     @property
     def is_alive(self) -> bool:
         """Whether calls are answered now."""
-        return self._usable.is_set()
+        return self._usable.is_set() and not self.is_closed
 
     @property
     def is_closed(self) -> bool:

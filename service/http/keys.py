@@ -21,6 +21,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -152,11 +153,15 @@ class KeyRing:
         if now_s - self._checked_s < CHECK_EVERY_S:
             return
         self._checked_s = now_s
-        try:
-            stamp = _stamp(self.file)
-            if stamp == self._stamp:
+        with suppress(OSError):  # `reload` reports it
+            if _stamp(self.file) == self._stamp:
                 return
-            self._stamp = stamp
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the file again; if that fails, the keys read before stay valid."""
+        try:
+            self._stamp = _stamp(self.file)
             self._take(_read(self.file))
         except (OSError, ValueError) as error:
             logger.error("keys file %s: %s; the keys read before stay valid", self.file, error)

@@ -162,7 +162,7 @@ class SegmentResponse(BaseModel):
 class HealthResponse(BaseModel):
     """Answer of GET /healthz."""
 
-    status: Literal["ok", "draining", "engine_restarting", "no_model"]
+    status: Literal["ok", "draining", "engine_restarting", "no_model", "failed"]
 
 
 class LiveResponse(BaseModel):

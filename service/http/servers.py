@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Protocol, cast
 
 import uvicorn
+from fastapi import FastAPI
 
-from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
 from service.http.connections import ConnectionLimit, raise_file_limit
+from service.http.listeners import Listeners
+from service.http.reload import Reloader
+from service.http.signals import END_S, EXIT_SIGNALS, handle_exit_signals
 from service.models.repository import Repository
 from service.protocol import Segmenter
 from service.settings import Settings
@@ -30,13 +32,17 @@ _CLOSE_SILENT_TICKS = 300
 
 
 class ConnectionSource(Protocol):
-    """Provides connections to the servers instead of listening sockets."""
+    """Provides connections to the servers.
+
+    Attributes:
+        has_signals: Whether it passes signals on to the main server, which else handles those of
+            the process.
+    """
+
+    has_signals: bool
 
     async def start(self, main: DrainingServer, admin: AdminServer | None) -> None:
         """Starts passing connections to the servers; called in the event loop."""
-
-    def report(self) -> None:
-        """Called every 0.1 s."""
 
     def stop(self) -> None:
         """Stops accepting connections."""
@@ -47,12 +53,10 @@ class AdminServer(uvicorn.Server):
 
     Args:
         config: With `lifespan="off"`: the main server runs the application's lifespan.
-        listeners: Bound sockets.
     """
 
-    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket]) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._listeners = listeners
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -62,7 +66,7 @@ class AdminServer(uvicorn.Server):
 
     def begin(self) -> None:
         """Starts serving in a task of the running event loop."""
-        serving = self.serve(sockets=self._listeners)
+        serving = self.serve(sockets=[])
         self._task = asyncio.get_running_loop().create_task(serving, name="admin")
 
     async def end(self) -> None:
@@ -73,85 +77,89 @@ class AdminServer(uvicorn.Server):
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT: accepted work is finished before the sockets close.
+    """Drains on a signal to exit: accepted work is finished before the sockets close.
 
-    While draining, new work is answered 503 and the health routes still answer. A second signal
-    shuts down immediately.
+    While draining, new work is answered 503 and the health routes still answer. SIGHUP reloads.
+    It also drains when the segmenter has failed for good, so that the process can be replaced.
 
     Args:
         config: Configuration of the main server.
         limit: The protocol factory in `config`.
         admin: Started and stopped with this server.
-        source: Provides the connections of both servers and handles signals; None: the sockets of
-            `config`, and signal handlers of this process.
+        source: Provides the connections of both servers.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
         limit: ConnectionLimit,
+        source: ConnectionSource,
         admin: AdminServer | None = None,
-        source: ConnectionSource | None = None,
     ) -> None:
         super().__init__(config)
         self._limit = limit
         self._admin = admin
         self._source = source
         self._drain_task: asyncio.Task[None] | None = None
+        self._state = cast(FastAPI, config.app).state
+        self._reloader = Reloader(self._state)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the process must be replaced; None while it need not be."""
+        segmenter: Segmenter | None = getattr(self._state, "segmenter", None)
+        return None if segmenter is None else segmenter.failure
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts this server, then the admin server, then the connection source."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets if self._source is None else [])
+        await super().startup([])
         if self._admin is not None:
             self._admin.begin()  # after the application's startup, which it depends on
-        if self._source is not None:
-            await self._source.start(self, self._admin)
+        await self._source.start(self, self._admin)
 
     async def on_tick(self, counter: int) -> bool:
         """Closes silent connections; called by uvicorn every 0.1 s."""
         if counter % _CLOSE_SILENT_TICKS == 0:
             self._limit.close_silent()
-        if self._source is not None:
-            self._source.report()
+        if not self._source.has_signals and self._drain_task is None and self.failure is not None:
+            signal.raise_signal(signal.SIGTERM)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops the connection source, then the admin server, then this server."""
-        if self._source is not None:
-            self._source.stop()
+        self._source.stop()
         if self._admin is not None:
             await self._admin.end()
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs uvicorn's signal handlers, unless the connection source handles signals."""
-        if self._source is not None:
+        """Handles the process's signals, unless the connection source does."""
+        if self._source.has_signals:
             yield
             return
-        with super().capture_signals():
+        with handle_exit_signals(self.handle_signal, self._state.settings.drain_timeout_s + END_S):
             yield
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Schedules the drain; called in a signal handler."""
-        if self._loop is None or self._drain_task is not None:
-            super().handle_exit(sig, frame)
+    def handle_signal(self, number: int) -> None:
+        """Schedules the drain, or reloading keys and models; called in a signal handler."""
+        if self._loop is None:  # it has not begun to serve
+            self.should_exit = self.should_exit or number in EXIT_SIGNALS
         else:
-            self._loop.call_soon_threadsafe(self._begin_drain)
+            act = self._begin_drain if number in EXIT_SIGNALS else self._reloader.start
+            self._loop.call_soon_threadsafe(act)
 
     def _begin_drain(self) -> None:
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        app = self.config.app
-        segmenter = getattr(getattr(app, "state", None), "segmenter", None)
-        if segmenter is not None:
-            logger.info("draining: %d images in flight", segmenter.admission.images)
-            if not await segmenter.finish_accepted():
-                await segmenter.give_up()
+        segmenter: Segmenter = self._state.segmenter
+        logger.info("draining: %d images in flight", segmenter.admission.images)
+        if not await segmenter.finish_accepted():
+            await segmenter.give_up()
         self.should_exit = True
 
 
@@ -167,7 +175,7 @@ def build_server(
         settings: The server's settings.
         repository: Loaded models.
         segmenter: Default: one for the repository.
-        source: Provides the connections; default: the ports of the settings.
+        source: Provides the connections; default: listens on the ports of the settings.
 
     Raises:
         StartupError: A port cannot be bound, or the application cannot be built.
@@ -178,16 +186,16 @@ def build_server(
     config = uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], limit),  # uvicorn only calls it
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         lifespan="on",
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
+    if source is None:
+        source = Listeners(settings)
     if settings.admin_port is None:
-        return DrainingServer(config, limit, source=source)
+        return DrainingServer(config, limit, source)
     admin_config = uvicorn.Config(
         create_admin_app(app),
         log_config=None,
@@ -196,38 +204,4 @@ def build_server(
         server_header=False,
         timeout_graceful_shutdown=_ADMIN_SHUTDOWN_S,
     )
-    listeners = []
-    if source is None:
-        listeners.append(bind(settings.admin_host, settings.admin_port, "admin endpoints"))
-        log_address(listeners[0], "admin endpoints")
-    return DrainingServer(config, limit, AdminServer(admin_config, listeners), source)
-
-
-def bind(host: str, port: int, what: str) -> socket.socket:
-    """Binds a TCP socket, without listening yet.
-
-    Args:
-        host: Address.
-        port: 0 for a free port.
-        what: Named in the error, e.g. "admin endpoints".
-
-    Raises:
-        StartupError: The address or port is not available.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform != "win32":  # on Windows it would allow two servers on one port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise StartupError(f"cannot serve {what} on {host}:{port}: {error}") from error
-    return listener
-
-
-def log_address(listener: socket.socket, what: str) -> None:
-    """Logs the URL at which something is served."""
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    logger.info("%s on http://%s:%d", what, shown, port)
+    return DrainingServer(config, limit, source, AdminServer(admin_config))

@@ -17,6 +17,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.errors import ConfigError
+from service.engines.base import BackendError
 from service.engines.builder import Upgrade
 from service.engines.state import EngineBuild
 from service.engines.watch import WatchedEngine
@@ -46,6 +48,8 @@ LAST_CALL_S = 1.0
 """How long an engine that is no longer used may take for what is still in flight."""
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+REBUILD_S = 600.0
+"""Longest rebuild; one that takes longer hangs, and so would the next one."""
 
 Build = Callable[[], Mapping[int, LoadedModel]]
 """Builds versions of a model, warm; runs in a thread."""
@@ -64,6 +68,7 @@ class ModelStore:
         served: By name and version.
         unavailable: Why other models of the repository, or newer versions of those that are
             served, are not; by name.
+        failure: Why the process must be replaced, see `Segmenter`.
 
     Raises:
         StartupError: The default model is not in the repository.
@@ -82,6 +87,7 @@ class ModelStore:
         self._budget = budget or PixelBudget()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self.failure: str | None = None
         self._changing = asyncio.Lock()
         self._recorded_default = repository.default
         self._retiring: set[asyncio.Task[None]] = set()
@@ -255,16 +261,25 @@ class ModelStore:
                 self._loop.call_soon_threadsafe(lambda: spawn(self._rebuild(model), model.builds))
 
     async def _rebuild(self, model: ServedModel) -> None:
-        """Replaces a dead engine; tries until it succeeds, or the model has ended."""
-        pause_s = FIRST_PAUSE_S
+        """Replaces a dead engine; tries until it succeeds, or the model has ended.
 
-        def build() -> dict[int, LoadedModel]:
-            return {model.loaded.version: self._repository.rebuild(model.loaded)}
-
+        After too many failures of engines the process is given up: an error of CUDA may last until
+        the process ends. A model's files may be repaired, so for them there is no limit.
+        """
+        pause_s, failures = FIRST_PAUSE_S, 0
+        build = partial(self._build_again, model.loaded)
         while not model.engine.is_closed:
             try:
-                await self.replace(model.name, build, only=model)
+                async with asyncio.timeout(REBUILD_S):
+                    await self.replace(model.name, build, only=model)
+            except TimeoutError:
+                self._give_up(model, f"an attempt to replace it hangs for {REBUILD_S:g} s")
+                return
             except Exception as error:  # whatever stands in the way may pass
+                failures += not _is_of_files(error)
+                if failures == self._settings.max_rebuilds:
+                    self._give_up(model, f"{failures} attempts to replace it failed: {error!r}")
+                    return
                 logger.error("no new engine yet, next attempt in %g s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -273,6 +288,25 @@ class ModelStore:
                 logger.info("a new engine is ready on %s (%s)", engine.device, engine.name)
                 self._metrics.engine_restarts.labels(model.name).inc()
                 return
+
+    def _build_again(self, loaded: LoadedModel) -> dict[int, LoadedModel]:
+        """The same version with another engine on the same device.
+
+        Raises:
+            BackendError: The new engine has fallen back to another device.
+        """
+        rebuilt = self._repository.rebuild(loaded)
+        device = rebuilt.backend.device
+        if device != loaded.backend.device:
+            rebuilt.backend.close()
+            raise BackendError(f"the new engine is on {device}, not on {loaded.backend.device}")
+        return {loaded.version: rebuilt}
+
+    def _give_up(self, model: ServedModel, reason: str) -> None:
+        """Has the process replaced; what waits for the engine fails."""
+        self.failure = f"the engine of model {model.name!r} has failed: {reason}"
+        logger.error("%s", self.failure)
+        model.engine.close()
 
     def _start_upgrade(self, model: ServedModel) -> None:
         """Builds a faster engine in the background, if the current one names one; one at a time."""
@@ -396,6 +430,13 @@ class ModelStore:
             state.max_batch,
             state.asked_precision,
         )
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether a model's files are the reason that there is no engine, not the engine."""
+    cause = error.__cause__
+    reads = cause is None or isinstance(cause, (OSError, ConfigError))
+    return isinstance(error, ModelRefused) and reads
 
 
 def _close_all(loaded: Mapping[int, LoadedModel]) -> None:

@@ -15,6 +15,8 @@ from typing import Literal
 
 import orjson
 
+from service.observe.standard_error import StandardErrorHandler
+
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     *("message", "asctime", "taskName"),
@@ -92,6 +94,6 @@ def configure_logging(level: str, style: Literal["text", "json"]) -> None:
         level: Minimum level, e.g. "info".
         style: Format of a line.
     """
-    handler = logging.StreamHandler()
+    handler = StandardErrorHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class ServerProcess:
     """`python -m service` on a port of its own, of the checkout at `root`.
 
     With `on_ray` it is `python -m service ray`; that starts many processes and takes its time.
+    `module` stands in for `service`, `prepare` is called in the new process before it starts.
 
     Attributes:
         process: The process.
@@ -40,17 +41,20 @@ class ServerProcess:
         environment: dict[str, str] | None = None,
         root: Path = ROOT,
         on_ray: bool = False,
+        module: str = "service",
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
         self._start_s = RAY_START_S if on_ray else START_S
         command = ["ray", "--port", str(free_port())] if on_ray else ["--port", "0"]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service", *command, *arguments],
+                [sys.executable, "-m", module, *command, *arguments],
                 cwd=root,
                 env={**os.environ, **(RAY_SETTINGS if on_ray else {}), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                preexec_fn=prepare,
             )
         self.url = ""
 
@@ -65,7 +69,7 @@ class ServerProcess:
             if self.process.poll() is not None:
                 raise RuntimeError(f"exit {self.process.returncode}: {self.read_log()}")
             _, found, rest = self.read_log().partition("running on ")
-            if found and " " in rest:
+            if found and "\n" in rest:
                 self.url = rest.split()[0]
                 if self._is_ready():
                     return
@@ -95,12 +99,22 @@ def run_server(
     environment: dict[str, str] | None = None,
     root: Path = ROOT,
     on_ray: bool = False,
+    module: str = "service",
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[ServerProcess]:
     """A server that is ready; it is killed at the end if it still runs.
 
     One on Ray is told to end first: its processes could outlive it.
     """
-    server = ServerProcess(log, *arguments, environment=environment, root=root, on_ray=on_ray)
+    server = ServerProcess(
+        log,
+        *arguments,
+        environment=environment,
+        root=root,
+        on_ray=on_ray,
+        module=module,
+        prepare=prepare,
+    )
     try:
         server.wait_until_ready()
         yield server

@@ -17,9 +17,12 @@ from service.protocol import ModelState
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz")
-async def healthz(segmenter: SegmenterDep) -> HealthResponse:
-    """200 as long as the process answers; the text says whether new work is taken."""
+@router.get("/healthz", responses={503: {"model": HealthResponse}})
+async def healthz(segmenter: SegmenterDep, response: Response) -> HealthResponse:
+    """200 as long as the process answers and need not be replaced; says if new work is taken."""
+    if segmenter.failure is not None:
+        response.status_code = 503
+        return HealthResponse(status="failed")
     if not segmenter.admission.is_open:
         return HealthResponse(status="draining")
     if not segmenter.models:
@@ -27,10 +30,13 @@ async def healthz(segmenter: SegmenterDep) -> HealthResponse:
     return HealthResponse(status="ok" if segmenter.is_ready else "engine_restarting")
 
 
-@router.get("/v2/health/live")
-async def live() -> LiveResponse:
-    """200 as long as the process answers."""
-    return LiveResponse(live=True)
+@router.get("/v2/health/live", responses={503: {"model": LiveResponse}})
+async def live(segmenter: SegmenterDep, response: Response) -> LiveResponse:
+    """200 as long as the process answers, 503 if it must be replaced: no engine can be built."""
+    is_live = segmenter.failure is None
+    if not is_live:
+        response.status_code = 503
+    return LiveResponse(live=is_live)
 
 
 @router.get("/v2/health/ready", responses={503: {"model": ReadyResponse}})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from service.errors import StartupError
 from service.flags import build_parser, find_unknown_variables, read_settings
+from service.http.signals import EXIT_SIGNALS, handle_signals
 from service.models.repository import find_models
 from service.observe.logs import configure_logging
 from service.scale.cluster.settings import ClusterSettings
@@ -64,9 +64,15 @@ def run(settings: ClusterSettings) -> None:
 
 def _wait_for_signal() -> None:
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+
+    def handle(number: int) -> None:
+        if number in EXIT_SIGNALS:
+            stop.set()
+        else:
+            logger.info("workers check the model repository by themselves, with --model-poll-s")
+
+    with handle_signals(handle):
+        stop.wait()
 
 
 def main(arguments: Sequence[str]) -> None:

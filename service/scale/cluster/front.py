@@ -101,6 +101,10 @@ class ClusterSegmenter:
         return self.admission.is_open and is_heard and bool(engines) and all(engines)
 
     @property
+    def failure(self) -> None:
+        """None: Serve replaces the workers."""
+
+    @property
     def models(self) -> Sequence[ModelState]:
         """What the workers serve, by name and version."""
         return self._description.models
@@ -230,6 +234,9 @@ class ClusterSegmenter:
     async def unload(self, name: str) -> None:
         """Always refused: it would change one worker."""
         raise Forbidden(f"{name!r} cannot be unloaded here; workers watch the model repository")
+
+    async def rescan(self) -> None:
+        """Does nothing: the workers watch the model repository."""
 
     async def finish_accepted(self) -> bool:
         """Refuses new work and waits, within the drain timeout, for what was accepted."""

@@ -13,6 +13,7 @@ _ONE_SERVER_ONLY = {
     "admin_port": "Serve has one port",
     "model_control": "it would change one worker; use --model-poll-s",
     "workers": "use --min-replicas",
+    "worker_timeout_s": "Serve checks its replicas",
 }
 """Settings that mean nothing here, and what to do instead."""
 

@@ -84,7 +84,8 @@ class Worker:
     async def check_health(self) -> None:
         """Raises while an engine has failed: if that lasts, Serve starts another worker."""
         if self._segmenter.models and not self._segmenter.is_ready:
-            raise RuntimeError("an engine has died and is not back yet")
+            reason = self._segmenter.failure or "an engine has died and is not back yet"
+            raise RuntimeError(reason)
 
 
 def _make_portable(outcome: Outcome) -> Outcome:

@@ -3,202 +3,161 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import pickle
+import multiprocessing
+import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Sequence
-from pathlib import Path
-from typing import Any
+import threading
+import time
 
 import uvicorn
 
 from service.errors import StartupError
+from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server
+from service.http.signals import END_S, EXIT_FAILED, SIGNALS
+from service.models.background import spawn
 from service.models.repository import load_repository
 from service.observe.gpus import find_gpus
 from service.observe.logs import configure_logging
-from service.scale.merged_metrics import MergedMetrics, Report
-from service.scale.workers.channel import ADMIN, MAIN, SIGNALS, ChannelClosed, WorkerEnd
+from service.observe.rare import RareWarning
+from service.protocol import Segmenter
+from service.scale.workers.channel import ADMIN, MAIN, ChannelClosed, Order, State, WorkerEnd
+from service.scale.workers.peers import Peers
 from service.segmenter import LocalSegmenter
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-PEER_TIMEOUT_S = 2.0
+BEAT_S = 0.25
+"""Time between two reports to the parent, which tell it that the event loop runs."""
 
 
-def run_child(settings: Settings, index: int, channel: socket.socket, folder: Path) -> None:
+def run_child(settings: Settings, index: int, channel: socket.socket) -> None:
     """Serves until the parent says that it is enough, or has ended; the process's main function.
 
     Args:
         settings: This worker's share.
         index: Its number.
         channel: To the parent.
-        folder: Where the workers' sockets for metrics are.
     """
     for number in SIGNALS:
         # A terminal and service managers signal every process; only the parent's word counts.
         signal.signal(number, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
+    end_with_parent(settings.drain_timeout_s + END_S)
     try:
         repository = load_repository(
             settings.model_repo,
             settings.backend_options(),
             may_be_empty=settings.models_may_change,
         )
-        peers = Peers(folder, index, settings.workers)
-        metrics = MergedMetrics(peers.collect_all)
+        channel.setblocking(False)
+        end = WorkerEnd(channel)
+        peers = Peers(index, settings.workers, end.ask)
         if settings.device != "cpu" and index == 0:  # one is enough to watch the machine's GPUs
-            metrics.watch_gpus(find_gpus())
-        segmenter = LocalSegmenter(settings, repository, metrics)
-        peers.metrics = metrics
-        build_server(settings, repository, segmenter, Intake(channel, peers)).run()
+            peers.metrics.watch_gpus(find_gpus())
+        segmenter = LocalSegmenter(settings, repository, peers.metrics)
+        server = build_server(settings, repository, segmenter, Intake(end, segmenter, peers))
     except StartupError as error:
         sys.exit(f"solo-serve: error: worker {index}: {error}")
+    server.run()
+    if segmenter.failure is not None:
+        logger.error("the process ends to be replaced: %s", segmenter.failure)
+        sys.exit(EXIT_FAILED)
 
 
-class Peers:
-    """The metrics of all workers, each asked over a socket of its own.
+def end_with_parent(limit_s: float) -> None:
+    """Ends this process soon after its parent, even if its event loop hangs.
 
     Args:
-        folder: Where the sockets are; nobody else can read it.
-        index: This worker's number.
-        count: Of workers.
-
-    Attributes:
-        metrics: This worker's.
+        limit_s: Time for the drain that begins when the parent has ended.
     """
 
-    metrics: MergedMetrics
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        time.sleep(limit_s)
+        os._exit(1)
 
-    def __init__(self, folder: Path, index: int, count: int) -> None:
-        self._folder = folder
-        self._index = index
-        self._count = count
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> None:
-        """Answers the other workers from now on."""
-        path = self._path(self._index)
-        path.unlink(missing_ok=True)  # of one that has died
-        self._server = await asyncio.start_unix_server(self._answer, path)
-
-    def stop(self) -> None:
-        """Answers no more."""
-        if self._server is not None:
-            self._server.close()
-
-    async def collect_all(self) -> Sequence[Report]:
-        """Every worker's metrics; one that does not answer is left out."""
-        others = [index for index in range(self._count) if index != self._index]
-        own, *answers = await asyncio.gather(
-            self.metrics.collect(), *(self._ask(index) for index in others)
-        )
-        reports = [(str(self._index), own)]
-        reports += [
-            (str(index), answer)
-            for index, answer in zip(others, answers, strict=True)
-            if answer is not None
-        ]
-        return sorted(reports, key=lambda report: int(report[0]))
-
-    async def _ask(self, index: int) -> Any:
-        try:
-            async with asyncio.timeout(PEER_TIMEOUT_S):
-                reader, writer = await asyncio.open_unix_connection(self._path(index))
-                try:
-                    return pickle.loads(await reader.read(-1))
-                finally:
-                    writer.close()
-        except (OSError, TimeoutError, EOFError, pickle.UnpicklingError) as error:
-            logger.warning("worker %d does not tell its metrics: %r", index, error)
-            return None
-
-    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            writer.write(pickle.dumps(await self.metrics.collect()))
-            await writer.drain()
-        writer.close()
-
-    def _path(self, index: int) -> Path:
-        return self._folder / f"{index}.sock"
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Intake:
-    """Where a worker's connections come from, in place of sockets that listen.
+    """Where a worker's connections and signals come from, in place of sockets that listen.
 
     Args:
         channel: To the parent.
-        peers: Started and stopped with it.
+        segmenter: Of the servers.
+        peers: The other workers.
     """
 
-    def __init__(self, channel: socket.socket, peers: Peers) -> None:
-        channel.setblocking(False)
-        self._channel = WorkerEnd(channel)
+    has_signals = True
+
+    def __init__(self, channel: WorkerEnd, segmenter: Segmenter, peers: Peers) -> None:
+        self._channel = channel
+        self._segmenter = segmenter
         self._peers = peers
         self._main: DrainingServer
         self._servers: dict[int, uvicorn.Server] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._warn = RareWarning(logger)
 
     async def start(self, main: DrainingServer, admin: AdminServer | None) -> None:
         """Gives the servers the connections that come; needs a running event loop."""
         self._main = main
         self._servers = {MAIN: main} if admin is None else {MAIN: main, ADMIN: admin}
-        await self._peers.start()
         asyncio.get_running_loop().add_reader(self._channel.channel, self._receive)
-
-    def report(self) -> None:
-        """Tells the parent how many connections there are."""
-        served = sum(len(server.server_state.connections) for server in self._servers.values())
-        self._channel.report(served + len(self._tasks))
+        self._beat()
 
     def stop(self) -> None:
-        """Takes no more; signals are still heard."""
-        self._servers = {}
-        self._peers.stop()
+        """Takes no more; signals are still heard, and reports sent."""
+        self._is_closed = True
+        self._report()
+
+    def _beat(self) -> None:
+        self._report()
+        asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
+    def _report(self) -> None:
+        """Tells the parent how many connections there are, and what becomes of new ones."""
+        served = sum(len(server.server_state.connections) for server in self._servers.values())
+        if self._is_closed:
+            state = State.CLOSED
+        elif self._segmenter.failure is not None:
+            state = State.FAILED
+        else:
+            state = State.SERVES if self._segmenter.is_ready else State.REFUSES
+        self._channel.report(served + len(self._tasks), state)
 
     def _receive(self) -> None:
         try:
-            for number, connection in self._channel.receive():
-                if connection is None:
-                    self._main.handle_exit(number, None)
-                elif number in self._servers:
-                    self._spawn(self._serve(self._servers[number], connection))
-                else:
-                    connection.close()
+            for message in self._channel.receive():
+                match message.kind:
+                    case Order.CONNECTION:
+                        self._take(message.number, message.connection)
+                    case Order.SIGNAL:
+                        self._main.handle_signal(message.number)
+                    case Order.COLLECT:
+                        self._peers.write_to(message.connection)
+                    case Order.METRICS:
+                        self._peers.read_from(message.number, message.tag, message.connection)
         except ChannelClosed:
             asyncio.get_running_loop().remove_reader(self._channel.channel)
-            self._main.handle_exit(signal.SIGTERM, None)
+            self._main.handle_signal(signal.SIGTERM)
+        else:
+            self._report()  # before the tasks of new connections read from them
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, server: uvicorn.Server, connection: socket.socket) -> None:
-        """As uvicorn does with a connection that it has accepted itself."""
-
-        def build() -> asyncio.Protocol:
-            protocol: asyncio.Protocol = server.config.http_protocol_class(  # type: ignore[call-arg]
-                config=server.config,
-                server_state=server.server_state,
-                app_state=server.lifespan.state,
-            )
-            lost = protocol.connection_lost
-
-            def connection_lost(error: Exception | None) -> None:
-                lost(error)
-                self.report()  # the parent would give others the next ones
-
-            protocol.connection_lost = connection_lost  # type: ignore[method-assign, assignment]
-            return protocol
-
-        connection.setblocking(False)
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(build, connection)
-        except OSError as error:  # the client is gone already
+    def _take(self, listener: int, connection: socket.socket | None) -> None:
+        if connection is None:
+            self._warn("a connection is refused, this process has no file descriptor left for it")
+        elif self._is_closed:
             connection.close()
-            logger.debug("a connection was lost on its way: %s", error)
+        else:
+            # Without a report the parent would give the next ones to others.
+            work = serve_connection(self._servers[listener], connection, self._report)
+            spawn(work, self._tasks)

@@ -3,155 +3,106 @@
 from __future__ import annotations
 
 import logging
-import math
-import multiprocessing
 import selectors
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from service.cores import count_cores
 from service.errors import StartupError
-from service.http.servers import bind, log_address
-from service.scale.workers.channel import ADMIN, MAIN, SIGNALS, ChannelClosed, ParentEnd
+from service.http import listeners
+from service.http.accept import PAUSE_S, Accepter
+from service.http.listeners import bind, listen
+from service.http.signals import END_S, EXIT_SIGNALS, handle_signals
+from service.observe.rare import RareWarning
+from service.scale.workers.channel import ADMIN, MAIN, ChannelClosed, Order, State
 from service.scale.workers.child import run_child
+from service.scale.workers.process import WorkerProcess
+from service.scale.workers.shares import share
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
-WHAT = {MAIN: "running", ADMIN: "admin endpoints"}
+WHAT = {MAIN: listeners.MAIN, ADMIN: listeners.ADMIN}
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+TICK_S = 0.25
+"""Longest time between two checks of the workers."""
+STALL_S = 1.0
+"""A longer time between two checks means that this process did not run, so workers may not have."""
 _LAST_S = 5.0
 """How long a worker may take to end after it has closed its channel."""
-_MOST_AT_ONCE = 64
-_PAUSE_S = 0.01
-_PAUSES = 100
-"""How often, and how long each time, a connection waits until a worker has room for it."""
 
 
-@dataclass(eq=False)
-class _Worker:
-    """A worker's process.
-
-    Attributes:
-        is_ready: Whether it takes connections.
-    """
-
-    index: int
-    process: SpawnProcess
-    end: ParentEnd
-    is_ready: bool = False
-
-
-def share(settings: Settings) -> Settings:
-    """The settings of one worker process: its share of the server's limits.
-
-    Threads that were not set are divided too; engines get twice their share, so that a busy worker
-    uses the cores of an idle one. The largest image stays allowed, unless its limit follows from
-    a small queue.
-    """
-    count, cores = settings.workers, count_cores()
-    own = math.ceil(cores / count)
-    queue, image = math.ceil(settings.max_queue_canvases / count), settings.max_image_canvases
-    follows = image < Settings.model_fields["max_image_canvases"].default
-    if follows and "max_image_canvases" not in settings.model_fields_set:
-        image = max(1, queue // 2)
-    queue = max(queue, 2 * image)
-    threads = {"pool_threads": own, "threads": min(cores, 2 * own)}
-    return settings.model_copy(
-        update={name: n for name, n in threads.items() if name not in settings.model_fields_set}
-        | {
-            "max_queue_canvases": queue,
-            "max_image_canvases": image,
-            "max_decoded_pixels": math.ceil(settings.max_decoded_pixels / count),
-            "max_connections": math.ceil(settings.max_connections / count),
-        }
-    )
-
-
-def run_workers(settings: Settings) -> None:
+def run_workers(settings: Settings) -> int:
     """Serves with several processes until a signal; returns when all have ended.
+
+    Returns:
+        The exit status: 0 after a drain, 1 if a worker had to be killed, 128 and the number of a
+        second signal.
 
     Raises:
         StartupError: A port cannot be had, or a worker cannot start.
     """
     with ExitStack() as stack:
         main = bind(settings.host, settings.port, "requests")
-        listeners = {MAIN: stack.enter_context(main)}
+        sockets = {MAIN: stack.enter_context(main)}
         if settings.admin_port is not None:
             admin = bind(settings.admin_host, settings.admin_port, WHAT[ADMIN])
-            listeners[ADMIN] = stack.enter_context(admin)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="solo-")))
-        parent = Parent(settings, listeners, folder)
-        stack.enter_context(_pass_signals(parent.handle_signal, parent.woken))
-        parent.run()
-
-
-@contextmanager
-def _pass_signals(handle: Callable[[int], None], wake: socket.socket) -> Iterator[None]:
-    """Signals are handled by a function, and end a wait for the other end of `wake`."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        handle(number)
-
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    descriptor = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        for number, old in before.items():
-            signal.signal(number, old)
+            sockets[ADMIN] = stack.enter_context(admin)
+        parent = Parent(settings, sockets)
+        stack.enter_context(handle_signals(parent.take_signal))
+        return parent.run()
 
 
 class Parent:
-    """Starts the workers, and others in place of those that die.
+    """Starts the workers, and others in place of those that die or do not answer.
 
     Args:
         settings: Of the whole server.
-        listeners: Bound sockets by number; they listen as soon as a worker is ready.
-        folder: For the workers' sockets.
+        sockets: Bound, by the listener's number; they listen as soon as a worker is ready.
         target: A worker's main function; see `run_child`.
-
-    Attributes:
-        woken: Written to when a signal comes.
     """
 
     def __init__(
         self,
         settings: Settings,
-        listeners: dict[int, socket.socket],
-        folder: Path,
+        sockets: dict[int, socket.socket],
         target: Callable[..., None] = run_child,
     ) -> None:
         self._settings = settings
-        self._listeners = listeners
-        self._folder = folder
+        self._shared = share(settings)
+        self._sockets = sockets
         self._target = target
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._due_s: dict[int, float] = dict.fromkeys(range(settings.workers), 0.0)
         self._pauses_s = dict.fromkeys(range(settings.workers), FIRST_PAUSE_S)
-        self._has_listened = False
+        self._accepters: dict[int, Accepter] = {}
+        self._waiting: deque[tuple[int, socket.socket]] = deque()
+        self._paused_until_s = 0.0
+        self._checked_s = time.monotonic()
         self._ending = False
+        self._status = 0
+        self._warn = RareWarning(logger)
         self._selector = selectors.DefaultSelector()
-        self._wake, self.woken = socket.socketpair()
-        for end in (self._wake, self.woken):
+        self._wake, self._woken = socket.socketpair()
+        for end in (self._wake, self._woken):
             end.setblocking(False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._drop_wake)
+        self._watch(self._wake, self._read_signals)
 
-    def run(self) -> None:
+    def take_signal(self, number: int) -> None:
+        """Handles a signal soon; may be called in a signal handler or another thread."""
+        with suppress(OSError):  # it has ended
+            self._woken.send(bytes([number]))
+
+    def run(self) -> int:
         """Serves until a signal.
+
+        Returns:
+            The exit status, see `run_workers`.
 
         Raises:
             StartupError: A worker has ended before any was ready.
@@ -159,136 +110,202 @@ class Parent:
         try:
             while self._workers or not self._ending:
                 self._start_due()
-                for key, _ in self._selector.select(self._next_due()):
+                for key, _ in self._selector.select(TICK_S):
                     key.data()
+                self._check()
+                self._dispatch()
         finally:
             for worker in self._workers.values():
-                worker.process.kill()
-                worker.process.join()
+                worker.destroy()
+            for _, connection in self._waiting:
+                connection.close()
+            for accepter in self._accepters.values():
+                accepter.close()
             self._selector.close()
             self._wake.close()
-            self.woken.close()
+            self._woken.close()
+        return self._status
 
-    def handle_signal(self, number: int) -> None:
+    def _watch(self, source: socket.socket | int, act: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, act)
+
+    # --- signals --------------------------------------------------------------------------------
+
+    def _read_signals(self) -> None:
+        for number in self._wake.recv(4096):
+            if number not in EXIT_SIGNALS:  # to reload; those that start now will read it
+                self._send_signal(number)
+            elif self._ending:
+                self._status = 128 + number
+                self._kill_all()
+            else:
+                self._end(number)
+
+    def _end(self, number: int) -> None:
         """Passes a signal on to the workers; none is started any more."""
         self._ending = True
-        for worker in self._workers.values():
+        self._due_s.clear()
+        for worker in tuple(self._workers.values()):
             if worker.is_ready:
-                worker.end.pass_signal(number)
+                worker.end_within(self._settings.drain_timeout_s + END_S)
             else:
-                worker.process.kill()  # it has no work yet
+                worker.kill()  # it has no work yet
+        self._send_signal(number)
 
-    def _next_due(self) -> float | None:
-        if self._ending or not self._due_s:
-            return None
-        return max(0.0, min(self._due_s.values()) - time.monotonic())
+    def _send_signal(self, number: int) -> None:
+        for worker in self._workers.values():
+            worker.channel.send(Order.SIGNAL, number)
+
+    def _kill_all(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+
+    # --- processes ------------------------------------------------------------------------------
 
     def _start_due(self) -> None:
         for index, due_s in tuple(self._due_s.items()):
-            if due_s <= time.monotonic() and not self._ending:
+            if due_s <= time.monotonic():
                 del self._due_s[index]
                 self._start(index)
 
     def _start(self, index: int) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        arguments = (share(self._settings), index, theirs, self._folder)
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=self._target, args=arguments, name=f"worker-{index}")
-        process.start()
-        theirs.close()
-        worker = _Worker(index, process, ParentEnd(ours))
-        self._workers[index] = worker
-        self._watch(ours, partial(self._hear, worker))
-        if self._ending:  # the signal came meanwhile
-            process.kill()
-
-    def _watch(self, source: Any, act: Callable[[], None]) -> None:
-        self._selector.register(source, selectors.EVENT_READ, act)
-
-    def _hear(self, worker: _Worker) -> None:
         try:
-            is_report = worker.end.read_reports()
-        except ChannelClosed:
-            self._bury(worker)
+            worker = WorkerProcess(self._target, self._shared, index)
+        except OSError as error:
+            self._postpone(index, f"cannot be started ({error})")
             return
-        if is_report and not worker.is_ready:
+        self._workers[index] = worker
+        self._watch(worker.channel.channel, partial(self._hear, worker))
+        self._watch(worker.process.sentinel, partial(self._bury, worker))
+
+    def _hear(self, worker: WorkerProcess) -> None:
+        if self._workers.get(worker.index) is not worker:
+            return  # it was buried just now
+        heard_s = worker.channel.heard_s
+        try:
+            tags = worker.channel.read() or ()
+        except ChannelClosed:
+            self._selector.unregister(worker.channel.channel)
+            worker.channel.state = State.CLOSED
+            worker.end_within(_LAST_S)
+            return
+        for tag in tags:
+            self._collect(worker, tag)
+        if worker.channel.heard_s == heard_s:
+            return
+        if not worker.is_ready:
+            worker.is_ready = True
             logger.info("worker %d is ready", worker.index)
             self._pauses_s[worker.index] = FIRST_PAUSE_S
-            worker.is_ready = True
             self._listen()
+        if worker.channel.state is State.FAILED and worker.deadline_s is None:
+            logger.error("worker %d has failed, it is replaced", worker.index)
+            worker.channel.send(Order.SIGNAL, signal.SIGTERM)
+            worker.end_within(self._settings.drain_timeout_s + END_S)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _collect(self, asker: WorkerProcess, tag: int) -> None:
+        """Connects a worker with all others, which tell it their metrics."""
+        for index in range(self._settings.workers):
+            if index == asker.index:
+                continue
+            other = self._workers.get(index)
+            try:
+                if other is None or not other.answers:
+                    raise OSError("it is not available")
+                ours, theirs = socket.socketpair()
+                with ours, theirs:
+                    other.channel.send(Order.COLLECT, carried=theirs)
+                    asker.channel.send(Order.METRICS, index, tag, carried=ours)
+            except OSError:
+                asker.channel.send(Order.METRICS, index, tag)
+
+    def _check(self) -> None:
+        """Kills workers that have not answered, or not ended, in time."""
+        now_s = time.monotonic()
+        passed_s, self._checked_s = now_s - self._checked_s, now_s
+        for worker in self._workers.values():
+            if passed_s > STALL_S:  # stopped or starved, as the workers may have been
+                worker.channel.heard_s = now_s
+            limit_s = self._settings.worker_timeout_s
+            if worker.is_killed:
+                continue
+            if worker.is_ready and worker.is_silent_for(limit_s):
+                logger.error(
+                    "worker %d has not answered for %g s, it is killed", worker.index, limit_s
+                )
+            elif worker.deadline_s is not None and now_s > worker.deadline_s:
+                logger.error("worker %d has not ended in time, it is killed", worker.index)
+                self._status = self._status or int(self._ending)
+            else:
+                continue
+            worker.kill()
+
+    def _bury(self, worker: WorkerProcess) -> None:
         """A worker has ended: another takes its place, unless all are to end.
 
         Raises:
             StartupError: None has ever been ready.
         """
-        self._selector.unregister(worker.end.channel)
-        worker.end.channel.close()
-        worker.process.join(_LAST_S)
-        worker.process.kill()  # one that does not end though its channel is closed
-        worker.process.join()
+        for source in (worker.channel.channel, worker.process.sentinel):
+            if source in self._selector.get_map():
+                self._selector.unregister(source)
         del self._workers[worker.index]
-        code = worker.process.exitcode
-        if not self._ready:
-            self._hold()
-        if self._ending:
-            return
-        if not self._has_listened:
-            raise StartupError(
-                f"worker {worker.index} cannot start (exit status {code}); see above"
-            )
-        pause_s = self._pauses_s[worker.index]
-        self._pauses_s[worker.index] = min(2 * pause_s, LONGEST_PAUSE_S)
-        self._due_s[worker.index] = time.monotonic() + pause_s
-        logger.error(
-            "worker %d has died (exit status %s), another starts in %g s",
-            worker.index,
-            code,
-            pause_s,
-        )
+        self._waiting += worker.bury()
+        if not self._ending:
+            self._postpone(worker.index, f"has died (exit status {worker.process.exitcode})")
 
-    @property
-    def _ready(self) -> list[_Worker]:
-        return [worker for worker in self._workers.values() if worker.is_ready]
+    def _postpone(self, index: int, reason: str) -> None:
+        """Has another worker started after a pause."""
+        if not self._accepters:
+            raise StartupError(f"worker {index} {reason} before any was ready; see above")
+        pause_s = self._pauses_s[index]
+        self._pauses_s[index] = min(2 * pause_s, LONGEST_PAUSE_S)
+        self._due_s[index] = time.monotonic() + pause_s
+        logger.error("worker %d %s, another starts in %g s", index, reason, pause_s)
+
+    # --- connections ----------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Accepts connections from now on."""
-        for number, listener in self._listeners.items():
-            if not self._has_listened:
-                listener.listen(BACKLOG)
-                listener.setblocking(False)
-                log_address(listener, WHAT[number])
-            if listener not in self._selector.get_map():
-                self._watch(listener, partial(self._accept, number))
-        self._has_listened = True
+        """Listens from the first call on."""
+        if self._accepters:
+            return
+        for number, listener in self._sockets.items():
+            self._accepters[number] = listen(listener, WHAT[number])
 
-    def _hold(self) -> None:
-        """Leaves connections in the system's queue until a worker is ready."""
-        for listener in self._listeners.values():
-            if listener in self._selector.get_map():
+    def _dispatch(self) -> None:
+        """Hands over the connections that wait, and accepts more only if none is left.
+
+        Others stay in the system's queue, where a worker that dies does not lose them.
+        """
+        while self._waiting and self._give(*self._waiting[0]):
+            self._waiting.popleft()
+        is_open = (
+            not self._waiting
+            and time.monotonic() >= self._paused_until_s
+            and any(worker.answers for worker in self._workers.values())
+        )
+        for number in self._accepters:
+            listener = self._sockets[number]
+            is_watched = listener in self._selector.get_map()
+            if is_open and not is_watched:
+                self._watch(listener, partial(self._accept, number))
+            elif is_watched and not is_open:
                 self._selector.unregister(listener)
 
     def _accept(self, number: int) -> None:
-        for _ in range(_MOST_AT_ONCE):
-            try:
-                connection, _ = self._listeners[number].accept()
-            except OSError:  # nobody is left; or the client is gone, or there are too many files
-                return
-            with connection:
-                if not self._give(number, connection):
-                    logger.error("no worker has had room for a connection for 1 s, it is closed")
-                    return
+        try:
+            for connection in self._accepters[number].accept():
+                if self._waiting or not self._give(number, connection):
+                    self._waiting.append((number, connection))
+        except OSError as error:
+            self._accepters[number].refuse()
+            self._paused_until_s = time.monotonic() + PAUSE_S
+            self._warn("connections are refused: %s", error)
 
     def _give(self, number: int, connection: socket.socket) -> bool:
-        """To the worker with the fewest connections; to the next if it has no room."""
-        for _ in range(_PAUSES):
-            for worker in sorted(self._ready, key=lambda worker: worker.end.connections):
-                if worker.end.pass_connection(number, connection):
-                    return True
-            time.sleep(_PAUSE_S)
+        """To a worker that serves and has the fewest connections, or else to any that answers."""
+        workers = [worker for worker in self._workers.values() if worker.answers]
+        for worker in sorted(workers, key=lambda worker: worker.rank):
+            if worker.channel.pass_connection(number, connection):
+                return True
         return False
-
-    def _drop_wake(self) -> None:
-        self._wake.recv(4096)

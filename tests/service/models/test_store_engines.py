@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.engines.base import Backend, BackendError
 from service.engines.state import EngineBuild
-from service.errors import EngineRestarting
+from service.errors import DeviceError, EngineRestarting, ModelRefused
 from service.models import store as store_module
 from service.models.repository import LoadedModel, Repository, load_repository
 from service.settings import Settings
@@ -244,6 +246,108 @@ class TestUpgrades:
             await until(lambda: model.state.max_batch == 8)
             assert model.scheduler.policy.max_delay_s == 0.005
             assert store._metrics.batch_limit.labels("blobs")._value.get() == 8
+
+
+@pytest.mark.usefixtures("quick")
+class TestLastingFailures:
+    """An error of CUDA may last until the process ends: then only another process helps."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings) -> Settings:
+        return settings.model_copy(update={"max_rebuilds": 3})
+
+    @pytest.mark.parametrize("kind", [BackendError, MemoryError, DeviceError, "fallback"])
+    async def test_after_some_attempts_the_process_has_failed(
+        self,
+        settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        kind: Any,
+    ) -> None:
+        built: list[Controlled] = []
+
+        def fail(self: Repository, model: LoadedModel) -> LoadedModel:
+            if kind == "fallback":
+                built.append(Controlled(None, "on another device"))
+                built[-1].device = "cuda"
+                return replace(model, backend=built[-1])
+            try:
+                raise kind("CUDA error 700")
+            except BackendError as error:  # as `load_version` does
+                raise ModelRefused(self.root / "blobs", str(error)) from error
+
+        monkeypatch.setattr(Repository, "rebuild", fail)
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            call = asyncio.create_task(infer(model))
+            await until(lambda: store.failure is not None)
+            with pytest.raises(BackendError, match="closed"):  # what waited is answered
+                await call
+            with pytest.raises(EngineRestarting):
+                store.find("blobs", None)
+            assert len(await infer(store.find("wide", None))) > 0
+        assert caplog.text.count("no new engine yet") == 2
+        reason = "the engine of model 'blobs' has failed: 3 attempts to replace it failed: "
+        assert str(store.failure).startswith(reason)
+        assert ("CUDA error 700" in str(store.failure)) is (kind != "fallback")
+        assert [engine.closed for engine in built] == [True] * (3 if kind == "fallback" else 0)
+
+    async def test_missing_files_may_come_back(
+        self, settings: Settings, model_repo: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = model_repo / "blobs" / "config.json"
+        content = config.read_bytes()
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            engine_of(model).dead = True
+            graph_of(model_repo).rename(model_repo / "away")
+            call = asyncio.create_task(infer(model))
+            await until(lambda: caplog.text.count("no new engine yet") >= 2)
+            config.write_bytes(b"{")
+            await until(lambda: caplog.text.count("no new engine yet") >= 4)
+            assert store.failure is None and not call.done()
+            config.write_bytes(content)
+            (model_repo / "away").rename(graph_of(model_repo))
+            assert len(await call) == 1
+            assert store.failure is None
+
+    async def test_failures_are_counted_in_a_row(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rebuild, failures = Repository.rebuild, [0]
+
+        def fail_twice(self: Repository, model: LoadedModel) -> LoadedModel:
+            failures[0] += 1
+            if failures[0] % 3:
+                raise BackendError("not yet")
+            return replace(model, backend=Controlled(rebuild(self, model).backend))
+
+        monkeypatch.setattr(Repository, "rebuild", fail_twice)
+        async with open_store(settings) as store:
+            model = store.find("blobs", None)
+            for _ in range(2):
+                engine_of(model).dead = True
+                assert len(await infer(model)) == 1
+            assert failures == [6] and store.failure is None
+
+    async def test_an_attempt_that_hangs_is_the_last(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "REBUILD_S", 0.05)
+        go = threading.Event()
+
+        def hang(self: Repository, model: LoadedModel) -> LoadedModel:
+            assert go.wait(20)
+            raise BackendError("too late")
+
+        monkeypatch.setattr(Repository, "rebuild", hang)
+        async with open_store(settings) as store:
+            engine_of(store.find("blobs", None)).dead = True
+            with pytest.raises(BackendError, match="closed"):
+                await infer(store.find("blobs", None))
+            assert str(store.failure).endswith("an attempt to replace it hangs for 0.05 s")
+            go.set()
 
 
 def test_a_repository_is_closed_with_its_engines(settings: Settings) -> None:

@@ -89,3 +89,16 @@ async def test_a_server_without_models_is_alive_but_not_ready(
         assert (await client.get("/v2/health/ready")).status_code == 200
         assert (await client.post("/v2/repository/models/blobs/unload")).status_code == 200
         assert (await client.get("/v2/health/ready")).status_code == 503
+
+
+async def test_a_server_that_must_be_replaced_is_not_alive(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    app.state.segmenter.store.failure = "no engine can be built"
+    answers = {
+        path: await client.get(path) for path in ("/healthz", "/v2/health/live", "/v2/health/ready")
+    }
+    assert [answer.status_code for answer in answers.values()] == [503] * 3
+    assert answers["/healthz"].json() == {"status": "failed"}
+    assert answers["/v2/health/live"].json() == {"live": False}
+    assert "solo_ready 0.0" in (await client.get("/metrics")).text

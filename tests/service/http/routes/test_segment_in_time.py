@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service.errors import DeadlineExceeded
-from service.http.routes.progress import ClientLeft
 from service.http.routes.segment import segment_in_time
 from service.observe.metrics import Metrics
 from service.protocol import Segmented
@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_ends_its_request_and_nothing_else_does() -> 
     await asyncio.sleep(0.02)
     assert not task.done()
     connection.send("http.disconnect")
-    with pytest.raises(ClientLeft):
+    with pytest.raises(ClientDisconnect):
         await asyncio.wait_for(task, 10)
     assert (segmenter.count("client_left"), segmenter.count("deadline")) == (3, 0)
     assert task.cancelling() == 0

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from service.__main__ import main
+from service.scale.cluster import command
 from service.scale.cluster.settings import ClusterSettings
+from tests.support.waiting import poll_until
 
 
 def fail(*flags: str) -> str:
@@ -33,3 +38,26 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
 def test_without_ray_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install 'solo-serve[service,ray]'" in fail()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_hangup_does_not_end_it_and_other_signals_do(
+    number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def send() -> None:
+        poll_until(
+            lambda: signal.getsignal(signal.SIGHUP) is not before, timeout_s=30, pause_s=0.01
+        )
+        os.kill(os.getpid(), signal.SIGHUP)
+        poll_until(lambda: "--model-poll-s" in caplog.text, timeout_s=30, pause_s=0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGHUP)
+    sender = threading.Thread(target=send)
+    sender.start()
+    command._wait_for_signal()
+    sender.join()
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])

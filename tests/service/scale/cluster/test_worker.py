@@ -85,6 +85,12 @@ async def test_a_worker_that_ends_takes_nothing_more(worker: Worker) -> None:
         await worker.check_health()
 
 
+async def test_a_worker_whose_engines_cannot_be_replaced_is_unhealthy(worker: Worker) -> None:
+    worker._segmenter.store.failure = "no engine can be built"
+    with pytest.raises(RuntimeError, match="no engine can be built"):
+        await worker.check_health()
+
+
 async def test_a_worker_that_cannot_start_says_why(cluster_settings: ClusterSettings) -> None:
     for changes, kind in (
         ({"model_repo": cluster_settings.model_repo / "no"}, StartupError),
