@@ -117,7 +117,7 @@ def test_an_answer_with_more_and_with_fewer_fields_is_read(segment: Segment) -> 
     "change",
     [
         {"bbox": [1, 2, 3]},
-        {"bbox": ["1", "2", "3", "4"]},
+        {"bbox": [1, 2, 3, "4"]},
         {"bbox": 1},
         {"area": "large"},
         {"area": float("inf")},
