@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.errors import (
@@ -35,6 +35,8 @@ from service.http.request_head import check_head, rebuild_head
 from service.http.transport import GuardedTransport
 
 if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+
     from service.http.connections import ConnectionGuard
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._arrival = Window(limits.body_timeout_s, limits.min_rate)
         self._departure = Window(limits.write_timeout_s, limits.min_rate)
         self._is_writing = False
+        self._running: RequestResponseCycle | None = None  # not the newest of pipelined requests
         self._is_deaf = False  # what still arrives is dropped
         self._linger_until_s: float | None = None
         self._probe: asyncio.TimerHandle | None = None
@@ -144,6 +147,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._held.clear()
         if self._probe is not None:
             self._probe.cancel()
+        self.pipeline.clear()
+        if self._running is not None:  # uvicorn tells the newest request alone
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -267,6 +274,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._since_s = time.monotonic()
         super().on_response_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     # The end of a connection
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
@@ -284,7 +295,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _probe_client(self, count: int) -> None:
         """Finds out whether the client that has ended its sending side has left."""
-        if self.cycle.response_started or self.pipeline or not self.transport.send_ahead():
+        running = self._running
+        if running is None or running.response_started or not self.transport.send_ahead():
             return
         if count < len(_PROBE_S):
             self._probe = self.loop.call_later(_PROBE_S[count], self._probe_client, count + 1)

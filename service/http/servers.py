@@ -60,7 +60,7 @@ class AdminServer(uvicorn.Server):
         self, config: uvicorn.Config, guard: ConnectionGuard, listeners: list[socket.socket]
     ) -> None:
         super().__init__(config)
-        self._guard = guard
+        self.guard = guard
         self._listeners = listeners
         self._task: asyncio.Task[None] | None = None
 
@@ -77,7 +77,7 @@ class AdminServer(uvicorn.Server):
     async def end(self) -> None:
         """Finishes requests in flight, for a short time, and closes the sockets."""
         self.should_exit = True
-        asyncio.get_running_loop().call_later(FLUSH_S, self._guard.abort)
+        asyncio.get_running_loop().call_later(FLUSH_S, self.guard.abort)
         if self._task is not None:
             await self._task
 
@@ -109,6 +109,7 @@ class DrainingServer(uvicorn.Server):
         self._guard = guard
         self._drain_timeout_s = drain_timeout_s
         self._drained_by_s = 0.0
+        self._is_closing = False
         self._admin = admin
         self._source = source
         self._drain_task: asyncio.Task[None] | None = None
@@ -136,6 +137,7 @@ class DrainingServer(uvicorn.Server):
         """
         if self._source is not None:
             self._source.stop()
+        self._is_closing = True
         left_s = max(FLUSH_S, self._drained_by_s - time.monotonic())
         asyncio.get_running_loop().call_later(left_s, self._guard.abort)
         if self._admin is not None:
@@ -154,9 +156,13 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Schedules the drain; called in a signal handler."""
-        if self._loop is None or self._drain_task is not None:
+        if self._loop is None:
+            super().handle_exit(sig, frame)
+        elif self._drain_task is not None:
             self._drained_by_s = 0.0
             super().handle_exit(sig, frame)
+            if self._is_closing:
+                self._loop.call_soon_threadsafe(self._guard.abort)
         else:
             self._loop.call_soon_threadsafe(self._begin_drain)
 
@@ -171,7 +177,8 @@ class DrainingServer(uvicorn.Server):
         if segmenter is not None:
             logger.info("draining: %d images in flight", segmenter.admission.images)
             segmenter.admission.close()
-            self._guard.refuse_bodies(Draining("the server is going down"))
+            for guard in [self._guard, *([self._admin.guard] if self._admin else [])]:
+                guard.refuse_bodies(Draining("the server is going down"))
             if not await segmenter.finish_accepted():
                 await segmenter.give_up()
         self.should_exit = True

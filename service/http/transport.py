@@ -31,8 +31,8 @@ class GuardedTransport(asyncio.Transport):
         self._sent_ahead = 0
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
-        """Writes; skips what `send_ahead` has sent of a response."""
-        if self._has_ended:
+        """Writes, unless the connection is closing; skips what `send_ahead` has sent."""
+        if self.is_closing():
             return
         if self._sent_ahead:
             data = data[self._sent_ahead :]
@@ -46,7 +46,7 @@ class GuardedTransport(asyncio.Transport):
         A client that has closed the connection answers with a reset. One that has only ended its
         sending side gets the start of its response early.
         """
-        if self._sent_ahead == len(RESPONSE_START):
+        if self._sent_ahead == len(RESPONSE_START) or self.is_closing():
             return False
         self.wrapped.write(RESPONSE_START[self._sent_ahead : self._sent_ahead + 1])
         self._sent_ahead += 1
