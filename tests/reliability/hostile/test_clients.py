@@ -6,7 +6,7 @@ A case is a function of a `Target`; see `wire.py` for what a client can do. Regi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -15,12 +15,9 @@ from _pytest.mark.structures import ParameterSet
 from tests.reliability.conftest import Report
 from tests.reliability.hostile.target import (
     BODY_BYTES,
-    MAX_BODIES_BYTES,
     MAX_BODY_BYTES,
-    PICTURE,
     TARGETS,
     Target,
-    ask,
 )
 from tests.support.waiting import poll_until
 
@@ -233,20 +230,6 @@ def bodies_that_are_too_large(target: Target) -> None:
 
 
 @case
-def bodies_that_fill_the_memory(target: Target) -> None:
-    count = 2 * MAX_BODIES_BYTES // MAX_BODY_BYTES
-    with ExitStack() as stack:
-        wires = [stack.enter_context(target.connect()) for _ in range(2 * count)]
-        for wire in wires:
-            wire.send(target.build_post(bytes(MAX_BODY_BYTES - 10), length=MAX_BODY_BYTES))
-        assert target.read_metric(BODY_BYTES) <= MAX_BODIES_BYTES
-        assert ask(target.main_port, "POST", "/segment", PICTURE)[0] == 200
-        statuses = [wire.read_until_closed()[9:12] for wire in wires]
-    assert statuses.count(b"503") >= count
-    assert set(statuses) <= {b"503", b"408"}
-
-
-@case
 def chunked_framing_without_end(target: Target) -> None:
     head = target.build_head(CHUNKED) + b"\r\n"
     for framing in (
@@ -334,13 +317,18 @@ def twenty_resets_a_second(target: Target) -> None:
         target.connect().send(GET_HEALTH).reset()
 
 
-def _list_cases() -> Iterator[ParameterSet]:
+def _list_cases() -> list[ParameterSet]:
     """All cases against one process; against the others the short ones, the rest marked slow."""
-    for name in TARGETS:
-        for attack in CASES:
-            is_slow = name != "process" and attack in LONG
-            marks = [pytest.mark.slow] if is_slow else []
-            yield pytest.param(name, attack, id=f"{name}-{attack.__name__}", marks=marks)
+    return [
+        pytest.param(
+            name,
+            attack,
+            id=f"{name}-{attack.__name__}",
+            marks=[pytest.mark.slow] if name != "process" and attack in LONG else [],
+        )
+        for name in TARGETS
+        for attack in CASES
+    ]
 
 
 @pytest.mark.parametrize(("target", "attack"), _list_cases(), indirect=["target"])

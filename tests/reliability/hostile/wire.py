@@ -68,7 +68,7 @@ class Wire:
         """Sends pieces with pauses, until the server closes; an attentive client also stops when it
         is answered."""
         for start in range(0, len(data), piece):
-            if not self.sent_all or (attentive and self._can_read(0)):
+            if not self.sent_all or (attentive and self.is_answered()):
                 break
             self.send(data[start : start + piece])
             time.sleep(pause_s)
@@ -108,6 +108,10 @@ class Wire:
         end = len(rest) if length is None else length
         self._received = bytearray(rest[end:])
         return rest[:end]
+
+    def is_answered(self) -> bool:
+        """Whether there is something to read, or the server has closed."""
+        return bool(self._received) or self._can_read(0)
 
     def expect_close(self, within_s: float = 10.0) -> None:
         """Waits for the server to close; no other response may come before."""
