@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 
 from service.errors import Overloaded, ServiceError
 from service.http.guard import GuardedProtocol
-from service.http.limits import ConnectionLimits, RequestBodies
+from service.http.limits import ConnectionLimits, RequestBodies, return_free_memory
 from service.http.refusals import get_reason
 from service.observe.metrics import Metrics
 
@@ -112,9 +112,12 @@ class ConnectionGuard:
 
     def _check(self) -> None:
         self._timer = None
+        loop = asyncio.get_running_loop()
+        if self.bodies.has_shrunk():
+            loop.run_in_executor(None, return_free_memory)
         connections = (*self._served, *self._excess)
         if connections:
-            self._timer = asyncio.get_running_loop().call_later(_CHECK_S, self._check)
+            self._timer = loop.call_later(_CHECK_S, self._check)
         now_s = time.monotonic()
         for connection in connections:
             connection.check(now_s)

@@ -29,7 +29,7 @@ from service.errors import (
     InvalidRequest,
     ServiceError,
 )
-from service.http.limits import Window
+from service.http.limits import RateWindow
 from service.http.refusals import REFUSAL, build_response
 from service.http.request_head import check_head, rebuild_head
 from service.http.transport import GuardedTransport
@@ -105,8 +105,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._received = 0  # bytes of its body
         self._began_in_piece = False
         self._held: deque[int] = deque()  # body bytes in memory, of each unanswered request
-        self._arrival = Window(limits.body_timeout_s, limits.min_rate)
-        self._departure = Window(limits.write_timeout_s, limits.min_rate)
+        self._arrival = RateWindow(limits.body_timeout_s, limits.min_rate)
+        self._departure = RateWindow(limits.write_timeout_s, limits.min_rate)
         self._is_writing = False
         self._running: RequestResponseCycle | None = None  # not the newest of pipelined requests
         self._is_deaf = False  # what still arrives is dropped

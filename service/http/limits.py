@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +11,7 @@ from service.errors import Overloaded, ServiceError
 from service.settings import Settings
 
 BODY_BYTES = "body_bytes"
+_MUCH_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,9 @@ class ConnectionLimits:
         retry_after_s: Of a rejected connection.
         head_timeout_s: From the first byte of a request to the end of its headers; also how long
             a new connection may be silent.
-        body_timeout_s: Window in which a body must arrive at `min_rate`.
+        body_timeout_s: RateWindow in which a body must arrive at `min_rate`.
         body_total_s: From the end of the headers to the end of the body.
-        write_timeout_s: Window in which a client must take its response at `min_rate`.
+        write_timeout_s: RateWindow in which a client must take its response at `min_rate`.
         min_rate: Least rate in both directions.
         keep_alive_s: Between two requests.
     """
@@ -51,7 +54,7 @@ class ConnectionLimits:
         )
 
 
-class Window:
+class RateWindow:
     """Checks that a transfer moves enough bytes in each period of time.
 
     Args:
@@ -113,11 +116,13 @@ class RequestBodies:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held = 0
+        self._most_held = 0
         self._arriving: set[BodySource] = set()
 
     def add(self, source: BodySource, count: int) -> None:
         """Counts bytes that `source` has received and already includes in `arriving_bytes`."""
         self.held += count
+        self._most_held = max(self._most_held, self.held)
         self._arriving.add(source)
         while self.held > self.max_bytes and self._arriving:
             largest = max(self._arriving, key=lambda other: other.arriving_bytes)
@@ -137,3 +142,17 @@ class RequestBodies:
     def release(self, count: int) -> None:
         """Bytes are not held any more."""
         self.held -= count
+
+    def has_shrunk(self) -> bool:
+        """Whether much memory was released since this was last true."""
+        if self._most_held - self.held < _MUCH_BYTES:
+            return False
+        self._most_held = self.held
+        return True
+
+
+def return_free_memory() -> None:
+    """Has the C library give freed memory back to the system; glibc alone keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

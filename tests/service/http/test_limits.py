@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
 from service.errors import ServiceError
-from service.http.limits import ConnectionLimits, RequestBodies, Window
+from service.http.limits import ConnectionLimits, RateWindow, RequestBodies, return_free_memory
 from service.settings import Settings
+from tests.support.memory import read_resident_bytes
 
 
 def test_limits_are_the_settings() -> None:
@@ -32,11 +36,11 @@ def test_limits_are_the_settings() -> None:
 
 @pytest.mark.parametrize(("rate", "least"), [(0, 1), (0.01, 1), (100, 200)])
 def test_a_window_asks_for_at_least_one_byte(rate: float, least: int) -> None:
-    assert Window(2, rate).least == least
+    assert RateWindow(2, rate).least == least
 
 
 def test_each_window_is_judged_for_itself() -> None:
-    window = Window(2, 100)
+    window = RateWindow(2, 100)
     window.begin(10, 1000)
     assert not window.is_stalled(11.9, 1000)
     assert not window.is_stalled(12, 1200)
@@ -92,3 +96,30 @@ def test_a_complete_body_is_never_refused() -> None:
     bodies.release(99)
     late.receive(100)
     assert len(late.errors) == 1
+
+
+def test_memory_is_returned_once_after_much_was_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.limits._MUCH_BYTES", 100)
+    bodies = RequestBodies(1000)
+    source = Source(bodies)
+    source.receive(150)
+    assert not bodies.has_shrunk()
+    bodies.release(99)
+    assert not bodies.has_shrunk()
+    bodies.release(1)
+    assert bodies.has_shrunk()
+    assert not bodies.has_shrunk()
+    source.receive(100)
+    bodies.release(100)
+    assert bodies.has_shrunk()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    before = read_resident_bytes(os.getpid())
+    blocks = [bytes(60_000) for _ in range(3000)]
+    pins = blocks[::500]
+    blocks.clear()
+    return_free_memory()
+    assert read_resident_bytes(os.getpid()) < before + 60_000_000
+    assert len(pins) == 6
