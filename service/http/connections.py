@@ -83,12 +83,9 @@ class ConnectionGuard:
 
     def may_serve_excess(self, method: bytes, target: bytes) -> bool:
         """Whether a request is served on a connection above the limit."""
-        serving = sum(connection.is_answering for connection in self._excess)
-        return (
-            serving < _MAX_SERVED_IN_EXCESS
-            and method in (b"GET", b"HEAD")
-            and target.partition(b"?")[0] in _SERVED_IN_EXCESS
-        )
+        if method not in (b"GET", b"HEAD") or target.partition(b"?")[0] not in _SERVED_IN_EXCESS:
+            return False
+        return sum(other.is_answering for other in self._excess) < _MAX_SERVED_IN_EXCESS
 
     def build_rejection(self) -> ServiceError:
         """The error of a request above the limit of connections."""

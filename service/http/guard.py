@@ -119,11 +119,6 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
-    def is_excess(self) -> bool:
-        """Whether it is above the limit of connections."""
-        return self._is_excess
-
-    @property
     def arriving_bytes(self) -> int:
         """Bytes held of the body that is not complete."""
         return self._held[-1] if self._held and self._phase is Phase.BODY else 0
