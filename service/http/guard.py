@@ -14,7 +14,6 @@ import logging
 import socket
 import time
 from collections import deque
-from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -46,6 +45,8 @@ MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 200
 _BODY_PER_FRAMING = 4
 """Body bytes of a chunked body that allow one byte more of framing."""
+_IDLE, _HEAD, _BODY = "no request", "request line and headers", "body"
+"""What the next bytes of a connection belong to. In Python 3.11 an Enum is slow to access."""
 _MAX_PIPELINED = 16
 """Requests that may wait behind the one in work."""
 _LINGER_S = 2.0
@@ -57,14 +58,6 @@ _UNSENT_BYTES = 131_072
 a slow client would not seem to take anything."""
 _PROBE_S = (0.01, 0.05, 0.25, 1.0, 4.0, 15.0, 60.0, 240.0)
 """Times between `GuardedTransport.send_ahead`."""
-
-
-class Phase(Enum):
-    """What the next bytes of a connection belong to."""
-
-    IDLE = "no request"
-    HEAD = "request line and headers"
-    BODY = "body"
 
 
 class _Stop(Exception):
@@ -99,7 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._limits = limits
         self.url = b""
         self._is_excess = False
-        self._phase = Phase.HEAD
+        self._phase = _HEAD
         self._since_s = time.monotonic()  # the phase began
         self._fed = 0  # bytes of this request, its body included
         self._received = 0  # bytes of its body
@@ -121,7 +114,7 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def arriving_bytes(self) -> int:
         """Bytes held of the body that is not complete."""
-        return self._held[-1] if self._held and self._phase is Phase.BODY else 0
+        return self._held[-1] if self._held and self._phase is _BODY else 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Takes a place of the guard; without one the connection serves health routes alone."""
@@ -155,15 +148,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         start = 0
         while start < len(data) and not self._is_deaf:
-            if self._phase is Phase.IDLE:
+            if self._phase is _IDLE:
                 self._begin_head()
-            room = MAX_HEAD_BYTES - self._fed if self._phase is Phase.HEAD else MAX_HEAD_BYTES
+            room = MAX_HEAD_BYTES - self._fed if self._phase is _HEAD else MAX_HEAD_BYTES
             piece = data[start : start + room]
             start += len(piece)
             self._feed(piece)
 
     def _begin_head(self) -> None:
-        self._phase = Phase.HEAD
+        self._phase = _HEAD
         self._since_s = time.monotonic()
         self._fed = 0
         self.url = b""
@@ -185,9 +178,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._began_in_piece:
             return  # its share of the piece is not known
         self._fed += len(piece)
-        if self._phase is Phase.HEAD and self._fed >= MAX_HEAD_BYTES:
+        if self._phase is _HEAD and self._fed >= MAX_HEAD_BYTES:
             self._fail(HeadTooLarge(f"the request line and headers exceed {MAX_HEAD_BYTES} bytes"))
-        elif self._phase is Phase.BODY:
+        elif self._phase is _BODY:
             framing = self._fed - self._received
             if framing > MAX_HEAD_BYTES + self._received // _BODY_PER_FRAMING:
                 self._fail(InvalidRequest(f"{framing} bytes frame a body of {self._received}"))
@@ -207,25 +200,19 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Starts the counts of a request."""
-        if self._phase is Phase.IDLE:
+        if self._phase is _IDLE:
             self._begin_head()
             self._began_in_piece = True
         self._received = 0
         super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Bounds the number of headers; drops trailers, which are read after the headers."""
-        if self._phase is Phase.BODY:
-            return
-        if len(self.headers) == MAX_HEADERS:
-            raise _Stop(HeadTooLarge(f"the request has more than {MAX_HEADERS} headers"))
-        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Refuses a malformed request, and one that a connection above the limit may not send."""
         method = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             return  # _ignore_upgrade follows
+        if len(self.headers) > MAX_HEADERS:
+            raise _Stop(HeadTooLarge(f"the request has more than {MAX_HEADERS} headers"))
         wrong = check_head(method, self.parser.get_http_version(), self.headers)
         if wrong is not None:
             raise _Stop(InvalidRequest(wrong))
@@ -234,7 +221,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.pipeline) == _MAX_PIPELINED:
             raise _Stop(InvalidRequest(f"more than {_MAX_PIPELINED} pipelined requests"))
         super().on_headers_complete()
-        self._phase = Phase.BODY
+        self.headers = []  # of trailers, which are dropped
+        self._phase = _BODY
         self._since_s = time.monotonic()
         self._arrival.begin(self._since_s, 0)
         self._held.append(0)
@@ -256,7 +244,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The next bytes belong to another request."""
         if self._is_deaf or self.parser.should_upgrade():
             return
-        self._phase = Phase.IDLE
+        self._phase = _IDLE
         self._since_s = time.monotonic()
         self._guard.bodies.complete(self)
         super().on_message_complete()
@@ -265,7 +253,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Releases the body; called by uvicorn."""
         if self._held:  # else the connection is lost
             self._guard.bodies.release(self._held.popleft())
-        if self._phase is Phase.IDLE:
+        if self._phase is _IDLE:
             self._since_s = time.monotonic()
         super().on_response_complete()
 
@@ -305,7 +293,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _fail(self, error: ServiceError) -> None:
         """Refuses the request that is being received, and drops what follows."""
-        if self._phase is Phase.BODY:
+        if self._phase is _BODY:
             self.refuse_body(error)
         elif self.is_answering:  # a response now would be taken for the answer to that request
             self._is_deaf = True
@@ -319,7 +307,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def refuse_body(self, error: ServiceError) -> None:
         """Has the application answer with the error, and drops and releases the body."""
-        if self._phase is not Phase.BODY or self._is_deaf:
+        if self._phase is not _BODY or self._is_deaf:
             return
         self._is_deaf = True
         cycle = self.cycle
@@ -339,7 +327,7 @@ class GuardedProtocol(HttpToolsProtocol):
         transport = self.transport.wrapped
         if self._linger_until_s is not None or transport.is_closing():
             return
-        if self._phase is Phase.IDLE or (not self._fed and self._phase is Phase.HEAD):
+        if self._phase is _IDLE or (not self._fed and self._phase is _HEAD):
             transport.close()
             return
         self._is_deaf = True
@@ -370,7 +358,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._is_deaf:
             return
-        elif self._phase is Phase.BODY:
+        elif self._phase is _BODY:
             self._check_body(now_s)
         elif not self.is_answering:
             self._check_idle(now_s - self._since_s)
@@ -397,7 +385,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._fail(BodyTimeout(text))
 
     def _check_idle(self, elapsed_s: float) -> None:
-        if self._phase is Phase.IDLE:
+        if self._phase is _IDLE:
             if elapsed_s > self._limits.keep_alive_s:
                 self.transport.close()
             return
