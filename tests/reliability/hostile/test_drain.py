@@ -43,7 +43,7 @@ def test_slow_clients_do_not_delay_the_end(name: str, tmp_path: Path, report: Re
         seconds = time.monotonic() - began_s
         assert "Traceback" not in server.read_log()
     report("ended_after_s", seconds)
-    assert DRAIN_S - 0.5 < seconds < DRAIN_S + 8
+    assert seconds < DRAIN_S + 8
 
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
