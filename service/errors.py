@@ -9,8 +9,10 @@
     │   ├── TooManyImages         more images than the server can ever admit
     │   └── TooManyCanvases       an image that needs more canvases than allowed
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
-    ├── BodyTimeout               the client stopped sending the body
+    ├── BodyTimeout               the body arrives too slowly
     ├── UnsupportedEncoding       a compressed body
+    ├── HeadTooLarge              request line and headers exceed the limits
+    ├── HeadTimeout               request line and headers arrive too slowly
     ├── Unauthorized              no API key, or an unknown one
     ├── Forbidden                 the API key lacks the permission
     ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
@@ -96,7 +98,7 @@ class BodyTooLarge(ServiceError):
 
 
 class BodyTimeout(ServiceError):
-    """No data of the body arrived within the timeout."""
+    """The body arrives too slowly, or takes too long."""
 
     code = "body_timeout"
 
@@ -105,6 +107,18 @@ class UnsupportedEncoding(ServiceError):
     """The body is compressed."""
 
     code = "unsupported_encoding"
+
+
+class HeadTooLarge(ServiceError):
+    """The request line and headers have too many bytes, or there are too many headers."""
+
+    code = "head_too_large"
+
+
+class HeadTimeout(ServiceError):
+    """The request line and headers took too long."""
+
+    code = "head_timeout"
 
 
 class Unauthorized(ServiceError):
@@ -167,7 +181,7 @@ class Overloaded(ServiceError):
     """A limit of the server is reached.
 
     Attributes:
-        reason: The limit: "queue_canvases", "client_share" or "connections".
+        reason: The limit: "queue_canvases", "client_share", "connections" or "body_bytes".
     """
 
     code = "overloaded"
@@ -253,6 +267,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unknown_version": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
+    "head_timeout": 408,
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,
@@ -263,6 +278,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "invalid_parameter": 422,
     "quota_exceeded": 429,
     "too_many_wrong_keys": 429,
+    "head_too_large": 431,
     "internal_error": 500,
     "engine_error": 500,
     "overloaded": 503,

@@ -145,6 +145,13 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[
         PositiveInt, Field(description="largest request body, bytes; counted before parsing")
     ] = 64 * MIB
+    max_bodies_bytes: Annotated[
+        PositiveInt,
+        Field(
+            description="bytes of request bodies in memory; beyond it the largest one that is "
+            "still arriving is answered 503. Raised to max_body_bytes if not set"
+        ),
+    ] = 512 * MIB
     max_image_pixels: Annotated[
         PositiveInt, Field(description="largest image, pixels; read from its header")
     ] = 50_000_000
@@ -174,10 +181,35 @@ class Settings(BaseSettings):
         PositiveInt,
         Field(description="connections served at once; more are answered 503 unread"),
     ] = 1000
+    head_timeout_s: Annotated[
+        float, Field(gt=0, description="longest time for a request's headers, s; then 408")
+    ] = 30.0
     body_timeout_s: Annotated[
         float,
-        Field(gt=0, description="longest pause while a request's body is received, s; then 408"),
+        Field(gt=0, description="period in which a body must arrive at min_rate, s; then 408"),
     ] = 30.0
+    body_total_s: Annotated[
+        float, Field(gt=0, description="longest time for a request's body, s; then 408")
+    ] = 600.0
+    write_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="period in which a client must take its response at min_rate, s; then the "
+            "connection is closed",
+        ),
+    ] = 30.0
+    min_rate: Annotated[
+        float, Field(ge=0, description="least rate of bodies and of responses, bytes/s")
+    ] = 1024.0
+    keep_alive_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="how long a connection may wait for its next request, s; must exceed the "
+            "proxy's own idle time",
+        ),
+    ] = 75.0
     request_timeout_ms: Annotated[
         PositiveInt, Field(description="deadline of requests that give none, ms; then 504")
     ] = 600_000
@@ -247,6 +279,17 @@ class Settings(BaseSettings):
                     "queue, so the largest allowed image could not be admitted"
                 )
             object.__setattr__(self, "max_image_canvases", share)
+        return self
+
+    @model_validator(mode="after")
+    def _bodies_hold_a_body(self) -> Settings:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            if "max_bodies_bytes" in self.model_fields_set:
+                raise ValueError(
+                    f"max_bodies_bytes {self.max_bodies_bytes} is below max_body_bytes "
+                    f"{self.max_body_bytes}: the largest allowed body could not be received"
+                )
+            object.__setattr__(self, "max_bodies_bytes", self.max_body_bytes)
         return self
 
     @model_validator(mode="after")

@@ -153,7 +153,7 @@ def _add_middleware(
     app.add_middleware(
         BodyLimitMiddleware,
         max_bytes=settings.max_body_bytes,
-        timeout_s=settings.body_timeout_s,
+        retry_after_s=settings.retry_after_s,
         metrics=metrics,
     )
     app.add_middleware(

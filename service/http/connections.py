@@ -1,60 +1,62 @@
-"""Limits the number of connections, and closes those that send no request.
-
-A connection above the limit is cheap: its first bytes are answered with 503, without an HTTP
-parser, a task or the application. Health and metrics routes are exempt, so that an overloaded
-server does not look like a dead one.
-"""
+"""All connections of one server: their number, their timeouts, and their end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any, cast
+import time
+from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import ServerState
 
-from service.errors import Overloaded, build_error_body, describe_error
+from service.errors import Overloaded, ServiceError
+from service.http.guard import GuardedProtocol
+from service.http.limits import ConnectionLimits, RequestBodies, return_free_memory
+from service.http.refusals import get_reason
 from service.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 REASON = "connections"
-_EXEMPT = (b"GET /healthz ", b"GET /v2/health/", b"GET /metrics ")
-_LINGER_S = 2.0
-"""Lifetime of a rejected connection: closing earlier could reset it before the response is read."""
+_SERVED_IN_EXCESS = frozenset((b"/healthz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"))
+_MAX_SERVED_IN_EXCESS = 16
+"""Requests of connections above the limit that are served at once."""
+_CHECK_S = 0.25
+"""Time between checks of the connections' timeouts."""
 _RESERVED_FILES = 200
 """File descriptors needed besides connections."""
 
 
-class ConnectionLimit:
-    """Protocol factory for uvicorn: its own protocol up to the limit, above it `Rejection`.
+class ConnectionGuard:
+    """Protocol factory for uvicorn, and the owner of a server's connections.
+
+    Up to `max_connections` are served. As many more may be open, each for one request: health
+    and metrics routes are answered, so that an overloaded server does not look like a dead one,
+    everything else gets 503. Beyond that the oldest one that is not being answered is closed.
 
     Args:
-        max_connections: Most connections served at once. The same number may be in rejection at
-            once; further ones are closed without a response.
-        retry_after_s: Retry-After of a rejection, seconds.
+        limits: Of each connection, and their number.
+        bodies: Counts the bytes of bodies; may be shared by the servers of a process.
         metrics: Counts rejections.
-        serve: Factory of the serving protocol; default: uvicorn's.
+        cors_origins: As in the settings.
     """
 
     def __init__(
         self,
-        max_connections: int,
-        retry_after_s: int,
+        limits: ConnectionLimits,
+        bodies: RequestBodies,
         metrics: Metrics,
-        serve: Callable[..., asyncio.Protocol] = AutoHTTPProtocol,
+        cors_origins: str = "",
     ) -> None:
-        self.max_connections = max_connections
-        self.rejected: set[Rejection] = set()
-        self._serve = serve
-        self._rejections = metrics.rejections.labels(REASON)
-        self._retry_after_s = retry_after_s
-        self._connections: set[Any] = set()
-        self._silent: dict[Any, Any] = {}
+        self.limits = limits
+        self.cors_origins = cors_origins
+        self.bodies = bodies
+        self._rejections = metrics.rejections
+        self._served: set[GuardedProtocol] = set()
+        self._excess: dict[GuardedProtocol, None] = {}  # oldest first
+        self._timer: asyncio.TimerHandle | None = None
 
     def __call__(
         self,
@@ -64,98 +66,66 @@ class ConnectionLimit:
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> asyncio.Protocol:
         """Returns the protocol of a new connection; called by uvicorn."""
-        self._connections = server_state.connections
+        return GuardedProtocol(self, config, server_state, app_state, _loop)
 
-        def build() -> asyncio.Protocol:
-            return self._serve(config, server_state, app_state, _loop)
+    def add(self, connection: GuardedProtocol) -> bool:
+        """Takes a new connection; whether it is within the limit."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_CHECK_S, self._check)
+        if len(self._served) < self.limits.max_connections:
+            self._served.add(connection)
+            return True
+        if len(self._excess) >= self.limits.max_connections:
+            waiting = (other for other in self._excess if not other.is_answering)
+            oldest = next(waiting, connection)
+            self._excess.pop(oldest, None)
+            self.count(self.build_rejection())
+            oldest.transport.abort()
+        self._excess[connection] = None
+        return False
 
-        if len(self._connections) < self.max_connections:
-            return build()
-        return Rejection(self, build)
+    def discard(self, connection: GuardedProtocol) -> None:
+        """Forgets a connection that is closed."""
+        self._served.discard(connection)
+        self._excess.pop(connection, None)
 
-    def reject(self, path: str) -> bytes:
-        """Counts a rejection and returns the complete response to a request for that path."""
-        self._rejections.inc()
-        text = f"the limit of {self.max_connections} connections is reached"
-        status, detail = describe_error(Overloaded(text, REASON))
-        body = build_error_body(detail, path)
-        head = (
-            f"HTTP/1.1 {status} Service Unavailable\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            f"retry-after: {self._retry_after_s}\r\n"
-            "x-content-type-options: nosniff\r\n"
-            "connection: close\r\n\r\n"
-        )
-        return head.encode() + body
+    def may_serve_excess(self, method: bytes, target: bytes) -> bool:
+        """Whether a request is served on a connection above the limit."""
+        if method not in (b"GET", b"HEAD") or target.partition(b"?")[0] not in _SERVED_IN_EXCESS:
+            return False
+        return sum(other.is_answering for other in self._excess) < _MAX_SERVED_IN_EXCESS
 
-    def close_silent(self) -> None:
-        """Closes the connections without a request since the last call.
+    def build_rejection(self) -> ServiceError:
+        """The error of a request above the limit of connections."""
+        text = f"the limit of {self.limits.max_connections} connections is reached"
+        return Overloaded(text, REASON)
 
-        uvicorn has a timeout for idle keep-alive connections, but none for connections that have
-        sent nothing or only part of a request's head.
-        """
-        silent = {
-            connection: connection.cycle
-            for connection in self._connections
-            if connection.cycle is None or connection.cycle.response_complete
-        }
-        for connection, cycle in silent.items():
-            if connection in self._silent and self._silent[connection] is cycle:
-                connection.transport.close()
-        self._silent = silent
+    def count(self, error: ServiceError) -> None:
+        """Counts a refusal that the application does not see."""
+        self._rejections.labels(get_reason(error)).inc()
+        logger.debug("a request was refused: %s", error)
 
+    def refuse_bodies(self, error: ServiceError) -> None:
+        """Refuses every request whose body is not complete."""
+        for connection in (*self._served, *self._excess):
+            connection.refuse_body(error)
 
-class Rejection(asyncio.Protocol):
-    """Answers the first bytes with 503 and drops the rest; passes exempt routes to `serve`.
+    def abort(self) -> None:
+        """Closes every connection at once."""
+        for connection in (*self._served, *self._excess):
+            connection.transport.abort()
 
-    Args:
-        limit: Creates the response and tracks the rejected connections.
-        serve: Factory of the serving protocol.
-    """
-
-    def __init__(self, limit: ConnectionLimit, serve: Callable[[], asyncio.Protocol]) -> None:
-        self._limit = limit
-        self._serve = serve
-        self._transport: asyncio.Transport
-        self._timer: asyncio.TimerHandle | None = None
-        self._answered = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Starts the timeout; aborts if too many connections are in rejection."""
-        # The cast is needed because uvloop's transport is no subclass of asyncio.Transport.
-        self._transport = cast(asyncio.Transport, transport)
-        if len(self._limit.rejected) >= self._limit.max_connections:
-            self._limit.reject("")
-            self._transport.abort()
-            return
-        self._limit.rejected.add(self)
-        self._timer = asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        """Rejects or serves, depending on the first bytes; later data are dropped."""
-        if self._answered:
-            return
-        if data.startswith(_EXEMPT):
-            self._release()
-            protocol = self._serve()
-            self._transport.set_protocol(protocol)
-            protocol.connection_made(self._transport)
-            protocol.data_received(data)
-        else:
-            self._answered = True
-            path = data.split(b" ", 2)[1:2]
-            response = self._limit.reject(path[0].decode("latin-1") if path else "")
-            self._transport.write(response)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Releases the connection and cancels its timeout."""
-        self._release()
-
-    def _release(self) -> None:
-        self._limit.rejected.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
+    def _check(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        if self.bodies.has_shrunk():
+            loop.run_in_executor(None, return_free_memory)
+        connections = (*self._served, *self._excess)
+        if connections:
+            self._timer = loop.call_later(_CHECK_S, self._check)
+        now_s = time.monotonic()
+        for connection in connections:
+            connection.check(now_s)
 
 
 def raise_file_limit(max_connections: int) -> None:
@@ -164,7 +134,7 @@ def raise_file_limit(max_connections: int) -> None:
         return
     import resource  # Unix only
 
-    needed = 2 * max_connections + _RESERVED_FILES  # served and rejected
+    needed = 2 * max_connections + _RESERVED_FILES  # within the limit and above
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return

@@ -5,7 +5,6 @@ Not BaseHTTPMiddleware: behind that a handler never learns that its client has l
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -17,13 +16,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import (
-    BodyTimeout,
     BodyTooLarge,
+    Draining,
+    Overloaded,
     ServiceError,
     build_error_body,
     describe_error,
 )
 from service.http.exchange import REQUEST_ID, WatchedExchange
+from service.http.refusals import REFUSAL, get_reason
 from service.observe.metrics import WORK_ROUTES, Metrics
 from service.observe.timing import Interval
 from service.observe.tracing import TracedImage, TracedRequest, Tracer, collect_images
@@ -147,45 +148,42 @@ def describe_request(
     return TracedRequest(headers, attributes, f"{method} {route}", ran, status, images)
 
 
-async def send_error(send: Send, error: Exception, path: str, *, close: bool = False) -> None:
+async def send_error(
+    send: Send, error: Exception, path: str, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
     """Sends an error's response, for where there is no framework around.
 
     Args:
         send: ASGI's.
         error: Whose response.
         path: The request's.
-        close: The body is complete for the client, but the exchange stays open for the caller
-            to end; the connection is closed then.
+        headers: Sent too.
     """
     status, detail = describe_error(error)
     body = build_error_body(detail, path)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": close})
+    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": body})
 
 
 class BodyLimitMiddleware:
-    """Counts a body's bytes before anything parses them; 413 beyond the limit, 408 if it stalls.
+    """Counts a body's bytes before anything parses them; answers bodies that are refused.
 
     A body that announces its length is refused before it is read, a chunked one as soon as it
-    has passed the limit. What the client still sends is then read and dropped for a while,
-    because closing at once could destroy the response before the client has seen it.
+    has passed the limit. `service.http.guard` refuses the others: slow ones, and those for which
+    there is no memory. The connection is closed after the answer.
 
     Args:
         app: What it wraps.
         max_bytes: The limit.
-        timeout_s: How long nothing of the body may come, seconds.
+        retry_after_s: Retry-After of a 503, seconds.
         metrics: Where rejections are counted.
     """
 
-    linger_s = 2.0
-
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, retry_after_s: int, metrics: Metrics) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self.timeout_s = timeout_s
+        self.retry_after_s = retry_after_s
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -196,7 +194,7 @@ class BodyLimitMiddleware:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
             refused = self._too_large(f"the body has {announced} bytes")
-            await self._refuse(refused, scope, receive, send)
+            await self._refuse(refused.error, scope, send)
             return
         received = 0
         more_body = True
@@ -204,14 +202,12 @@ class BodyLimitMiddleware:
 
         async def watched_receive() -> Message:
             nonlocal received, more_body
+            message = await receive()
             if not more_body:
-                return await receive()
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    message = await receive()
-            except TimeoutError:
-                text = f"nothing more of the body came in {self.timeout_s:g} s"
-                raise _Refused(BodyTimeout(f"{text}; {received} bytes were here")) from None
+                return message
+            refusal = scope.get("state", {}).get(REFUSAL)
+            if refusal is not None:
+                raise _Refused(refusal)
             received += len(message.get("body", b""))
             more_body = message.get("more_body", False)
             if received > self.max_bytes:
@@ -227,22 +223,17 @@ class BodyLimitMiddleware:
             await self.app(scope, watched_receive, watched_send)
         except _Refused as refused:
             if not started:
-                await self._refuse(refused, scope, receive, send)
+                await self._refuse(refused.error, scope, send)
 
     def _too_large(self, found: str) -> _Refused:
         return _Refused(BodyTooLarge(f"{found}, the limit is {self.max_bytes}"))
 
-    async def _refuse(self, refused: _Refused, scope: Scope, receive: Receive, send: Send) -> None:
-        self.metrics.rejections.labels(refused.error.code).inc()
-        await send_error(send, refused.error, scope["path"], close=True)
-        try:
-            async with asyncio.timeout(self.linger_s):
-                message = await receive()
-                while message["type"] == "http.request" and message.get("more_body", False):
-                    message = await receive()
-        except TimeoutError:
-            logger.debug("a refused body was still being sent after %s s", self.linger_s)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _refuse(self, error: ServiceError, scope: Scope, send: Send) -> None:
+        self.metrics.rejections.labels(get_reason(error)).inc()
+        headers = [(b"connection", b"close")]
+        if isinstance(error, (Overloaded, Draining)):
+            headers.append((b"retry-after", b"%d" % self.retry_after_s))
+        await send_error(send, error, scope["path"], headers)
 
 
 class _Refused(BaseException):

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.errors import Draining
 from service.http.app import create_admin_app, create_app
-from service.http.connections import ConnectionLimit, raise_file_limit
+from service.http.connections import ConnectionGuard, raise_file_limit
+from service.http.limits import ConnectionLimits, RequestBodies
 from service.http.listeners import Listeners
 from service.http.reload import Reloader
 from service.http.signals import END_S, EXIT_SIGNALS, handle_exit_signals
 from service.models.repository import Repository
+from service.observe.metrics import Metrics
 from service.protocol import Segmenter
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_ADMIN_SHUTDOWN_S = 1
-"""Timeout of admin requests still in flight when the drain has finished."""
-
-_CLOSE_SILENT_TICKS = 300
-"""Interval of `ConnectionLimit.close_silent`, in ticks of 0.1 s."""
+FLUSH_S = 1.0
+"""Time for clients to take their responses after a drain that has used all of its own; also for
+admin requests still in flight after a drain."""
+_SPARE_S = 2
+"""How much later than the guard uvicorn cancels requests."""
 
 
 class ConnectionSource(Protocol):
@@ -53,10 +58,12 @@ class AdminServer(uvicorn.Server):
 
     Args:
         config: With `lifespan="off"`: the main server runs the application's lifespan.
+        guard: The protocol factory in `config`.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, guard: ConnectionGuard) -> None:
         super().__init__(config)
+        self.guard = guard
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -70,8 +77,9 @@ class AdminServer(uvicorn.Server):
         self._task = asyncio.get_running_loop().create_task(serving, name="admin")
 
     async def end(self) -> None:
-        """Finishes requests in flight and closes the sockets."""
+        """Finishes requests in flight, for a short time, and closes the sockets."""
         self.should_exit = True
+        asyncio.get_running_loop().call_later(FLUSH_S, self.guard.abort)
         if self._task is not None:
             await self._task
 
@@ -84,7 +92,8 @@ class DrainingServer(uvicorn.Server):
 
     Args:
         config: Configuration of the main server.
-        limit: The protocol factory in `config`.
+        guard: The protocol factory in `config`.
+        drain_timeout_s: From the signal until the last connection is closed, seconds.
         admin: Started and stopped with this server.
         source: Provides the connections of both servers.
     """
@@ -92,12 +101,15 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        limit: ConnectionLimit,
+        guard: ConnectionGuard,
+        drain_timeout_s: float,
         source: ConnectionSource,
         admin: AdminServer | None = None,
     ) -> None:
         super().__init__(config)
-        self._limit = limit
+        self._guard = guard
+        self._drain_timeout_s = drain_timeout_s
+        self._drained_by_s = 0.0
         self._admin = admin
         self._source = source
         self._drain_task: asyncio.Task[None] | None = None
@@ -120,18 +132,22 @@ class DrainingServer(uvicorn.Server):
         await self._source.start(self, self._admin)
 
     async def on_tick(self, counter: int) -> bool:
-        """Closes silent connections; called by uvicorn every 0.1 s."""
-        if counter % _CLOSE_SILENT_TICKS == 0:
-            self._limit.close_silent()
+        """Drains if the segmenter has failed for good; called by uvicorn every 0.1 s."""
         if not self._source.has_signals and self._drain_task is None and self.failure is not None:
             signal.raise_signal(signal.SIGTERM)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops the connection source, then the admin server, then this server."""
+        """Stops the connection source, then the admin server, then this server.
+
+        What clients have not taken of their responses by the end of the drain is lost.
+        """
         self._source.stop()
+        left_s = max(FLUSH_S, self._drained_by_s - time.monotonic())
+        asyncio.get_running_loop().call_later(left_s, self._guard.abort)
         if self._admin is not None:
             await self._admin.end()
+        self.config.timeout_graceful_shutdown = math.ceil(left_s) + _SPARE_S
         await super().shutdown(sockets)
 
     @contextmanager
@@ -156,8 +172,12 @@ class DrainingServer(uvicorn.Server):
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
+        self._drained_by_s = time.monotonic() + self._drain_timeout_s
         segmenter: Segmenter = self._state.segmenter
         logger.info("draining: %d images in flight", segmenter.admission.images)
+        segmenter.admission.close()
+        for guard in [self._guard, *([self._admin.guard] if self._admin else [])]:
+            guard.refuse_bodies(Draining("the server is going down"))
         if not await segmenter.finish_accepted():
             await segmenter.give_up()
         self.should_exit = True
@@ -181,27 +201,40 @@ def build_server(
         StartupError: A port cannot be bound, or the application cannot be built.
     """
     app = create_app(settings, repository, segmenter=segmenter)
-    limit = ConnectionLimit(settings.max_connections, settings.retry_after_s, app.state.metrics)
-    raise_file_limit(settings.max_connections)
-    config = uvicorn.Config(
-        app,
-        http=cast(type[asyncio.Protocol], limit),  # uvicorn only calls it
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-    )
+    metrics: Metrics = app.state.metrics
+    bodies = RequestBodies(settings.max_bodies_bytes)
+    metrics.request_body_bytes.set_function(lambda: bodies.held)
+    limits = ConnectionLimits.of(settings)
+    raise_file_limit(settings.max_connections * (1 if settings.admin_port is None else 2))
     if source is None:
         source = Listeners(settings)
+    guard = ConnectionGuard(limits, bodies, metrics, settings.cors_origins)
+    config = _configure(app, guard, settings)
+    timeout_s = settings.drain_timeout_s
     if settings.admin_port is None:
-        return DrainingServer(config, limit, source)
-    admin_config = uvicorn.Config(
-        create_admin_app(app),
+        return DrainingServer(config, guard, timeout_s, source)
+    admin_guard = ConnectionGuard(limits, bodies, metrics)
+    admin_config = _configure(create_admin_app(app), admin_guard, settings, lifespan="off")
+    admin_config.timeout_graceful_shutdown = math.ceil(FLUSH_S) + _SPARE_S
+    admin = AdminServer(admin_config, admin_guard)
+    return DrainingServer(config, guard, timeout_s, source, admin)
+
+
+def _configure(
+    app: FastAPI,
+    guard: ConnectionGuard,
+    settings: Settings,
+    *,
+    lifespan: Literal["on", "off"] = "on",
+) -> uvicorn.Config:
+    """Configuration of a server that is given its connections."""
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], guard),  # uvicorn only calls it
+        ws="none",
         log_config=None,
         access_log=False,
-        lifespan="off",
+        lifespan=lifespan,
         server_header=False,
-        timeout_graceful_shutdown=_ADMIN_SHUTDOWN_S,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
     )
-    return DrainingServer(config, limit, source, AdminServer(admin_config))

@@ -41,6 +41,7 @@ CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
     *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
     *("unauthorized", "wrong_keys", "key_canvases", "key_rate", "connections", "body_timeout"),
+    *("body_bytes", "head_timeout", "head_too_large", "invalid_request"),
 )
 
 # An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.
@@ -158,6 +159,11 @@ class Metrics:
         )
         self.in_flight_requests = Gauge(
             "solo_in_flight_requests", "Requests for segmentation in flight", registry=registry
+        )
+        self.request_body_bytes = Gauge(
+            "solo_request_body_bytes",
+            "Bytes of request bodies in memory, those still arriving included",
+            registry=registry,
         )
         self.ready = Gauge("solo_ready", "1 if new requests are accepted", registry=registry)
         self.engine_up = Gauge(

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from service.engines.kernels.nvrtc import default_cache
 from service.http.app import create_admin_app, create_app
-from service.http.servers import _ADMIN_SHUTDOWN_S
+from service.http.servers import FLUSH_S
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.deploy import manifests as m
@@ -122,7 +122,7 @@ def check_shutdown(manifests: list[m.Manifest]) -> Iterator[str]:
     if command != "sleep":
         yield f"preStop runs {command}"
     drain_s = build_settings(manifests).drain_timeout_s
-    needed_s = int(seconds) + 2 * drain_s + _ADMIN_SHUTDOWN_S
+    needed_s = int(seconds) + drain_s + 2 * FLUSH_S
     grace_s = m.pod(manifests)["terminationGracePeriodSeconds"]
     if grace_s <= needed_s:
         yield f"the pod is killed after {grace_s} s and may need {needed_s} s"

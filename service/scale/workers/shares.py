@@ -30,5 +30,8 @@ def share(settings: Settings) -> Settings:
             "max_image_canvases": image,
             "max_decoded_pixels": math.ceil(settings.max_decoded_pixels / count),
             "max_connections": math.ceil(settings.max_connections / count),
+            "max_bodies_bytes": max(
+                settings.max_body_bytes, math.ceil(settings.max_bodies_bytes / count)
+            ),
         }
     )

@@ -2,187 +2,204 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from service.http.connections import ConnectionLimit, raise_file_limit
-from service.observe.metrics import Metrics
+from service.errors import Draining
+from service.http.connections import raise_file_limit
+from service.http.refusals import REFUSAL
+from tests.support.guarded import Client, Echo, GuardedServer
 from tests.support.metrics import render
+from tests.support.waiting import wait_until
 
-REQUEST = b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
-
-
-class Served(asyncio.Protocol):
-    """Replaces uvicorn's protocol: echoes "served" and tracks its connections."""
-
-    def __init__(self, _config: Any, state: Any, _app_state: Any, _loop: Any) -> None:
-        self._connections = state.connections
-        self._transport: Any = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        self._connections.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        self._transport.write(b"served " + data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._connections.discard(self)
+POST = b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+REJECTED = 'solo_rejections_total{reason="connections"} %.1f'
+HEALTH = (b"/healthz", b"/v2/health/live", b"/v2/health/ready", b"/metrics", b"/metrics?a=b")
 
 
-class Listening:
-    """A server with a connection limit, on a free port."""
-
-    def __init__(self, max_connections: int) -> None:
-        self.metrics = Metrics()
-        self.limit = ConnectionLimit(max_connections, 7, self.metrics, Served)
-        self.state: Any = SimpleNamespace(connections=set())
-
-    async def __aenter__(self) -> Listening:
-        loop = asyncio.get_running_loop()
-        config: Any = None
-        self._server = await loop.create_server(
-            lambda: self.limit(config, self.state, {}), "127.0.0.1", 0
-        )
-        self._port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-
-    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        streams = await asyncio.open_connection("127.0.0.1", self._port)
-        await asyncio.sleep(0.01)  # until it is accepted
-        return streams
-
-    async def ask(self, data: bytes) -> bytes:
-        """The first response bytes on a new connection; empty if it was closed."""
-        reader, writer = await self.open()
-        writer.write(data)
-        answer = await reader.read(4096)
-        writer.close()
-        return answer
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.connections._CHECK_S", 0.01)
+    monkeypatch.setattr("service.http.guard._LINGER_S", 0.3)
+    monkeypatch.setattr("service.http.guard._EXCESS_HEAD_TIMEOUT_S", 0.3)
 
 
-async def is_closed(reader: asyncio.StreamReader) -> bool:
-    """Whether the connection is closed without a response."""
-    try:
-        return not await asyncio.wait_for(reader.read(), 30)
-    except ConnectionResetError:
-        return True
+def get(path: bytes, method: bytes = b"GET") -> bytes:
+    return method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+async def fill(server: GuardedServer) -> list[Client]:
+    return [await server.connect() for _ in range(server.guard.limits.max_connections)]
 
 
 async def test_up_to_the_limit_a_connection_is_served() -> None:
-    async with Listening(2) as server:
-        _, first = await server.open()
-        assert await server.ask(REQUEST) == b"served " + REQUEST
-        assert 'reason="connections"} 0.0' in render(server.metrics)
-        first.close()
+    async with GuardedServer(Echo(), max_connections=2) as server:
+        await server.connect()
+        client = await server.connect()
+        for _ in range(3):
+            await client.send(POST)
+            assert await client.read_response() == (200, b"abc")
+        assert REJECTED % 0 in render(server.metrics)
 
 
 async def test_above_the_limit_it_is_answered_503_with_retry_after() -> None:
-    async with Listening(1) as server:
-        _, first = await server.open()
-        head, _, body = (await server.ask(REQUEST)).partition(b"\r\n\r\n")
+    echo = Echo()
+    async with GuardedServer(echo, max_connections=1) as server:
+        (first,) = await fill(server)
+        head, _, body = (await server.ask(POST)).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert b"\r\nretry-after: 7\r\n" in head
         assert head.endswith(b"\r\nconnection: close")
         assert f"content-length: {len(body)}\r\n".encode() in head
         text = b"the limit of 1 connections is reached"
         assert body == b'{"error":{"code":"overloaded","message":"' + text + b'"}}'
-        assert 'reason="connections"} 1.0' in render(server.metrics)
+        assert REJECTED % 1 in render(server.metrics)
         first.close()
-        await asyncio.sleep(0.01)
-        assert (await server.ask(REQUEST)).startswith(b"served")
+        await wait_until(lambda: not server.state.connections)
+        client = await server.connect()
+        await client.send(POST)
+        assert await client.read_response() == (200, b"abc")
+    assert len(echo.requests) == 1
 
 
 async def test_under_v2_the_error_has_the_protocols_form() -> None:
-    async with Listening(1) as server:
-        _, first = await server.open()
-        answer = await server.ask(REQUEST.replace(b"/segment", b"/v2/models/a/infer"))
+    async with GuardedServer(Echo(), max_connections=1) as server:
+        await fill(server)
+        answer = await server.ask(POST.replace(b"/segment", b"/v2/models/a/infer"))
         assert b'\r\n\r\n{"error":"the limit of 1 connections' in answer
-        first.close()
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"GET", b"\r\n\r\n", b"GET  HTTP/1.1\r\n\r\n"])
-async def test_malformed_requests_are_rejected_too(data: bytes) -> None:
-    async with Listening(1) as server:
-        _, first = await server.open()
-        assert (await server.ask(data)).startswith(b"HTTP/1.1 503 ")
-        first.close()
+@pytest.mark.parametrize("path", HEALTH)
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+async def test_health_and_metrics_are_served_above_the_limit(path: bytes, method: bytes) -> None:
+    async with GuardedServer(Echo(), max_connections=1) as server:
+        await fill(server)
+        answer = await server.ask(get(path, method))
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"connection: close\r\n" in answer
 
 
 @pytest.mark.parametrize(
-    "path", [b"/healthz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"]
+    "request_",
+    [get(b"/segment"), get(b"/healthz", b"POST"), get(b"/healthz/x"), get(b"/metricsx"), get(b"/")],
 )
-async def test_health_and_metrics_are_exempt_from_the_limit(path: bytes) -> None:
-    request = b"GET " + path + b" HTTP/1.1\r\n\r\n"
-    async with Listening(1) as server:
-        _, first = await server.open()
-        assert await server.ask(request) == b"served " + request
-        first.close()
+async def test_nothing_else_is(request_: bytes) -> None:
+    echo = Echo()
+    async with GuardedServer(echo, max_connections=1) as server:
+        await fill(server)
+        assert (await server.ask(request_)).startswith(b"HTTP/1.1 503 ")
+    assert not echo.requests
 
 
-async def test_a_rejected_connection_that_sends_nothing_times_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("service.http.connections._LINGER_S", 0.05)
-    async with Listening(1) as server:
-        _, first = await server.open()
-        reader, _ = await server.open()
-        assert await is_closed(reader)
-        first.close()
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_health_connection_serves_one_request(pieces: int) -> None:
+    echo = Echo()
+    async with GuardedServer(echo, max_connections=1) as server:
+        await fill(server)
+        client = await server.connect()
+        if pieces == 1:
+            await client.send(get(b"/healthz") + POST + get(b"/healthz"))
+        else:
+            await client.send(get(b"/healthz"))
+            await asyncio.sleep(0.05)
+            await client.send(POST)
+        assert (await client.read_all()).count(b"HTTP/1.1 ") == 1
+    assert [scope["path"] for scope in echo.requests] == ["/healthz"]
+
+
+async def test_a_body_of_a_health_request_is_not_read() -> None:
+    async with GuardedServer(Echo(), max_connections=1) as server:
+        await fill(server)
+        request = get(b"/healthz").replace(b"a\r\n\r\n", b"a\r\nContent-Length: 9000000\r\n\r\n")
+        answer = await server.ask(request + bytes(100_000))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert server.bodies.held == 0
+
+
+async def test_health_requests_served_at_once_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.connections._MAX_SERVED_IN_EXCESS", 2)
+    echo = Echo()
+    echo.hold.clear()
+    async with GuardedServer(echo, max_connections=5) as server:
+        await fill(server)
+        served = [await server.connect() for _ in range(2)]
+        for client in served:
+            await client.send(get(b"/healthz"))
+        await wait_until(lambda: len(echo.requests) == 2)
+        assert (await server.ask(get(b"/healthz"))).startswith(b"HTTP/1.1 503 ")
+        echo.hold.set()
+        assert [(await client.read_response())[0] for client in served] == [200, 200]
+
+
+async def test_one_above_the_limit_that_sends_no_request_is_closed_soon() -> None:
+    async with GuardedServer(Echo(), max_connections=1) as server:
+        await fill(server)
+        assert await server.ask(b"") == b""
+        assert (await server.ask(b"GET /healthz HTTP/1.1\r\n")).startswith(b"HTTP/1.1 503 ")
 
 
 async def test_a_rejected_client_that_keeps_sending_receives_the_response() -> None:
-    async with Listening(1) as server:
-        _, first = await server.open()
-        reader, writer = await server.open()
-        for _ in range(50):
-            writer.write(REQUEST * 1000)
-            await writer.drain()
-        assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
-        assert (await reader.read()).count(b"HTTP/1.1") == 0
-        writer.close()
-        first.close()
+    async with GuardedServer(Echo(), max_connections=1) as server:
+        await fill(server)
+        client = await server.connect()
+        reading = asyncio.ensure_future(client.read_all())
+        for _ in range(20):
+            client.writer.write(POST * 1000)
+            await asyncio.sleep(0.002)
+        answer = await reading
+        assert answer.count(b"HTTP/1.1 503 ") == answer.count(b"HTTP/1.1") == 1
 
 
-async def test_the_number_of_connections_in_rejection_is_limited() -> None:
-    async with Listening(2) as server:
-        opened = [await server.open() for _ in range(5)]
-        assert await is_closed(opened[4][0])
-        assert len(server.state.connections) == 2
-        for _, writer in opened:
-            writer.close()
-        await asyncio.sleep(0.01)
-        assert (await server.ask(REQUEST)).startswith(b"served")
+async def test_those_above_the_limit_are_bounded_and_give_way_to_newer_ones() -> None:
+    async with GuardedServer(Echo(), max_connections=3) as server:
+        await fill(server)
+        waiting = [await server.connect() for _ in range(10)]
+        assert len(server.state.connections) <= 6
+        assert [await client.read_all() for client in waiting[:7]] == [b""] * 7
+        assert (await server.ask(get(b"/healthz"))).startswith(b"HTTP/1.1 200 ")
 
 
-def connect(cycle: Any) -> Any:
-    closed: list[bool] = []
-    transport = SimpleNamespace(close=lambda: closed.append(True))
-    return type("Connection", (), {"cycle": cycle, "transport": transport, "closed": closed})()
+async def test_connections_that_come_at_once_are_bounded_too() -> None:
+    async with GuardedServer(Echo(), max_connections=3) as server:
+        await asyncio.gather(*(server.connect() for _ in range(50)))
+        await wait_until(lambda: len(server.state.connections) <= 6)
 
 
-def test_only_connections_without_a_request_between_two_calls_are_closed() -> None:
-    limit = ConnectionLimit(9, 1, Metrics(), Served)
-    done = SimpleNamespace(response_complete=True)
-    silent, between, at_work = (
-        *(connect(None), connect(done)),
-        connect(SimpleNamespace(response_complete=False)),
-    )
-    state: Any = SimpleNamespace(connections={silent, between, at_work})
-    limit(None, state, {})  # type: ignore[arg-type]
-    limit.close_silent()
-    assert not silent.closed
-    between.cycle = SimpleNamespace(response_complete=True)  # has sent a request in between
-    late = connect(None)
-    state.connections.add(late)
-    limit.close_silent()
-    assert silent.closed
-    assert not any(connection.closed for connection in (between, at_work, late))
+async def test_two_servers_share_the_bytes_of_bodies_alone() -> None:
+    async with GuardedServer(Echo(), max_connections=1) as one, GuardedServer(Echo()) as other:
+        other.guard.bodies = one.bodies
+        await fill(one)
+        client = await other.connect()
+        await client.send(POST[:-1])
+        await wait_until(lambda: one.bodies.held == 2)
+
+
+async def test_bodies_that_arrive_are_refused_and_others_are_not() -> None:
+    echo = Echo()
+    echo.hold.clear()
+    async with GuardedServer(echo) as server:
+        arriving, complete = await server.connect(), await server.connect()
+        await arriving.send(POST[:-1])
+        await complete.send(POST)
+        await wait_until(lambda: len(echo.requests) == 2)
+        server.guard.refuse_bodies(Draining("the server is going down"))
+        states = [scope["state"] for scope in echo.requests]
+        assert sum(REFUSAL in state for state in states) == 1
+        echo.hold.set()
+        assert await complete.read_response() == (200, b"abc")
+
+
+async def test_all_can_be_closed_at_once() -> None:
+    echo = Echo()
+    echo.hold.clear()
+    async with GuardedServer(echo, max_connections=2) as server:
+        clients = [*await fill(server), await server.connect()]
+        await clients[0].send(POST)
+        await wait_until(lambda: bool(echo.requests))
+        server.guard.abort()
+        assert [await client.read_all() for client in clients] == [b""] * 3
+        await wait_until(lambda: echo.left == 1)
+        assert not server.state.connections
 
 
 @pytest.mark.parametrize(

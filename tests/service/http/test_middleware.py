@@ -11,8 +11,10 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from service.errors import BodyTimeout, Draining, InvalidRequest, Overloaded, ServiceError
 from service.http.app import create_app
 from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from service.http.refusals import REFUSAL
 from service.models.repository import load_repository
 from service.observe.metrics import Metrics
 from service.settings import Settings
@@ -20,7 +22,7 @@ from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.metrics import render
 
 LIMIT = 100
-TIMEOUT_S = 30.0
+RETRY_AFTER_S = 7
 
 
 class Exchange:
@@ -45,15 +47,6 @@ class Exchange:
         return int(self.sent[0]["status"])
 
 
-class Silent(Exchange):
-    """A client that stays, and sends nothing more."""
-
-    async def receive(self) -> Message:
-        if not self.waiting:
-            await asyncio.Event().wait()
-        return await super().receive()
-
-
 async def read_body(receive: Receive) -> AsyncIterator[bytes]:
     while True:
         message = await receive()
@@ -70,7 +63,7 @@ async def echo_length(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def run(exchange: Exchange) -> Metrics:
     metrics = Metrics()
-    middleware = BodyLimitMiddleware(echo_length, LIMIT, TIMEOUT_S, metrics)
+    middleware = BodyLimitMiddleware(echo_length, LIMIT, RETRY_AFTER_S, metrics)
     await middleware(exchange.scope, exchange.receive, exchange.send)
     return metrics
 
@@ -96,55 +89,53 @@ async def test_a_body_that_grows_over_the_limit_is_cut(announced: dict[bytes, by
     exchange = Exchange([b"x" * 60] * 50, announced)
     await run(exchange)
     assert exchange.status == 413
-    assert exchange.sent[1]["more_body"] is True
-    assert exchange.sent[-1]["more_body"] is False
+    assert len(exchange.sent) == 2
+    assert len(exchange.waiting) == 48
     assert (b"connection", b"close") in exchange.sent[0]["headers"]
 
 
-async def test_a_client_that_never_ends_is_left_after_a_while(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("error", "status", "reason", "retry_after"),
+    [
+        (BodyTimeout("slow"), 408, "body_timeout", None),
+        (InvalidRequest("framing"), 400, "invalid_request", None),
+        (Overloaded("full", "body_bytes"), 503, "body_bytes", b"7"),
+        (Draining("going down"), 503, "draining", b"7"),
+    ],
+)
+async def test_a_body_that_the_guard_refuses_is_answered_with_its_error(
+    error: ServiceError, status: int, reason: str, retry_after: bytes | None
 ) -> None:
-    monkeypatch.setattr(BodyLimitMiddleware, "linger_s", 0.01)
+    exchange = Exchange([b"x" * 60, b"", b""])
+    exchange.scope["state"] = state = {}
 
-    class Endless(Exchange):
-        async def receive(self) -> Message:
-            await asyncio.sleep(0)
-            return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+    async def receive() -> Message:
+        if len(exchange.waiting) == 2:
+            state[REFUSAL] = error
+        return await exchange.receive()
 
-    exchange = Endless([])
-    await run(exchange)
-    assert exchange.status == 413
-    assert exchange.sent[-1]["more_body"] is False
-
-
-async def test_a_body_that_stops_coming_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BodyLimitMiddleware, "linger_s", 0.01)
-
-    exchange = Silent([b"x" * 60, b""])
-    exchange.waiting.pop()
     metrics = Metrics()
-    middleware = BodyLimitMiddleware(echo_length, LIMIT, 0.01, metrics)
-    await middleware(exchange.scope, exchange.receive, exchange.send)
-    assert exchange.status == 408
-    assert (
-        b"nothing more of the body came in 0.01 s; 60 bytes were here" in exchange.sent[1]["body"]
-    )
-    assert 'reason="body_timeout"} 1.0' in render(metrics)
+    middleware = BodyLimitMiddleware(echo_length, LIMIT, RETRY_AFTER_S, metrics)
+    await middleware(exchange.scope, receive, exchange.send)
+    assert exchange.status == status
+    assert str(error).encode() in exchange.sent[1]["body"]
+    headers = dict(exchange.sent[0]["headers"])
+    assert headers[b"connection"] == b"close"
+    assert headers.get(b"retry-after") == retry_after
+    assert f'reason="{reason}"}} 1.0' in render(metrics)
 
 
-async def test_a_whole_body_may_be_followed_by_any_silence() -> None:
-    """What is received after it is the client's leaving."""
-
+async def test_a_refusal_after_the_body_is_complete_changes_nothing() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await receive()
+        scope["state"][REFUSAL] = BodyTimeout("late")
+        assert (await receive())["type"] == "http.disconnect"
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    exchange = Silent([b"x"])
-    middleware = BodyLimitMiddleware(app, LIMIT, 0.01, Metrics())
+    exchange = Exchange([b"x"])
+    exchange.scope["state"] = {}
+    middleware = BodyLimitMiddleware(app, LIMIT, RETRY_AFTER_S, Metrics())
     await middleware(exchange.scope, exchange.receive, exchange.send)
     assert exchange.status == 200
 
@@ -156,7 +147,7 @@ async def test_other_protocols_pass_untouched() -> None:
         seen.append(scope)
 
     exchange = Exchange([])
-    await BodyLimitMiddleware(app, LIMIT, TIMEOUT_S, Metrics())(
+    await BodyLimitMiddleware(app, LIMIT, RETRY_AFTER_S, Metrics())(
         {"type": "lifespan"}, exchange.receive, exchange.send
     )
     assert seen == [{"type": "lifespan"}]
@@ -284,7 +275,7 @@ async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
             pass
 
     exchange = Exchange([b"x" * 60] * 5)
-    middleware = BodyLimitMiddleware(answer_at_once, LIMIT, TIMEOUT_S, Metrics())
+    middleware = BodyLimitMiddleware(answer_at_once, LIMIT, RETRY_AFTER_S, Metrics())
     await middleware(exchange.scope, exchange.receive, exchange.send)
     assert [message["type"] for message in exchange.sent] == ["http.response.start"]
     assert exchange.status == 200

@@ -1,0 +1,202 @@
+"""The server under attack, and what must be as before after each attack."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.reliability.hostile.wire import Wire
+from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.memory import read_resident_bytes
+from tests.support.server import CPU_FLAGS, ServerProcess
+from tests.support.waiting import poll_until
+
+TARGETS = ("process", "workers", "admin")
+"""One process, two worker processes, and the admin port of one process."""
+TIMEOUT_S = 0.6
+MAX_BODY_BYTES = 2_000_000
+MAX_BODIES_BYTES = 8_000_000
+MAX_CONNECTIONS = 60
+LIMITS = {
+    "SOLO_HEAD_TIMEOUT_S": str(TIMEOUT_S),
+    "SOLO_BODY_TIMEOUT_S": str(TIMEOUT_S),
+    "SOLO_BODY_TOTAL_S": str(3 * TIMEOUT_S),
+    "SOLO_WRITE_TIMEOUT_S": str(TIMEOUT_S),
+    "SOLO_KEEP_ALIVE_S": str(2 * TIMEOUT_S),
+    "SOLO_MIN_RATE": "1000",
+    "SOLO_MAX_BODY_BYTES": str(MAX_BODY_BYTES),
+    "SOLO_MAX_BODIES_BYTES": str(MAX_BODIES_BYTES),
+    "SOLO_MAX_CONNECTIONS": str(MAX_CONNECTIONS),
+}
+BODY_BYTES = "solo_request_body_bytes"
+PICTURE = encode_picture(draw_picture())
+_SETTLE_S = 15.0
+_MEMORY_SLACK = 4_000_000
+"""Bytes; an allocator does not give back everything at once."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running server.
+
+    Attributes:
+        name: One of `TARGETS`.
+        server: The process.
+        port: Of the attacks.
+        main_port: That serves /segment.
+        post_path: A path of `port` that reads a body and answers 200 to `good_body`.
+        good_body: See `post_path`.
+    """
+
+    name: str
+    server: ServerProcess
+    port: int
+    main_port: int
+    post_path: str
+    good_body: bytes
+
+    def connect(self, receive_buffer: int | None = None) -> Wire:
+        """A connection to the attacked port."""
+        return Wire(self.port, receive_buffer)
+
+    def build_head(self, *headers: str, path: str = "", method: str = "POST") -> bytes:
+        """Request line, Host and more headers, without the empty line."""
+        path = path or self.post_path
+        kind = "Content-Type: application/json" if self.name == "admin" else "X-Content: image"
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", kind, *headers, ""]
+        return "\r\n".join(lines).encode()
+
+    def build_post(self, body: bytes, *headers: str, length: int | None = None) -> bytes:
+        """A whole request; `length` announces another length."""
+        announced = f"Content-Length: {len(body) if length is None else length}"
+        return self.build_head(announced, *headers) + b"\r\n" + body
+
+    def read_metric(self, name: str) -> float:
+        """The sum of a metric over the processes."""
+        port = self.port if self.name == "admin" else self.main_port
+        text = ask(port, "GET", "/metrics")[1].decode()
+        pattern = rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$"
+        return sum(map(float, re.findall(pattern, text, re.MULTILINE)))
+
+    def find_pids(self) -> list[int]:
+        """The server's process and its children."""
+        parent = self.server.process.pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
+        return [parent, *map(int, children.split())]
+
+    def count_descriptors(self) -> int:
+        """Open files of all processes."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.find_pids())
+
+    def read_memory(self) -> int:
+        """Resident bytes of all processes."""
+        return sum(map(read_resident_bytes, self.find_pids()))
+
+    @contextmanager
+    def unharmed(self) -> Iterator[HealthWatch]:
+        """Checks that nothing of an attack remains, and that health is answered meanwhile."""
+        descriptors, memory = self.count_descriptors(), self.read_memory()
+        logged = len(self.server.read_log())
+        with HealthWatch(self.port) as health:
+            yield health
+        assert ask(self.main_port, "POST", "/segment", PICTURE)[0] == 200
+        poll_until(
+            lambda: self.count_descriptors() <= descriptors, timeout_s=_SETTLE_S, pause_s=0.05
+        )
+        most = 1.05 * memory + _MEMORY_SLACK
+        poll_until(lambda: self.read_memory() <= most, timeout_s=_SETTLE_S, pause_s=0.05)
+        log = self.server.read_log()[logged:]
+        assert " ERROR " not in log, log
+        assert "Traceback" not in log, log
+        assert self.read_metric(BODY_BYTES) == 0
+        assert health.failures == []
+        assert health.slowest_s < 3  # 0.05 is the aim on an idle machine
+
+
+class HealthWatch(threading.Thread):
+    """Asks for health on a new connection, again and again.
+
+    Attributes:
+        failures: What was not 200.
+        seconds: Times of the others.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.failures: list[str] = []
+        self.seconds: list[float] = []
+        self._port = port
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> HealthWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self.join()
+
+    @property
+    def slowest_s(self) -> float:
+        """The 99th percentile."""
+        return sorted(self.seconds)[int(0.99 * len(self.seconds))] if self.seconds else 0.0
+
+    def run(self) -> None:
+        """Until the end of the attack."""
+        while not self._is_over.is_set():
+            began_s = time.monotonic()
+            try:
+                status = ask(self._port, "GET", "/v2/health/live")[0]
+            except OSError as error:
+                self.failures.append(repr(error))
+            else:
+                self.seconds.append(time.monotonic() - began_s)
+                if status != 200:
+                    self.failures.append(str(status))
+            self._is_over.wait(0.01)
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """One request on a connection of its own; status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {"Connection": "close"}
+    if body is not None and body.startswith(b"{"):
+        headers["Content-Type"] = "application/json"
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def build_flags(name: str, repo: Path) -> tuple[str, ...]:
+    """The command line of a target."""
+    more = {
+        "process": (),
+        "workers": ("--workers", "2"),
+        "admin": ("--admin-port", "0"),
+    }[name]
+    return ("--model-repo", str(repo), *CPU_FLAGS, *more)
+
+
+def find_target(name: str, server: ServerProcess) -> Target:
+    """The target of a server that is ready and has warmed up."""
+    main_port = int(server.url.rpartition(":")[2])
+    port, path, body = main_port, "/segment", PICTURE
+    if name == "admin":
+        (port,) = map(int, re.findall(r"admin endpoints on http://\S+:(\d+)", server.read_log()))
+        path, body = "/v2/repository/index", b"{}"
+    target = Target(name, server, port, main_port, path, body)
+    for _ in range(30):
+        assert ask(main_port, "POST", "/segment", PICTURE)[0] == 200
+        assert ask(port, "POST", path, body)[0] == 200
+        target.read_metric("solo_ready")
+    return target
