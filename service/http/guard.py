@@ -92,6 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._guard = guard
         self._limits = limits
         self.url = b""
+        self.headers = []
         self._is_excess = False
         self._phase = _HEAD
         self._since_s = time.monotonic()  # the phase began

@@ -10,6 +10,8 @@ const PLAIN_WORDS = {
   too_many_images: "This image needs more tiles than the server accepts at once.",
   body_too_large: "This file is larger than the server allows.",
   body_timeout: "The upload took too long. Try again.",
+  head_timeout: "The upload took too long. Try again.",
+  head_too_large: "The browser sent more headers, such as cookies, than the server accepts.",
   overloaded: "The server is overloaded. Try again in a moment.",
   draining: "The server is shutting down. Try again in a moment.",
   engine_restarting: "The model is being restarted. Try again in a moment.",

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from service.errors import BodyTimeout
 from service.http.app import create_app
 from service.http.cors import build_cors_headers, build_cors_options
+from service.http.refusals import REFUSAL
 from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import MAX_BODY_BYTES, OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.guarded import Echo, GuardedServer
 
 ORIGIN = "https://app.test"
 PICTURE = encode_picture(draw_picture())
@@ -55,13 +57,14 @@ async def test_every_answer_has_the_headers(
         await ask(503, "/segment", content=PICTURE)
 
 
-async def test_a_stalled_body_is_answered_with_the_headers(settings: Settings) -> None:
-    changed = settings.model_copy(update={"cors_origins": "*", "body_timeout_s": 0.01})
+async def test_a_body_that_the_guard_refuses_is_answered_with_the_headers(
+    settings: Settings,
+) -> None:
+    changed = settings.model_copy(update={"cors_origins": "*"})
     app = create_app(changed, load_repository(changed.model_repo, OPTIONS))
     sent: list[Any] = []
 
     async def receive() -> Any:
-        await asyncio.sleep(0.5)
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
@@ -77,11 +80,24 @@ async def test_a_stalled_body_is_answered_with_the_headers(settings: Settings) -
         "server": ("test", 80),
         "scheme": "http",
         "root_path": "",
+        "state": {REFUSAL: BodyTimeout("too slow")},
     }
     async with app.router.lifespan_context(app):
         await app(scope, receive, send)
     assert sent[0]["status"] == 408
     assert (b"access-control-allow-origin", b"*") in sent[0]["headers"]
+
+
+async def test_a_refusal_without_the_application_has_the_headers() -> None:
+    async with GuardedServer(Echo()) as server:
+        server.guard.cors_origins = ORIGIN
+        for origin, allowed in ((ORIGIN, True), ("https://c.test", False)):
+            head = f"GET / HTTP/1.1\r\nOrigin: {origin}\r\n\r\n"  # without Host
+            answer = await server.ask(head.encode())
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            header = f"access-control-allow-origin: {ORIGIN}\r\n".encode()
+            assert (header in answer.lower()) is allowed
+            assert b"vary: origin\r\n" in answer.lower()
 
 
 async def test_a_preflight_is_answered(shared: FastAPI, open_client: OpenClient) -> None:
