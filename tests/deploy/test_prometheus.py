@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 IMAGES = 12
 # Series of what this test does not bring about.
 MAY_BE_EMPTY = {
-    "Refused models",
+    "Refused and replaced",
     *("GPU memory", "GPU utilisation", "GPU power", "GPU temperature"),  # there is none
 }
 QUERIES = dashboard_queries(rate_interval="1m")

@@ -1,4 +1,4 @@
-"""uvloop and httptools are taken where they are installed, and are not needed."""
+"""uvloop is taken where it is installed, and is not needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import CPU_FLAGS, ROOT, run_server
 
-FAST = ("uvloop", "httptools")
+FAST = ("uvloop",)
 _REPORT = """
 import atexit, sys
 atexit.register(lambda: print("loaded:", *(m for m in {fast} if m in sys.modules)))
@@ -18,7 +18,7 @@ atexit.register(lambda: print("loaded:", *(m for m in {fast} if m in sys.modules
 
 
 @pytest.mark.parametrize("blocked", [(), FAST])
-def test_the_server_answers_and_drains_with_and_without_them(
+def test_the_server_answers_and_drains_with_and_without_it(
     tmp_path: Path, blocked: tuple[str, ...]
 ) -> None:
     models, path = tmp_path / "models", tmp_path / "path"

@@ -70,6 +70,7 @@ def test_a_path_cannot_forge_a_line_of_the_log(server: ServerProcess) -> None:
     path = "/v2/models/a%0A2026-01-01%2000:00:00,000%20ERROR%20forged%1b[31m%e2%80%a8%c2%9b/infer"
     response = httpx.post(f"{server.url}{path}", content=b"x")
     assert response.status_code == 404
+    poll_until(lambda: "/infer 404" in server.read_log(), timeout_s=20, pause_s=0.02)
     log = server.read_log()
     assert r"/v2/models/a\n2026-01-01 00:00:00,000 ERROR forged\x1b[31m\u2028\x9b/infer 404" in log
     assert "\x1b" not in log and "\x9b" not in log and "\u2028" not in log

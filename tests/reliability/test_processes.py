@@ -128,12 +128,12 @@ def test_a_hangup_reloads(tmp_path: Path, workers: int) -> None:
         info = 'solo_model_info{backend="onnxruntime",device="cpu",model="late"'
         wait_for(lambda: count(server.url, info) == workers)
         before = server.read_log().count("has changed")
-        server.process.send_signal(signal.SIGHUP)
         checked = "the model repository has been checked for changes"
         checks = server.read_log().count(checked)
+        server.process.send_signal(signal.SIGHUP)
         wait_for(lambda: server.read_log().count(checked) >= checks + workers)
         assert server.read_log().count("has changed") == before
-        assert segment(server.url) == 200
+        assert httpx.post(f"{server.url}/segment?model=late", content=PICTURE).status_code == 200
         server.process.send_signal(signal.SIGQUIT)
         assert server.wait(END_S) == 0
 

@@ -169,9 +169,14 @@ def test_a_changed_package_is_never_loaded(tmp_path: Path) -> None:
     file = tmp_path / "model.cpu.fp32.pt2"
     file.write_bytes(build_archive(INFO.to_metadata()))
     config = served_config(file)
-    file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(BackendError, match="its SHA-256 is"):
-        build_aoti_backend(file, CPU, config)
+    content = file.read_bytes()
+    for changed, reason in (
+        (content + b" ", f"it has {len(content) + 1} bytes"),
+        (content[:-1] + bytes([content[-1] ^ 1]), "its SHA-256 is"),
+    ):
+        file.write_bytes(changed)
+        with pytest.raises(BackendError, match=reason):
+            build_aoti_backend(file, CPU, config)
     other = config.model_copy(update={"files": {"model.onnx": FileSpec(sha256="0" * 64, bytes=1)}})
     with pytest.raises(BackendError, match=r"no model\.cpu\.fp32\.pt2"):
         build_aoti_backend(file, CPU, other)

@@ -38,6 +38,7 @@ NAMES = {
     "solo_model_refused",
     "solo_model_precision_fallback",
     "solo_repository_readable",
+    "solo_request_body_bytes",
 }
 
 
