@@ -25,6 +25,8 @@ MAX_SCANS = 50
 can take minutes. Encoders write about ten."""
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 """The others are stuffed bytes, fill bytes and restarts within a scan."""
+_WINDOW_BYTES = 256 * 1024
+"""Searched by one call, during which no other thread of Python runs."""
 _BARE_MARKERS = (0x01, 0xD8)
 """Markers that no length follows."""
 _END, _SCAN, _EXIF = 0xD9, 0xDA, 0xE1
@@ -173,7 +175,7 @@ def _segments(data: bytes, max_segments: int) -> Iterator[Segment]:
     """
     position = 2
     for _ in range(max_segments):
-        found = _MARKER.search(data, position)
+        found = _find_marker(data, position)
         if found is None or found[1][0] == _END:
             return
         position = found.end()
@@ -185,6 +187,14 @@ def _segments(data: bytes, max_segments: int) -> Iterator[Segment]:
         yield found[1][0], position, position + length
         position += length
     raise CorruptImage(f"the JPEG has more than {max_segments} segments")
+
+
+def _find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
+    for start in range(position, len(data), _WINDOW_BYTES):
+        found = _MARKER.search(data, start, start + _WINDOW_BYTES + 1)  # a marker has two bytes
+        if found is not None:
+            return found
+    return None
 
 
 def _check_scans(data: bytes) -> None:

@@ -168,12 +168,7 @@ class GuardedProtocol(HttpToolsProtocol):
         rest = piece
         try:
             while rest:
-                try:
-                    self.parser.feed_data(rest)
-                    break
-                except httptools.HttpParserUpgrade as upgrade:
-                    rest = rest[upgrade.args[0] :]
-                    self._ignore_upgrade()
+                rest = self._parse(rest)
         except httptools.HttpParserError as error:
             self._fail(_explain(error))
             return
@@ -186,6 +181,16 @@ class GuardedProtocol(HttpToolsProtocol):
             framing = self._fed - self._received
             if framing > MAX_HEAD_BYTES + self._received // _BODY_PER_FRAMING:
                 self._fail(InvalidRequest(f"{framing} bytes frame a body of {self._received}"))
+
+    def _parse(self, piece: bytes) -> bytes:
+        """Parses up to the end of a head that asks for an upgrade; returns what follows."""
+        try:
+            self.parser.feed_data(piece)
+            return b""
+        except httptools.HttpParserUpgrade as upgrade:
+            end: int = upgrade.args[0]
+        self._ignore_upgrade()  # not in the handler: its errors would get another __context__
+        return piece[end:]
 
     def _ignore_upgrade(self) -> None:
         """Parses the head again without the upgrade; llhttp would not read the body.

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 UNLOADED = "unloaded"
 LAST_CALL_S = 1.0
 """How long an engine that is no longer used may take for what is still in flight."""
+LAST_STEP_S = 1.0
+"""How long the threads of a model that has ended may take for the step that each is in."""
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 REBUILD_S = 600.0
@@ -132,9 +134,8 @@ class ModelStore:
             finished: Whether all accepted work is done; else it is given up.
         """
         self._closed = True
-        for model in self.all_models:
-            await self._end(model, finished=finished)
-        await asyncio.gather(*self._retiring)
+        ends = [self._end(model, finished=finished) for model in self.all_models]
+        await asyncio.gather(*ends, *self._retiring)
 
     def find(self, name: str | None, version: int | None) -> ServedModel:
         """The model that a request means, if its engine answers; see `Segmenter.find`."""
@@ -365,6 +366,7 @@ class ModelStore:
             task.cancel()
         await model.scheduler.abort()
         model.engine.close()
+        await asyncio.to_thread(model.scheduler.join, LAST_STEP_S)
 
     # --- the repository on disk -----------------------------------------------------------------
 

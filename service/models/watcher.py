@@ -10,6 +10,7 @@ from service.errors import (
     ModelRefused,
     ModelUnavailable,
     RepositoryUnreadable,
+    UnknownModel,
     make_printable,
 )
 from service.models.folders import Stamp, list_models, read_stamps
@@ -91,7 +92,7 @@ class RepositoryWatcher:
         return {make_printable(folder.name) for folder in folders}, stamps
 
     def _find_gone(self, names: Collection[str], now: Mapping[str, Stamp]) -> set[str]:
-        return {name for name in self._seen if name not in now} | {
+        return {name for name in (*self._seen, *self._store.served) if name not in now} | {
             name for name in self._store.unavailable if name not in names
         }
 
@@ -108,8 +109,8 @@ class RepositoryWatcher:
             await self._store.load(name)
         except RepositoryUnreadable:
             return False
-        except ModelUnavailable:
-            return True  # it is refused, and the reason is logged
+        except (ModelUnavailable, UnknownModel):
+            return True  # it is refused, and the reason is logged; or it has just vanished
         except Exception:
             logger.exception("model %s has changed, but cannot be loaded yet", name)
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
@@ -14,7 +15,8 @@ Step = Callable[[], None]
 class Crew:
     """A set of daemon threads that share a lock with their work queue.
 
-    The threads start when there is work, and the end of the process does not wait for them.
+    The threads start when there is work. They may never return from a step, so the end of the
+    process does not wait for them longer than `join` did.
 
     Args:
         name: Of the threads.
@@ -36,6 +38,7 @@ class Crew:
         self._size = threads
         self._lock = lock
         self._threads: set[threading.Thread] = set()
+        self._running: set[threading.Thread] = set()  # those that were replaced, too
         self._idle: list[threading.Lock] = []
 
     def wake(self, count: int = 1) -> None:
@@ -68,9 +71,21 @@ class Crew:
         """Ends the threads after their steps."""
         self.resize(0)
 
+    def join(self, timeout_s: float) -> None:
+        """Waits until the threads have ended; the lock must not be held.
+
+        A thread that returns from C++ code while the interpreter shuts down aborts the process.
+        """
+        with self._lock:
+            running = tuple(self._running)
+        deadline_s = time.monotonic() + timeout_s
+        for thread in running:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._threads.add(thread)
+        self._running.add(thread)
         thread.start()
 
     def _run(self) -> None:
@@ -81,6 +96,8 @@ class Crew:
             except BaseException:  # the thread goes on with the next step
                 logger.exception("a step failed")
             del step  # it refers to an image
+        with self._lock:
+            self._running.discard(thread)
 
     def _wait(self, thread: threading.Thread) -> Step | None:
         """The next step, or None when the thread has to end."""

@@ -128,6 +128,11 @@ class Scheduler:
                 job.done.set_exception(Draining("the server is going down"))
         self._stop()
 
+    def join(self, timeout_s: float) -> None:
+        """After `drain` or `abort`: waits for the threads, each of which may be in a step."""
+        for crew in (self._threads, self._helpers):
+            crew.join(timeout_s)
+
     def _remove(self, job: Job) -> None:
         with self._lock:
             freed = self._queue.remove(job)
@@ -289,6 +294,8 @@ class Scheduler:
                 self._threads.wake(len(canvases))
             return
         (canvas,) = canvases
+        if canvas.job.skips(canvas.image):  # nobody waits for it, as when the engine is closed
+            return
         if not isinstance(error, EngineError):
             error = _report(error)
         self._fail(canvas.job, canvas.image, error)

@@ -133,7 +133,8 @@ def test_a_hangup_reloads(tmp_path: Path, workers: int) -> None:
         server.process.send_signal(signal.SIGHUP)
         wait_for(lambda: server.read_log().count(checked) >= checks + workers)
         assert server.read_log().count("has changed") == before
-        assert httpx.post(f"{server.url}/segment?model=late", content=PICTURE).status_code == 200
+        late = httpx.post(f"{server.url}/segment?model=late", content=PICTURE, timeout=WAIT_S)
+        assert late.status_code == 200
         server.process.send_signal(signal.SIGQUIT)
         assert server.wait(END_S) == 0
 

@@ -128,8 +128,10 @@ def _read_images(
         )
     if tensor.data is None:
         data = None
-    elif data is None:
-        raise InvalidRequest("the name of the array 'data' must be written without escapes")
+    elif data is None or tensor.data:  # what was cut out was not the input's
+        raise InvalidRequest(
+            "the input's array must be the first member named 'data', written without escapes"
+        )
     if tensor.datatype == "UINT8":
         return [_read_pixels(tensor.shape, binary if data is None else data)]
     return _read_files(tensor.shape, binary if data is None else data, max_images)

@@ -227,6 +227,27 @@ def test_what_follows_a_jpeg_is_not_counted() -> None:
     assert decode_image(GOOD + b"\xff\xda\x00\x02" * 100).shape == (HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_segments_are_found_in_short_searches(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search lets no other thread run, whatever a file has between its segments."""
+    filled = insert(insert(GOOD, 2, b"\xff" * 50), SCAN + 50 + 20, b"\xff\x00" * 9 + b"\xff\xd0")
+    expected = list(jpeg._segments(filled, 100))
+    assert len(expected) > 5
+    searched: list[int] = []
+
+    class Marker:
+        pattern = jpeg._MARKER
+
+        def search(self, data: bytes, start: int, end: int) -> re.Match[bytes] | None:
+            searched.append(end - start)
+            return self.pattern.search(data, start, end)
+
+    monkeypatch.setattr(jpeg, "_MARKER", Marker())
+    monkeypatch.setattr(jpeg, "_WINDOW_BYTES", window)
+    assert list(jpeg._segments(filled, 100)) == expected
+    assert max(searched) == window + 1
+
+
 @pytest.mark.parametrize("segment", [b"\xff\xfe\x00\x02", b"\xff\xd8", b"\xff\x01"])
 def test_segments_are_bounded_in_number(segment: bytes) -> None:
     for read in (read_image_hw, open_image, decode_image):

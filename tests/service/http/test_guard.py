@@ -355,6 +355,24 @@ async def test_an_upgrade_is_ignored(protocol: bytes, framing: bytes, piece: int
     assert (b"x-a", b"b") in echo.requests[0]["headers"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "status", "text"),
+    [
+        (b"Host: a b\r\n", b"400", b"Host 'a b' is not valid"),
+        (b"Host: a\r\nHost: a\r\n", b"400", b"2 Host headers"),
+        (b"Host: a\r\n" + b"X: a\r\n" * MAX_HEADERS, b"431", b"more than 200 headers"),
+    ],
+)
+async def test_a_head_that_asks_for_an_upgrade_is_refused_as_any_other(
+    lines: bytes, status: bytes, text: bytes
+) -> None:
+    async with GuardedServer(Echo()) as server:
+        head = b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + lines + b"\r\n"
+        answer = await server.ask(head)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert text in answer
+
+
 # Pipelining
 
 

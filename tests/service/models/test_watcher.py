@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service.errors import RepositoryUnreadable
 from service.models import watcher as watcher_module
 from service.models.folders import list_models
 from service.models.publishing import write_default
@@ -233,6 +234,30 @@ async def test_a_model_folder_that_is_replaced_by_renaming_is_not_unloaded(
     monkeypatch.setattr("service.models.watcher.asyncio.sleep", come_back)
     await watched.watcher.check()
     assert watched.store.find("wide", 1) is kept
+
+
+@pytest.mark.parametrize("fails_first", [False, True])
+async def test_a_model_that_vanishes_while_it_is_loaded_is_unloaded(
+    watched: Watched,
+    model_repo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails_first: bool,
+) -> None:
+    load = watched.store.load
+
+    async def load_what_has_vanished(name: str) -> list[int]:
+        shutil.rmtree(model_repo / name)
+        if fails_first:
+            raise RepositoryUnreadable("stale file handle")
+        return await load(name)
+
+    monkeypatch.setattr(watched.store, "load", load_what_has_vanished)
+    add_version(model_repo / "wide", 2)
+    await watched.watcher.check()
+    await watched.watcher.check()
+    assert watched.served == {"blobs": [1]}
+    assert "ERROR" not in caplog.text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), OSError("stale file handle")])

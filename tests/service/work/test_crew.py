@@ -232,3 +232,19 @@ def test_a_surplus_thread_is_not_replaced(shop: Shop) -> None:
     go.set()
     wait_for(lambda: len(alive()) == 1)
     assert alive() == [shop.ran_by[1]]
+
+
+def test_join_waits_for_the_step_of_each_thread_but_not_forever() -> None:
+    shop, go = Shop(2), threading.Event()
+    shop.add(go.wait, go.wait)
+    wait_for(lambda: len(shop.ran_by) == 2)
+    with shop.lock:
+        shop.crew.replace(shop.ran_by[0])  # it may use C++ code all the same
+    shop.close()
+    shop.crew.join(0.01)
+    assert all(thread.is_alive() for thread in shop.ran_by)
+    threading.Timer(0.05, go.set).start()
+    shop.crew.join(10)
+    assert not any(thread.is_alive() for thread in shop.ran_by)
+    shop.crew.join(10)
+    assert shop.crew._running == set()

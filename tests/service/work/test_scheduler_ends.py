@@ -255,6 +255,21 @@ async def test_closing_the_engine_ends_the_waiting() -> None:
             bench.watched.infer([], lambda: None)
 
 
+async def test_what_nobody_waits_for_ends_with_the_engine_and_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with open_bench() as bench:
+        held = await bench.hold()
+        held.cancel()
+        await asyncio.wait([held])
+        await bench.scheduler.abort()
+        bench.watched.close()
+        bench.engine.go.set()
+        await asyncio.to_thread(bench.scheduler.join, 10)
+        assert not bench.scheduler._threads._running
+    assert "the engine failed" not in caplog.text
+
+
 async def test_a_cancelled_request_gives_the_pixels_of_each_image_back() -> None:
     """Two images are small, the sum of both would count as a large one."""
     budget = PixelBudget(800)

@@ -193,3 +193,11 @@ def test_a_mutated_body_is_parsed_or_rejected(data: st.DataObject) -> None:
     except ServiceError:
         return
     assert len(call.images) in (1, 2, 3)
+
+
+@pytest.mark.parametrize("other", [["AAAB"], [], [1]])
+def test_another_array_named_data_is_not_taken_for_the_inputs(other: list[Any]) -> None:
+    image = {"parameters": {"data": other}, "data": ["AAAA"]}
+    with pytest.raises(ServiceError, match="first member named 'data'"):
+        read(image)
+    assert read({"data": ["AAAA"], "parameters": {"data": other}}).images == [b"\0\0\0"]
