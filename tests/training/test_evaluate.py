@@ -199,6 +199,15 @@ class FakeServer(BaseHTTPRequestHandler):
 
     asked: list[dict[str, list[str]]]
 
+    def do_GET(self) -> None:
+        classes = [c.model_dump() for c in CLASSES]
+        if self.path == "/v2/models":
+            self.answer(200, {"default_model": "tiny"})
+        elif self.path == "/v2/models/tiny":
+            self.answer(200, {"classes": classes})
+        else:
+            self.answer(404, {"error": "no such model"})
+
     def do_POST(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
         type(self).asked.append(query | {"type": [str(self.headers["Content-Type"])]})
@@ -214,6 +223,9 @@ class FakeServer(BaseHTTPRequestHandler):
                 "segmentation": rle_of(disc(64, 64, 20, 20, 10)),
             }
             status, content = 200, {"results": [{"instances": [instance]}]}  # type: ignore[dict-item]
+        self.answer(status, content)
+
+    def answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

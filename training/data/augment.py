@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pipeline.model_config import KeepRatioResize, TileResize
 from pipeline.preprocess import keep_ratio_size
 from training.configs.schema import AugmentConfig
-from training.data.coco import Annotation
+from training.data.records import Annotation
 from training.targets import Objects
 
 UInt8 = NDArray[np.uint8]
@@ -75,6 +75,20 @@ def random_size(
     """Random height and width of a sample: short side from `short_sides`, long side limited."""
     low, high = config.short_sides
     return keep_ratio_size(image_hw, int(rng.integers(low, high + 1)), resize.long_side)
+
+
+def check_sizes(resize: KeepRatioResize, config: AugmentConfig) -> None:
+    """Refuses to train at other sizes than those of serving.
+
+    Raises:
+        ValueError: The short side of serving is not among those of training.
+    """
+    low, high = config.short_sides
+    if not low <= resize.short_side <= high:
+        raise ValueError(
+            f"augment.short_sides is {low}-{high} px, and input.resize serves a short side of "
+            f"{resize.short_side} px: set augment.short_sides to a range that contains it"
+        )
 
 
 def random_keep_ratio(
