@@ -17,7 +17,7 @@ def data(tmp_path: Path) -> CocoDataset:
     return CocoDataset(build_tiny_data(tmp_path), "val")
 
 
-def result(image_id: int, category_id: int, mask: Any, score: float = 0.9) -> dict[str, Any]:
+def result(image_id: int | str, category_id: int, mask: Any, score: float = 0.9) -> dict[str, Any]:
     return {
         "image_id": image_id,
         "category_id": category_id,

@@ -30,7 +30,7 @@ class Kind(Enum):
     FEW_POINTS = "skipped", "objects without a polygon of three points"
     OUTSIDE = "skipped", "objects outside their image"
     NO_PIXELS = "skipped", "objects whose mask has no pixel"
-    PART = "read", "objects with a polygon of less than three points, which is left out"
+    PART = "skipped", "parts of objects, polygons of less than three points"
     TEXT_ID = "read", "ids that are text or have a decimal point"
     ANNOTATION_ID = "read", "annotations whose id is missing, 0 or used before"
     NO_CROWD_FLAG = "read", "annotations without iscrowd; they are objects"

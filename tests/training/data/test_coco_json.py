@@ -71,8 +71,8 @@ def test_annotations_are_parsed_anew_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_a_byte_order_mark_and_wide_characters(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.json"
-    path.write_bytes('{"images": [], "categories": ["\u00e4"]}'.encode(encoding))
-    assert read_coco_json(path, tmp_path).categories == ["\u00e4"]
+    path.write_bytes('{"images": [], "categories": [{"id": "\u00e4"}]}'.encode(encoding))
+    assert read_coco_json(path, tmp_path).categories == [{"id": "\u00e4"}]
 
 
 def test_endless_nesting_in_an_annotation_is_an_error(tmp_path: Path) -> None:
