@@ -38,7 +38,8 @@ from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
 from training.configs.schema import Config
-from training.data.coco import CocoDataset, DatasetError
+from training.data.coco import CocoDataset
+from training.data.records import DatasetError
 from training.model.solo import Solo
 from training.weights.formats import (
     WEIGHTS_FILE,

@@ -69,5 +69,5 @@ def measure_ap(model: ModelConfig, graph: bytes, data: CocoDataset) -> dict[str,
     with _staged(model, graph) as folder:
         predictor = RepositoryPredictor(folder, model.version, max_dets=max_dets)
         results = predict(data, predictor, progress=True)
-    numbers = mask_ap(data.annotation_file, results, max_dets=max_dets)
+    numbers = mask_ap(data.truth(), results, max_dets=max_dets)
     return {name: round(value, 4) for name, value in numbers.items()}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,16 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def mask_ap(
-    annotation_file: Path,
-    results: Sequence[dict[str, Any]],
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
     *,
     max_dets: int = 100,
-    image_ids: Sequence[int] | None = None,
+    image_ids: Collection[int | str] | None = None,
 ) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl and AR of segmentation results.
 
     Args:
-        annotation_file: COCO ground truth.
+        truth: COCO ground truth as `CocoDataset.truth` gives it: every field is valid.
         results: COCO result dicts with `image_id`, `category_id`, `score`, `segmentation`.
         max_dets: Detections per image that are evaluated; COCO's value is 100, dense images need
             more.
@@ -40,19 +39,32 @@ def mask_ap(
 
     Returns:
         The seven metrics; -1 if the ground truth has no such object, 0 if there are no results.
+
+    Raises:
+        ValueError: A result names an image that the ground truth does not have.
     """
+    numbers = _number_images(truth)
+    unknown = next((r["image_id"] for r in results if r["image_id"] not in numbers), None)
+    if unknown is not None:
+        raise ValueError(f"a result names image {unknown!r}, which the ground truth does not have")
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotation_file))
+        known = COCO()
+        known.dataset = {
+            "images": [{**i, "id": numbers[i["id"]]} for i in truth["images"]],
+            "categories": list(truth["categories"]),
+            "annotations": _numbered(truth["annotations"], numbers),
+        }
+        known.createIndex()
         if results:
-            found = truth.loadRes([dict(r) for r in results])  # loadRes changes them
+            found = known.loadRes(_numbered(results, numbers))
         else:
             found = COCO()
-            found.dataset = {**truth.dataset, "annotations": []}
+            found.dataset = {**known.dataset, "annotations": []}
             found.createIndex()
-        evaluation = COCOeval(truth, found, "segm")
+        evaluation = COCOeval(known, found, "segm")
         evaluation.params.maxDets = [1, 10, max_dets]
         if image_ids is not None:
-            evaluation.params.imgIds = list(image_ids)
+            evaluation.params.imgIds = [numbers[i] for i in image_ids]
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"]  # [IoU, recall, category, area, maxDets]
@@ -66,3 +78,16 @@ def mask_ap(
         "APl": _mean(precision[:, :, :, 3, -1]),
         "AR": _mean(recall[:, :, 0, -1]),
     }
+
+
+def _number_images(truth: Mapping[str, Any]) -> dict[int | str, int]:
+    """A number for each image id, in the order of the ids; pycocotools takes no text for an id."""
+    ids = sorted((i["id"] for i in truth["images"]), key=lambda i: (isinstance(i, str), i))
+    return {image_id: number for number, image_id in enumerate(ids)}
+
+
+def _numbered(
+    entries: Sequence[Mapping[str, Any]], numbers: Mapping[int | str, int]
+) -> list[dict[str, Any]]:
+    """Copies, because pycocotools changes them, with the numbers of their images."""
+    return [{**entry, "image_id": numbers[entry["image_id"]]} for entry in entries]

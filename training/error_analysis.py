@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from training.data.coco import Annotation, CocoDataset
+from training.data.coco import CocoDataset
+from training.data.records import Annotation
 
 
 def with_ground_truth_masks(

@@ -30,7 +30,9 @@ from pipeline.types import Candidates, Detection
 from training import distributed
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
-from training.data.coco import CocoDataset, DatasetError
+from training.data.coco import CocoDataset
+from training.data.records import DatasetError, ImageId
+from training.data.validate import check_classes
 from training.error_analysis import with_ground_truth_masks
 from training.model.solo import Solo
 from training.weights.formats import CheckpointError, load_model
@@ -87,6 +89,7 @@ class CheckpointPredictor:
 
     def __init__(self, model: Solo, config: Config, *, max_dets: int, batch_size: int = 4) -> None:
         self.model, self.config = model, config
+        self.classes = config.classes
         self.max_dets, self.batch_size = max_dets, batch_size
 
     @torch.inference_mode()
@@ -130,6 +133,7 @@ class RepositoryPredictor:
             self.loaded = load_version(folder, version)
         except ModelRefused as error:
             raise CheckpointError(str(error)) from error
+        self.classes = self.loaded.config.classes
         self.max_dets = max_dets
 
     def __call__(self, data: bytes) -> list[Result]:
@@ -150,24 +154,39 @@ class ServerPredictor:
         RuntimeError: The server answers with an error; the message contains its text.
     """
 
+    classes: tuple[ClassSpec, ...]
+
     def __init__(self, url: str, model: str | None, *, max_dets: int) -> None:
         query = {"score_threshold": str(EVALUATION_THRESHOLD), "max_instances": str(max_dets)}
         if model is not None:
             query["model"] = model
-        self.url = f"{url.rstrip('/')}/segment?{urllib.parse.urlencode(query)}"
+        base = url.rstrip("/")
+        self.url = f"{base}/segment?{urllib.parse.urlencode(query)}"
+        name = model or self._fetch(f"{base}/v2/models")["default_model"]
+        detail = self._fetch(f"{base}/v2/models/{urllib.parse.quote(str(name), safe='')}")
+        self.classes = tuple(
+            ClassSpec(category_id=c["category_id"], name=c["name"]) for c in detail["classes"]
+        )
 
     def __call__(self, data: bytes) -> list[Result]:
         """Encoded image -> results."""
         kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
         request = urllib.request.Request(self.url, data, {"Content-Type": kind})
-        try:
-            with urllib.request.urlopen(request) as response:
-                content = json.load(response)
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{self.url} answered {error.code}: {error.read()!r}") from error
+        content = self._fetch(request)
         keys = ("category_id", "score", "segmentation")
         results = [{k: i[k] for k in keys} for i in content["results"][0]["instances"]]
         return as_regions(results, content.get("task", "segmentation"))
+
+    @staticmethod
+    def _fetch(request: str | urllib.request.Request) -> dict[str, Any]:
+        """The JSON of an answer."""
+        url = request if isinstance(request, str) else request.full_url
+        try:
+            with urllib.request.urlopen(request) as response:
+                content: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{url} answered {error.code}: {error.read()!r}") from error
+        return content
 
 
 def predict(data: CocoDataset, predictor: Predictor, *, progress: bool = False) -> list[Result]:
@@ -193,13 +212,13 @@ def evaluate_model(
     results = predict(data, CheckpointPredictor(model, config, max_dets=max_dets))
     numbers = {}
     if distributed.is_main():
-        numbers = mask_ap(data.annotation_file, results, max_dets=max_dets)
+        numbers = mask_ap(data.truth(), results, max_dets=max_dets)
     return distributed.from_main(numbers)
 
 
 def build_predictor(
     source: str, model: str | None, version: int | None, max_dets: int, device: str = "cpu"
-) -> Predictor:
+) -> CheckpointPredictor | RepositoryPredictor | ServerPredictor:
     """A predictor for a URL, a model_repo folder or a checkpoint file (on `device`).
 
     Raises:
@@ -251,13 +270,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _groups(data: CocoDataset, field: str) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for image in json.loads(data.annotation_file.read_text())["images"]:
-        if field not in image:
-            raise DatasetError(f"image {image['id']} has no field {field!r} to group by")
-        groups.setdefault(str(image[field]), []).append(int(image["id"]))
+def _groups(data: CocoDataset, field: str | None) -> dict[str, list[ImageId]]:
+    """Ids of the images by the value of a field of the annotation file."""
+    groups: dict[str, list[ImageId]] = {}
+    for record, fields in zip(data.records, data.image_fields if field else (), strict=False):
+        if field not in fields:
+            raise DatasetError(f"image {record.image_id} has no field {field!r} to group by")
+        groups.setdefault(str(fields[field]), []).append(record.image_id)
     return groups
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuses files that could not be written after the prediction."""
+    for path in (options.results, options.json):
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise ValueError(f"{path} cannot be written: {reason}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -267,9 +295,15 @@ def run(options: argparse.Namespace) -> None:
         raise DatasetError(
             f"{data.annotation_file} has no annotations to score; --results FILE writes the results"
         )
+    _check_outputs(options)
+    groups = _groups(data, options.group_by)
+    if distributed.is_main():
+        for line in data.report.warnings():
+            print(f"solo-eval: {line}", file=sys.stderr)
     predictor = build_predictor(
         options.model, options.model_name, options.version, options.max_dets, options.device
     )
+    check_classes(data.checked, predictor.classes, f"the model {options.model}")
     results = predict(data, predictor, progress=True)
     if not distributed.is_main():
         return
@@ -280,12 +314,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.ground_truth_masks:
         results = with_ground_truth_masks(results, data)
-    numbers = {"all": mask_ap(data.annotation_file, results, max_dets=options.max_dets)}
-    if options.group_by:
-        for name, ids in sorted(_groups(data, options.group_by).items()):
-            numbers[name] = mask_ap(
-                data.annotation_file, results, max_dets=options.max_dets, image_ids=ids
-            )
+    truth = data.truth()
+    numbers = {"all": mask_ap(truth, results, max_dets=options.max_dets)}
+    for name, ids in sorted(groups.items()):
+        numbers[name] = mask_ap(truth, results, max_dets=options.max_dets, image_ids=ids)
     for name, row in numbers.items():
         print(f"{name:>20} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()))
     if options.json:

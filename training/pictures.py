@@ -24,7 +24,8 @@ from pipeline.model_config import Task
 from pipeline.runs import BoxMask, build_instance
 from pipeline.types import Detection, UInt8
 from service.models.repository import LoadedModel, load_version
-from training.data.coco import CocoDataset, DatasetError
+from training.data.coco import CocoDataset
+from training.data.records import DatasetError
 
 MATCH_IOU = 0.5
 GAP_PX = 6

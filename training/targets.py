@@ -5,7 +5,9 @@ Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex, overload
 
 import cv2
 import numpy as np
@@ -17,17 +19,64 @@ from training.configs.schema import HeadConfig, TargetConfig
 UInt8 = NDArray[np.uint8]
 
 
+class CroppedMasks(Sequence[UInt8]):
+    """Masks of one size, of which only the pixels in their boxes are kept.
+
+    Args:
+        hw: Height and width of the masks, px.
+    """
+
+    def __init__(self, hw: tuple[int, int]) -> None:
+        self.hw = hw
+        self._crops: list[tuple[int, int, UInt8]] = []
+
+    def append(self, mask: UInt8) -> tuple[int, int, int, int]:
+        """Adds a mask that is not empty; returns its box x, y, width, height."""
+        x, y, width, height = cv2.boundingRect(mask)
+        self._crops.append((y, x, mask[y : y + height, x : x + width].copy()))
+        return x, y, width, height
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number, height and width of the masks."""
+        return len(self), *self.hw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels that are kept."""
+        return sum(pixels.nbytes for _, _, pixels in self._crops)
+
+    def __len__(self) -> int:
+        return len(self._crops)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> UInt8: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[UInt8]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> UInt8 | list[UInt8]:
+        """A whole mask [H, W], made anew each time."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        top, left, pixels = self._crops[index]
+        mask = np.zeros(self.hw, np.uint8)
+        mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        return mask
+
+
 @dataclass(frozen=True)
 class Objects:
     """Ground truth of one canvas.
 
     Attributes:
-        masks: [N, H, W] uint8 0/1; H, W is the size of the image on the canvas or of the canvas.
+        masks: N masks [H, W] uint8 0/1; H, W is the size of the image on the canvas or of the
+            canvas.
         boxes_xyxy: [N, 4] float32, px.
         labels: [N] int64, 0..C-1.
     """
 
-    masks: UInt8
+    masks: UInt8 | CroppedMasks
     boxes_xyxy: NDArray[np.float32]
     labels: NDArray[np.int64]
 

@@ -19,6 +19,7 @@ from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
 from training.data.coco import CocoDataset
+from training.data.validate import check_classes
 from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
@@ -144,15 +145,24 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _validator(options: argparse.Namespace) -> Validate | None:
+def _validator(options: argparse.Namespace, train: CocoDataset) -> Validate | None:
     if not options.val_split:
         return None
     data = CocoDataset(options.data, options.val_split)
+    check_classes(data.checked, train.classes, train.report.source)
+    _warn(data)
 
     def validate(model: Solo, config: Config) -> dict[str, float]:
         return evaluate_model(model, config, data, max_dets=options.max_dets)
 
     return validate
+
+
+def _warn(data: CocoDataset) -> None:
+    """Says what of a split cannot be used."""
+    if distributed.is_main():
+        for line in data.report.warnings():
+            print(f"solo-train: {line}", file=sys.stderr)
 
 
 def _initialiser(init: str) -> Callable[[Solo], None]:
@@ -185,13 +195,14 @@ def run(options: argparse.Namespace) -> Path:
     table = get_table(options.table) if options.table else None
     config = build_config((options.base or table.base) if table else options.config, options)
     data = CocoDataset(options.data, options.train_split, config.input.contrast)
+    _warn(data)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)
     if table is None:
         return _train(config, data, options, out, options.seed).save()
 
     def train_one(config: Config, folder: Path, seed: int) -> dict[str, float]:
-        validate = _validator(options)
+        validate = _validator(options, data)
         if validate is None:
             raise ValueError("a table needs a validation split, --val-split is empty")
         trainer = _train(config, data, options, folder, seed, validate_at_end=False)
@@ -232,7 +243,9 @@ def _train(
         compile=options.compile,
         init=_initialiser(options.init) if options.init else None,
     )
-    trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
+    trainer = Trainer(
+        config, data, run_options, _validator(options, data) if validate_at_end else None
+    )
     frozen = config.model.backbone.norm == "frozen_bn"
     if frozen and not options.init and trainer.step == 0 and distributed.is_main():
         print(

@@ -120,8 +120,8 @@ def test_a_contour_is_scored_as_what_it_encloses(repo: Path, tmp_path: Path) -> 
         for record in data.records
         for annotation in record.annotations
     ]
-    assert mask_ap(data.annotation_file, as_regions(contours, "contour"))["AP"] == pytest.approx(1)
-    assert mask_ap(data.annotation_file, as_regions(contours, "segmentation"))["AP"] < 0.1
+    assert mask_ap(data.truth(), as_regions(contours, "contour"))["AP"] == pytest.approx(1)
+    assert mask_ap(data.truth(), as_regions(contours, "segmentation"))["AP"] < 0.1
     assert as_regions(contours, "segmentation") == contours
 
 

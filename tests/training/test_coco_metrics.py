@@ -16,9 +16,11 @@ def grid_of_discs(count: int) -> list[Any]:
     return [disc(SIDE, SIDE, 4 + 8 * (i // 24), 4 + 8 * (i % 24), 3) for i in range(count)]
 
 
-def truth_of(root: Path, masks: list[Any], images: int = 1) -> Path:
+def truth_of(root: Path, masks: list[Any], images: int = 1) -> dict[str, Any]:
     annotations = [annotation_of(mask, 1, 3) for mask in masks]
-    return write_split(root, "val", [(f"{i}.png", SIDE, SIDE) for i in range(images)], annotations)
+    path = write_split(root, "val", [(f"{i}.png", SIDE, SIDE) for i in range(images)], annotations)
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def results_of(masks: list[Any], score: float = 0.9) -> list[dict[str, Any]]:
@@ -43,9 +45,9 @@ def test_perfect_results(tmp_path: Path) -> None:
 
 def test_dense_images_need_more_detections(tmp_path: Path) -> None:
     masks = grid_of_discs(150)
-    path, results = truth_of(tmp_path, masks), results_of(masks)
-    assert mask_ap(path, results, max_dets=500)["AP"] == pytest.approx(1)
-    cut = mask_ap(path, results, max_dets=100)
+    truth, results = truth_of(tmp_path, masks), results_of(masks)
+    assert mask_ap(truth, results, max_dets=500)["AP"] == pytest.approx(1)
+    cut = mask_ap(truth, results, max_dets=100)
     assert cut["AR"] == pytest.approx(2 / 3, abs=1e-6)
     assert cut["AP"] == pytest.approx(67 / 101, abs=0.01)
 
@@ -64,13 +66,11 @@ def test_no_ground_truth_is_minus_one(tmp_path: Path) -> None:
 
 def test_chosen_images_alone(tmp_path: Path) -> None:
     masks = grid_of_discs(4)
-    path = truth_of(tmp_path, masks, images=2)
-    content = json.loads(path.read_text())
-    content["annotations"].append(annotation_of(masks[0], 2, 3) | {"id": 99})
-    path.write_text(json.dumps(content))
-    assert mask_ap(path, results_of(masks))["AP"] < 0.9
-    assert mask_ap(path, results_of(masks), image_ids=[1])["AP"] == pytest.approx(1)
-    assert mask_ap(path, results_of(masks), image_ids=[2])["AP"] == 0
+    truth = truth_of(tmp_path, masks, images=2)
+    truth["annotations"].append(annotation_of(masks[0], 2, 3) | {"id": 99})
+    assert mask_ap(truth, results_of(masks))["AP"] < 0.9
+    assert mask_ap(truth, results_of(masks), image_ids=[1])["AP"] == pytest.approx(1)
+    assert mask_ap(truth, results_of(masks), image_ids=[2])["AP"] == 0
 
 
 def test_a_duplicate_costs_precision(tmp_path: Path) -> None:

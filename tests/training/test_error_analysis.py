@@ -17,7 +17,7 @@ def data(tmp_path: Path) -> CocoDataset:
     return CocoDataset(build_tiny_data(tmp_path), "val")
 
 
-def result(image_id: int, category_id: int, mask: Any, score: float = 0.9) -> dict[str, Any]:
+def result(image_id: int | str, category_id: int, mask: Any, score: float = 0.9) -> dict[str, Any]:
     return {
         "image_id": image_id,
         "category_id": category_id,
@@ -30,11 +30,11 @@ def test_the_most_overlapping_object_replaces_the_mask(data: CocoDataset) -> Non
     record = data.records[0]
     category = data.classes[record.annotations[0].label].category_id
     rough = result(record.image_id, category, disc(64, 64, 22, 19, 6))
-    before = mask_ap(data.annotation_file, [rough], max_dets=100)
+    before = mask_ap(data.truth(), [rough], max_dets=100)
     (found,) = with_ground_truth_masks([rough], data)
     assert found["segmentation"]["counts"].encode() == record.annotations[0].rle["counts"]
     assert (found["score"], found["category_id"]) == (0.9, category)
-    after = mask_ap(data.annotation_file, [found], max_dets=100)
+    after = mask_ap(data.truth(), [found], max_dets=100)
     assert before["AP"] == 0 < after["AP"]
     assert rough["segmentation"] != found["segmentation"]  # the input is not changed
 

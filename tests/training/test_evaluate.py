@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,22 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from pipeline.types import Detection
 from tests.support.blob_model import draw_picture, encode_picture, publish
-from tests.support.tiny import CLASSES, TINY, build_tiny_data, disc, rle_of
+from tests.support.tiny import (
+    CLASSES,
+    TINY,
+    annotation_of,
+    build_tiny_data,
+    disc,
+    rle_of,
+    write_image,
+    write_split,
+)
+from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset
 from training.evaluate import (
     CheckpointPredictor,
@@ -164,6 +177,151 @@ def test_the_help_names_the_evaluation_servers_file() -> None:
     assert "detections_test-dev2017_NAME_results.json" in text
 
 
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], None]], Path]:
+    """A copy of the data set whose file was changed."""
+    folder = build_tiny_data(tmp_path / "changed", ("val",))
+    path = folder / "annotations" / "val.json"
+
+    def change(edit: Callable[[dict[str, Any]], None]) -> Path:
+        content = json.loads(path.read_text())
+        edit(content)
+        path.write_text(json.dumps(content))
+        return folder
+
+    return change
+
+
+def perfect(data: CocoDataset) -> list[dict[str, Any]]:
+    """The objects of a split as results, the second of each image shifted by a pixel."""
+    results = []
+    for record in data.records:
+        for place, item in enumerate(record.annotations):
+            mask = np.roll(coco_mask.decode(item.rle), place, axis=1)
+            category_id = data.classes[item.label].category_id
+            result = {"image_id": record.image_id, "category_id": category_id}
+            results.append(result | {"score": 0.9 - 0.1 * place, "segmentation": rle_of(mask)})
+    return results
+
+
+def without(*names: str) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            for name in names:
+                del annotation[name]
+
+    return edit
+
+
+def numbered(first: int, step: int) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
+        for place, annotation in enumerate(content["annotations"]):
+            annotation["id"] = first + step * place
+
+    return edit
+
+
+def with_text_ids(content: dict[str, Any]) -> None:
+    for image in content["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        without("area"),
+        without("id"),
+        without("iscrowd"),
+        without("area", "id", "iscrowd", "bbox"),
+        numbered(0, 1),
+        numbered(7, 0),
+        with_text_ids,
+    ],
+)
+def test_what_is_harmless_does_not_change_the_score(
+    root: Path, changed: Callable[..., Path], edit: Callable[[dict[str, Any]], None]
+) -> None:
+    data = CocoDataset(root, "val")
+    expected = mask_ap(data.truth(), perfect(data))
+    assert 0.5 < expected["AP"] < 1
+    same = CocoDataset(changed(edit), "val")
+    assert mask_ap(same.truth(), perfect(same)) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_score_is_that_of_pycocotools_on_the_file(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = [(f"{i}.png", 60, 80) for i in range(4)]
+    annotations, results = [], []
+    for _ in range(60):
+        image_id, category_id = int(rng.integers(1, 5)), int(rng.choice([3, 7]))
+        y, x, radius = rng.uniform(5, 55), rng.uniform(5, 75), rng.uniform(3, 20)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+        outline = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1).ravel()
+        truth = annotation_of(disc(60, 80, y, x, radius), image_id, category_id)
+        truth["area"] = float(rng.choice([truth["area"], 500, 2000, 20000]))
+        truth["iscrowd"] = int(rng.random() < 0.1)
+        if rng.random() < 0.5:
+            truth["segmentation"] = [outline.tolist()]
+        annotations.append(truth)
+        found = disc(60, 80, y + rng.normal(), x + rng.normal(), radius)
+        result = {"image_id": image_id, "category_id": category_id, "score": float(rng.random())}
+        results.append(result | {"segmentation": rle_of(found)})
+    for name, height, width in images:
+        write_image(tmp_path / "images" / name, np.zeros((height, width, 3), np.uint8))
+    path = write_split(tmp_path, "val", images, annotations)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            COCO(str(path)), COCO(str(path)).loadRes([dict(r) for r in results]), "segm"
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    data = CocoDataset(tmp_path, "val")
+    assert sum(len(r.crowds) for r in data.records) > 0
+    metrics = mask_ap(data.truth(), results)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert tuple(metrics[name] for name in names) == tuple(evaluation.stats[:6])
+    assert metrics["AR"] == evaluation.stats[8] and metrics["AP"] > 0.1
+
+
+def test_classes_that_are_numbered_otherwise_are_refused(
+    checkpoint: Path, changed: Callable[..., Path], capsys: Any
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        first, second = content["categories"]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    assert main([str(checkpoint), "--data", str(changed(edit))]) == 1
+    error = capsys.readouterr().err
+    assert "category 3 is 'box'" in error and "calls it 'disc'" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--results", "--json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_prediction(
+    root: Path, checkpoint: Path, tmp_path: Path, capsys: Any, option: str
+) -> None:
+    for path, reason in ((tmp_path / "none" / "r.json", "no folder"), (tmp_path, "is a folder")):
+        assert main([str(checkpoint), "--data", str(root), option, str(path)]) == 1
+        printed = capsys.readouterr()
+        assert reason in printed.err and str(path) in printed.err
+        assert "image/s" not in printed.err and not printed.out
+
+
+def test_objects_that_are_skipped_are_said(
+    checkpoint: Path, changed: Callable[..., Path], capsys: Any
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+
+    assert main([str(checkpoint), "--data", str(changed(edit))]) == 0
+    warning = capsys.readouterr().err
+    assert "solo-eval: " in warning and "skipped 1 objects without a polygon" in warning
+
+
 def test_a_damaged_checkpoint_is_named(root: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "bad.pt").write_bytes(b"nonsense")
     assert main([str(tmp_path / "bad.pt"), "--data", str(root)]) == 1
@@ -199,6 +357,15 @@ class FakeServer(BaseHTTPRequestHandler):
 
     asked: list[dict[str, list[str]]]
 
+    def do_GET(self) -> None:
+        classes = [c.model_dump() for c in CLASSES]
+        if self.path == "/v2/models":
+            self.answer(200, {"default_model": "tiny"})
+        elif self.path == "/v2/models/tiny":
+            self.answer(200, {"classes": classes})
+        else:
+            self.answer(404, {"error": "no such model"})
+
     def do_POST(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
         type(self).asked.append(query | {"type": [str(self.headers["Content-Type"])]})
@@ -214,6 +381,9 @@ class FakeServer(BaseHTTPRequestHandler):
                 "segmentation": rle_of(disc(64, 64, 20, 20, 10)),
             }
             status, content = 200, {"results": [{"instances": [instance]}]}  # type: ignore[dict-item]
+        self.answer(status, content)
+
+    def answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

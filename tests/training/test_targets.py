@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
 from tests.support.tiny import disc
 from training.configs.schema import HeadConfig, TargetConfig
 from training.targets import (
+    CroppedMasks,
     LevelTargets,
     Objects,
     UInt8,
@@ -336,3 +338,21 @@ def test_a_contour_lies_inside_its_region() -> None:
         mask = random_objects(seed, 1).masks[0]
         region = resize_mask(mask, 4) > 0
         assert (contour_mask(mask, 4) <= region).all()
+
+
+@pytest.mark.parametrize("masks", ["region", "contour"])
+@pytest.mark.parametrize("seed", range(4))
+def test_cropped_masks_give_the_same_targets(masks: str, seed: int) -> None:
+    whole = random_objects(seed, 12)
+    assert isinstance(whole.masks, np.ndarray)
+    crops = CroppedMasks((whole.masks.shape[1], whole.masks.shape[2]))
+    boxes = [crops.append(mask) for mask in whole.masks]
+    assert boxes == [cv2.boundingRect(mask) for mask in whole.masks]
+    assert crops.shape == whole.masks.shape
+    np.testing.assert_array_equal(np.stack(crops[:]), whole.masks)
+    config = TargetConfig(masks=masks)  # type: ignore[arg-type]
+    cropped = replace(whole, masks=crops)
+    expected = assign_targets(whole, CANVAS, HEAD, config, 3)
+    for a, b in zip(assign_targets(cropped, CANVAS, HEAD, config, 3), expected, strict=True):
+        for name in ("labels", "cells", "mask_index", "masks"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))

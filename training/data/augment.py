@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 from pipeline.model_config import KeepRatioResize, TileResize
 from pipeline.preprocess import keep_ratio_size
 from training.configs.schema import AugmentConfig
-from training.data.coco import Annotation
-from training.targets import Objects
+from training.data.records import Annotation
+from training.targets import CroppedMasks, Objects
 
 UInt8 = NDArray[np.uint8]
 Rng = np.random.Generator
@@ -30,18 +30,15 @@ class Sample:
 
 def crop_masks(
     annotations: Sequence[Annotation], top: int, left: int, height: int, width: int
-) -> tuple[list[UInt8], list[int]]:
-    """Masks [height, width] and labels of the objects that have pixels in a window."""
-    masks, labels = [], []
+) -> Iterator[tuple[UInt8, int]]:
+    """Mask [height, width] and label of each object that has pixels in a window."""
     for annotation in annotations:
         x, y, w, h = annotation.box_xywh
         if x >= left + width or y >= top + height or x + w <= left or y + h <= top:
             continue
         mask = coco_mask.decode(annotation.rle)[top : top + height, left : left + width]
         if mask.any():
-            masks.append(mask)
-            labels.append(annotation.label)
-    return masks, labels
+            yield mask, annotation.label
 
 
 def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
@@ -56,17 +53,20 @@ def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
     return np.asarray(cv2.LUT(image, table), np.uint8)
 
 
-def build_sample(image: UInt8, masks: Sequence[UInt8], labels: Sequence[int]) -> Sample:
-    """Drops masks that are empty after resizing; computes boxes of the masks, x2, y2 exclusive."""
-    height, width = image.shape[:2]
-    kept = [i for i, mask in enumerate(masks) if mask.any()]
-    masks, labels = [masks[i] for i in kept], [labels[i] for i in kept]
-    stack = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
-    boxes = np.zeros((len(masks), 4), np.float32)
-    for row, mask in zip(boxes, stack, strict=True):
-        x, y, w, h = cv2.boundingRect(mask)
-        row[:] = x, y, x + w, y + h
-    return Sample(image, Objects(stack, boxes, np.asarray(labels, np.int64)))
+def build_sample(image: UInt8, objects: Iterable[tuple[UInt8, int]]) -> Sample:
+    """A sample of masks [h, w] and labels, of which only one mask is held as a whole at a time.
+
+    Drops masks that are empty after resizing; computes boxes of the masks, x2, y2 exclusive.
+    """
+    masks = CroppedMasks((image.shape[0], image.shape[1]))
+    boxes, labels = [], []
+    for mask, label in objects:
+        if mask.any():
+            x, y, w, h = masks.append(mask)
+            boxes.append((x, y, x + w, y + h))
+            labels.append(label)
+    corners = np.array(boxes, np.float32).reshape(-1, 4)
+    return Sample(image, Objects(masks, corners, np.asarray(labels, np.int64)))
 
 
 def random_size(
@@ -75,6 +75,20 @@ def random_size(
     """Random height and width of a sample: short side from `short_sides`, long side limited."""
     low, high = config.short_sides
     return keep_ratio_size(image_hw, int(rng.integers(low, high + 1)), resize.long_side)
+
+
+def check_sizes(resize: KeepRatioResize, config: AugmentConfig) -> None:
+    """Refuses to train at other sizes than those of serving.
+
+    Raises:
+        ValueError: The short side of serving is not among those of training.
+    """
+    low, high = config.short_sides
+    if not low <= resize.short_side <= high:
+        raise ValueError(
+            f"augment.short_sides is {low}-{high} px, and input.resize serves a short side of "
+            f"{resize.short_side} px: set augment.short_sides to a range that contains it"
+        )
 
 
 def random_keep_ratio(
@@ -87,15 +101,18 @@ def random_keep_ratio(
     """A random size and flip (paper, section 4)."""
     height, width = image.shape[:2]
     size = random_size((height, width), resize, config, rng)
-    masks, labels = crop_masks(annotations, 0, 0, height, width)
     flip = rng.random() < config.flip
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)
     image = photometric(image, config, rng)
-    masks = [_resize_mask(m, size) for m in masks]
     if flip:
         image = np.ascontiguousarray(image[:, ::-1])
-        masks = [np.ascontiguousarray(m[:, ::-1]) for m in masks]
-    return build_sample(image, masks, labels)
+
+    def change(mask: UInt8) -> UInt8:
+        resized = _resize_mask(mask, size)
+        return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
+
+    objects = crop_masks(annotations, 0, 0, height, width)
+    return build_sample(image, ((change(mask), label) for mask, label in objects))
 
 
 def random_tile(
@@ -115,23 +132,26 @@ def random_tile(
     canvas = [round(side * resize.scale) for side in resize.tile_hw]
     window = [min(round(c / scale), side) for c, side in zip(canvas, image.shape, strict=False)]
     top, left = (int(rng.integers(0, s - w + 1)) for s, w in zip(image.shape, window, strict=False))
-    masks, labels = crop_masks(annotations, top, left, *window)
     part = image[top : top + window[0], left : left + window[1]]
     part = photometric(part, config, rng)
-    parts = [part, *masks]
+    turns = 0
     if config.dihedral:
         turns = int(rng.integers(4)) if canvas[0] == canvas[1] else 2 * int(rng.integers(2))
-        parts = [np.rot90(p, turns) for p in parts]
-    if rng.random() < config.flip:
-        parts = [p[:, ::-1] for p in parts]
-    size = [
-        min(c, max(1, round(side * scale))) for c, side in zip(canvas, parts[0].shape, strict=False)
-    ]
-    image = cv2.resize(
-        np.ascontiguousarray(parts[0]), size[::-1], interpolation=cv2.INTER_LINEAR
-    ).astype(np.uint8)
-    masks = [_resize_mask(np.ascontiguousarray(m), (size[0], size[1])) for m in parts[1:]]
-    return build_sample(image, masks, labels)
+    flip = rng.random() < config.flip
+
+    def turn(pixels: UInt8) -> UInt8:
+        turned = np.rot90(pixels, turns)
+        return np.ascontiguousarray(turned[:, ::-1] if flip else turned)
+
+    part = turn(part)
+    height, width = (
+        min(c, max(1, round(side * scale))) for c, side in zip(canvas, part.shape, strict=False)
+    )
+    image = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    objects = crop_masks(annotations, top, left, *window)
+    return build_sample(
+        image, ((_resize_mask(turn(mask), (height, width)), label) for mask, label in objects)
+    )
 
 
 def _resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:

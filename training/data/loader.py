@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.model_config import TileResize
 from training.configs.schema import Config
-from training.data.augment import Sample, random_keep_ratio, random_size, random_tile
+from training.data.augment import Sample, check_sizes, random_keep_ratio, random_size, random_tile
 from training.data.coco import CocoDataset
 from training.data.sampling import EpochBatches, Item, MicroBatch, Share, SharedBatches
 from training.targets import LevelTargets, assign_targets
@@ -44,6 +44,8 @@ class TrainingSamples(Dataset[Sample]):
     """Augmented samples; an item depends only on (epoch, index) and the seed."""
 
     def __init__(self, data: CocoDataset, config: Config, seed: int) -> None:
+        if not isinstance(config.input.resize, TileResize):
+            check_sizes(config.input.resize, config.augment)
         self.data = data
         self.config = config
         self.seed = seed

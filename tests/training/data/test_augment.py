@@ -11,16 +11,18 @@ from pycocotools import mask as coco_mask
 from pipeline.model_config import KeepRatioResize, TileResize
 from pipeline.preprocess import keep_ratio_size
 from tests.support.tiny import UInt8, disc
+from training.configs import get_config, list_configs
 from training.configs.schema import AugmentConfig
 from training.data.augment import (
     Sample,
     build_sample,
+    check_sizes,
     crop_masks,
     photometric,
     random_keep_ratio,
     random_tile,
 )
-from training.data.coco import Annotation
+from training.data.records import Annotation
 
 HEIGHT, WIDTH = 80, 100
 PLAIN = AugmentConfig(flip=0.0)
@@ -155,23 +157,54 @@ def test_one_image_of_one_pixel() -> None:
 
 def test_a_window_takes_only_the_objects_that_show_in_it() -> None:
     _, annotations = scene()
-    masks, labels = crop_masks(annotations, 0, 0, 40, 50)
-    assert labels == [0, 2]
+    masks, labels = zip(*crop_masks(annotations, 0, 0, 40, 50), strict=True)
+    assert labels == (0, 2)
     np.testing.assert_array_equal(masks[1], coco_mask.decode(annotations[2].rle)[:40, :50])
-    assert crop_masks(annotations, 0, 90, 10, 10) == ([], [])
+    assert list(crop_masks(annotations, 0, 90, 10, 10)) == []
 
 
 def test_a_box_that_reaches_in_without_pixels_does_not_count() -> None:
     ring = np.zeros((40, 40), np.uint8)
     ring[0], ring[:, 0] = 1, 1
-    assert crop_masks([annotation_of(ring)], 10, 10, 20, 20) == ([], [])
+    assert list(crop_masks([annotation_of(ring)], 10, 10, 20, 20)) == []
 
 
 def test_masks_that_vanish_are_dropped() -> None:
     full, empty = np.ones((5, 6), np.uint8), np.zeros((5, 6), np.uint8)
-    sample = build_sample(np.zeros((5, 6, 3), np.uint8), [empty, full], [4, 2])
+    sample = build_sample(np.zeros((5, 6, 3), np.uint8), [(empty, 4), (full, 2)])
     assert sample.objects.labels.tolist() == [2]
     assert sample.objects.boxes_xyxy.tolist() == [[0, 0, 6, 5]]
+
+
+def test_the_memory_of_a_sample_grows_with_the_area_of_its_objects() -> None:
+    masks = np.zeros((300, 200, 240), np.uint8)
+    for place, mask in enumerate(masks):
+        y, x = divmod(place, 20)
+        mask[12 * y + 1 : 12 * y + 9, 12 * x + 1 : 12 * x + 7] = 1
+    annotations = [annotation_of(mask) for mask in masks]
+    resize = KeepRatioResize(short_side=200, long_side=240)
+    config = AugmentConfig(flip=0.0, short_sides=(200, 200))
+    image = np.zeros((200, 240, 3), np.uint8)
+    sample = random_keep_ratio(image, annotations, resize, config, np.random.default_rng(0))
+    found = sample.objects.masks
+    np.testing.assert_array_equal(np.stack(list(found)), masks)
+    assert found.nbytes == masks.sum() < masks.nbytes / 100
+
+
+def test_serving_at_a_size_without_training_is_refused() -> None:
+    config = AugmentConfig(short_sides=(640, 800))
+    for side in (640, 800):
+        check_sizes(KeepRatioResize(short_side=side, long_side=1333), config)
+    for side in (192, 639, 801):
+        with pytest.raises(ValueError, match=rf"640-800 px.*{side} px"):
+            check_sizes(KeepRatioResize(short_side=side, long_side=1333), config)
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_configuration_is_served_at_a_size_of_its_training(name: str) -> None:
+    config = get_config(name)
+    if isinstance(config.input.resize, KeepRatioResize):
+        check_sizes(config.input.resize, config.augment)
 
 
 def test_photometric_changes_go_through_one_table() -> None:

@@ -19,14 +19,9 @@ from tests.support.tiny import (
     write_image,
     write_split,
 )
-from training.data.coco import (
-    Annotation,
-    CocoDataset,
-    DatasetError,
-    PolygonObject,
-    find_split,
-    to_rle,
-)
+from training.data.coco import CocoDataset
+from training.data.coco_json import find_split
+from training.data.records import Annotation, DatasetError, PolygonObject
 
 HEIGHT, WIDTH = 20, 30
 
@@ -57,12 +52,6 @@ def test_polygons_rle_and_uncompressed_rle_are_one_mask(tmp_path: Path) -> None:
         assert found.box_xywh == (5, 4, 20, 8)
 
 
-def test_counts_may_be_bytes() -> None:
-    mask = disc(HEIGHT, WIDTH, 8, 9, 5)
-    rle = coco_mask.encode(np.asfortranarray(mask))
-    np.testing.assert_array_equal(coco_mask.decode(to_rle(rle, HEIGHT, WIDTH)), mask)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -72,7 +61,6 @@ def test_counts_may_be_bytes() -> None:
         {"counts": [2.5, "3"]},
         {"counts": "23"},
         {"counts": "oooooooo"},
-        {"counts": ""},
         {"counts": "é"},
         {"counts": None},
         {"size": [HEIGHT]},
@@ -187,8 +175,15 @@ def test_contrast_is_applied_to_the_whole_image(tmp_path: Path) -> None:
 def test_the_size_must_be_the_annotations(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "a.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     write_split(tmp_path, "train", [("a.png", WIDTH, HEIGHT)], [])
-    with pytest.raises(DatasetError, match=r"a\.png is 30x20 px, its annotation says 20x30"):
-        CocoDataset(tmp_path, "train").image(0)
+    with pytest.raises(DatasetError, match=r"a\.png.* is 30x20 px, its annotation says 20x30"):
+        CocoDataset(tmp_path, "train")
+
+
+def test_a_file_that_changes_its_size_in_the_run_is_named(tmp_path: Path) -> None:
+    data = build(tmp_path, [])
+    write_image(tmp_path / "images" / "a.png", np.zeros((WIDTH, HEIGHT, 3), np.uint8))
+    with pytest.raises(DatasetError, match=r"a\.png is 20x30 px, its annotation says 30x20"):
+        data.image(0)
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
@@ -221,7 +216,7 @@ def test_coco_2017_as_downloaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["test-dev", "test-dev2017", "image_info_test-dev2017"])
 def test_the_test_images_of_coco_have_no_annotations(tmp_path: Path, split: str) -> None:
-    (tmp_path / "test2017").mkdir()
+    write_image(tmp_path / "test2017" / "a.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     path = write_split(tmp_path, "image_info_test-dev2017", [("a.png", HEIGHT, WIDTH)], [])
     content = json.loads(path.read_text())
     del content["annotations"]
@@ -266,13 +261,6 @@ def test_an_annotation_that_does_not_fit(
     annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
     with pytest.raises(DatasetError, match=message):
         build(tmp_path, [annotation | change])
-
-
-def test_a_missing_field_is_named(tmp_path: Path) -> None:
-    annotation = annotation_of(disc(HEIGHT, WIDTH, 8, 9, 5), 1, 3)
-    del annotation["segmentation"]
-    with pytest.raises(DatasetError, match="segmentation"):
-        build(tmp_path, [annotation])
 
 
 def test_the_file_is_read_as_it_lies_there(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.data.coco_json import read_coco_json
+from training.data.content import CocoContent
+from training.data.records import DatasetError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -18,10 +19,13 @@ JSON = st.recursive(
 )
 
 
-def write(folder: Path, text: str) -> Path:
+def read(folder: Path, text: str) -> CocoContent:
     path = folder / "a.json"
     path.write_text(text)
-    return path
+    return read_coco_json(path, folder)
+
+
+JSON_SAMPLE: Any = {"id": [1, {"a": None}], "\u00e4": "]},"}
 
 
 def annotation(**changes: Any) -> dict[str, Any]:
@@ -43,39 +47,42 @@ def annotation(**changes: Any) -> dict[str, Any]:
     place=st.integers(0, 4),
     count=st.integers(0, 3),
 )
-def test_everything_but_the_annotations_is_as_json_reads_it(
+def test_the_content_is_as_json_reads_it(
     tmp_path: Path, content: dict[str, Any], indent: int | None, place: int, count: int
 ) -> None:
-    items = list(content.items())
+    items = [(k, v) for k, v in content.items() if k not in ("images", "categories")]
+    items += [("images", [JSON_SAMPLE]), ("categories", JSON_SAMPLE)]
     items.insert(place, ("annotations", [annotation(id=i) for i in range(count)]))
-    found, rows = read_coco_json(write(tmp_path, json.dumps(dict(items), indent=indent)))
-    assert found == content
-    assert rows is not None and [row.id for row in rows] == list(range(count))
+    found = read(tmp_path, json.dumps(dict(items), indent=indent))
+    assert found.images == [JSON_SAMPLE] and found.categories == JSON_SAMPLE
+    assert found.source == str(tmp_path / "a.json") and found.image_folder == tmp_path
+    assert found.annotations is not None
+    assert [a["id"] for a in found.annotations] == list(range(count))
 
 
-def test_what_is_kept_of_an_annotation(tmp_path: Path) -> None:
-    rle = {"size": [3, 4], "counts": "abc"}
-    items = [
-        annotation(
-            segmentation=[[0.25, 0, 4, 0, 4, 3.5], [1, 1, 2, 1, 2, 2]], area=7, bbox=[0] * 4
-        ),
-        annotation(segmentation=rle),
-        annotation(segmentation=rle, iscrowd=1),
-        annotation(segmentation=[]),
-    ]
-    _, rows = read_coco_json(write(tmp_path, json.dumps({"annotations": items})))
-    assert rows is not None
-    outline = rows[0].segmentation
-    assert isinstance(outline, tuple)
-    np.testing.assert_array_equal(outline[0], [0.25, 0, 4, 0, 4, 3.5])
-    np.testing.assert_array_equal(outline[1], [1, 1, 2, 1, 2, 2])
-    assert [row.segmentation for row in rows[1:]] == [rle, None, None]
-    assert {(row.id, row.image_id, row.category_id) for row in rows} == {(5, 1, 2)}
+def test_annotations_are_parsed_anew_each_time(tmp_path: Path) -> None:
+    items = [annotation(segmentation=[[0.25, 0, 4, 0, 4, 3.5]], area=7), annotation(id=6)]
+    found = read(tmp_path, json.dumps({"annotations": items, "images": [], "categories": []}))
+    assert found.annotations is not None
+    assert list(found.annotations) == items
+    assert list(found.annotations) == items
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_byte_order_mark_and_wide_characters(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes('{"images": [], "categories": [{"id": "\u00e4"}]}'.encode(encoding))
+    assert read_coco_json(path, tmp_path).categories == [{"id": "\u00e4"}]
+
+
+def test_endless_nesting_in_an_annotation_is_an_error(tmp_path: Path) -> None:
+    text = '{"images": [], "categories": [], "annotations": [' + "[" * 100_000
+    with pytest.raises(DatasetError, match=r"a\.json"):
+        read(tmp_path, text)
 
 
 def test_a_file_of_test_images_has_no_annotations(tmp_path: Path) -> None:
-    content, rows = read_coco_json(write(tmp_path, '{"images": [], "categories": []}'))
-    assert rows is None and set(content) == {"images", "categories"}
+    assert read(tmp_path, '{"images": [], "categories": []}').annotations is None
 
 
 @pytest.mark.parametrize(
@@ -94,15 +101,10 @@ def test_a_file_of_test_images_has_no_annotations(tmp_path: Path) -> None:
         '{"annotations": 3}',
         '{"annotations": null}',
         '{"annotations": [] []}',
+        '{"images": [], "categories": [], "annotations": []} x',
+        '{"images": [], "annotations": []}',
     ],
 )
 def test_what_is_no_json_of_this_kind_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises((ValueError, KeyError)):
-        read_coco_json(write(tmp_path, text))
-
-
-@pytest.mark.parametrize("part", [[], [1, 2], [1, 2, 3, 4, 5], "abcd", 7, {"x": 1}])
-def test_a_polygon_that_is_none_is_named(tmp_path: Path, part: Any) -> None:
-    text = json.dumps({"annotations": [annotation(segmentation=[part])]})
-    with pytest.raises(ValueError, match="annotation 5 has a polygon of"):
-        read_coco_json(write(tmp_path, text))
+    with pytest.raises(DatasetError, match=r"a\.json"):
+        read(tmp_path, text)

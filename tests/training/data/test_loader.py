@@ -56,7 +56,7 @@ def test_a_sample_changes_from_epoch_to_epoch(tmp_path: Path) -> None:
 
 def test_tiles_are_padded_to_the_serving_canvas() -> None:
     image = np.full((50, 60, 3), 9, np.uint8)
-    batch = collate([build_sample(image, [disc(50, 60, 20, 20, 8)], [1])] * 2, TINY)
+    batch = collate([build_sample(image, [(disc(50, 60, 20, 20, 8), 1)])] * 2, TINY)
     assert batch.images.shape == (2, CANVAS, CANVAS, 3)
     assert batch.valid_hw.tolist() == [[50, 60]] * 2 and batch.valid_hw.dtype == torch.int64
     assert (batch.images[:, :50, :60] == 9).all()
@@ -66,8 +66,8 @@ def test_tiles_are_padded_to_the_serving_canvas() -> None:
 
 def test_other_images_are_padded_to_the_largest_of_the_batch() -> None:
     samples = [
-        build_sample(np.zeros((40, 70, 3), np.uint8), [], []),
-        build_sample(np.zeros((65, 30, 3), np.uint8), [disc(65, 30, 30, 15, 8)], [0]),
+        build_sample(np.zeros((40, 70, 3), np.uint8), []),
+        build_sample(np.zeros((65, 30, 3), np.uint8), [(disc(65, 30, 30, 15, 8), 0)]),
     ]
     batch = collate(samples, TINY_SGD)
     assert batch.images.shape == (2, 96, 96, 3)
