@@ -31,6 +31,7 @@ from training import distributed
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, DatasetError
+from training.data.formats import add_format_options
 from training.error_analysis import with_ground_truth_masks
 from training.model.solo import Solo
 from training.weights.formats import CheckpointError, load_model
@@ -231,7 +232,8 @@ def build_parser() -> argparse.ArgumentParser:
         "datasets/coco --split test-dev --results detections_test-dev2017_solo_results.json",
     )
     parser.add_argument("model", help="checkpoint file, model_repo/<model> folder or server URL")
-    parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
+    parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
+    add_format_options(parser)
     parser.add_argument("--split", default="val", help="name of the annotation file (default: val)")
     parser.add_argument("--max-dets", type=int, default=100, help="detections per image (100)")
     parser.add_argument(
@@ -262,7 +264,9 @@ def _groups(data: CocoDataset, field: str) -> dict[str, list[int]]:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts, scores if there are annotations, and writes the files of the options."""
-    data = CocoDataset(options.data, options.split)
+    data = CocoDataset(
+        options.data, options.split, format=options.format, val_fraction=options.val_fraction
+    )
     if not data.labelled and not options.results:
         raise DatasetError(
             f"{data.annotation_file} has no annotations to score; --results FILE writes the results"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,17 @@ from pipeline.errors import DecodeError
 from pipeline.model_config import ClassSpec, ContrastSpec
 from pipeline.preprocess import stretch_contrast
 from pipeline.runs import read_counts
-from training.data.coco_json import AnnotationRow, Polygons, read_coco_json
+from training.data.formats import open_dataset
+from training.data.records import DatasetError as DatasetError
 
 UInt8 = NDArray[np.uint8]
-YEARS = ("", "2017")
+Polygons = tuple[NDArray[np.float64], ...]
+"""The polygons of an object; x and y alternate, px."""
 CACHE_LIMIT_BYTES = 2 * 1024**3
 _FARTHEST = 10
 """Coordinates of polygons may be so many times height + width; rasterising takes as long."""
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What fields that are missing or of other types raise."""
-
-
-class DatasetError(ValueError):
-    """The folder or the annotation file of a data set is not valid."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +68,6 @@ class Record:
         )
 
 
-def find_split(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split.
-
-    Finds `annotations/{split}.json` with `images/`, and COCO 2017 as downloaded:
-    `annotations/instances_{split}2017.json` with `{split}2017/`, and for `test-dev`
-    `annotations/image_info_test-dev2017.json` with `test2017/`.
-
-    Raises:
-        DatasetError: There is no such file; lists those that were searched.
-    """
-    name = split.removeprefix("instances_").removeprefix("image_info_")
-    stems = [split] + [
-        prefix + name + year for prefix in ("", "instances_", "image_info_") for year in YEARS
-    ]
-    files = [root / "annotations" / f"{stem}.json" for stem in dict.fromkeys(stems)]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        tried = ", ".join(str(file) for file in files)
-        raise DatasetError(f"no annotations of split {split!r}: looked for {tried}")
-    names = dict.fromkeys((name, name.replace("-dev", "")))  # test-dev is a part of test
-    folders = ["images", *(n + year for n in names for year in YEARS)]
-    for folder in folders:
-        if (root / folder).is_dir():
-            return found[0], root / folder
-    raise DatasetError(f"{root} has no image folder: looked for {', '.join(folders)}")
-
-
 def build_annotation(rle: dict[str, Any], label: int) -> Annotation:
     """An annotation; its box is computed from its mask."""
     x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
@@ -121,6 +92,34 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
+class AnnotationRow(NamedTuple):
+    """The used fields of an annotation; the segmentation is None for crowds and empty ones."""
+
+    id: Any
+    image_id: int
+    category_id: int
+    segmentation: Polygons | dict[str, Any] | None
+
+
+def compact_row(annotation: dict[str, Any]) -> AnnotationRow:
+    """The fields of an annotation that training uses.
+
+    Raises:
+        ValueError: A polygon is not valid.
+    """
+    segmentation = annotation["segmentation"]
+    if annotation.get("iscrowd", 0) or not segmentation:
+        segmentation = None
+    elif isinstance(segmentation, list):
+        for part in segmentation:
+            if not isinstance(part, list) or len(part) < 4 or len(part) % 2:
+                raise ValueError(f"annotation {annotation.get('id')} has a polygon of {part!r}")
+        segmentation = tuple(np.array(part, np.float64) for part in segmentation)
+    return AnnotationRow(
+        annotation.get("id"), int(annotation["image_id"]), annotation["category_id"], segmentation
+    )
+
+
 class CocoDataset:
     """A split of a data set; images are decoded as in the server, and cached if the set is small.
 
@@ -128,6 +127,8 @@ class CocoDataset:
         root: Folder with `annotations/` and the images.
         split: `train`, `val` or the name of any annotation file.
         contrast: Contrast rule of the model's input, applied to whole images.
+        format: Format of the labels; by default it is found.
+        val_fraction: Share of the images for validation, if no split is given for it.
 
     Attributes:
         labelled: Whether the file has annotations; those of COCO's test images do not.
@@ -136,19 +137,28 @@ class CocoDataset:
         DatasetError: A file is missing, or an annotation cannot be read.
     """
 
-    def __init__(self, root: Path, split: str, contrast: ContrastSpec | None = None) -> None:
-        self.annotation_file, self.image_folder = find_split(root, split)
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        contrast: ContrastSpec | None = None,
+        *,
+        format: str | None = None,
+        val_fraction: float | None = None,
+    ) -> None:
+        content = open_dataset(root, split, format, val_fraction)
+        self.annotation_file, self.image_folder = Path(content.source), content.image_folder
         self.contrast = contrast
         try:
-            content, rows = read_coco_json(self.annotation_file)
-            categories = sorted(content["categories"], key=lambda c: int(c["id"]))
+            categories = sorted(content.categories, key=lambda c: int(c["id"]))
             self.classes = tuple(ClassSpec(category_id=c["id"], name=c["name"]) for c in categories)
         except (*_MALFORMED, RecursionError) as error:
             raise DatasetError(f"{self.annotation_file} is not COCO JSON: {error!r}") from error
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
         try:
-            self.labelled = rows is not None
-            self.records = self._read(content["images"], rows or [])
+            self.labelled = content.annotations is not None
+            rows = [compact_row(annotation) for annotation in content.annotations or ()]
+            self.records = self._read(content.images, rows)
         except DatasetError:
             raise
         except _MALFORMED as error:

@@ -24,9 +24,9 @@ from training.data.coco import (
     CocoDataset,
     DatasetError,
     PolygonObject,
-    find_split,
     to_rle,
 )
+from training.data.coco_json import find_split
 
 HEIGHT, WIDTH = 20, 30
 

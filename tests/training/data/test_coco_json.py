@@ -9,8 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from training.data.coco import compact_row
 from training.data.coco_json import read_coco_json
+from training.data.records import DatasetError
 
+FIELDS = ("annotations", "images", "categories")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -38,7 +41,7 @@ def annotation(**changes: Any) -> dict[str, Any]:
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    content=st.dictionaries(st.text().filter(lambda k: k != "annotations"), JSON, max_size=4),
+    content=st.dictionaries(st.text().filter(lambda k: k not in FIELDS), JSON, max_size=4),
     indent=st.sampled_from([None, 0, 3]),
     place=st.integers(0, 4),
     count=st.integers(0, 3),
@@ -46,14 +49,18 @@ def annotation(**changes: Any) -> dict[str, Any]:
 def test_everything_but_the_annotations_is_as_json_reads_it(
     tmp_path: Path, content: dict[str, Any], indent: int | None, place: int, count: int
 ) -> None:
-    items = list(content.items())
+    items = [*content.items(), ("images", [content]), ("categories", [])]
     items.insert(place, ("annotations", [annotation(id=i) for i in range(count)]))
-    found, rows = read_coco_json(write(tmp_path, json.dumps(dict(items), indent=indent)))
-    assert found == content
-    assert rows is not None and [row.id for row in rows] == list(range(count))
+    path = write(tmp_path, json.dumps(dict(items), indent=indent))
+    found = read_coco_json(path, tmp_path)
+    assert found.images == [content] and found.categories == []
+    assert found.image_folder == tmp_path and found.source == str(path)
+    for _ in range(2):
+        assert found.annotations is not None
+        assert [row["id"] for row in found.annotations] == list(range(count))
 
 
-def test_what_is_kept_of_an_annotation(tmp_path: Path) -> None:
+def test_what_is_kept_of_an_annotation() -> None:
     rle = {"size": [3, 4], "counts": "abc"}
     items = [
         annotation(
@@ -63,8 +70,7 @@ def test_what_is_kept_of_an_annotation(tmp_path: Path) -> None:
         annotation(segmentation=rle, iscrowd=1),
         annotation(segmentation=[]),
     ]
-    _, rows = read_coco_json(write(tmp_path, json.dumps({"annotations": items})))
-    assert rows is not None
+    rows = [compact_row(item) for item in items]
     outline = rows[0].segmentation
     assert isinstance(outline, tuple)
     np.testing.assert_array_equal(outline[0], [0.25, 0, 4, 0, 4, 3.5])
@@ -74,8 +80,13 @@ def test_what_is_kept_of_an_annotation(tmp_path: Path) -> None:
 
 
 def test_a_file_of_test_images_has_no_annotations(tmp_path: Path) -> None:
-    content, rows = read_coco_json(write(tmp_path, '{"images": [], "categories": []}'))
-    assert rows is None and set(content) == {"images", "categories"}
+    path = write(tmp_path, '{"images": [], "categories": []}')
+    assert read_coco_json(path, tmp_path).annotations is None
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeff{"images": [3], "categories": []}')
+    assert read_coco_json(path, tmp_path).images == [3]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +108,11 @@ def test_a_file_of_test_images_has_no_annotations(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_json_of_this_kind_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises((ValueError, KeyError)):
-        read_coco_json(write(tmp_path, text))
+    with pytest.raises(DatasetError, match=r"a\.json is not COCO JSON"):
+        read_coco_json(write(tmp_path, text), tmp_path)
 
 
 @pytest.mark.parametrize("part", [[], [1, 2], [1, 2, 3, 4, 5], "abcd", 7, {"x": 1}])
-def test_a_polygon_that_is_none_is_named(tmp_path: Path, part: Any) -> None:
-    text = json.dumps({"annotations": [annotation(segmentation=[part])]})
+def test_a_polygon_that_is_none_is_named(part: Any) -> None:
     with pytest.raises(ValueError, match="annotation 5 has a polygon of"):
-        read_coco_json(write(tmp_path, text))
+        compact_row(annotation(segmentation=[part]))
