@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from training.data.content import CocoContent
@@ -144,15 +145,20 @@ def _build(source: Source, entries: list[Entry], root: Path) -> CocoContent:
         height, width = picture.frame.upright_hw
         file_name = os.path.relpath(entry.image, root)
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        annotations.extend(
-            {
-                "id": len(annotations) + offset,
-                "image_id": image_id,
-                "category_id": label + 1,
-                "segmentation": segmentation,
-                "iscrowd": 0,
-            }
-            for offset, (label, segmentation) in enumerate(picture.objects, 1)
-        )
+        for label, segmentation in picture.objects:
+            rle = segmentation
+            if isinstance(segmentation, list):
+                rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "segmentation": segmentation,
+                    "area": float(coco_mask.area(rle)),
+                    "bbox": [float(value) for value in coco_mask.toBbox(rle)],
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": label, "name": name} for label, name in enumerate(source.classes, 1)]
     return CocoContent(str(root), root, images, categories, annotations)

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as coco_mask
-
 from training.data.content import CocoContent
-from training.data.formats import labelme, list_splits, open_dataset
+from training.data.formats import find_format, labelme, list_splits, open_dataset
 from training.data.records import DatasetError
 
 
@@ -46,7 +44,7 @@ def convert(
     if to.suffix.lower() == ".json":
         if len(splits) > 1:
             raise DatasetError(f"{to} is one file, give one split, not {', '.join(splits)}")
-        content = open_dataset(data, splits[0] if splits else "", format, val_fraction)
+        content = open_dataset(data, _single_split(data, splits, format), format, val_fraction)
         names = {n: os.path.relpath(content.image_folder / n, to.parent) for n in _names(content)}
         return [_write(content, names, to)]
     given = list(splits) or list_splits(data, format)
@@ -68,6 +66,16 @@ def convert(
                 raise DatasetError(f"{source} cannot be copied: {error.strerror}") from error
         lines.append(_write(content, names, to / "annotations" / f"{split}.json"))
     return lines
+
+
+def _single_split(data: Path, splits: Sequence[str], format: str | None) -> str:
+    """The split to write into one file; "" for all images."""
+    if splits or (format or find_format(data)) != "coco":
+        return splits[0] if splits else ""
+    given = list_splits(data, "coco")
+    if len(given) > 1:
+        raise DatasetError(f"{data} has the splits {', '.join(given)}: choose one with --split")
+    return given[0]
 
 
 def _names(content: CocoContent) -> list[str]:
@@ -94,24 +102,10 @@ def _write(content: CocoContent, names: dict[str, str], path: Path) -> str:
     written: dict[str, Any] = {"images": images, "categories": content.categories}
     count = "no annotations"
     if content.annotations is not None:
-        written["annotations"] = [_complete(row, content) for row in content.annotations]
+        written["annotations"] = list(content.annotations)
         count = f"{len(written['annotations'])} objects"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(written, allow_nan=False), encoding="utf-8")
     partial.replace(path)
     return f"{path}: {len(images)} images, {count}, {len(content.categories)} classes"
-
-
-def _complete(row: dict[str, Any], content: CocoContent) -> dict[str, Any]:
-    """An annotation with the area and the box that other programs expect."""
-    segmentation = row.get("segmentation")
-    if "area" in row or not segmentation or not isinstance(content.annotations, list):
-        return row
-    rle = segmentation
-    if isinstance(segmentation, list):
-        image = content.images[row["image_id"] - 1]
-        size = image["height"], image["width"]
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    box = [float(value) for value in coco_mask.toBbox(rle)]
-    return {**row, "area": float(coco_mask.area(rle)), "bbox": box}

@@ -79,7 +79,9 @@ def test_a_converted_data_set_has_the_same_records(
     convert(tmp_path / "other", tmp_path / "folder", splits=["train"])
     convert(tmp_path / "other", tmp_path / "single" / "all.json")
     single = open_dataset(tmp_path / "single", "")
-    for row in single.annotations or ():
+    rows = list(single.annotations or ())
+    assert [row["id"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
         assert row["area"] > 0 and len(row["bbox"]) == 4
     found = CocoDataset(tmp_path / "folder", "train")
     assert objects_of(found) == objects_of(expected) and found.classes == expected.classes
@@ -209,6 +211,16 @@ def test_coco_without_a_validation_split_is_divided_on_request(tmp_path: Path) -
     write_coco(tmp_path, build_scenes("val"), "val")
     with pytest.raises(DatasetError, match="leave the fraction out"):
         CocoDataset(tmp_path, "train", val_fraction=0.4)
+
+
+def test_one_file_of_several_coco_files_needs_a_split(tmp_path: Path) -> None:
+    write_coco(tmp_path / "in", build_scenes())
+    convert(tmp_path / "in", tmp_path / "train.json")
+    write_coco(tmp_path / "in", build_scenes("val"), "val")
+    with pytest.raises(DatasetError, match=r"splits train, val: choose one with --split"):
+        convert(tmp_path / "in", tmp_path / "all.json")
+    (line,) = convert(tmp_path / "in", tmp_path / "all.json", splits=["val"])
+    assert line.endswith("all.json: 3 images, 4 objects, 2 classes")
 
 
 def test_annotations_are_parsed_for_every_iteration(tmp_path: Path) -> None:
