@@ -55,7 +55,7 @@ def open_coco(root: Path, split: str, fraction: float | None = None) -> CocoCont
     Raises:
         DatasetError: There are no such annotations, or they are not COCO JSON.
     """
-    if fraction is None and split:
+    if split and (fraction is None or split_name(split) not in ("train", "val")):
         found = _locate(root, split)
         if found is not None:
             return read_coco_json(*found)

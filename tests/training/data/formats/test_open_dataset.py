@@ -208,6 +208,8 @@ def test_coco_without_a_validation_split_is_divided_on_request(tmp_path: Path) -
         CocoDataset(tmp_path, "val")
     assert len(CocoDataset(tmp_path, "val", val_fraction=0.4)) == 1
     assert len(CocoDataset(tmp_path, "train", val_fraction=0.4)) == 2
+    write_coco(tmp_path, build_scenes("test"), "test")
+    assert len(CocoDataset(tmp_path, "test", val_fraction=0.4)) == 3
     write_coco(tmp_path, build_scenes("val"), "val")
     with pytest.raises(DatasetError, match="leave the fraction out"):
         CocoDataset(tmp_path, "train", val_fraction=0.4)
