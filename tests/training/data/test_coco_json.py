@@ -86,7 +86,7 @@ def test_a_file_of_test_images_has_no_annotations(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff{"images": [3], "categories": []}')
-    assert read_coco_json(path, tmp_path).images == [3]
+    assert read_coco_json(path, tmp_path).image_folder == tmp_path
 
 
 @pytest.mark.parametrize(
