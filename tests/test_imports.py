@@ -20,6 +20,7 @@ ROOMS = ("pipeline", "service", "solo_client", "training", "export")
 DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
+    "yaml": "pyyaml",
     "prometheus_client": "prometheus-client",
     "pydantic_settings": "pydantic-settings",
     "starlette": "fastapi",  # a part of FastAPI's public interface

@@ -1,4 +1,4 @@
-"""The command solo-data: checks labelled data before it is trained on."""
+"""The command solo-data: checks labelled images, and converts them to COCO JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.data.coco_json import open_coco
+from training.data.formats import FORMATS, add_format_options, open_dataset
+from training.data.formats.convert import convert
 from training.data.headers import read_sizes
 from training.data.records import DatasetError
 from training.data.validate import Checked, check_classes, check_content
@@ -15,13 +16,18 @@ from training.data.validate import Checked, check_classes, check_content
 SPLITS = ("train", "val")
 
 
-def check(root: Path, splits: Sequence[str]) -> bool:
+def check(
+    root: Path,
+    splits: Sequence[str],
+    format: str | None = None,
+    val_fraction: float | None = None,
+) -> bool:
     """Prints the report of each split; returns whether training would take them all."""
     checked: list[Checked] = []
     usable = True
     for split in splits:
         try:
-            found = check_content(open_coco(root, split), read_sizes)
+            found = check_content(open_dataset(root, split, format, val_fraction), read_sizes)
             print(f"{split}: {found.report.text()}")
             usable &= found.report.refusal is None
             if checked:
@@ -46,17 +52,65 @@ def build_parser() -> argparse.ArgumentParser:
         "where, and what training does about it: refused, skipped or read all the same. The exit "
         "status is 1 if training would refuse the data set.",
     )
-    checks.add_argument("data", type=Path, help="folder in COCO format")
+    checks.add_argument("data", type=Path, help="folder of labelled images")
     checks.add_argument(
         "--split", action="append", help="name of an annotation file; repeatable (train and val)"
     )
+    add_format_options(checks)
+    add_convert(commands)
     return parser
+
+
+def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand `convert`."""
+    parser = commands.add_parser(
+        "convert",
+        help="write a data set as COCO JSON",
+        description=f"Writes a data set of any format ({', '.join(FORMATS)}) as COCO JSON.",
+    )
+    parser.add_argument("data", type=Path, help="folder of labelled images")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        metavar="OUT.json|OUTDIR",
+        help="a file for all images, which stay where they are; or a new folder, which gets "
+        "annotations/SPLIT.json and copies of the images",
+    )
+    parser.add_argument("--split", action="append", default=[], help="split; repeatable (all)")
+    parser.add_argument(
+        "--extract-images",
+        action="store_true",
+        help="first write the images that are only embedded in LabelMe files beside these",
+    )
+    add_format_options(parser)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Runs `convert`."""
+    lines = convert(
+        options.data,
+        options.to,
+        splits=options.split,
+        format=options.format,
+        val_fraction=options.val_fraction,
+        extract_images=options.extract_images,
+    )
+    print("\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = build_parser().parse_args(arguments)
-    return 0 if check(options.data, options.split or SPLITS) else 1
+    if options.command == "check":
+        splits = options.split or SPLITS
+        return 0 if check(options.data, splits, options.format, options.val_fraction) else 1
+    try:
+        run_convert(options)
+    except (ValueError, OSError) as error:
+        print(f"solo-data: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from training import distributed
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
+from training.data.formats import add_format_options
 from training.data.records import DatasetError, ImageId
 from training.data.validate import check_classes
 from training.error_analysis import with_ground_truth_masks
@@ -250,7 +251,8 @@ def build_parser() -> argparse.ArgumentParser:
         "datasets/coco --split test-dev --results detections_test-dev2017_solo_results.json",
     )
     parser.add_argument("model", help="checkpoint file, model_repo/<model> folder or server URL")
-    parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
+    parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
+    add_format_options(parser)
     parser.add_argument("--split", default="val", help="name of the annotation file (default: val)")
     parser.add_argument("--max-dets", type=int, default=100, help="detections per image (100)")
     parser.add_argument(
@@ -290,7 +292,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts, scores if there are annotations, and writes the files of the options."""
-    data = CocoDataset(options.data, options.split)
+    data = CocoDataset(
+        options.data, options.split, format=options.format, val_fraction=options.val_fraction
+    )
     if not data.labelled and not options.results:
         raise DatasetError(
             f"{data.annotation_file} has no annotations to score; --results FILE writes the results"

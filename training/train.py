@@ -1,4 +1,4 @@
-"""The command solo-train: trains a configuration of the zoo on a COCO-format data set."""
+"""The command solo-train: trains a configuration of the zoo on a folder of labelled images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
 from training.data.coco import CocoDataset
+from training.data.formats import add_format_options
 from training.data.validate import check_classes
 from training.evaluate import evaluate_model
 from training.model.solo import Solo
@@ -74,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs and milestones of the paper's schedules: "
         + ", ".join(f"{name} {s.epochs} epochs" for name, s in SCHEDULES.items()),
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder in COCO format")
+    parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
+    add_format_options(parser)
     parser.add_argument("--train-split", default="train", help="annotation file (train)")
     parser.add_argument(
         "--val-split", default="val", help="annotation file (val); '': no validation"
@@ -148,7 +150,9 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
 def _validator(options: argparse.Namespace, train: CocoDataset) -> Validate | None:
     if not options.val_split:
         return None
-    data = CocoDataset(options.data, options.val_split)
+    data = CocoDataset(
+        options.data, options.val_split, format=options.format, val_fraction=options.val_fraction
+    )
     check_classes(data.checked, train.classes, train.report.source)
     _warn(data)
 
@@ -194,7 +198,13 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError("give either a configuration or --table KEY")
     table = get_table(options.table) if options.table else None
     config = build_config((options.base or table.base) if table else options.config, options)
-    data = CocoDataset(options.data, options.train_split, config.input.contrast)
+    data = CocoDataset(
+        options.data,
+        options.train_split,
+        config.input.contrast,
+        format=options.format,
+        val_fraction=options.val_fraction,
+    )
     _warn(data)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)

@@ -12,7 +12,7 @@ from pipeline.decode import decode_image
 from pipeline.errors import DecodeError
 from pipeline.model_config import ContrastSpec
 from pipeline.preprocess import stretch_contrast
-from training.data.coco_json import open_coco
+from training.data.formats import open_dataset
 from training.data.headers import read_sizes
 from training.data.records import Annotation, DatasetError, Record
 from training.data.validate import check_content
@@ -25,9 +25,11 @@ class CocoDataset:
     """A split of a data set; images are decoded as in the server, and cached if the set is small.
 
     Args:
-        root: Folder with `annotations/` and the images.
+        root: Folder of labelled images, see `training.data.formats`.
         split: `train`, `val` or the name of any annotation file.
         contrast: Contrast rule of the model's input, applied to whole images.
+        format: Format of the labels; by default it is found.
+        val_fraction: Share of the images for validation, if no split is given for it.
 
     Attributes:
         records: Images and objects that were checked; objects that cannot be used are left out.
@@ -39,8 +41,16 @@ class CocoDataset:
         DatasetError: A file is missing, or something in it is refused; names the first fault.
     """
 
-    def __init__(self, root: Path, split: str, contrast: ContrastSpec | None = None) -> None:
-        content = open_coco(root, split)
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        contrast: ContrastSpec | None = None,
+        *,
+        format: str | None = None,
+        val_fraction: float | None = None,
+    ) -> None:
+        content = open_dataset(root, split, format, val_fraction)
         self.annotation_file, self.image_folder = Path(content.source), content.image_folder
         self.contrast = contrast
         self.checked = check_content(content, read_sizes)
