@@ -12,12 +12,13 @@ from typing import get_args
 import torch
 
 from training import distributed
-from training.configs import get_config, list_configs
+from training.configs import list_configs
 from training.configs.coco import SCHEDULES, apply_schedule
 from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
+from training.configs.toml_files import load_config
 from training.data.coco import CocoDataset
 from training.evaluate import evaluate_model
 from training.model.solo import Solo
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"--init imagenet. Configurations: {', '.join(list_configs())}.",
     )
     what = parser.add_argument_group("what to train: CONFIG or --table")
-    what.add_argument("config", nargs="?", help="name of a configuration")
+    what.add_argument("config", nargs="?", help="name of a configuration, or a TOML file")
     what.add_argument(
         "--table",
         metavar="KEY",
@@ -166,7 +167,7 @@ def _initialiser(init: str) -> Callable[[Solo], None]:
 
 def build_config(name: str, options: argparse.Namespace) -> Config:
     """The named configuration with the changes of the options."""
-    config = get_config(name)
+    config = load_config(name)
     reference_batch = config.schedule.batch_size
     if options.recipe:
         config = apply_recipe(config, options.recipe)

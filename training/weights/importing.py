@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model_config import ClassSpec
-from training.configs import get_config, list_configs
+from training.configs import list_configs
 from training.configs.coco_classes import COCO_CLASSES
 from training.configs.io import apply_overrides
 from training.configs.schema import Config
+from training.configs.toml_files import load_config
 from training.model.solo import Solo
 from training.weights.convert import (
     Shapes,
@@ -125,7 +126,7 @@ def choose_config(
     """
     changes: list[str] = []
     if options.config:
-        config, origin = get_config(options.config), "from --config"
+        config, origin = load_config(options.config), "from --config"
     elif published is not None:
         config, origin = published.config(), f"published as {published.name}"
     else:
@@ -315,8 +316,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="replace CKPT if it exists")
     parser.add_argument(
         "--config",
-        help="configuration of the network (default: that of the published checkpoint, else "
-        f"inferred from the weights): {', '.join(list_configs())}",
+        help="configuration of the network, a TOML file or a name (default: that of the published "
+        f"checkpoint, else inferred from the weights): {', '.join(list_configs())}",
     )
     parser.add_argument(
         "--set",
