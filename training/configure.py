@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from training import distributed
 from training.configs import list_configs
@@ -16,6 +17,7 @@ from training.configs.statistics import Machine
 from training.configs.toml_files import format_config, load_config
 from training.data.coco import CocoDataset
 from training.data.statistics import measure_statistics
+from training.weights.initial import read_network
 
 CONFIG_FILE = "config.toml"
 
@@ -49,6 +51,7 @@ def configure(
     *,
     device: str,
     hours: float,
+    init: str | None,
     change: Callable[[Config], Config],
     measure_step: Callable[[Config], float],
 ) -> Plan:
@@ -59,16 +62,20 @@ def configure(
         data: The training split, without contrast rule.
         device: `cpu`, `cuda`, ...
         hours: Time budget.
+        init: The user's initial weights, as in `training.weights.initial.initialise`.
         change: The user's changes.
         measure_step: Time of a training step of a configuration, s.
 
     Raises:
-        ValueError: The data has no objects, or a change is not valid.
+        ValueError: The data has no objects, a change is not valid, or there are no such weights.
     """
     if not 0 < hours < float("inf"):
         raise ValueError(f"--hours is {hours}, expected a positive number")
     machine = Machine(gpu=device.startswith("cuda"), cores=os.cpu_count() or 1)
-    plan = choose_config(name, measure_statistics(data), machine)
+    start: Config | Literal["imagenet"] | None = None
+    if init:
+        start = read_network(init) or "imagenet"
+    plan = choose_config(name, measure_statistics(data), machine, start)
     plan = replace(plan, config=replace(change(plan.config), classes=data.classes))
     step_s = distributed.from_main(measure_step(plan.config))
     plan = fit_schedule(plan, len(data), budget_s=hours * 3600, step_s=step_s)

@@ -30,7 +30,7 @@ from training.optim import scale_learning_rate
 from training.tables import run_table
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
-from training.weights.importing import initialise
+from training.weights.initial import initialise
 
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
@@ -125,7 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="imagenet|FILE|FOLDER",
         help="initial weights of a new run: ImageNet's for the backbone (downloaded once), a "
         "ResNet file of torchvision, or a model to fine-tune: a checkpoint, or a folder in "
-        "model_repo whose latest version has weights.pt; not read when a run is resumed",
+        "model_repo whose latest version has weights.pt, with the same classes or others; not read "
+        "when a run is resumed",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
     _add_speed_options(parser.add_argument_group("speed and memory"))
@@ -171,9 +172,9 @@ def _validator(options: argparse.Namespace) -> Validate | None:
     return validate
 
 
-def _initialiser(init: str) -> Callable[[Solo], None]:
+def _initialiser(init: str, config: Config) -> Callable[[Solo], None]:
     def fill(model: Solo) -> None:
-        for line in initialise(model, init):
+        for line in initialise(model, init, config.classes):
             if distributed.is_main():
                 print(f"solo-train: {line}")
 
@@ -246,6 +247,7 @@ def _run_configured(options: argparse.Namespace) -> Path:
             data,
             device=options.device,
             hours=1.0 if options.hours is None else options.hours,
+            init=options.init,
             change=lambda config: change_config(config, options),
             measure_step=lambda config: _measure_step(config, options),
         )
@@ -279,7 +281,7 @@ def _train(
     *,
     validate_at_end: bool = True,
 ) -> Trainer:
-    init = _initialiser(options.init) if options.init else None
+    init = _initialiser(options.init, config) if options.init else None
     run_options = _run_options(options, out, seed, init)
     trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
     frozen = config.model.backbone.norm == "frozen_bn"

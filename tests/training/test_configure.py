@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.tiny import CLASSES, build_tiny_data
+from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
 from training.configs.schema import Config
 from training.configs.toml_files import load_config
 from training.configure import name_of
@@ -62,6 +63,17 @@ def test_a_later_start_resumes_what_was_chosen(root: Path, tmp_path: Path, capsy
     assert main(command(root, tmp_path / "whole")) == 0
     _, whole = load_checkpoint(tmp_path / "whole" / "last.pt")
     assert all(torch.equal(v, whole["model"][k]) for k, v in finished["model"].items())
+
+
+def test_a_trained_model_with_other_classes(root: Path, tmp_path: Path, capsys: Any) -> None:
+    save_tiny_checkpoint(tmp_path / "a.pt", tiny_config())
+    run = command(root, tmp_path / "run")[:9]
+    sets = ["--set", "schedule.batch_size=2", "--set", "schedule.epochs=1"]
+    assert main([*run, *sets, "--init", str(tmp_path / "a.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert "those of the trained model" in printed and "a.pt has disc, ring" in printed
+    config, _ = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert config.model.head == tiny_config().model.head and config.classes == CLASSES
 
 
 def test_an_edited_file_counts_and_a_restart_chooses_anew(

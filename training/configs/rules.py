@@ -33,6 +33,7 @@ from training.configs.grids import (
 from training.configs.nuclei import NUCLEI
 from training.configs.schema import (
     AugmentConfig,
+    BackboneConfig,
     Config,
     HeadConfig,
     NetworkConfig,
@@ -71,13 +72,20 @@ def default_init(config: Config) -> Literal["imagenet"] | None:
     return "imagenet" if config.model.backbone.norm == "frozen_bn" else None
 
 
-def choose_config(name: str, data: DataStatistics, machine: Machine) -> Plan:
+def choose_config(
+    name: str,
+    data: DataStatistics,
+    machine: Machine,
+    init: Config | Literal["imagenet"] | None = None,
+) -> Plan:
     """The configuration of a data set; its schedule is for `fit_schedule` to set.
 
     Args:
         name: Of the configuration, and of the model that is exported from it.
         data: Statistics of the training split.
         machine: The device decides the size of the network and of the canvas.
+        init: A trained model, whose network and canvas are taken; `imagenet`: a backbone of full
+            width; None: that on a GPU, and on a CPU a narrow one, which starts from random weights.
 
     Raises:
         ValueError: The data has no objects.
@@ -85,10 +93,17 @@ def choose_config(name: str, data: DataStatistics, machine: Machine) -> Plan:
     sizes = data.sizes
     if not len(sizes):
         raise ValueError("the training images have no objects, so nothing can be configured")
-    spec, reasons = _choose_input(data, machine)
+    pretrained = init if isinstance(init, Config) else None
+    base = pretrained or _base(machine, imagenet=init is not None)
+    spec, reasons = _choose_input(data, _bounds(machine, pretrained))
     canvases = [canvas for image in data.sample for canvas in place_objects(image, spec)]
-    base = _base(machine)
-    head, lost, why = _choose_head(base.model.head, canvases)
+    if pretrained:
+        head, why = base.model.head, []
+        lost = share_without_cell(canvases, head, TargetConfig().centre_scale)
+        grids = ", ".join(map(str, head.num_grids))
+        why = [f"grids: {grids}, those of the trained model: {lost:.1%} of the objects get no cell"]
+    else:
+        head, lost, why = _choose_head(base.model.head, canvases)
     reasons += why
     candidates, most, why = _choose_limits(data, canvases)
     reasons += why
@@ -105,29 +120,43 @@ def choose_config(name: str, data: DataStatistics, machine: Machine) -> Plan:
         postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=most),
         num_classes=data.num_classes,
     )
-    backbone = config.model.backbone
-    width = f", {backbone.base_width} channels" if backbone.base_width != 64 else ""
-    start = default_init(config)
-    reasons.append(
-        f"network: ResNet-{backbone.depth}{width}, {head.kind} head, for "
-        f"{'a GPU' if machine.gpu else f'{machine.cores} CPU cores'}; "
-        f"{'ImageNet weights' if start else 'random weights'}"
-    )
+    reasons.append(_explain_network(config, machine, pretrained))
     return Plan(config=config, reasons=tuple(reasons), lost_share=lost)
 
 
-def _base(machine: Machine) -> Config:
-    """Network and optimisation for a machine; the head's levels are only its first values."""
-    if not machine.gpu:
-        return NUCLEI
-    return Config(
-        name="gpu",
-        model=NetworkConfig(head=HeadConfig(kind="decoupled")),
-        schedule=ScheduleConfig(schedule="cosine", ema_decay=0.998),
+def _explain_network(config: Config, machine: Machine, pretrained: Config | None) -> str:
+    backbone = config.model.backbone
+    width = f", {backbone.base_width} channels" if backbone.base_width != 64 else ""
+    device = "a GPU" if machine.gpu else f"{machine.cores} CPU cores"
+    weights = "ImageNet weights" if default_init(config) else "random weights"
+    return f"network: ResNet-{backbone.depth}{width}, {config.model.head.kind} head, " + (
+        f"those of {pretrained.name}" if pretrained else f"for {device}; {weights}"
     )
 
 
-def _choose_input(data: DataStatistics, machine: Machine) -> tuple[InputSpec, list[str]]:
+def _base(machine: Machine, *, imagenet: bool) -> Config:
+    """Network and optimisation for a machine; the head's levels are only its first values."""
+    if machine.gpu:
+        return Config(
+            name="gpu",
+            model=NetworkConfig(head=HeadConfig(kind="decoupled")),
+            schedule=ScheduleConfig(schedule="cosine", ema_decay=0.998),
+        )
+    if not imagenet:
+        return NUCLEI
+    return replace(NUCLEI, model=replace(NUCLEI.model, backbone=BackboneConfig(depth=18)))
+
+
+def _bounds(machine: Machine, pretrained: Config | None) -> tuple[int, int]:
+    """Side of a tile's canvas, and the largest short side of a whole image, px."""
+    if pretrained is None:
+        return (512, 800) if machine.gpu else (288, 320)
+    resize = pretrained.input.resize
+    side = min(resize.canvas_hw) if isinstance(resize, TileResize) else resize.short_side
+    return side, side
+
+
+def _choose_input(data: DataStatistics, bounds: tuple[int, int]) -> tuple[InputSpec, list[str]]:
     sizes = tuple(float(p) for p in np.percentile(data.sizes, (10, 50, 99)))
     sides = np.sort([image.image_hw for image in data.sample], axis=1)
     short, long = (int(side) for side in np.median(sides, axis=0))
@@ -137,8 +166,8 @@ def _choose_input(data: DataStatistics, machine: Machine) -> tuple[InputSpec, li
         f"{len(data.sizes)} objects inspected of {'/'.join(f'{size:.0f}' for size in sizes)} px "
         "(percentiles 10/50/99)"
     )
-    resize, reason = _choose_tiles(data, sizes[0], sizes[2], machine) or _choose_whole(
-        data, sizes[0], sizes[2], machine
+    resize, reason = _choose_tiles(data, sizes[0], sizes[2], bounds[0]) or _choose_whole(
+        data, sizes[0], sizes[2], bounds[1]
     )
     if data.intensity_range >= LOW_CONTRAST:
         return InputSpec(resize=resize), [summary, reason]
@@ -150,18 +179,17 @@ def _choose_input(data: DataStatistics, machine: Machine) -> tuple[InputSpec, li
 
 
 def _choose_tiles(
-    data: DataStatistics, small: float, large: float, machine: Machine
+    data: DataStatistics, small: float, large: float, canvas: int
 ) -> tuple[TileResize, str] | None:
     """Tiles at a fixed scale, if the largest objects fit twice into an image and a tile."""
     sides = np.asarray([image.image_hw for image in data.sample])
-    canvas = 512 if machine.gpu else 288
     least, most = SMALL_OBJECT_PX / max(small, 1), canvas / (2 * large)
     if least > most or 2 * large > np.median(sides.min(axis=1)):
         return None
     scale = min(max(1.0, math.ceil(least * 4) / 4), most)
     overlap = max(8, round(float(np.percentile(data.sizes, 90)) / 8) * 8)
-    tile = min(math.ceil(canvas / scale), int(sides.max()) + overlap)
-    canvas = max(96, math.ceil(tile * scale / 32) * 32)
+    enough = math.ceil((int(sides.max()) + overlap) * scale / 32) * 32
+    canvas = max(96, min(canvas // 32 * 32, enough))
     tile = max(1, round(canvas / scale))
     resize = TileResize(
         scale=canvas / tile, tile_hw=(tile, tile), overlap_px=min(overlap, tile // 3)
@@ -173,15 +201,14 @@ def _choose_tiles(
 
 
 def _choose_whole(
-    data: DataStatistics, small: float, large: float, machine: Machine
+    data: DataStatistics, small: float, large: float, limit: int
 ) -> tuple[KeepRatioResize, str]:
     """Whole images at their own resolution, or larger for small objects, within bounds."""
     sides = np.sort([image.image_hw for image in data.sample], axis=1)
-    limit = 800 if machine.gpu else 320
     wanted = float(np.median(sides[:, 0])) * max(1.0, SMALL_OBJECT_PX / max(small, 1))
-    side = max(128, min(limit, math.ceil(wanted / 32) * 32))
+    side = max(min(128, limit), min(limit, math.ceil(wanted / 32) * 32))
     ratio = min(float(np.percentile(sides[:, 1] / sides[:, 0], 95)), 2.0)
-    bound = "" if wanted <= limit else f", bounded at {limit} px for this machine"
+    bound = "" if wanted <= limit else f", bounded at {limit} px for this network and machine"
     reason = (
         f"input: whole images, short side {side} px{bound}: 1% of the objects exceed "
         f"{large:.0f} px, too large beside those of {small:.0f} px for tiles"

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.model_config import KeepRatioResize, TileResize
+from training.configs import get_config
 from training.configs.grids import place_objects, share_without_cell
 from training.configs.io import config_from_dict, config_to_dict
 from training.configs.rules import (
@@ -132,6 +133,25 @@ def test_the_machine_decides_the_network() -> None:
     assert (default_init(cpu), default_init(gpu)) == (None, "imagenet")
 
 
+def test_imagenet_weights_need_the_full_width() -> None:
+    backbone = choose_config("a", SCENES, CPU, "imagenet").config.model.backbone
+    assert (backbone.depth, backbone.base_width, backbone.norm) == (18, 64, "frozen_bn")
+    assert choose_config("a", SCENES, GPU, "imagenet") == choose_config("a", SCENES, GPU)
+
+
+@pytest.mark.parametrize("data", [CELLS, SCENES])
+@pytest.mark.parametrize("name", ["nuclei", "decoupled_solo_light_r50"])
+def test_a_trained_model_keeps_its_network_and_canvas(data: DataStatistics, name: str) -> None:
+    trained = get_config(name)
+    config = choose_config("a", data, CPU, trained).config
+    assert replace(config.model, candidates=trained.model.candidates) == trained.model
+    resize, theirs = config.input.resize, trained.input.resize
+    side = theirs.canvas_hw[0] if isinstance(theirs, TileResize) else theirs.short_side
+    largest = max(resize.canvas_hw) if isinstance(resize, TileResize) else resize.short_side
+    assert largest <= side
+    assert (config.name, config.num_classes) == ("a", 3)
+
+
 def test_the_reasons_are_about_ten_lines() -> None:
     for data in (CELLS, SCENES):
         plan = fit_schedule(choose_config("a", data, CPU), 100, budget_s=3600, step_s=2)
@@ -183,7 +203,7 @@ IMAGE = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     images=st.lists(IMAGE, min_size=1, max_size=4),
     gpu=st.booleans(),
@@ -200,7 +220,7 @@ def test_any_data_gives_a_valid_configuration(
     assert config_from_dict(config_to_dict(config)) == config
     head, resize = config.model.head, config.input.resize
     if isinstance(resize, TileResize):
-        assert all(side % 32 == 0 for side in resize.canvas_hw) and max(resize.canvas_hw) <= 640
+        assert all(side % 32 == 0 for side in resize.canvas_hw) and max(resize.canvas_hw) <= 512
     assert list(head.num_grids) == sorted(head.num_grids, reverse=True) and head.num_grids[-1] >= 1
     for (_, high), (low, _) in zip(head.scale_ranges, head.scale_ranges[1:], strict=False):
         assert low < high
