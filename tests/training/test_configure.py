@@ -67,7 +67,7 @@ def test_a_later_start_resumes_what_was_chosen(root: Path, tmp_path: Path, capsy
 
 def test_a_trained_model_with_other_classes(root: Path, tmp_path: Path, capsys: Any) -> None:
     save_tiny_checkpoint(tmp_path / "a.pt", tiny_config())
-    run = command(root, tmp_path / "run")[:9]
+    run = command(root, tmp_path / "run")[:10]
     sets = ["--set", "schedule.batch_size=2", "--set", "schedule.epochs=1"]
     assert main([*run, *sets, "--init", str(tmp_path / "a.pt")]) == 0
     printed = capsys.readouterr().out
