@@ -11,7 +11,7 @@ from typing import Literal
 
 from training import distributed
 from training.configs import list_configs
-from training.configs.rules import Plan, choose_config, fit_schedule
+from training.configs.rules import ConfigPlan, choose_config, fit_schedule
 from training.configs.schema import Config
 from training.configs.statistics import Machine
 from training.configs.toml_files import format_config, load_config
@@ -54,7 +54,7 @@ def configure(
     init: str | None,
     change: Callable[[Config], Config],
     measure_step: Callable[[Config], float],
-) -> Plan:
+) -> ConfigPlan:
     """The configuration for a data set and a time budget.
 
     Args:
@@ -82,7 +82,7 @@ def configure(
     return replace(plan, config=change(plan.config))
 
 
-def write_configuration(plan: Plan, out: Path) -> Path:
+def write_configuration(plan: ConfigPlan, out: Path) -> Path:
     """Writes config.toml with the reasons as comments."""
     path = out / CONFIG_FILE
     out.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from training.configs.schema import (
     BackboneConfig,
     Config,
     HeadConfig,
+    LossConfig,
     NetworkConfig,
     ScheduleConfig,
     TargetConfig,
@@ -59,7 +60,7 @@ LOW_CONTRAST = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ConfigPlan:
     """A configuration, the reasons of its fields in lines, and the share of lost objects."""
 
     config: Config
@@ -77,7 +78,7 @@ def choose_config(
     data: DataStatistics,
     machine: Machine,
     init: Config | Literal["imagenet"] | None = None,
-) -> Plan:
+) -> ConfigPlan:
     """The configuration of a data set; its schedule is for `fit_schedule` to set.
 
     Args:
@@ -98,7 +99,7 @@ def choose_config(
     spec, reasons = _choose_input(data, _bounds(machine, pretrained))
     canvases = [canvas for image in data.sample for canvas in place_objects(image, spec)]
     if pretrained:
-        head, why = base.model.head, []
+        head = base.model.head
         lost = share_without_cell(canvases, head, TargetConfig().centre_scale)
         grids = ", ".join(map(str, head.num_grids))
         why = [f"grids: {grids}, those of the trained model: {lost:.1%} of the objects get no cell"]
@@ -113,15 +114,16 @@ def choose_config(
         base,
         name=name,
         description=f"self-configured from {data.num_images} images",
-        model=replace(base.model, head=head, candidates=candidates),
+        model=replace(base.model, head=head, candidates=candidates, mask_threshold=0.5),
         targets=TargetConfig(mask_resize="area"),
+        loss=LossConfig(),
         augment=augment,
         input=spec,
         postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=most),
         num_classes=data.num_classes,
     )
     reasons.append(_explain_network(config, machine, pretrained))
-    return Plan(config=config, reasons=tuple(reasons), lost_share=lost)
+    return ConfigPlan(config=config, reasons=tuple(reasons), lost_share=lost)
 
 
 def _explain_network(config: Config, machine: Machine, pretrained: Config | None) -> str:
@@ -307,7 +309,9 @@ def _choose_augmentation(data: DataStatistics, spec: InputSpec) -> tuple[Augment
     return augment, [f"augmentation: {'; '.join(changes)}"]
 
 
-def fit_schedule(plan: Plan, num_images: int, *, budget_s: float, step_s: float) -> Plan:
+def fit_schedule(
+    plan: ConfigPlan, num_images: int, *, budget_s: float, step_s: float
+) -> ConfigPlan:
     """Sets epochs, warm-up and the average of the weights for a time budget.
 
     Args:

@@ -152,6 +152,12 @@ def test_a_trained_model_keeps_its_network_and_canvas(data: DataStatistics, name
     assert (config.name, config.num_classes) == ("a", 3)
 
 
+def test_a_trained_model_of_contours_learns_regions() -> None:
+    config = choose_config("a", CELLS, CPU, get_config("nuclei_contour")).config
+    assert config.task == "segmentation" and config.loss.mask_loss == "dice"
+    assert config.model.mask_threshold == config.postprocess.mask_threshold == 0.5
+
+
 def test_the_reasons_are_about_ten_lines() -> None:
     for data in (CELLS, SCENES):
         plan = fit_schedule(choose_config("a", data, CPU), 100, budget_s=3600, step_s=2)
