@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import get_args
 import torch
 
 from training import distributed
-from training.configs import get_config, list_configs
+from training.configs import list_configs
 from training.configs.coco import SCHEDULES, apply_schedule
 from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
+from training.configs.rules import default_init
 from training.configs.schema import Config
 from training.configs.tables import TABLES, get_table
+from training.configs.toml_files import load_config
+from training.configure import configure, name_of, read_configuration, write_configuration
 from training.data.coco import CocoDataset
 from training.data.formats import add_format_options
 from training.data.validate import check_classes
@@ -28,7 +32,7 @@ from training.optim import scale_learning_rate
 from training.tables import run_table
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
-from training.weights.importing import initialise
+from training.weights.initial import initialise
 
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
@@ -38,15 +42,20 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of solo-train."""
     parser = argparse.ArgumentParser(
         prog="solo-train",
-        description="Trains SOLO. A run can be stopped at any time; the same command resumes it "
-        "from the last checkpoint and gives the same weights as an uninterrupted run. On SIGTERM "
-        f"it finishes its step, writes a checkpoint and exits with status {TERMINATED_STATUS}.",
-        epilog="Examples: solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
+        description="Trains SOLO. Without CONFIG, the configuration is chosen from the data, and "
+        "printed with its reasons and written to config.toml in --out. A run can be stopped at any "
+        "time; the same command resumes it from the last checkpoint and gives the same weights as "
+        "an uninterrupted run. On SIGTERM it finishes its step, writes a checkpoint and exits with "
+        f"status {TERMINATED_STATUS}.",
+        epilog="Examples: solo-train --data datasets/leaves --hours 2 | "
+        "solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
         "torchrun --nproc-per-node 8 -m training.train solo_r50 --data datasets/coco --device cuda "
         f"--init imagenet. Configurations: {', '.join(list_configs())}.",
     )
-    what = parser.add_argument_group("what to train: CONFIG or --table")
-    what.add_argument("config", nargs="?", help="name of a configuration")
+    what = parser.add_argument_group(
+        "what to train: CONFIG, --table, or what is chosen from the data"
+    )
+    what.add_argument("config", nargs="?", help="name of a configuration, or a TOML file")
     what.add_argument(
         "--table",
         metavar="KEY",
@@ -101,10 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-dets", type=int, default=500, help="detections per image in the validation AP (500)"
     )
     parser.add_argument(
-        "--validate-every", type=int, default=5, help="epochs between validations (5)"
+        "--validate-every",
+        type=int,
+        help="epochs between validations (5; without CONFIG a fifth of the epochs)",
     )
     parser.add_argument(
         "--checkpoint-every", type=int, default=200, help="steps between checkpoints (200)"
+    )
+    parser.add_argument(
+        "--hours",
+        type=float,
+        help="without CONFIG: the training's time, from which its number of epochs follows (1)",
     )
     parser.add_argument("--max-hours", type=float, help="stop with a checkpoint after this time")
     parser.add_argument(
@@ -112,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="imagenet|FILE|FOLDER",
         help="initial weights of a new run: ImageNet's for the backbone (downloaded once), a "
         "ResNet file of torchvision, or a model to fine-tune: a checkpoint, or a folder in "
-        "model_repo whose latest version has weights.pt; not read when a run is resumed",
+        "model_repo whose latest version has weights.pt, with the same classes or others; not read "
+        "when a run is resumed",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
     _add_speed_options(parser.add_argument_group("speed and memory"))
@@ -150,9 +167,7 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
 def _validator(options: argparse.Namespace, train: CocoDataset) -> Validate | None:
     if not options.val_split:
         return None
-    data = CocoDataset(
-        options.data, options.val_split, format=options.format, val_fraction=options.val_fraction
-    )
+    data = _open(options, options.val_split)
     check_classes(data.checked, train.classes, train.report.source)
     _warn(data)
 
@@ -162,6 +177,16 @@ def _validator(options: argparse.Namespace, train: CocoDataset) -> Validate | No
     return validate
 
 
+def _open(options: argparse.Namespace, split: str, config: Config | None = None) -> CocoDataset:
+    return CocoDataset(
+        options.data,
+        split,
+        None if config is None else config.input.contrast,
+        format=options.format,
+        val_fraction=options.val_fraction,
+    )
+
+
 def _warn(data: CocoDataset) -> None:
     """Says what of a split cannot be used."""
     if distributed.is_main():
@@ -169,9 +194,9 @@ def _warn(data: CocoDataset) -> None:
             print(f"solo-train: {line}", file=sys.stderr)
 
 
-def _initialiser(init: str) -> Callable[[Solo], None]:
+def _initialiser(init: str, config: Config) -> Callable[[Solo], None]:
     def fill(model: Solo) -> None:
-        for line in initialise(model, init):
+        for line in initialise(model, init, config.classes):
             if distributed.is_main():
                 print(f"solo-train: {line}")
 
@@ -180,7 +205,11 @@ def _initialiser(init: str) -> Callable[[Solo], None]:
 
 def build_config(name: str, options: argparse.Namespace) -> Config:
     """The named configuration with the changes of the options."""
-    config = get_config(name)
+    return change_config(load_config(name), options)
+
+
+def change_config(config: Config, options: argparse.Namespace) -> Config:
+    """`config` with the changes of the options."""
     reference_batch = config.schedule.batch_size
     if options.recipe:
         config = apply_recipe(config, options.recipe)
@@ -194,17 +223,15 @@ def run(options: argparse.Namespace) -> Path:
     """Trains as the options say; returns the last checkpoint, or the file of a table."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    if (options.config is None) == (options.table is None):
+    if options.config is not None and options.table is not None:
         raise ValueError("give either a configuration or --table KEY")
+    if options.config is None and options.table is None:
+        return _run_configured(options)
+    if options.hours is not None:
+        raise ValueError("--hours is for runs without a configuration; --max-hours is a time limit")
     table = get_table(options.table) if options.table else None
     config = build_config((options.base or table.base) if table else options.config, options)
-    data = CocoDataset(
-        options.data,
-        options.train_split,
-        config.input.contrast,
-        format=options.format,
-        val_fraction=options.val_fraction,
-    )
+    data = _open(options, options.train_split, config)
     _warn(data)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)
@@ -229,6 +256,46 @@ def run(options: argparse.Namespace) -> Path:
     return out / f"table_{table.key}.md"
 
 
+def _run_configured(options: argparse.Namespace) -> Path:
+    """Trains a configuration that follows from the data; a later start reads what it wrote."""
+    if options.scale_lr or options.schedule:
+        raise ValueError("--scale-lr and --schedule change a configuration; name one")
+    name = name_of(options.data)
+    out = options.out or Path("runs") / name
+    config = None if options.restart else read_configuration(out)
+    if config is None:
+        data = _open(options, options.train_split)
+        plan = configure(
+            name,
+            data,
+            device=options.device,
+            hours=1.0 if options.hours is None else options.hours,
+            init=options.init,
+            change=lambda config: change_config(config, options),
+            measure_step=lambda config: _measure_step(config, options),
+        )
+        config = plan.config
+        if distributed.is_main():
+            path = write_configuration(plan, out)
+            print("\n".join((f"solo-train: chosen for {options.data}, in {path}:", *plan.reasons)))
+    config = change_config(config, options)
+    data = _open(options, options.train_split, config)
+    _warn(data)
+    config = replace(config, classes=data.classes, num_classes=len(data.classes))
+    options.init = options.init or default_init(config)
+    if options.validate_every is None:
+        options.validate_every = -(-config.schedule.epochs // 5)
+    return _train(config, data, options, out, options.seed).save()
+
+
+def _measure_step(config: Config, options: argparse.Namespace) -> float:
+    """Time of a training step in this process, s; trains a model that is thrown away."""
+    data = _open(options, options.train_split, config)
+    with tempfile.TemporaryDirectory() as folder:
+        run_options = _run_options(options, Path(folder), options.seed, init=None)
+        return Trainer(config, data, replace(run_options, resume=False), None).measure_step()
+
+
 def _train(
     config: Config,
     data: CocoDataset,
@@ -238,21 +305,8 @@ def _train(
     *,
     validate_at_end: bool = True,
 ) -> Trainer:
-    run_options = RunOptions(
-        out=out,
-        seed=seed,
-        workers=options.workers,
-        device=options.device,
-        checkpoint_every=options.checkpoint_every,
-        validate_every=options.validate_every,
-        max_seconds=options.max_hours * 3600 if options.max_hours else None,
-        resume=not options.restart,
-        precision=options.precision,
-        accumulate=options.accumulate,
-        channels_last=options.channels_last,
-        compile=options.compile,
-        init=_initialiser(options.init) if options.init else None,
-    )
+    init = _initialiser(options.init, config) if options.init else None
+    run_options = _run_options(options, out, seed, init)
     trainer = Trainer(
         config, data, run_options, _validator(options, data) if validate_at_end else None
     )
@@ -265,6 +319,26 @@ def _train(
         )
     trainer.fit()
     return trainer
+
+
+def _run_options(
+    options: argparse.Namespace, out: Path, seed: int, init: Callable[[Solo], None] | None
+) -> RunOptions:
+    return RunOptions(
+        out=out,
+        seed=seed,
+        workers=options.workers,
+        device=options.device,
+        checkpoint_every=options.checkpoint_every,
+        validate_every=5 if options.validate_every is None else options.validate_every,
+        max_seconds=options.max_hours * 3600 if options.max_hours else None,
+        resume=not options.restart,
+        precision=options.precision,
+        accumulate=options.accumulate,
+        channels_last=options.channels_last,
+        compile=options.compile,
+        init=init,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

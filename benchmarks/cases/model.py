@@ -44,7 +44,7 @@ from training.configs import get_config
 from training.configs.schema import Config
 from training.model.solo import Solo, points_nms
 from training.weights.convert import convert_key
-from training.weights.importing import initialise
+from training.weights.initial import initialise
 
 TITLES = {
     EAGER: "eager PyTorch",

@@ -100,7 +100,13 @@ def test_the_paper_recipe_from_the_command_line(root: Path, tmp_path: Path) -> N
         (["nuclei", "--data", "DATA", "--val-split", "test"], "'test'"),
         (["nuclei", "--data", "DATA", "--set", "schedule.learning_rate=1"], "learning_rate=1"),
         (["nuclei", "--data", "DATA", "--set", "model.head.num_grids=[1]"], "num_grids=[1]"),
-        (["--data", "DATA"], "either a configuration or --table"),
+        (["--data", "DATA", "--hours", "0"], "--hours is 0"),
+        (["--data", "DATA", "--hours", "nan"], "--hours is nan"),
+        (["--data", "DATA", "--scale-lr"], "--scale-lr"),
+        (["--data", "DATA", "--schedule", "1x"], "--schedule"),
+        (["--data", "DATA", "--set", "schedule.learning_rate=1"], "learning_rate=1"),
+        (["nuclei", "--data", "DATA", "--hours", "1"], "--hours is for runs without"),
+        (["--table", "4", "--data", "DATA", "--hours", "1"], "--hours is for runs without"),
         (["nuclei", "--table", "4", "--data", "DATA"], "either a configuration or --table"),
         (["--table", "9", "--data", "DATA"], "no table '9'"),
         (["--table", "4", "--base", "solo", "--data", "DATA"], "'solo'"),
@@ -139,3 +145,17 @@ def test_options_that_change_the_configuration() -> None:
 def test_the_help_names_the_configurations() -> None:
     text = build_parser().format_help()
     assert "nuclei" in text and "decoupled_solo_light_r50" in text and "--max-hours" in text
+
+
+def test_a_configuration_from_a_toml_file(root: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "leaves.toml"
+    file.write_text('base = "nuclei"\n[schedule]\nlr = 0.5\n')
+    arguments = command(root, tmp_path / "run", "--val-split", "")
+    arguments[0] = str(file)
+    assert main(arguments) == 0
+    config, _ = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (config.name, config.schedule.lr, config.schedule.epochs) == ("leaves", 0.5, 2)
+    file.write_text('base = "nuclei"\n[schedule]\nrate = 0.5\n')
+    assert main(arguments) == 1
+    assert f"solo-train: {file}: " in (printed := capsys.readouterr().err)
+    assert "schedule.rate" in printed

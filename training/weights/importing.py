@@ -1,8 +1,4 @@
-"""Weights from elsewhere: the command solo-import, and `solo-train --init`.
-
-solo-import converts a published SOLO checkpoint, or one of the published code, into one of ours.
-`--init` starts a run from ImageNet's ResNet or from a whole SOLO model.
-"""
+"""The command solo-import: converts a published SOLO checkpoint, or one of the published code."""
 
 from __future__ import annotations
 
@@ -17,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model_config import ClassSpec
-from training.configs import get_config, list_configs
+from training.configs import list_configs
 from training.configs.coco_classes import COCO_CLASSES
 from training.configs.io import apply_overrides
 from training.configs.schema import Config
+from training.configs.toml_files import load_config
 from training.model.solo import Solo
 from training.weights.convert import (
     Shapes,
@@ -29,13 +26,8 @@ from training.weights.convert import (
     count_classes,
     infer_config,
 )
-from training.weights.download import hash_file
 from training.weights.formats import (
-    WEIGHTS_FILE,
     CheckpointError,
-    OwnCheckpointError,
-    load_checkpoint,
-    load_weights,
     read_weights,
     save_checkpoint,
 )
@@ -43,14 +35,11 @@ from training.weights.sources import (
     PublishedModel,
     WeightsSource,
     find_source,
-    get_imagenet,
     list_models,
 )
 
-IMAGENET = "imagenet"
 CLASSIFIER = ("fc.weight", "fc.bias")
 COUNTER = ".num_batches_tracked"
-CATEGORIES = "head.category_out."
 
 
 def import_source(
@@ -74,7 +63,7 @@ def import_source(
     """
     name = source.path.name
     weights = read_weights(source.path, allow_pickle=options.allow_pickle)
-    tensors, notes = _without_classifier(weights.tensors, "backbone.")
+    tensors, notes = without_classifier(weights.tensors, "backbone.")
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
         raise CheckpointError(
             f"{name} is a plain ResNet, not a SOLO model; solo-train --init takes it"
@@ -106,7 +95,7 @@ def import_source(
     return config, state, report
 
 
-def _without_classifier(
+def without_classifier(
     tensors: dict[str, Tensor], prefix: str = ""
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Leaves out the ImageNet classifier, which SOLO does not have, and says so."""
@@ -125,7 +114,7 @@ def choose_config(
     """
     changes: list[str] = []
     if options.config:
-        config, origin = get_config(options.config), "from --config"
+        config, origin = load_config(options.config), "from --config"
     elif published is not None:
         config, origin = published.config(), f"published as {published.name}"
     else:
@@ -199,104 +188,6 @@ def read_classes(file: Path) -> tuple[ClassSpec, ...]:
     return classes
 
 
-def initialise(model: Solo, init: str) -> list[str]:
-    """Fills a new model with trained weights.
-
-    Args:
-        model: Changed in place.
-        init: `imagenet` downloads torchvision's ResNet of the model's depth into the cache. A
-            file is such a ResNet or a checkpoint of solo-train or solo-import; a folder is a
-            model of model_repo whose latest version has a checkpoint, weights.pt. The category
-            output keeps its initial weights if the checkpoint has another number of classes.
-
-    Returns:
-        What was loaded and what was not, one line each.
-
-    Raises:
-        CheckpointError: The weights do not fit; names the first keys that differ.
-        ValueError: There are no ImageNet weights of this depth.
-        DownloadError: They cannot be downloaded.
-    """
-    imagenet = init == IMAGENET
-    path = get_imagenet(model.config.backbone.depth).download() if imagenet else Path(init)
-    if path.is_dir():
-        path = _find_weights(path)
-    try:
-        weights = read_weights(path)
-    except OwnCheckpointError:
-        return _load_solo(model, path)
-    return _load_resnet(model, weights.tensors, path)
-
-
-def _find_weights(folder: Path) -> Path:
-    """The checkpoint in a model_repo folder's latest version, with its hash checked.
-
-    Raises:
-        CheckpointError: config.json is not valid, or the version has no such file.
-    """
-    from service.models.repository import ModelRefused, read_config
-
-    try:
-        config = read_config(folder)
-    except ModelRefused as error:
-        raise CheckpointError(str(error)) from error
-    path = folder / str(config.version) / WEIGHTS_FILE
-    described = config.provenance.get("weights")
-    if not path.is_file() or not isinstance(described, dict):
-        raise CheckpointError(
-            f"{path} is missing or not in {folder / 'config.json'}; solo-export --weights adds it "
-            "to a new version, and --init also takes the checkpoint itself"
-        )
-    found = hash_file(path)
-    if found != described.get("sha256"):
-        raise CheckpointError(
-            f"{path} has the SHA-256 {found}, config.json has {described.get('sha256')}"
-        )
-    return path
-
-
-def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[str]:
-    """Loads torchvision's state dict into the backbone."""
-    if "conv1.weight" not in tensors:
-        raise CheckpointError(
-            f"{path} is not a ResNet with torchvision's names, its first is "
-            f"{next(iter(tensors))}; solo-import converts published SOLO checkpoints for --init"
-        )
-    backbone = model.backbone.state_dict()
-    state, notes = _without_classifier(tensors)
-    report = [f"backbone: {len(state)} tensors of {path.name}", *notes]
-    offsets = [key for key in backbone if ".conv_offset." in key and key not in state]
-    counters = [key for key in backbone if key.endswith(COUNTER)]
-    state |= {key: backbone[key] for key in [*offsets, *counters] if key not in state}
-    if offsets:
-        report.append(f"{len(offsets)} tensors of deformable convolutions keep initial weights")
-    load_weights(model.backbone, state, str(path))
-    return report
-
-
-def _load_solo(model: Solo, path: Path) -> list[str]:
-    """Loads a checkpoint of ours, except for a category output of another shape."""
-    _, content = load_checkpoint(path)
-    folded = content.get("provenance", {}).get("batch_norm") == "folded"
-    if folded and model.config.backbone.norm == "bn":
-        raise CheckpointError(
-            f"{path} has its batch norm folded into the convolutions, so it has no statistics to "
-            "continue from; --set model.backbone.norm=frozen_bn"
-        )
-    state: dict[str, Tensor] = content["ema"] or content["model"]
-    own = model.state_dict()
-    new = [
-        key
-        for key, value in own.items()
-        if key.startswith(CATEGORIES) and key in state and state[key].shape != value.shape
-    ]
-    load_weights(model, {**state, **{key: own[key] for key in new}}, str(path))
-    report = [f"model: {len(own) - len(new)} tensors of {path.name}"]
-    if new:
-        report.append(f"{', '.join(new)} keep initial weights: the number of classes differs")
-    return report
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of solo-import."""
     parser = argparse.ArgumentParser(
@@ -315,8 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="replace CKPT if it exists")
     parser.add_argument(
         "--config",
-        help="configuration of the network (default: that of the published checkpoint, else "
-        f"inferred from the weights): {', '.join(list_configs())}",
+        help="configuration of the network, a TOML file or a name (default: that of the published "
+        f"checkpoint, else inferred from the weights): {', '.join(list_configs())}",
     )
     parser.add_argument(
         "--set",

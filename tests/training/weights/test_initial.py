@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.model_config import ClassSpec
 from tests.support.file_server import FileServer, serve_files
 from tests.support.published import small_config, write_published
 from tests.support.tiny import build_tiny_data
@@ -22,8 +23,8 @@ from training.model.resnet import ResNet
 from training.model.solo import Solo
 from training.train import main as train_main
 from training.weights.download import DownloadError
-from training.weights.formats import CheckpointError, load_checkpoint
-from training.weights.importing import initialise
+from training.weights.formats import CheckpointError, load_checkpoint, save_checkpoint
+from training.weights.initial import initialise, read_network
 from training.weights.sources import IMAGENET_RESNETS, PublishedFile
 
 RESNET_18 = BackboneConfig(depth=18, base_width=8)  # torchvision's is 64 wide
@@ -125,11 +126,43 @@ def test_a_checkpoint_to_fine_tune(tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in other.state_dict().items()}
     assert initialise(other, str(tmp_path / "a.pt"))[1:] == [
         "head.category_out.weight, head.category_out.bias keep initial weights: "
-        "the number of classes differs"
+        "the classes differ, a.pt has disc, ring"
     ]
     for key, value in other.state_dict().items():
         kept = before if key.startswith("head.category_out") else state
         assert torch.equal(value, kept[key]), key
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [(["disc", "ring"], False), (["ring", "disc"], True), (["leaf", "pod"], True)],
+)
+def test_other_classes_of_the_same_number(tmp_path: Path, names: list[str], kept: bool) -> None:
+    source = save_tiny_checkpoint(tmp_path / "a.pt", tiny_config()).state_dict()
+    model = Solo(tiny_config().model, 2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    classes = [ClassSpec(category_id=i, name=name) for i, name in enumerate(names, 20)]
+    report = initialise(model, str(tmp_path / "a.pt"), classes)
+    assert ["the classes differ" in line for line in report[1:]] == [True] * kept
+    assert str(len(source) - 2 * kept) in report[0]
+    for key, value in model.state_dict().items():
+        expected = before if kept and key.startswith("head.category_out.") else source
+        assert torch.equal(value, expected[key]), key
+
+
+def test_the_network_of_initial_weights(tmp_path: Path) -> None:
+    config = tiny_config()
+    source = save_tiny_checkpoint(tmp_path / "a.pt", config)
+    assert read_network(str(tmp_path / "a.pt")) == config
+    folded = {"model": source.state_dict(), "ema": {}, "provenance": {"batch_norm": "folded"}}
+    save_checkpoint(tmp_path / "folded.pt", config, folded)
+    network = read_network(str(tmp_path / "folded.pt"))
+    assert network is not None and network.model.backbone.norm == "frozen_bn"
+    torch.save(resnet_state(), tmp_path / "resnet.pth")
+    assert read_network(str(tmp_path / "resnet.pth")) is None
+    assert read_network("imagenet") is None
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        read_network(str(tmp_path / "none.pt"))
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from training.configs import get_config
 from training.configs.schema import BackboneConfig, Config
 from training.model.solo import Solo
 from training.weights.formats import CheckpointError, load_checkpoint, save_checkpoint
-from training.weights.importing import initialise
+from training.weights.initial import initialise
 
 Norm = Literal["frozen_bn", "bn", "gn"]
 BUNDLED = Path(__file__).resolve().parents[3] / "model_repo" / "nuclei"
