@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +18,18 @@ from training.configs.coco import SCHEDULES, apply_schedule
 from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.schema import Config
-from training.configs.tables import TABLES, get_table
+from training.configs.tables import TABLES, Change
 from training.data.coco import CocoDataset
-from training.evaluate import evaluate_model
+from training.evaluate import build_validator, load_validation
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
-from training.tables import run_table
+from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
 from training.weights.importing import initialise
 
+MAX_WORKERS = 8
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
 
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--table",
         metavar="KEY",
         help="run a table of the paper and print the results beside the paper's numbers: "
-        f"{', '.join(TABLES)}; runs that are finished in --out are not repeated",
+        f"{', '.join(TABLES)} (numbers of arXiv 1912.04488v1); runs that are finished in --out are "
+        "not repeated, --set and --schedule take precedence over the rows",
     )
     what.add_argument("--base", help="base configuration of the table's rows (solo_r50)")
     what.add_argument(
@@ -93,9 +96,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="cpu, cuda, cuda:1, ... (cpu); with torchrun, cuda is the GPU of each process",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--workers", type=int, default=1, help="data loading processes (1)")
     parser.add_argument(
-        "--max-dets", type=int, default=500, help="detections per image in the validation AP (500)"
+        "--workers",
+        type=int,
+        help="data loading processes (1; with cuda the CPUs of each process, at most "
+        f"{MAX_WORKERS})",
+    )
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        help="detections per image in the validation AP (default: the configuration's "
+        f"postprocess.max_instances, {TABLE_MAX_DETS} for tables)",
     )
     parser.add_argument(
         "--validate-every", type=int, default=5, help="epochs between validations (5)"
@@ -144,17 +155,6 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _validator(options: argparse.Namespace) -> Validate | None:
-    if not options.val_split:
-        return None
-    data = CocoDataset(options.data, options.val_split)
-
-    def validate(model: Solo, config: Config) -> dict[str, float]:
-        return evaluate_model(model, config, data, max_dets=options.max_dets)
-
-    return validate
-
-
 def _initialiser(init: str) -> Callable[[Solo], None]:
     def fill(model: Solo) -> None:
         for line in initialise(model, init):
@@ -164,9 +164,11 @@ def _initialiser(init: str) -> Callable[[Solo], None]:
     return fill
 
 
-def build_config(name: str, options: argparse.Namespace) -> Config:
-    """The named configuration with the changes of the options."""
-    config = get_config(name)
+def build_config(
+    name: str, options: argparse.Namespace, change: Change = lambda config: config
+) -> Config:
+    """The named configuration with the change of a table's row, then those of the options."""
+    config = change(get_config(name))
     reference_batch = config.schedule.batch_size
     if options.recipe:
         config = apply_recipe(config, options.recipe)
@@ -182,30 +184,17 @@ def run(options: argparse.Namespace) -> Path:
         torch.set_num_threads(options.threads)
     if (options.config is None) == (options.table is None):
         raise ValueError("give either a configuration or --table KEY")
-    table = get_table(options.table) if options.table else None
-    config = build_config((options.base or table.base) if table else options.config, options)
+    if options.table:
+        return run_command(options, build_config, _train)
+    config = build_config(options.config, options)
+    val = load_validation(options.data, options.val_split) if options.val_split else None
     data = CocoDataset(options.data, options.train_split, config.input.contrast)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
-    out = options.out or Path("runs") / ("tables" if table else config.name)
-    if table is None:
-        return _train(config, data, options, out, options.seed).save()
-
-    def train_one(config: Config, folder: Path, seed: int) -> dict[str, float]:
-        validate = _validator(options)
-        if validate is None:
-            raise ValueError("a table needs a validation split, --val-split is empty")
-        trainer = _train(config, data, options, folder, seed, validate_at_end=False)
-        if trainer.step < trainer.total_steps:
-            raise ValueError(
-                f"{folder} is at step {trainer.step} of {trainer.total_steps}; "
-                "the same command resumes it"
-            )
-        return validate(trainer.averaged_model(), config)
-
-    text = run_table(table, config, out, rows=options.row, seeds=options.seeds, train_one=train_one)
-    if distributed.is_main():
-        print(text)
-    return out / f"table_{table.key}.md"
+    validate = None
+    if val is not None:
+        validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
+    out = options.out or Path("runs") / config.name
+    return _train(config, data, options, out, options.seed, validate).save()
 
 
 def _train(
@@ -214,13 +203,14 @@ def _train(
     options: argparse.Namespace,
     out: Path,
     seed: int,
+    validate: Validate | None,
     *,
-    validate_at_end: bool = True,
+    label: str = "",
 ) -> Trainer:
     run_options = RunOptions(
         out=out,
         seed=seed,
-        workers=options.workers,
+        workers=choose_workers(options),
         device=options.device,
         checkpoint_every=options.checkpoint_every,
         validate_every=options.validate_every,
@@ -231,17 +221,35 @@ def _train(
         channels_last=options.channels_last,
         compile=options.compile,
         init=_initialiser(options.init) if options.init else None,
+        label=label,
     )
-    trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
-    frozen = config.model.backbone.norm == "frozen_bn"
-    if frozen and not options.init and trainer.step == 0 and distributed.is_main():
-        print(
-            "solo-train: the backbone is partly frozen and has random weights; the paper starts "
-            "from ImageNet weights, --init imagenet",
-            file=sys.stderr,
-        )
+    trainer = Trainer(config, data, run_options, validate)
+    if not options.init and trainer.step == 0:
+        _refuse_frozen(config)
     trainer.fit()
     return trainer
+
+
+def _refuse_frozen(config: Config) -> None:
+    backbone = config.model.backbone
+    frozen = [f"{backbone.frozen_stages} frozen stages"] if backbone.frozen_stages else []
+    frozen += ["frozen batch norm"] if backbone.norm == "frozen_bn" else []
+    if frozen:
+        raise ValueError(
+            f"the backbone has {' and '.join(frozen)}, but its weights would be random: give "
+            "trained ones (--init imagenet, as the paper), or train all of it with "
+            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0"
+        )
+
+
+def choose_workers(options: argparse.Namespace) -> int:
+    """The given number of data loading processes, or one that fits the machine."""
+    if options.workers is not None:
+        return int(options.workers)
+    if not options.device.startswith("cuda"):
+        return 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // processes))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,6 +54,7 @@ class RunOptions:
         max_seconds: Stop with a checkpoint after this time; None: no limit.
         resume: Resume from `out/last.pt` if it exists.
         init: Fills the model of a new run with trained weights; not called when a run is resumed.
+        label: Name of the run in the progress bar.
     """
 
     out: Path
@@ -70,6 +71,7 @@ class RunOptions:
     channels_last: bool = False
     compile: bool = False
     init: Callable[[Solo], None] | None = None
+    label: str = ""
 
 
 class Trainer:
@@ -90,6 +92,8 @@ class Trainer:
         self, config: Config, data: CocoDataset, options: RunOptions, validate: Validate | None
     ) -> None:
         torch.manual_seed(options.seed)
+        if config.schedule.skip_empty_images:
+            data = data.with_objects()
         self.config, self.data, self.options, self.validate = config, data, options, validate
         self.share = plan_share(
             config,
@@ -246,6 +250,7 @@ class Trainer:
             steps,
             initial=self.step,
             total=self.total_steps,
+            desc=options.label or None,
             unit="step",
             disable=not distributed.is_main(),
         )

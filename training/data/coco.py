@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,16 @@ class CocoDataset:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def with_objects(self) -> CocoDataset:
+        """The images that have objects, crowds not counted; without an object, all images."""
+        records = [record for record in self.records if record.objects]
+        if len(records) in (0, len(self)):
+            return self
+        other = copy.copy(self)
+        other.records = records
+        other._cache = None if self._cache is None else {}
+        return other
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded file of an image."""

@@ -193,7 +193,9 @@ def _head(head: HeadConfig, neck_channels: int, shapes: Shapes) -> HeadConfig:
     ]
     grids = tuple(round(shape[0] ** 0.5) if kind == "vanilla" else shape[0] for shape in out)
     kernel = _shape(shapes, f"{outputs}.0.weight")[-1]
-    changes: dict[str, Any] = {} if kind == "vanilla" else {"mask_kernel": kernel}
+    changes: dict[str, Any] = {"category_kernel": _shape(shapes, "head.category_out.weight")[-1]}
+    if kind != "vanilla":
+        changes["mask_kernel"] = kernel
     return replace(
         head,
         kind=kind,
