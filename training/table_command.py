@@ -41,7 +41,8 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
     if not options.val_split:
         raise ValueError("a table needs a validation split, --val-split is empty")
     val = load_validation(options.data, options.val_split)
-    data = CocoDataset(options.data, options.train_split, base.input.contrast)
+    contrast = build_config(base.name, options, table.rows[0].change).input.contrast
+    data = CocoDataset(options.data, options.train_split, contrast)
     max_dets = options.max_dets or TABLE_MAX_DETS
 
     def configure(change: Change) -> Config:
@@ -103,7 +104,7 @@ class LastMetrics:
 
 def _measure(model: Solo, config: Config, val: CocoDataset, max_dets: int) -> float:
     fps = 0.0
-    if distributed.is_main():
+    if distributed.is_main() and len(val):
         images = [val.image_bytes(index) for index in range(min(len(val), MAX_IMAGES + 1))]
         fps = measure_fps(CheckpointPredictor(model, config, max_dets=max_dets), images)
     return distributed.from_main(fps)

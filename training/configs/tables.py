@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.model_config import InputSpec, KeepRatioResize
+from pipeline.model_config import KeepRatioResize
 from training.configs.coco import SHORT_SIDES_512, apply_schedule
 from training.configs.io import config_to_dict
 from training.configs.schema import Config, MaskLoss
@@ -112,7 +112,9 @@ def _six_times(config: Config) -> Config:
 def _short_side_512(config: Config) -> Config:
     return replace(
         config,
-        input=InputSpec(resize=KeepRatioResize(short_side=512, long_side=852)),
+        input=config.input.model_copy(
+            update={"resize": KeepRatioResize(short_side=512, long_side=852)}
+        ),
         augment=replace(config.augment, short_sides=SHORT_SIDES_512),
     )
 
