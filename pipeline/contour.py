@@ -1,6 +1,6 @@
 """Detection contours: thin curves around objects, and the regions they enclose.
 
-The paper's instance contour detection (section 5): a mask is the object's outline instead of its
+The paper's instance contour detection (section 6): a mask is the object's outline instead of its
 area. Two thin curves around one object share few pixels, so NMS, tile merging and average
 precision compare the enclosed regions.
 

@@ -43,7 +43,7 @@ def solo_loss(
     *,
     normaliser: float | None = None,
 ) -> dict[str, Tensor]:
-    """L = L_category + w L_mask (paper, eq. 3; w 3 for Dice; weights from `config`).
+    """L = L_category + w L_mask (paper, eq. 1; w 3 for Dice; weights from `config`).
 
     Masks are computed only for positive cells, separately for each level and image.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -134,3 +135,10 @@ def without_synchronisation(module: nn.Module) -> contextlib.AbstractContextMana
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
+
+
+def warn(program: str, lines: Iterable[str]) -> None:
+    """Prints lines to standard error, in the first process only."""
+    if is_main():
+        for line in lines:
+            print(f"{program}: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Error analysis: results with ground-truth masks (paper, section 3.5)."""
+"""Error analysis: results with ground-truth masks (later versions of the paper, not version 1)."""
 
 from __future__ import annotations
 

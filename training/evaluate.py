@@ -30,7 +30,7 @@ from pipeline.types import Candidates, Detection
 from training import distributed
 from training.coco_metrics import mask_ap
 from training.configs.schema import Config
-from training.data.coco import CocoDataset
+from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 from training.data.records import DatasetError, ImageId
 from training.data.validate import check_classes
@@ -217,6 +217,30 @@ def evaluate_model(
     return distributed.from_main(numbers)
 
 
+def load_validation(options: argparse.Namespace) -> CocoDataset:
+    """A split for validation during training.
+
+    Raises:
+        DatasetError: It has no annotations, as COCO's test-dev.
+    """
+    data = open_split(options, options.val_split)
+    if not data.labelled:
+        raise DatasetError(
+            f"{data.report.source} has no annotations, so --val-split {options.val_split} is not "
+            "possible; train with another split; solo-eval --results writes the file for COCO's server"
+        )
+    return data
+
+
+def build_validator(data: CocoDataset, max_dets: int) -> Callable[[Solo, Config], dict[str, float]]:
+    """`evaluate_model` on a split, for the trainer."""
+
+    def validate(model: Solo, config: Config) -> dict[str, float]:
+        return evaluate_model(model, config, data, max_dets=max_dets)
+
+    return validate
+
+
 def build_predictor(
     source: str, model: str | None, version: int | None, max_dets: int, device: str = "cpu"
 ) -> CheckpointPredictor | RepositoryPredictor | ServerPredictor:
@@ -265,7 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ground-truth-masks",
         action="store_true",
         help="score the results with each mask replaced by the ground-truth mask of the largest "
-        "IoU (error analysis; paper, section 3.5)",
+        "IoU (error analysis of later versions of the paper)",
     )
     parser.add_argument("--results", type=Path, help="file to write the COCO results to")
     parser.add_argument("--json", type=Path, help="file to write the metrics to")

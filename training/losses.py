@@ -1,4 +1,4 @@
-"""Focal loss of the category branch; Dice, BCE and focal losses of masks (paper, section 3.3.2)."""
+"""Focal loss of the category branch; Dice, BCE and focal losses of masks (paper, section 3.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Target assignment: the objects and masks of the grid cells (paper, section 3.3.1).
+"""Target assignment: the objects and masks of the grid cells (paper, section 3.3).
 
 Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask of a level.
 """
@@ -141,10 +141,11 @@ def resize_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[n
 
 
 def contour_mask(mask: UInt8, stride: int, method: str = "bilinear") -> NDArray[np.float32]:
-    """An object's contour at `stride` (paper, section 5): [H, W] -> as `resize_mask`, 0 or 1.
+    """An object's closed contour at `stride`: [H, W] -> as `resize_mask`, 0 or 1.
 
-    The mask is resized first, and its contour is then drawn one mask pixel wide, so that the curve
-    is closed. A contour drawn on the canvas would be a quarter of a pixel wide at stride 4, and
+    Not the paper's order (section 6), which is `resize_mask(draw_contour(mask))`. Here the
+    mask is resized first, and its contour is then drawn one mask pixel wide, so that the curve is
+    closed. A contour drawn on the canvas would be a quarter of a pixel wide at stride 4, and
     resizing would leave isolated pixels of it or none. A pixel is inside if at least half of it is
     covered; if no pixel is, every pixel that the object touches is inside.
 
@@ -254,7 +255,11 @@ def _level_targets(
     masks = np.zeros((len(used), *mask_hw), np.float32)
     for row, index in enumerate(used):
         mask = _pad(objects.masks[index], canvas_hw)
-        shrink = contour_mask if config.masks == "contour" else resize_mask
-        small = shrink(mask, stride, config.mask_resize)
+        if config.masks == "region":
+            small = resize_mask(mask, stride, config.mask_resize)
+        elif config.recipe == "paper":
+            small = resize_mask(draw_contour(mask), stride, config.mask_resize)
+        else:
+            small = contour_mask(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
     return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)

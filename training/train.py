@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,21 +20,22 @@ from training.configs.io import apply_overrides
 from training.configs.recipes import Recipe, apply_recipe
 from training.configs.rules import default_init
 from training.configs.schema import Config
-from training.configs.tables import TABLES, get_table
+from training.configs.tables import TABLES, Change
 from training.configs.toml_files import load_config
 from training.configure import configure, name_of, read_configuration, write_configuration
-from training.data.coco import CocoDataset
+from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 from training.data.validate import check_classes
-from training.evaluate import evaluate_model
+from training.evaluate import build_validator, load_validation
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
-from training.tables import run_table
+from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
 from training.weights.initial import initialise
 
+MAX_WORKERS = 8
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
 
@@ -60,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--table",
         metavar="KEY",
         help="run a table of the paper and print the results beside the paper's numbers: "
-        f"{', '.join(TABLES)}; runs that are finished in --out are not repeated",
+        f"{', '.join(TABLES)} (numbers of arXiv 1912.04488v1); runs that are finished in --out are "
+        "not repeated, --set and --schedule take precedence over the rows",
     )
     what.add_argument("--base", help="base configuration of the table's rows (solo_r50)")
     what.add_argument(
@@ -105,9 +108,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="cpu, cuda, cuda:1, ... (cpu); with torchrun, cuda is the GPU of each process",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--workers", type=int, default=1, help="data loading processes (1)")
     parser.add_argument(
-        "--max-dets", type=int, default=500, help="detections per image in the validation AP (500)"
+        "--workers",
+        type=int,
+        help="data loading processes (1; with cuda the CPUs of each process, at most "
+        f"{MAX_WORKERS})",
+    )
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        help="detections per image in the validation AP (default: the configuration's "
+        f"postprocess.max_instances, {TABLE_MAX_DETS} for tables)",
     )
     parser.add_argument(
         "--validate-every",
@@ -164,36 +175,6 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _validator(options: argparse.Namespace, train: CocoDataset) -> Validate | None:
-    if not options.val_split:
-        return None
-    data = _open(options, options.val_split)
-    check_classes(data.checked, train.classes, train.report.source)
-    _warn(data)
-
-    def validate(model: Solo, config: Config) -> dict[str, float]:
-        return evaluate_model(model, config, data, max_dets=options.max_dets)
-
-    return validate
-
-
-def _open(options: argparse.Namespace, split: str, config: Config | None = None) -> CocoDataset:
-    return CocoDataset(
-        options.data,
-        split,
-        None if config is None else config.input.contrast,
-        format=options.format,
-        val_fraction=options.val_fraction,
-    )
-
-
-def _warn(data: CocoDataset) -> None:
-    """Says what of a split cannot be used."""
-    if distributed.is_main():
-        for line in data.report.warnings():
-            print(f"solo-train: {line}", file=sys.stderr)
-
-
 def _initialiser(init: str, config: Config) -> Callable[[Solo], None]:
     def fill(model: Solo) -> None:
         for line in initialise(model, init, config.classes):
@@ -203,9 +184,11 @@ def _initialiser(init: str, config: Config) -> Callable[[Solo], None]:
     return fill
 
 
-def build_config(name: str, options: argparse.Namespace) -> Config:
-    """The named configuration with the changes of the options."""
-    return change_config(load_config(name), options)
+def build_config(
+    name: str, options: argparse.Namespace, change: Change = lambda config: config
+) -> Config:
+    """The named configuration with the change of a table's row, then those of the options."""
+    return change_config(change(load_config(name)), options)
 
 
 def change_config(config: Config, options: argparse.Namespace) -> Config:
@@ -225,35 +208,29 @@ def run(options: argparse.Namespace) -> Path:
         torch.set_num_threads(options.threads)
     if options.config is not None and options.table is not None:
         raise ValueError("give either a configuration or --table KEY")
-    if options.config is None and options.table is None:
+    if options.table is None and options.config is None:
         return _run_configured(options)
     if options.hours is not None:
         raise ValueError("--hours is for runs without a configuration; --max-hours is a time limit")
-    table = get_table(options.table) if options.table else None
-    config = build_config((options.base or table.base) if table else options.config, options)
-    data = _open(options, options.train_split, config)
-    _warn(data)
+    if options.table:
+        return run_command(options, build_config, _train)
+    config = build_config(options.config, options)
+    out = options.out or Path("runs") / config.name
+    return _train_validated(config, options, out)
+
+
+def _train_validated(config: Config, options: argparse.Namespace, out: Path) -> Path:
+    """Trains on the data of the options, and validates on the other split unless it is empty."""
+    val = load_validation(options) if options.val_split else None
+    data = open_split(options, options.train_split, config.input.contrast)
+    distributed.warn("solo-train", data.report.warnings())
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
-    out = options.out or Path("runs") / ("tables" if table else config.name)
-    if table is None:
-        return _train(config, data, options, out, options.seed).save()
-
-    def train_one(config: Config, folder: Path, seed: int) -> dict[str, float]:
-        validate = _validator(options, data)
-        if validate is None:
-            raise ValueError("a table needs a validation split, --val-split is empty")
-        trainer = _train(config, data, options, folder, seed, validate_at_end=False)
-        if trainer.step < trainer.total_steps:
-            raise ValueError(
-                f"{folder} is at step {trainer.step} of {trainer.total_steps}; "
-                "the same command resumes it"
-            )
-        return validate(trainer.averaged_model(), config)
-
-    text = run_table(table, config, out, rows=options.row, seeds=options.seeds, train_one=train_one)
-    if distributed.is_main():
-        print(text)
-    return out / f"table_{table.key}.md"
+    validate = None
+    if val is not None:
+        check_classes(val.checked, data.classes, data.report.source)
+        distributed.warn("solo-train", val.report.warnings())
+        validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
+    return _train(config, data, options, out, options.seed, validate).save()
 
 
 def _run_configured(options: argparse.Namespace) -> Path:
@@ -264,7 +241,7 @@ def _run_configured(options: argparse.Namespace) -> Path:
     out = options.out or Path("runs") / name
     config = None if options.restart else read_configuration(out)
     if config is None:
-        data = _open(options, options.train_split)
+        data = open_split(options, options.train_split)
         plan = configure(
             name,
             data,
@@ -279,18 +256,15 @@ def _run_configured(options: argparse.Namespace) -> Path:
             path = write_configuration(plan, out)
             print("\n".join((f"solo-train: chosen for {options.data}, in {path}:", *plan.reasons)))
     config = change_config(config, options)
-    data = _open(options, options.train_split, config)
-    _warn(data)
-    config = replace(config, classes=data.classes, num_classes=len(data.classes))
     options.init = options.init or default_init(config)
     if options.validate_every is None:
         options.validate_every = -(-config.schedule.epochs // 5)
-    return _train(config, data, options, out, options.seed).save()
+    return _train_validated(config, options, out)
 
 
 def _measure_step(config: Config, options: argparse.Namespace) -> float:
     """Time of a training step in this process, s; trains a model that is thrown away."""
-    data = _open(options, options.train_split, config)
+    data = open_split(options, options.train_split, config.input.contrast)
     with tempfile.TemporaryDirectory() as folder:
         run_options = _run_options(options, Path(folder), options.seed, init=None)
         return Trainer(config, data, replace(run_options, resume=False), None).measure_step()
@@ -302,21 +276,15 @@ def _train(
     options: argparse.Namespace,
     out: Path,
     seed: int,
+    validate: Validate | None,
     *,
-    validate_at_end: bool = True,
+    label: str = "",
 ) -> Trainer:
     init = _initialiser(options.init, config) if options.init else None
-    run_options = _run_options(options, out, seed, init)
-    trainer = Trainer(
-        config, data, run_options, _validator(options, data) if validate_at_end else None
-    )
-    frozen = config.model.backbone.norm == "frozen_bn"
-    if frozen and not options.init and trainer.step == 0 and distributed.is_main():
-        print(
-            "solo-train: the backbone is partly frozen and has random weights; the paper starts "
-            "from ImageNet weights, --init imagenet",
-            file=sys.stderr,
-        )
+    run_options = replace(_run_options(options, out, seed, init), label=label)
+    trainer = Trainer(config, data, run_options, validate)
+    if not options.init and trainer.step == 0:
+        _refuse_frozen(config)
     trainer.fit()
     return trainer
 
@@ -327,7 +295,7 @@ def _run_options(
     return RunOptions(
         out=out,
         seed=seed,
-        workers=options.workers,
+        workers=choose_workers(options),
         device=options.device,
         checkpoint_every=options.checkpoint_every,
         validate_every=5 if options.validate_every is None else options.validate_every,
@@ -339,6 +307,28 @@ def _run_options(
         compile=options.compile,
         init=init,
     )
+
+
+def _refuse_frozen(config: Config) -> None:
+    backbone = config.model.backbone
+    frozen = [f"{backbone.frozen_stages} frozen stages"] if backbone.frozen_stages else []
+    frozen += ["frozen batch norm"] if backbone.norm == "frozen_bn" else []
+    if frozen:
+        raise ValueError(
+            f"the backbone has {' and '.join(frozen)}, but its weights would be random: give "
+            "trained ones (--init imagenet, as the paper), or train all of it with "
+            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0"
+        )
+
+
+def choose_workers(options: argparse.Namespace) -> int:
+    """The given number of data loading processes, or one that fits the machine."""
+    if options.workers is not None:
+        return int(options.workers)
+    if not options.device.startswith("cuda"):
+        return 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // processes))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -55,6 +55,7 @@ class RunOptions:
         max_seconds: Stop with a checkpoint after this time; None: no limit.
         resume: Resume from `out/last.pt` if it exists.
         init: Fills the model of a new run with trained weights; not called when a run is resumed.
+        label: Name of the run in the progress bar.
     """
 
     out: Path
@@ -71,6 +72,7 @@ class RunOptions:
     channels_last: bool = False
     compile: bool = False
     init: Callable[[Solo], None] | None = None
+    label: str = ""
 
 
 class Trainer:
@@ -91,6 +93,8 @@ class Trainer:
         self, config: Config, data: CocoDataset, options: RunOptions, validate: Validate | None
     ) -> None:
         torch.manual_seed(options.seed)
+        if config.schedule.skip_empty_images:
+            data = data.with_objects()
         self.config, self.data, self.options, self.validate = config, data, options, validate
         self.share = plan_share(
             config,
@@ -247,6 +251,7 @@ class Trainer:
             steps,
             initial=self.step,
             total=self.total_steps,
+            desc=options.label or None,
             unit="step",
             disable=not distributed.is_main(),
         )

@@ -356,3 +356,29 @@ def test_cropped_masks_give_the_same_targets(masks: str, seed: int) -> None:
     for a, b in zip(assign_targets(cropped, CANVAS, HEAD, config, 3), expected, strict=True):
         for name in ("labels", "cells", "mask_index", "masks"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_the_papers_contour_is_found_on_the_canvas_and_then_resized() -> None:
+    """Section 6: the contour is the mask, and everything after that is unchanged."""
+    whole = disc(*CANVAS, 40, 60, 30)
+    outline = np.zeros_like(whole)
+    inner = np.zeros_like(whole)
+    inner[1:-1, 1:-1] = (
+        whole[:-2, 1:-1] & whole[2:, 1:-1] & whole[1:-1, :-2] & whole[1:-1, 2:] & whole[1:-1, 1:-1]
+    )
+    outline[:] = whole & ~inner & 1
+    for method in ("bilinear", "area"):
+        config = replace(PAPER, masks="contour", mask_resize=method)
+        for target, stride in zip(
+            assign_targets(objects_of([whole]), CANVAS, HEAD, config, 3),
+            HEAD.mask_strides,
+            strict=True,
+        ):
+            for mask in target.masks:
+                np.testing.assert_array_equal(mask, resize_mask(outline, stride, method))
+    finest = replace(HEAD, scale_ranges=((1, 2048), (1, 2048), (1, 2048)))
+    paper, ours = (
+        assign_targets(objects_of([whole]), CANVAS, finest, replace(c, masks="contour"), 3)[0]
+        for c in (PAPER, PUBLISHED)
+    )
+    assert 0 < paper.masks.sum() != ours.masks.sum()

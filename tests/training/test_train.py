@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from tests.support.tiny import CLASSES, build_tiny_data
 from training.configs import get_config
 from training.configs.schema import Config
-from training.train import build_config, build_parser, main
+from training.configs.tables import get_table
+from training.train import build_config, build_parser, choose_workers, main
 from training.weights.formats import load_checkpoint
 
 SMALL = [
@@ -68,19 +71,107 @@ def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> N
 def test_a_table_is_trained_printed_and_not_repeated(
     root: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    arguments = ["--table", "4", "--base", *command(root, tmp_path, "--row", "focal")]
+    arguments = ["--table", "5", "--base", *command(root, tmp_path, "--row", "focal")]
     assert main([*arguments, "--max-hours", "1e-9"]) == 1
     assert "step 1 of 2; the same command resumes it" in capsys.readouterr().err
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| focal |" in printed and "| 31.6 |" in printed
-    (result,) = tmp_path.glob("nuclei-*/seed0/result.json")
+    assert f"table 5, focal, seed 0: {tmp_path}" in printed
+    (result,) = tmp_path.glob("5-focal-*/seed0/result.json")
+    assert (result.parent / "best.pt").exists()  # rows are validated while they are trained
     content = json.loads(result.read_text())
     assert content["config"]["loss"]["mask_loss"] == "focal"
-    assert 0 <= content["metrics"]["AP"] <= 1
+    assert 0 <= content["metrics"]["AP"] <= 1 and content["fps"] > 0
+    assert content["evaluation"]["max_dets"] == 100 and content["evaluation"]["split"] == "val"
     written = result.stat().st_mtime_ns
     assert main(arguments) == 0
-    assert capsys.readouterr().out == printed and result.stat().st_mtime_ns == written
+    again = capsys.readouterr().out
+    assert again in printed and "seed 0:" not in again  # the table alone
+    assert result.stat().st_mtime_ns == written
+    # Another limit of detections evaluates the same weights again.
+    weights = (result.parent / "last.pt").read_bytes()
+    assert main([*arguments, "--max-dets", "7"]) == 0
+    assert "at most 7 detections per image" in capsys.readouterr().out
+    assert (result.parent / "last.pt").stat().st_size == len(weights)
+    assert json.loads(result.read_text())["evaluation"]["max_dets"] == 7
+    # What the weights depend on gives another run.
+    for more in (["--precision", "bf16"], ["--recipe", "paper"], ["--accumulate", "2"]):
+        assert main([*arguments, *more]) == 0
+    assert len(list(tmp_path.glob("5-focal-*/seed0/result.json"))) == 4
+    assert main([*arguments, "--restart"]) == 0
+    assert "seed 0:" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("5-focal-*"))) == 4
+
+
+def test_the_command_line_takes_precedence_over_the_rows_or_is_refused(
+    root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = ["--table", "1", "--base", *command(root, tmp_path, "--row", "SOLO R50")]
+    arguments += ["--set", "schedule.epochs=1"]  # the row has 72
+    assert main(arguments) == 0
+    (path,) = tmp_path.glob("1-solo-r50-*/seed0/last.pt")
+    config, content = load_checkpoint(path)
+    assert (config.schedule.epochs, content["step"]) == (1, 1)
+    assert main([*arguments, "--set", "model.backbone.depth=18"]) == 1
+    error = capsys.readouterr().err
+    assert "--set model.backbone.depth=18 changes model.backbone.depth" in error
+    assert "table 1" in error
+
+
+def test_the_options_change_every_row() -> None:
+    arguments = ["--table", "6", "--data", "x", "--schedule", "1x", "--recipe", "paper"]
+    options = build_parser().parse_args([*arguments, "--set", "schedule.lr=1"])
+    for row in get_table("6").rows:
+        config = build_config("solo_r50", options, row.change)
+        assert (config.schedule.epochs, config.schedule.lr) == (12, 1)
+        small = "512" in row.name
+        assert config.augment.short_sides == ((410, 512) if small else (640, 800))
+
+
+def test_random_weights_are_not_frozen(root: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = command(root, tmp_path, "--set", "model.backbone.frozen_stages=1")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "1 frozen stages" in error and "--init imagenet" in error
+    assert main([*arguments, "--set", "model.backbone.norm=frozen_bn"]) == 1
+    assert "1 frozen stages and frozen batch norm" in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_split_without_annotations_is_no_validation_split(
+    root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(root, data)
+    content = json.loads((data / "annotations" / "val.json").read_text())
+    del content["annotations"]
+    (data / "annotations" / "test-dev.json").write_text(json.dumps(content))
+    for what in (["nuclei"], ["--table", "5", "--base", "nuclei"]):
+        options = ["--data", str(data), "--val-split", "test-dev", "--out", str(tmp_path / "run")]
+        assert main([*what, *options]) == 1
+        assert "--val-split test-dev" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "expected"),
+    [
+        (["--workers", "3"], None, 3),
+        ([], None, 1),
+        (["--device", "cuda:1"], None, 8),
+        (["--device", "cuda:1"], "4", 3),
+        (["--device", "cuda:1"], "64", 1),
+    ],
+)
+def test_the_data_loading_processes_fit_the_machine(
+    arguments: list[str], processes: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    options = build_parser().parse_args(["nuclei", "--data", "x", *arguments])
+    assert choose_workers(options) == expected
 
 
 def test_the_paper_recipe_from_the_command_line(root: Path, tmp_path: Path) -> None:
@@ -109,6 +200,12 @@ def test_the_paper_recipe_from_the_command_line(root: Path, tmp_path: Path) -> N
         (["--table", "4", "--data", "DATA", "--hours", "1"], "--hours is for runs without"),
         (["nuclei", "--table", "4", "--data", "DATA"], "either a configuration or --table"),
         (["--table", "9", "--data", "DATA"], "no table '9'"),
+        (["--table", "3", "--data", "DATA"], "no table '3' with results"),
+        (["--table", "6", "--row", "x", "--data", "DATA"], "no row 'x'"),
+        (
+            ["--table", "6", "--set", "model.head=1", "--data", "DATA"],
+            "model.head: Input should be",
+        ),
         (["--table", "4", "--base", "solo", "--data", "DATA"], "'solo'"),
         (["--table", "4", "--data", "DATA", "--val-split", ""], "validation split"),
     ],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import TINY, TINY_SGD, build_tiny_data
+from training.configs import get_config
 from training.configs.schema import Config, ScheduleConfig
 from training.data.coco import CocoDataset
 from training.data.loader import build_loader
@@ -220,6 +221,19 @@ def test_images_without_objects_train(tmp_path: Path) -> None:
     numbers = trainer.train_step(batch)
     assert numbers["mask"] == 0 and numbers["num_positives"] == 0
     assert math.isfinite(numbers["total"]) and math.isfinite(numbers["grad_norm"])
+
+
+def test_images_without_objects_are_left_out_if_the_configuration_says_so(
+    data: CocoDataset, tmp_path: Path
+) -> None:
+    assert len(build(TINY, data, tmp_path).data) == 3
+    schedule = replace(TINY.schedule, skip_empty_images=True)
+    trainer = build(replace(TINY, schedule=schedule), data, tmp_path)
+    assert [len(r.objects) for r in trainer.data.records] == [2, 2]
+    assert trainer.steps_per_epoch == max(1, 2 // TINY.schedule.batch_size)
+    assert get_config("solo_r50").schedule.skip_empty_images
+    assert get_config("solo_512_r50").schedule.skip_empty_images
+    assert not get_config("nuclei").schedule.skip_empty_images
 
 
 def _batches(trainer: Trainer) -> Any:

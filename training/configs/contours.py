@@ -1,4 +1,4 @@
-"""Detection contour detection as a change of any configuration (paper, section 5)."""
+"""Detection contour detection as a change of any configuration (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def as_contours(
 
     The ground truth is the contour of each mask, and the mask loss is the focal loss; the rest of
     the training is unchanged. NMS compares the regions that the contours enclose, because two
-    curves one pixel wide around the same object hardly overlap.
+    curves one pixel wide around the same object hardly overlap. That comparison and the threshold
+    are ours; `--recipe paper` replaces them by the paper's inference.
 
     Args:
         config: A segmentation configuration.
@@ -30,13 +31,28 @@ def as_contours(
         description: Description of the new configuration.
         mask_weight: Factor of the mask loss; None: the paper's 20.
     """
-    changes = {"compare": "enclosed", "mask_threshold": CONTOUR_THRESHOLD}
-    return replace(
+    config = replace(
         config,
         name=name,
         description=description,
-        model=replace(config.model, mask_threshold=CONTOUR_THRESHOLD),
         targets=replace(config.targets, masks="contour"),
         loss=replace(config.loss, mask_loss="focal", mask_weight=mask_weight),
+    )
+    return with_contour_inference(config, closed=True)
+
+
+def with_contour_inference(config: Config, *, closed: bool) -> Config:
+    """Sets how contours become instances.
+
+    Args:
+        config: A configuration for contours.
+        closed: NMS of the enclosed regions with our threshold, else the paper's inference: NMS of
+            the curves themselves, binarised at 0.5.
+    """
+    threshold = CONTOUR_THRESHOLD if closed else 0.5
+    changes = {"compare": "enclosed" if closed else "masks", "mask_threshold": threshold}
+    return replace(
+        config,
+        model=replace(config.model, mask_threshold=threshold),
         postprocess=config.postprocess.model_copy(update=changes),
     )

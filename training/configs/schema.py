@@ -2,7 +2,7 @@
 
 Every class is a frozen keyword-only dataclass: a variant is made with `dataclasses.replace`, and a
 misspelt field is an error. Defaults are the published R50 model ("SOLO: Segmenting Objects by
-Locations", arXiv 1912.04488, and its published configuration).
+Locations", arXiv 1912.04488v1, and its published configuration).
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ class HeadConfig(StrictFields):
         mask_strides: Stride of each level's masks, px; published: half of `level_strides`.
         scale_ranges: Inclusive bounds of sqrt(box area) of the objects of each level, px.
         align: How the features of a level are resized to S x S for the category branch (paper,
-            section 3.2): `interpolate` (bilinear, as published), `adaptive_max_pool`, or
+            section 4.3): `interpolate` (bilinear, as published), `adaptive_max_pool`, or
             `region_grid` (the mean of bilinear samples spread over each cell).
         deformable: Whether the last convolution of every tower is deformable (published Light-DCN).
         num_coord_convs: Number of mask tower convolutions, from the first on, whose input has the
             coordinates.
         coord_octaves: Sine/cosine pairs added to each coordinate (0: the plain coordinate of
             the paper). Our own variant, measured in docs/experiments.md.
-        mask_kernel: Kernel of the decoupled heads' output convolution; published: 3.
+        mask_kernel: Kernel of the decoupled heads' output convolution; published: 3, paper: 1.
+        category_kernel: Kernel of the category output convolution; published: 3, paper: 1.
         norm_groups: Groups of GroupNorm in the towers.
         mask_prior: Initial probability of each mask output channel; published: 0.01.
     """
@@ -102,6 +103,7 @@ class HeadConfig(StrictFields):
     num_coord_convs: int = 1
     coord_octaves: int = 0
     mask_kernel: Literal[1, 3] = 3
+    category_kernel: Literal[1, 3] = 3
     norm_groups: int = 32
     mask_prior: float = 0.01
 
@@ -162,14 +164,16 @@ class TargetConfig(StrictFields):
     """Target assignment (paper, section 3.3).
 
     Attributes:
-        recipe: `published`: the centre region is scaled from the box and covers at most one cell
-            on each side of the centre's cell; `paper`: it is scaled from the mask's extent, without
-            this limit.
+        recipe: `published`: the centre region covers at most one cell on each side of the centre's
+            cell; `paper`: it has no such limit. It is scaled from the extent of the mask in both:
+            training computes boxes from the masks, and published code uses those of the file.
+            For contours, see `masks`.
         centre_scale: Size of the centre region relative to the object (paper: 0.2).
         mask_resize: `bilinear` as published (uint8, so still binary) or `area` (the covered
             fraction of each mask pixel; preserves the contour of objects of a few pixels).
         masks: Target of the mask branch: the object's `region`, or only its `contour` (instance
-            contour detection; paper, section 5).
+            contour detection; paper, section 6). With recipe `paper` the contour is found on the
+            canvas and then resized, otherwise it is found on the resized mask.
     """
 
     recipe: Literal["paper", "published"] = "published"
@@ -180,7 +184,7 @@ class TargetConfig(StrictFields):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(StrictFields):
-    """Losses and their weights (paper, section 3.3.2; focal loss as RetinaNet).
+    """Losses and their weights (paper, section 3.3; focal loss as RetinaNet).
 
     Attributes:
         mask_loss: `dice`, `bce` or `focal`; the last two are the paper's ablation.
@@ -241,6 +245,7 @@ class ScheduleConfig(StrictFields):
         epochs: Passes over the data; `milestones` are epochs too.
         warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
         clip_norm: Maximum norm of the gradients; the authors use 35, None: no clipping.
+        skip_empty_images: Leave images without objects out of training, as mmdetection does.
         ema_decay: Decay of the moving average of the weights used for evaluation (0: no average).
     """
 
@@ -256,6 +261,7 @@ class ScheduleConfig(StrictFields):
     warmup_steps: int = 500
     warmup_ratio: float = 1e-3
     clip_norm: float | None = 35.0
+    skip_empty_images: bool = False
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,16 @@ class CocoDataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    def with_objects(self) -> CocoDataset:
+        """The images that have objects, crowds not counted; without an object, all images."""
+        records = [record for record in self.records if record.objects]
+        if len(records) in (0, len(self)):
+            return self
+        other = copy.copy(self)
+        other.records = records
+        other._cache = None if self._cache is None else {}
+        return other
+
     def image_bytes(self, index: int) -> bytes:
         """The encoded file of an image."""
         return (self.image_folder / self.records[index].file_name).read_bytes()
@@ -122,3 +134,16 @@ class CocoDataset:
             "area": item.mask_area if item.area is None else item.area,
             "iscrowd": crowd,
         }
+
+
+def open_split(
+    options: argparse.Namespace, split: str, contrast: ContrastSpec | None = None
+) -> CocoDataset:
+    """A split of the data set that the options `data`, `format` and `val_fraction` name."""
+    return CocoDataset(
+        options.data,
+        split,
+        contrast,
+        format=options.format,
+        val_fraction=options.val_fraction,
+    )

@@ -112,7 +112,7 @@ REGION_SAMPLES = 3
 
 
 def align_to_grid(x: Tensor, grid: int, method: str) -> Tensor:
-    """Resizes the features of a level to one vector per grid cell (paper, section 3.2).
+    """Resizes the features of a level to one vector per grid cell (paper, section 4.3).
 
     Args:
         x: [B, c, h, w].
@@ -165,7 +165,9 @@ class SoloHead(nn.Module):
         ramps = 1 + 2 * config.coord_octaves
         width, kernel = config.channels, config.mask_kernel
         self.category_convs = self._tower(in_channels, 0)
-        self.category_out = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.category_out = nn.Conv2d(
+            width, num_classes, config.category_kernel, padding=config.category_kernel // 2
+        )
         grids = config.num_grids
         if config.kind == "decoupled":
             self.mask_convs_x = self._tower(in_channels, ramps)

@@ -49,6 +49,12 @@ _RULES = tuple(
 )
 
 
+_SOLO_V2 = re.compile(
+    r"mask_feat_head\.|mask_head\.mask_feature_head\."
+    r"|(?:mask|bbox)_head\.(?:kernel_convs|conv_kernel|solo_kernel)\."
+)
+
+
 def convert_key(key: str) -> str:
     """Our name of a published key.
 
@@ -66,8 +72,16 @@ def convert_names(published: Iterable[str], source: str) -> dict[str, str]:
     """The published key of each of our names.
 
     Raises:
-        CheckpointError: Names the first keys that are unknown, or that give the same name.
+        CheckpointError: It is a SOLOv2 model; or names the first keys that are unknown, or that
+            give the same name.
     """
+    published = list(published)
+    dynamic = next((key for key in published if _SOLO_V2.match(key)), None)
+    if dynamic is not None:
+        raise CheckpointError(
+            f"weights of {source} are SOLOv2's, which predicts its mask kernels ({dynamic}); "
+            "only SOLO and Decoupled SOLO can be imported"
+        )
     theirs: dict[str, str] = {}
     unknown, duplicate = [], []
     for key in published:
@@ -193,7 +207,9 @@ def _head(head: HeadConfig, neck_channels: int, shapes: Shapes) -> HeadConfig:
     ]
     grids = tuple(round(shape[0] ** 0.5) if kind == "vanilla" else shape[0] for shape in out)
     kernel = _shape(shapes, f"{outputs}.0.weight")[-1]
-    changes: dict[str, Any] = {} if kind == "vanilla" else {"mask_kernel": kernel}
+    changes: dict[str, Any] = {"category_kernel": _shape(shapes, "head.category_out.weight")[-1]}
+    if kind != "vanilla":
+        changes["mask_kernel"] = kernel
     return replace(
         head,
         kind=kind,

@@ -64,6 +64,8 @@ def import_source(
     name = source.path.name
     weights = read_weights(source.path, allow_pickle=options.allow_pickle)
     tensors, notes = without_classifier(weights.tensors, "backbone.")
+    tensors, averaged = _without_ema_copies(tensors)
+    notes += averaged
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
         raise CheckpointError(
             f"{name} is a plain ResNet, not a SOLO model; solo-train --init takes it"
@@ -102,6 +104,23 @@ def without_classifier(
     dropped = [prefix + key for key in CLASSIFIER if prefix + key in tensors]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     return kept, [f"{', '.join(dropped)} left out: the ImageNet classifier"] if dropped else []
+
+
+def _without_ema_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Leaves out the second set of weights that mmdetection 2 stores with a moving average.
+
+    Its hook registers a buffer `ema_backbone_conv1_weight` for `backbone.conv1.weight`, and
+    exchanges the two at the end of an epoch, before evaluation and the checkpoint: the average is
+    under the plain name.
+    """
+    copies = {f"ema_{key.replace('.', '_')}" for key in tensors} & tensors.keys()
+    if not copies:
+        return tensors, []
+    kept = {key: value for key, value in tensors.items() if key not in copies}
+    return kept, [
+        f"{len(copies)} tensors ema_* left out: the weights before averaging; mmdetection 2 stores "
+        "the moving average, which is taken, under the plain names"
+    ]
 
 
 def choose_config(

@@ -39,7 +39,7 @@ def read_network(init: str) -> Config | None:
     """
     if init == IMAGENET:
         return None
-    path = _find_weights(Path(init)) if Path(init).is_dir() else Path(init)
+    path = find_weights(Path(init)) if Path(init).is_dir() else Path(init)
     try:
         read_weights(path)
     except OwnCheckpointError:
@@ -77,7 +77,7 @@ def initialise(model: Solo, init: str, classes: Sequence[ClassSpec] = ()) -> lis
     imagenet = init == IMAGENET
     path = get_imagenet(model.config.backbone.depth).download() if imagenet else Path(init)
     if path.is_dir():
-        path = _find_weights(path)
+        path = find_weights(path)
     try:
         weights = read_weights(path)
     except OwnCheckpointError:
@@ -85,7 +85,20 @@ def initialise(model: Solo, init: str, classes: Sequence[ClassSpec] = ()) -> lis
     return _load_resnet(model, weights.tensors, path)
 
 
-def _find_weights(folder: Path) -> Path:
+def hash_initial(init: str | None) -> str | None:
+    """What identifies initial weights: `imagenet`, the SHA-256 of the file, or None.
+
+    Raises:
+        OSError: There is no such file.
+        CheckpointError: A folder of model_repo has no weights.
+    """
+    if init is None or init == IMAGENET:
+        return init
+    path = Path(init)
+    return hash_file(find_weights(path) if path.is_dir() else path)
+
+
+def find_weights(folder: Path) -> Path:
     """The checkpoint in a model_repo folder's latest version, with its hash checked.
 
     Raises:

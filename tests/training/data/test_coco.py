@@ -140,6 +140,17 @@ def test_images_without_objects_are_kept(tmp_path: Path) -> None:
     assert build(tmp_path / "b", []).records[0].annotations == ()
 
 
+def test_images_without_objects_can_be_left_out(tmp_path: Path) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    data.records = data.records[::-1]
+    whole = data.image(0)
+    some = data.with_objects()
+    assert [r.file_name for r in some.records] == ["train2.png", "train1.png"] and len(data) == 3
+    assert some.image(0).shape != whole.shape  # no image of the other order is taken from a cache
+    empty = build(tmp_path / "b", [])
+    assert len(empty) > 0 and empty.with_objects() is empty
+
+
 def test_labels_are_contiguous_in_the_order_of_the_category_ids(tmp_path: Path) -> None:
     data = CocoDataset(build_tiny_data(tmp_path), "val")
     assert data.classes == CLASSES

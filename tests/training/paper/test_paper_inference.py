@@ -195,4 +195,4 @@ def test_the_papers_numbers_are_the_defaults() -> None:
     assert (config.model.candidate_threshold, config.model.candidates) == (0.1, 500)
     assert (config.postprocess.mask_threshold, config.postprocess.max_instances) == (0.5, 100)
     assert config.targets.centre_scale == 0.2
-    assert config.model.head == HeadConfig()
+    assert config.model.head == HeadConfig(category_kernel=1, mask_kernel=1)

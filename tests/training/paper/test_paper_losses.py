@@ -1,4 +1,4 @@
-"""recipe="paper": the loss of a batch, pixel by pixel (section 3.3.2)."""
+"""recipe="paper": the loss of a batch, pixel by pixel (section 3.3)."""
 
 from __future__ import annotations
 

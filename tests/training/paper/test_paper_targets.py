@@ -1,4 +1,4 @@
-"""recipe="paper": positive cells and mask targets, cell by cell (section 3.3.1)."""
+"""recipe="paper": positive cells and mask targets, cell by cell (section 3.3)."""
 
 from __future__ import annotations
 

@@ -96,3 +96,20 @@ def test_many_keys_are_counted_not_listed() -> None:
     state = {k: v for k, v in published().items() if not k.startswith("backbone.")}
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         convert_state_dict(state, expected(), "light")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bbox_head.kernel_convs.0.conv.weight",
+        "bbox_head.solo_kernel.weight",
+        "mask_feat_head.conv_pred.0.conv.weight",
+        "mask_head.conv_kernel.bias",
+        "mask_head.mask_feature_head.conv_pred.conv.weight",
+    ],
+)
+def test_solo_v2_is_refused_by_its_name(key: str) -> None:
+    state = {**published(), key: torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="SOLOv2") as caught:
+        convert_state_dict(state, expected(), "a.pth")
+    assert key in str(caught.value) and "a.pth" in str(caught.value)

@@ -55,6 +55,11 @@ def test_the_number_of_classes_changes_nothing_else(num_classes: int) -> None:
             ["head.num_convs is 5, not 7", "head.num_coord_convs is 2, not 1"],
         ),
         (
+            head("solo_r50", category_kernel=1),
+            "solo_r50_custom",
+            ["head.category_kernel is 1, not 3"],
+        ),
+        (
             head("decoupled_solo_r50", num_coord_convs=0, mask_kernel=1),
             "decoupled_solo_r50_custom",
             ["head.num_coord_convs is 0, not 1", "head.mask_kernel is 1, not 3"],

@@ -125,6 +125,23 @@ def test_what_is_not_used_is_explained(tmp_path: Path, capsys: Any) -> None:
         torch.testing.assert_close(stored[key], value, rtol=1e-3, atol=1e-4)
 
 
+def test_of_two_sets_of_weights_the_averaged_one_is_taken(tmp_path: Path, capsys: Any) -> None:
+    """The hook of mmdetection 2 exchanges them before it saves: `ema_*` are the others."""
+    network = tiny_network(small_config())
+    state = publish(network, "mmdetection")
+    others = {f"ema_{k.replace('.', '_')}": torch.zeros_like(v) for k, v in state.items()}
+    torch.save({"state_dict": {**state, **others}}, tmp_path / "a.pth")
+    assert main([str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.pt")]) == 0
+    output = capsys.readouterr().out
+    assert f"{len(others)} tensors ema_* left out" in output and "moving average" in output
+    stored = load_model(tmp_path / "a.pt")[1].state_dict()
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(stored[key], value, rtol=0, atol=0)
+    # A name that is no copy of a weight is refused as any other unknown one.
+    torch.save({"state_dict": {**state, "ema_x": torch.zeros(1)}}, tmp_path / "b.pth")
+    assert "ema_x" in fails([str(tmp_path / "b.pth"), "--out", str(tmp_path / "b.pt")], capsys)
+
+
 def test_a_published_name_is_downloaded_and_checked(
     tmp_path: Path, files: FileServer, capsys: Any
 ) -> None:

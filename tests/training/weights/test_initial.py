@@ -216,8 +216,10 @@ def test_solo_train_starts_from_the_weights_and_resumes_without_them(
     assert "no checkpoint at" in capsys.readouterr().err
 
 
-def test_solo_train_warns_of_a_frozen_random_backbone(tmp_path: Path, capsys: Any) -> None:
-    assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
-    assert "has random weights" in capsys.readouterr().err
-    assert train_main(train_command(tmp_path, "model.backbone.norm=frozen_bn")) == 0
-    assert "random" not in capsys.readouterr().err  # it resumes
+def test_solo_train_refuses_a_frozen_random_backbone(tmp_path: Path, capsys: Any) -> None:
+    command = train_command(tmp_path, "model.backbone.norm=frozen_bn")
+    assert train_main(command) == 1
+    assert "would be random" in capsys.readouterr().err
+    torch.save(resnet_state(), tmp_path / "resnet.pth")
+    assert train_main([*command, "--init", str(tmp_path / "resnet.pth")]) == 0
+    assert train_main(command) == 0  # it resumes
