@@ -23,6 +23,7 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
+from training.run_folder import claimed
 from training.tables import run_table
 from training.termination import Terminated
 from training.trainer import RunOptions, Trainer, Validate
@@ -188,7 +189,8 @@ def run(options: argparse.Namespace) -> Path:
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)
     if table is None:
-        return _train(config, data, options, out, options.seed).save()
+        _train(config, data, options, out, options.seed)
+        return out / "last.pt"
 
     def train_one(config: Config, folder: Path, seed: int) -> dict[str, float]:
         validate = _validator(options)
@@ -232,15 +234,17 @@ def _train(
         compile=options.compile,
         init=_initialiser(options.init) if options.init else None,
     )
-    trainer = Trainer(config, data, run_options, _validator(options) if validate_at_end else None)
-    frozen = config.model.backbone.norm == "frozen_bn"
-    if frozen and not options.init and trainer.step == 0 and distributed.is_main():
-        print(
-            "solo-train: the backbone is partly frozen and has random weights; the paper starts "
-            "from ImageNet weights, --init imagenet",
-            file=sys.stderr,
-        )
-    trainer.fit()
+    validate = _validator(options) if validate_at_end else None
+    with claimed(out):
+        trainer = Trainer(config, data, run_options, validate)
+        frozen = config.model.backbone.norm == "frozen_bn"
+        if frozen and not options.init and trainer.step == 0 and distributed.is_main():
+            print(
+                "solo-train: the backbone is partly frozen and has random weights; the paper "
+                "starts from ImageNet weights, --init imagenet",
+                file=sys.stderr,
+            )
+        trainer.fit()
     return trainer
 
 
