@@ -23,6 +23,7 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
+from training.resume import CHANGEABLE, apply_resume_with
 from training.run_folder import claimed
 from training.tables import run_table
 from training.termination import Terminated
@@ -113,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
         "model_repo whose latest version has weights.pt; not read when a run is resumed",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
+    parser.add_argument(
+        "--resume-with",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the run that is resumed, e.g. schedule.epochs=48 or "
+        f"schedule.lr=0.001; repeatable; possible for {', '.join(CHANGEABLE)}",
+    )
     _add_speed_options(parser.add_argument_group("speed and memory"))
     return parser
 
@@ -177,6 +186,15 @@ def build_config(name: str, options: argparse.Namespace) -> Config:
     return scale_learning_rate(config, reference_batch) if options.scale_lr else config
 
 
+def _require_run(options: argparse.Namespace, out: Path) -> None:
+    """Checks that --resume-with has a run to resume."""
+    for given, name in ((options.table, "--table"), (options.restart, "--restart")):
+        if given:
+            raise ValueError(f"--resume-with is not possible with {name}")
+    if not (out / "last.pt").exists():
+        raise ValueError(f"--resume-with: there is no run to resume, {out / 'last.pt'} is missing")
+
+
 def run(options: argparse.Namespace) -> Path:
     """Trains as the options say; returns the last checkpoint, or the file of a table."""
     if options.threads:
@@ -188,6 +206,9 @@ def run(options: argparse.Namespace) -> Path:
     data = CocoDataset(options.data, options.train_split, config.input.contrast)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     out = options.out or Path("runs") / ("tables" if table else config.name)
+    if options.resume_with:
+        _require_run(options, out)
+        config = apply_resume_with(config, options.resume_with)
     if table is None:
         _train(config, data, options, out, options.seed)
         return out / "last.pt"

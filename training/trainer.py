@@ -29,6 +29,7 @@ from training.data.sampling import plan_share
 from training.model.solo import Solo
 from training.objective import Objective, Precision
 from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.resume import Change, find_changes, require_changeable
 from training.run_log import RunLog
 from training.termination import Terminated, TerminationRequest
 from training.weights.formats import CheckpointError, load_checkpoint, load_weights, save_checkpoint
@@ -82,7 +83,8 @@ class Trainer:
         validate: Called with the (averaged) model; its metrics are logged. None: no validation.
 
     Raises:
-        CheckpointError: `out/last.pt` has another configuration.
+        CheckpointError: `out/last.pt` has a configuration or a seed that a resumed run cannot
+            change.
         ValueError: The batch cannot be split over the processes, or an option has a wrong value.
     """
 
@@ -111,6 +113,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.best = -1.0
+        self.changes: list[Change] = []
         if resumes:
             self._resume(options.out / "last.pt")
         self.objective = self._build_objective()
@@ -139,9 +142,18 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         config, content = load_checkpoint(path)
-        if config != self.config:
+        self.changes = find_changes(config, self.config)
+        require_changeable(self.changes, str(path))
+        seed = content.get("seed", self.options.seed)
+        if seed != self.options.seed:
             raise CheckpointError(
-                f"{path} was trained with another configuration; choose another folder"
+                f"{path} was trained with --seed {seed}, not {self.options.seed}; a resumed run "
+                "cannot change it"
+            )
+        if self.changes and content["step"] > self.total_steps:
+            raise CheckpointError(
+                f"{path} is at step {content['step']}, after the last one of schedule.epochs "
+                f"{self.config.schedule.epochs}: {self.total_steps}"
             )
         load_weights(self.model, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
@@ -161,6 +173,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "seed": self.options.seed,
         }
 
     def save(self, name: str = "last.pt") -> Path:
@@ -251,6 +264,9 @@ class Trainer:
         )
         log = RunLog(options.out, self.step, enabled=distributed.is_main())
         with contextlib.closing(steps), log, bar, TerminationRequest() as request:
+            if self.changes:
+                log.note(self.step, f"resumed with {', '.join(map(str, self.changes))}")
+                self.save()  # so that it is noted once
             for batches in bar:
                 numbers = self.train_step(*batches)
                 self.seconds = before + time.monotonic() - started

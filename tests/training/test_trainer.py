@@ -71,6 +71,12 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert torch.equal(value, other[key]), key
 
 
+def column(folder: Path, name: str) -> dict[str, float]:
+    """Values of one metric by step."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == name}
+
+
 class Stop(Exception):
     pass
 
@@ -153,11 +159,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: CocoDataset, tmp_path: Pa
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_another_configuration_is_refused(data: CocoDataset, tmp_path: Path) -> None:
+def test_another_configuration_is_refused_by_the_names_of_the_fields(
+    data: CocoDataset, tmp_path: Path
+) -> None:
     build(longer(TINY, 1), data, tmp_path).fit()
-    with pytest.raises(CheckpointError, match=r"last\.pt was trained with another configuration"):
-        build(longer(TINY, 2), data, tmp_path)
-    assert build(longer(TINY, 2), data, tmp_path, resume=False).step == 0
+    other = replace(longer(TINY, 2), name="other", model=replace(TINY.model, candidates=21))
+    with pytest.raises(
+        CheckpointError,
+        match=r'last\.pt was trained with another configuration: name "other" \(was "tiny"\); '
+        r"model\.candidates 21 \(was 20\)\. A resumed run may change .*schedule\.epochs",
+    ):
+        build(other, data, tmp_path)
+    assert build(other, data, tmp_path, resume=False).step == 0
+    with pytest.raises(CheckpointError, match="with --seed 0, not 1"):
+        build(longer(TINY, 1), data, tmp_path, seed=1)
+
+
+def test_a_run_goes_on_with_more_epochs_and_another_rate(
+    data: CocoDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With a constant rate the resumed run is the one that had two epochs from the start.
+    schedule = replace(TINY_SGD.schedule, milestones=(9,), warmup_steps=0)
+    config = replace(TINY_SGD, schedule=schedule)
+    build(longer(config, 1), data, tmp_path / "a").fit()
+    resumed = build(longer(config, 2), data, tmp_path / "a")
+    assert resumed.step == 1 and resumed.total_steps == 2
+    assert_same_run(resumed.fit(), build(longer(config, 2), data, tmp_path / "b").fit())
+    assert "step 1: resumed with schedule.epochs 2 (was 1)" in capsys.readouterr().out
+    faster = replace(config, schedule=replace(schedule, epochs=3, lr=0.5))
+    build(faster, data, tmp_path / "a").fit()
+    assert column(tmp_path / "a", "lr") == {"1": 0.01, "2": 0.01, "3": 0.5}
+    build(faster, data, tmp_path / "a").fit()
+    assert (tmp_path / "a" / "metrics.csv").read_text().count("note,") == 2
+    with pytest.raises(CheckpointError, match=r"at step 3, after the last one .*epochs 2: 2"):
+        build(longer(config, 2), data, tmp_path / "a")
 
 
 def test_a_finished_run_stays_as_it_is(data: CocoDataset, tmp_path: Path) -> None:
@@ -182,9 +217,7 @@ def test_validation_keeps_the_best(data: CocoDataset, tmp_path: Path) -> None:
     best, last = (load_checkpoint(tmp_path / f"{n}.pt")[1] for n in ("best", "last"))
     assert (best["step"], best["best"]) == (2, 0.4)
     assert (last["step"], last["best"]) == (3, 0.4)
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        found = {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == "val/AP"}
-    assert found == {"1": 0.2, "2": 0.4, "3": 0.3}
+    assert column(tmp_path, "val/AP") == {"1": 0.2, "2": 0.4, "3": 0.3}
 
 
 def test_training_goes_on_in_training_mode_after_a_validation(
