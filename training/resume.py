@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +65,40 @@ def _compare(path: str, old: Any, new: Any) -> Iterator[Change]:
         yield Change(path, old, new)
 
 
-def require_changeable(changes: Sequence[Change], source: str) -> None:
-    """Checks the changes of a run that is resumed from the checkpoint `source`.
+def require_resumable(
+    changes: Sequence[Change],
+    source: str,
+    state: Mapping[str, Any],
+    seed: int,
+    total_steps: int,
+) -> None:
+    """Checks that a run can be resumed from a checkpoint.
+
+    Args:
+        changes: The fields in which its configuration differs.
+        source: What a message calls the checkpoint.
+        state: Its content.
+        seed: Seed of the resumed run.
+        total_steps: Steps of the resumed run.
 
     Raises:
-        CheckpointError: Some fields may not change; names them with both values.
+        CheckpointError: Some fields or the seed may not change, named with both values; or the
+            checkpoint is after the last step.
     """
     refused = [str(change) for change in changes if not is_changeable(change.field)]
+    if state.get("seed", seed) != seed:
+        refused.append(str(Change("--seed", state["seed"], seed)))
     if refused:
         more = f" and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
         raise CheckpointError(
             f"{source} was trained with another configuration: {'; '.join(refused[:_LISTED])}"
             f"{more}. A resumed run may change {', '.join(CHANGEABLE)}; for anything else choose "
             "another --out, or --restart to begin anew"
+        )
+    if changes and state["step"] > total_steps:
+        raise CheckpointError(
+            f"{source} is at step {state['step']}, after the last of the changed schedule: "
+            f"{total_steps}"
         )
 
 

@@ -25,9 +25,10 @@ from training.objective import DTYPES
 from training.optim import scale_learning_rate
 from training.resume import CHANGEABLE, apply_resume_with
 from training.run_folder import claimed
+from training.run_options import RunOptions
 from training.tables import run_table
 from training.termination import Terminated
-from training.trainer import RunOptions, Trainer, Validate
+from training.trainer import Trainer, Validate
 from training.weights.importing import initialise
 
 TERMINATED_STATUS = 143
