@@ -23,6 +23,7 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
+from training.report import build_pictures
 from training.resume import CHANGEABLE, apply_resume_with
 from training.run_folder import claimed
 from training.run_options import RunOptions
@@ -257,8 +258,11 @@ def _train(
         init=_initialiser(options.init) if options.init else None,
     )
     validate = _validator(options) if validate_at_end else None
+    pictures = None
+    if validate is not None:
+        pictures = build_pictures(CocoDataset(options.data, options.val_split))
     with claimed(out):
-        trainer = Trainer(config, data, run_options, validate)
+        trainer = Trainer(config, data, run_options, validate, pictures)
         frozen = config.model.backbone.norm == "frozen_bn"
         if frozen and not options.init and trainer.step == 0 and distributed.is_main():
             print(

@@ -28,6 +28,7 @@ from training.data.sampling import plan_share
 from training.model.solo import Solo
 from training.objective import Objective
 from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.report import Picture, Pictures, describe_left, write_report
 from training.resume import Change, find_changes, require_resumable
 from training.rollback import MOST, ROLLBACK_FILE, Diverged, keep_for_rollback
 from training.run_log import RunLog
@@ -46,6 +47,7 @@ class Trainer:
         data: The training split.
         options: How the run is executed.
         validate: Called with the (averaged) model; its metrics are logged. None: no validation.
+        pictures: Draws predictions for report.html after each validation. None: no pictures.
 
     Raises:
         CheckpointError: `out/last.pt` has a configuration or a seed that a resumed run cannot
@@ -54,10 +56,16 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, data: CocoDataset, options: RunOptions, validate: Validate | None
+        self,
+        config: Config,
+        data: CocoDataset,
+        options: RunOptions,
+        validate: Validate | None,
+        pictures: Pictures | None = None,
     ) -> None:
         torch.manual_seed(options.seed)
         self.config, self.data, self.options, self.validate = config, data, options, validate
+        self.pictures = pictures
         self.share = plan_share(
             config,
             rank=distributed.rank(),
@@ -80,6 +88,7 @@ class Trainer:
         self.best = -1.0
         self.rollbacks = 0
         self.unvalidated = False
+        self._started = time.monotonic(), 0
         self.termination = TerminationRequest(alone=distributed.world_size() == 1)
         self.changes: list[Change] = []
         if resumes:
@@ -278,6 +287,7 @@ class Trainer:
     def _fit(self, note: str) -> None:
         """Trains from the current step; `note` says why it starts here, if it is not empty."""
         started, before = time.monotonic(), self.seconds
+        self._started = started, self.step
         steps = self._steps()
         bar = tqdm(
             initial=self.step,
@@ -351,6 +361,16 @@ class Trainer:
         while step := list(islice(batches, self.share.accumulate)):
             yield step
 
+    def _seconds_left(self) -> float | None:
+        """Estimate from the steps and validations since this start; None before the first step."""
+        clock, first = self._started
+        if self.step == first:
+            return None
+        per_step = (time.monotonic() - clock) / (self.step - first)
+        left = (self.total_steps - self.step) * per_step
+        limit = self.options.max_seconds
+        return left if limit is None else max(0.0, min(left, limit - self.seconds))
+
     def _validation_due(self) -> bool:
         if self.step == self.total_steps:
             return True
@@ -361,12 +381,19 @@ class Trainer:
         if self.validate is None:
             self.unvalidated = False
             return
+        pictures: list[Picture] = []
         with self.termination.interruptible():
-            numbers = self.validate(self.averaged_model(), self.config)
+            model = self.averaged_model()
+            numbers = self.validate(model, self.config)
+            if self.pictures is not None and distributed.is_main():
+                pictures = self.pictures(model, self.config)
         self.unvalidated = False
         log.write(self.step, {f"val/{k}": v for k, v in numbers.items()})
         if distributed.is_main():
-            tqdm.write(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            found = " ".join(f"{k} {v:.4f}" for k, v in numbers.items())
+            state = f"step {self.step} of {self.total_steps}, {describe_left(self._seconds_left())}"
+            tqdm.write(f"{state}: {found}")
+            write_report(self.options.out, self.config.name, f"{state}: {found}", pictures)
         if numbers["AP"] > self.best:
             self.best = numbers["AP"]
             self.save("best.pt")
