@@ -138,9 +138,11 @@ def draw_chart(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) ->
             f"{bottom - (v - low) / ((high - low) or 1) * (bottom - 10):.1f}"
             for s, v in thin
         )
+        x, y = line.split()[-1].split(",")
         label = f"{html.escape(name)} {curve[-1][1]:.4g}"
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
             f'<text x="{right - 6}" y="{26 + 16 * place}" text-anchor="end" fill="{colour}">'
             f"{label}</text>"
         )

@@ -23,7 +23,7 @@ from training.evaluate import evaluate_model
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
-from training.report import build_pictures
+from training.report import Pictures, build_pictures
 from training.resume import CHANGEABLE, apply_resume_with
 from training.run_folder import claimed
 from training.run_options import RunOptions
@@ -42,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="solo-train",
         description="Trains SOLO. A run can be stopped at any time; the same command resumes it "
         "from the last checkpoint and gives the same weights as an uninterrupted run. On SIGTERM "
-        f"it finishes its step, writes a checkpoint and exits with status {TERMINATED_STATUS}.",
+        f"it writes a checkpoint within seconds and exits with status {TERMINATED_STATUS}; a "
+        "second one ends it at once. If a loss is not finite, it goes back to the last good "
+        "checkpoint with half the learning rate. report.html in the output folder shows curves "
+        "and predictions.",
         epilog="Examples: solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
         "torchrun --nproc-per-node 8 -m training.train solo_r50 --data datasets/coco --device cuda "
         f"--init imagenet. Configurations: {', '.join(list_configs())}.",
@@ -156,7 +159,7 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _validator(options: argparse.Namespace) -> Validate | None:
+def _validator(options: argparse.Namespace) -> tuple[Validate, Pictures] | None:
     if not options.val_split:
         return None
     data = CocoDataset(options.data, options.val_split)
@@ -164,7 +167,7 @@ def _validator(options: argparse.Namespace) -> Validate | None:
     def validate(model: Solo, config: Config) -> dict[str, float]:
         return evaluate_model(model, config, data, max_dets=options.max_dets)
 
-    return validate
+    return validate, build_pictures(data)
 
 
 def _initialiser(init: str) -> Callable[[Solo], None]:
@@ -216,8 +219,8 @@ def run(options: argparse.Namespace) -> Path:
         return out / "last.pt"
 
     def train_one(config: Config, folder: Path, seed: int) -> dict[str, float]:
-        validate = _validator(options)
-        if validate is None:
+        validation = _validator(options)
+        if validation is None:
             raise ValueError("a table needs a validation split, --val-split is empty")
         trainer = _train(config, data, options, folder, seed, validate_at_end=False)
         if trainer.step < trainer.total_steps:
@@ -225,7 +228,7 @@ def run(options: argparse.Namespace) -> Path:
                 f"{folder} is at step {trainer.step} of {trainer.total_steps}; "
                 "the same command resumes it"
             )
-        return validate(trainer.averaged_model(), config)
+        return validation[0](trainer.averaged_model(), config)
 
     text = run_table(table, config, out, rows=options.row, seeds=options.seeds, train_one=train_one)
     if distributed.is_main():
@@ -257,10 +260,8 @@ def _train(
         compile=options.compile,
         init=_initialiser(options.init) if options.init else None,
     )
-    validate = _validator(options) if validate_at_end else None
-    pictures = None
-    if validate is not None:
-        pictures = build_pictures(CocoDataset(options.data, options.val_split))
+    validation = _validator(options) if validate_at_end else None
+    validate, pictures = validation or (None, None)
     with claimed(out):
         trainer = Trainer(config, data, run_options, validate, pictures)
         frozen = config.model.backbone.norm == "frozen_bn"

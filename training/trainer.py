@@ -85,7 +85,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device_type, enabled=options.precision == "fp16")
         self.step = 0
         self.seconds = 0.0
-        self.best = -1.0
+        self.best = -math.inf
         self.rollbacks = 0
         self.unvalidated = False
         self._started = time.monotonic(), 0

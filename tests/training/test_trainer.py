@@ -358,6 +358,11 @@ def test_validation_keeps_the_best(data: CocoDataset, tmp_path: Path) -> None:
     assert column(tmp_path, "val/AP") == {"1": 0.2, "2": 0.4, "3": 0.3}
 
 
+def test_validation_without_objects_keeps_a_best(data: CocoDataset, tmp_path: Path) -> None:
+    build(longer(TINY, 1), data, tmp_path, lambda model, config: {"AP": -1.0}).fit()
+    assert load_checkpoint(tmp_path / "best.pt")[1]["best"] == -1
+
+
 def test_training_goes_on_in_training_mode_after_a_validation(
     data: CocoDataset, tmp_path: Path
 ) -> None:
