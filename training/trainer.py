@@ -94,7 +94,7 @@ class Trainer:
         if resumes:
             self._resume(options.out / "last.pt")
         self.objective = self._build_objective()
-        if torch.device(options.device).type == "cpu":
+        if torch.device(options.device).type == "cpu" and not options.compile:
             interrupt_backward(self.model)
 
     def _build_model(self) -> Solo:
