@@ -294,6 +294,8 @@ def describe_served(target: Path, kept: str | None = None) -> list[str]:
             f"warning: {CONFIG_FILE} serves version {', '.join(map(str, served))} of {name}, not "
             f"{version}; to serve it: solo-models serve {name} {version} {where}"
         )
+    else:
+        lines.append(f"version {version} of {name} is served")
     default = find_default(root)
     if kept is not None:
         lines.append(f"{kept} was the only model and is now recorded as the default")

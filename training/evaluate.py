@@ -227,7 +227,8 @@ def load_validation(options: argparse.Namespace) -> CocoDataset:
     if not data.labelled:
         raise DatasetError(
             f"{data.report.source} has no annotations, so --val-split {options.val_split} is not "
-            "possible; train with another split; solo-eval --results writes the file for COCO's server"
+            "possible; train with another split; solo-eval --results writes the file for COCO's "
+            "server"
         )
     return data
 

@@ -6,12 +6,16 @@ import csv
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+NOTE = "note"
 
 
 class RunLog:
     """Writes metrics of a run to metrics.csv (step, name, value) and to TensorBoard.
 
-    A resumed run deletes the rows after its checkpoint, so that no step is recorded twice.
+    What happened besides, e.g. that a setting changed, is a row with the name `note`. A resumed run
+    deletes the rows after its checkpoint, so that no step is recorded twice.
 
     Args:
         folder: Folder of the run.
@@ -42,6 +46,15 @@ class RunLog:
         for name, value in numbers.items():
             self._csv.writerow([step, name, f"{value:.6g}"])
             self._board.add_scalar(name, value, step)
+        self._file.flush()
+
+    def note(self, step: int, text: str) -> None:
+        """Records what happened after a step, and prints it."""
+        if not self.enabled:
+            return
+        tqdm.write(f"solo-train: step {step}: {text}")
+        self._csv.writerow([step, NOTE, text])
+        self._board.add_text(NOTE, text, step)
         self._file.flush()
 
     def __enter__(self) -> RunLog:

@@ -30,9 +30,13 @@ from training.evaluate import build_validator, load_validation
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
+from training.report import Pictures, build_pictures
+from training.resume import CHANGEABLE, apply_resume_with
+from training.run_folder import claimed
+from training.run_options import RunOptions
 from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
-from training.trainer import RunOptions, Trainer, Validate
+from training.trainer import Trainer, Validate
 from training.weights.initial import initialise
 
 MAX_WORKERS = 8
@@ -47,8 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains SOLO. Without CONFIG, the configuration is chosen from the data, and "
         "printed with its reasons and written to config.toml in --out. A run can be stopped at any "
         "time; the same command resumes it from the last checkpoint and gives the same weights as "
-        "an uninterrupted run. On SIGTERM it finishes its step, writes a checkpoint and exits with "
-        f"status {TERMINATED_STATUS}.",
+        "an uninterrupted run. On SIGTERM it writes a checkpoint within seconds and exits with "
+        f"status {TERMINATED_STATUS}; a second one ends it at once. If a loss is not finite, it "
+        "goes back to the last good checkpoint with half the learning rate. report.html in the "
+        "output folder shows curves and predictions.",
         epilog="Examples: solo-train --data datasets/leaves --hours 2 | "
         "solo-train nuclei --data datasets/nuclei --set schedule.epochs=24 | "
         "torchrun --nproc-per-node 8 -m training.train solo_r50 --data datasets/coco --device cuda "
@@ -143,6 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
         "when a run is resumed",
     )
     parser.add_argument("--restart", action="store_true", help="ignore an existing checkpoint")
+    parser.add_argument(
+        "--resume-with",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the run that is resumed, e.g. schedule.epochs=48 or "
+        f"schedule.lr=0.001; repeatable; possible for {', '.join(CHANGEABLE)}",
+    )
     _add_speed_options(parser.add_argument_group("speed and memory"))
     return parser
 
@@ -202,6 +216,14 @@ def change_config(config: Config, options: argparse.Namespace) -> Config:
     return scale_learning_rate(config, reference_batch) if options.scale_lr else config
 
 
+def _require_run(options: argparse.Namespace, out: Path) -> None:
+    """Checks that --resume-with has a run to resume."""
+    if options.restart:
+        raise ValueError("--resume-with is not possible with --restart")
+    if not (out / "last.pt").exists():
+        raise ValueError(f"--resume-with: there is no run to resume, {out / 'last.pt'} is missing")
+
+
 def run(options: argparse.Namespace) -> Path:
     """Trains as the options say; returns the last checkpoint, or the file of a table."""
     if options.threads:
@@ -213,6 +235,8 @@ def run(options: argparse.Namespace) -> Path:
     if options.hours is not None:
         raise ValueError("--hours is for runs without a configuration; --max-hours is a time limit")
     if options.table:
+        if options.resume_with:
+            raise ValueError("--resume-with is not possible with --table")
         return run_command(options, build_config, _train)
     config = build_config(options.config, options)
     out = options.out or Path("runs") / config.name
@@ -225,12 +249,17 @@ def _train_validated(config: Config, options: argparse.Namespace, out: Path) -> 
     data = open_split(options, options.train_split, config.input.contrast)
     distributed.warn("solo-train", data.report.warnings())
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
-    validate = None
+    if options.resume_with:
+        _require_run(options, out)
+        config = apply_resume_with(config, options.resume_with)
+    validate, pictures = None, None
     if val is not None:
         check_classes(val.checked, data.classes, data.report.source)
         distributed.warn("solo-train", val.report.warnings())
         validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
-    return _train(config, data, options, out, options.seed, validate).save()
+        pictures = build_pictures(val)
+    _train(config, data, options, out, options.seed, validate, pictures=pictures)
+    return out / "last.pt"
 
 
 def _run_configured(options: argparse.Namespace) -> Path:
@@ -279,13 +308,15 @@ def _train(
     validate: Validate | None,
     *,
     label: str = "",
+    pictures: Pictures | None = None,
 ) -> Trainer:
     init = _initialiser(options.init, config) if options.init else None
     run_options = replace(_run_options(options, out, seed, init), label=label)
-    trainer = Trainer(config, data, run_options, validate)
-    if not options.init and trainer.step == 0:
-        _refuse_frozen(config)
-    trainer.fit()
+    with claimed(out):
+        trainer = Trainer(config, data, run_options, validate, pictures)
+        if not options.init and trainer.step == 0:
+            _refuse_frozen(config)
+        trainer.fit()
     return trainer
 
 

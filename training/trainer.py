@@ -12,11 +12,10 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,51 +27,17 @@ from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
 from training.data.sampling import plan_share
 from training.model.solo import Solo
-from training.objective import Objective, Precision
+from training.objective import Objective
 from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.report import Picture, Pictures, describe_left, write_report
+from training.resume import Change, find_changes, require_resumable
+from training.rollback import MOST, ROLLBACK_FILE, Diverged, keep_for_rollback
 from training.run_log import RunLog
-from training.termination import Terminated, TerminationRequest
-from training.weights.formats import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from training.run_options import RunOptions
+from training.termination import Interrupted, Terminated, TerminationRequest, interrupt_backward
+from training.weights.formats import load_checkpoint, load_weights, save_checkpoint
 
 Validate = Callable[[Solo, Config], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a run is executed; what it computes is in `Config`.
-
-    Attributes:
-        out: Folder for checkpoints, metrics.csv and TensorBoard events.
-        seed: Seed of the initial weights, the order of the images and augmentation.
-        device: `cpu`, `cuda`, ...; the device of this process.
-        precision: Of the network's convolutions; the rest is float32.
-        accumulate: Forward passes per step of each process; None: one for tiles, else one for
-            every group of images that share a canvas.
-        channels_last: Memory layout of images and weights.
-        compile: Compile the network with `torch.compile`.
-        checkpoint_every: Steps between checkpoints.
-        validate_every: Epochs between validations; 0: only the last.
-        max_seconds: Stop with a checkpoint after this time; None: no limit.
-        resume: Resume from `out/last.pt` if it exists.
-        init: Fills the model of a new run with trained weights; not called when a run is resumed.
-        label: Name of the run in the progress bar.
-    """
-
-    out: Path
-    seed: int = 0
-    workers: int = 1
-    device: str = "cpu"
-    checkpoint_every: int = 200
-    validate_every: int = 5
-    log_every: int = 10
-    max_seconds: float | None = None
-    resume: bool = True
-    precision: Precision = "fp32"
-    accumulate: int | None = None
-    channels_last: bool = False
-    compile: bool = False
-    init: Callable[[Solo], None] | None = None
-    label: str = ""
 
 
 class Trainer:
@@ -83,19 +48,27 @@ class Trainer:
         data: The training split.
         options: How the run is executed.
         validate: Called with the (averaged) model; its metrics are logged. None: no validation.
+        pictures: Draws predictions for report.html after each validation. None: no pictures.
 
     Raises:
-        CheckpointError: `out/last.pt` has another configuration.
+        CheckpointError: `out/last.pt` has a configuration or a seed that a resumed run cannot
+            change.
         ValueError: The batch cannot be split over the processes, or an option has a wrong value.
     """
 
     def __init__(
-        self, config: Config, data: CocoDataset, options: RunOptions, validate: Validate | None
+        self,
+        config: Config,
+        data: CocoDataset,
+        options: RunOptions,
+        validate: Validate | None,
+        pictures: Pictures | None = None,
     ) -> None:
         torch.manual_seed(options.seed)
         if config.schedule.skip_empty_images:
             data = data.with_objects()
         self.config, self.data, self.options, self.validate = config, data, options, validate
+        self.pictures = pictures
         self.share = plan_share(
             config,
             rank=distributed.rank(),
@@ -115,10 +88,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device_type, enabled=options.precision == "fp16")
         self.step = 0
         self.seconds = 0.0
-        self.best = -1.0
+        self.best = -math.inf
+        self.rollbacks = 0
+        self.unvalidated = False
+        self._started = time.monotonic(), 0
+        self.termination = TerminationRequest(alone=distributed.world_size() == 1)
+        self.changes: list[Change] = []
         if resumes:
             self._resume(options.out / "last.pt")
         self.objective = self._build_objective()
+        if torch.device(options.device).type == "cpu" and not options.compile:
+            interrupt_backward(self.model)
 
     def _build_model(self) -> Solo:
         model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
@@ -144,17 +124,23 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         config, content = load_checkpoint(path)
-        if config != self.config:
-            raise CheckpointError(
-                f"{path} was trained with another configuration; choose another folder"
-            )
+        self.changes = find_changes(config, self.config)
+        require_resumable(self.changes, str(path), content, self.options.seed, self.total_steps)
+        self._restore(content, path)
+        self.seconds, self.best = content["seconds"], content["best"]
+        self.unvalidated = content.get("unvalidated", False)
+        if any(change.field == "schedule.lr" for change in self.changes):
+            self.rollbacks = 0
+
+    def _restore(self, content: dict[str, Any], path: Path) -> None:
+        """Sets what a step changes to the state in a checkpoint."""
         load_weights(self.model, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
         if self.average is not None:
             self.average.load(content["ema"])
         self.scaler.load_state_dict(content.get("scaler") or self.scaler.state_dict())
-        self.step, self.seconds = content["step"], content["seconds"]
-        self.best = content["best"]
+        self.step = content["step"]
+        self.rollbacks = content.get("rollbacks", 0)
 
     def state(self) -> dict[str, Any]:
         """Content of a checkpoint besides the configuration."""
@@ -166,6 +152,9 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "rollbacks": self.rollbacks,
+            "unvalidated": self.unvalidated,
+            "seed": self.options.seed,
         }
 
     def save(self, name: str = "last.pt") -> Path:
@@ -185,18 +174,28 @@ class Trainer:
             Losses, learning rate and gradient norm of the whole step, the same in every process.
 
         Raises:
-            FloatingPointError: The loss is not finite.
+            Diverged: The loss or the gradient is not finite.
+            Interrupted: SIGTERM; the state is that before the step.
         """
         schedule = self.config.schedule
-        rate = learning_rate(schedule, self.step, self.steps_per_epoch)
+        rate = learning_rate(schedule, self.step, self.steps_per_epoch) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self._backward(batches)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            with self.termination.interruptible():
+                losses = self._backward(batches)
+        except Interrupted:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # batch norm statistics
+            raise
         if not math.isfinite(losses["total"]):
-            raise FloatingPointError(f"loss is {losses['total']} at step {self.step}")
+            raise Diverged(f"loss is {losses['total']} at step {self.step}")
         self.scaler.unscale_(self.optimizer)
         bound = schedule.clip_norm if schedule.clip_norm is not None else math.inf
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        if not (self.scaler.is_enabled() or norm.isfinite()):
+            raise Diverged(f"gradient norm is {norm.item()} at step {self.step}")
         self.scaler.step(self.optimizer)  # skips the update if fp16 gradients overflow
         self.scaler.update()
         self.step += 1
@@ -241,40 +240,115 @@ class Trainer:
         """Trains until the schedule or the time limit ends; returns the last checkpoint.
 
         Raises:
+            Diverged: The loss was not finite after several rollbacks, or at the first step.
             Terminated: A process received SIGTERM; the checkpoint is written.
         """
-        options = self.options
-        started, before = time.monotonic(), self.seconds
         self.model.train()
+        if self.step == 0:
+            self.save(ROLLBACK_FILE)
+        note = f"resumed with {', '.join(map(str, self.changes))}" if self.changes else ""
+        with self.termination:
+            while True:
+                try:
+                    self._fit(note)
+                except Diverged as error:
+                    note = self._roll_back(error)
+                except Interrupted:
+                    self._stop()
+                else:
+                    return self.save()
+
+    def _stop(self) -> NoReturn:
+        self.save()
+        raise Terminated(f"stopped by SIGTERM at step {self.step}")
+
+    def _roll_back(self, error: Diverged) -> str:
+        """Returns to the checkpoint for rollbacks with half the learning rate; says so.
+
+        Raises:
+            Diverged: It is of the same step, or this was done too often; last.pt is then that
+                checkpoint.
+        """
+        path, count = self.options.out / ROLLBACK_FILE, self.rollbacks
+        distributed.from_main(None)  # until the first process has written it
+        content = load_checkpoint(path)[1]
+        if content["step"] == self.step:  # a lower rate would not change this step
+            raise error
+        self._restore(content, path)
+        self.rollbacks = min(count + 1, MOST)
+        if count == MOST:
+            self.save()
+            raise Diverged(
+                f"{error}, with the learning rate halved {MOST} times; last.pt is that of step "
+                f"{self.step}, and --resume-with schedule.lr=VALUE resumes it with another rate"
+            )
+        return (
+            f"{error}; went back to step {self.step} with half the learning rate "
+            f"({self.rollbacks} of {MOST})"
+        )
+
+    def _fit(self, note: str) -> None:
+        """Trains from the current step; `note` says why it starts here, if it is not empty."""
+        started, before = time.monotonic(), self.seconds
+        self._started = started, self.step
         steps = self._steps()
         bar = tqdm(
-            steps,
             initial=self.step,
             total=self.total_steps,
-            desc=options.label or None,
+            desc=self.options.label or None,
             unit="step",
             disable=not distributed.is_main(),
         )
-        log = RunLog(options.out, self.step, enabled=distributed.is_main())
-        with contextlib.closing(steps), log, bar, TerminationRequest() as request:
-            for batches in bar:
+        log = RunLog(self.options.out, self.step, enabled=distributed.is_main())
+        with contextlib.closing(steps), log, bar:
+            if note:
+                log.note(self.step, note)
+                self.save()  # so that it is noted once
+            if self.unvalidated:
+                self._validate(log)
+            while batches := self._next(steps):
                 numbers = self.train_step(*batches)
                 self.seconds = before + time.monotonic() - started
-                if self.step % options.log_every == 0:
+                bar.update()
+                self._keep_for_rollback()
+                if self.step % self.options.log_every == 0:
                     log.write(self.step, {**numbers, "seconds": self.seconds})
                     bar.set_postfix(loss=f"{numbers['total']:.3f}", mask=f"{numbers['mask']:.3f}")
-                late = options.max_seconds is not None and self.seconds > options.max_seconds
-                stop, terminated = distributed.any_process(late, request.received)
-                if (stop and not terminated) or self._validation_due():
-                    self._validate(log)
-                if terminated:
-                    self.save()
-                    raise Terminated(f"stopped by SIGTERM at step {self.step}")
-                if stop:
+                if self._finish_step(log):
                     break
-                if self.step % options.checkpoint_every == 0:
-                    self.save()
-        return self.save()
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """The batches of the next step; none after the last.
+
+        The exchange with data loading processes is not interruptible: they would report an error.
+        """
+        own = self.options.workers == 0
+        with self.termination.interruptible() if own else contextlib.nullcontext():
+            return next(steps, [])
+
+    def _keep_for_rollback(self) -> None:
+        """After the first step from a regular checkpoint, keeps that one for rollbacks."""
+        regular = self.step > 1 and (self.step - 1) % self.options.checkpoint_every == 0
+        if regular and distributed.is_main():
+            keep_for_rollback(self.options.out / "last.pt")
+
+    def _finish_step(self, log: RunLog) -> bool:
+        """Validates and saves if it is time; whether to stop because of the time limit.
+
+        Raises:
+            Terminated: A process received SIGTERM.
+        """
+        options = self.options
+        late = options.max_seconds is not None and self.seconds > options.max_seconds
+        stop, terminated = distributed.any_process(late, self.termination.received)
+        self.unvalidated = self._validation_due() or (stop and not terminated)
+        if terminated:
+            self._stop()
+        if self.unvalidated:
+            self._validate(log)
+        if not stop and self.step % options.checkpoint_every == 0:
+            self.save()
+        return stop
 
     def measure_step(self, steps: int = 3) -> float:
         """Median time of a step with its data, s, after one that is not counted.
@@ -308,6 +382,16 @@ class Trainer:
         while step := list(islice(batches, self.share.accumulate)):
             yield step
 
+    def _seconds_left(self) -> float | None:
+        """Estimate from the steps and validations since this start; None before the first step."""
+        clock, first = self._started
+        if self.step == first:
+            return None
+        per_step = (time.monotonic() - clock) / (self.step - first)
+        left = (self.total_steps - self.step) * per_step
+        limit = self.options.max_seconds
+        return left if limit is None else max(0.0, min(left, limit - self.seconds))
+
     def _validation_due(self) -> bool:
         if self.step == self.total_steps:
             return True
@@ -316,11 +400,21 @@ class Trainer:
 
     def _validate(self, log: RunLog) -> None:
         if self.validate is None:
+            self.unvalidated = False
             return
-        numbers = self.validate(self.averaged_model(), self.config)
+        pictures: list[Picture] = []
+        with self.termination.interruptible():
+            model = self.averaged_model()
+            numbers = self.validate(model, self.config)
+            if self.pictures is not None and distributed.is_main():
+                pictures = self.pictures(model, self.config)
+        self.unvalidated = False
         log.write(self.step, {f"val/{k}": v for k, v in numbers.items()})
         if distributed.is_main():
-            tqdm.write(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            found = " ".join(f"{k} {v:.4f}" for k, v in numbers.items())
+            state = f"step {self.step} of {self.total_steps}, {describe_left(self._seconds_left())}"
+            tqdm.write(f"{state}: {found}")
+            write_report(self.options.out, self.config.name, f"{state}: {found}", pictures)
         if numbers["AP"] > self.best:
             self.best = numbers["AP"]
             self.save("best.pt")

@@ -326,7 +326,8 @@ def serve(root: Path, **policy: Any) -> None:
 
 def test_a_version_that_is_not_served_is_said_with_the_command(tmp_path: Path) -> None:
     target = publish(tmp_path, build_release(1))
-    assert describe_served(target) == ["requests that name no model are answered by blobs"]
+    answered = "requests that name no model are answered by"
+    assert describe_served(target) == ["version 1 of blobs is served", f"{answered} blobs"]
     serve(tmp_path, policy="specific", versions=[1])
     warning, default = describe_served(publish(tmp_path, build_release(2)))
     assert warning == (
@@ -335,12 +336,17 @@ def test_a_version_that_is_not_served_is_said_with_the_command(tmp_path: Path) -
     )
     assert default == "requests that name no model are answered by blobs"
     serve(tmp_path, policy="all")
-    assert describe_served(publish(tmp_path, build_release(3))) == [default]
+    assert describe_served(publish(tmp_path, build_release(3))) == [
+        "version 3 of blobs is served",
+        default,
+    ]
 
 
 def publish_as(root: Path, name: str) -> list[str]:
     kept = keep_default(root, name)
-    return describe_served(publish(root, build_release(name=name)), kept)
+    served, *lines = describe_served(publish(root, build_release(name=name)), kept)
+    assert served == f"version 1 of {name} is served"
+    return lines
 
 
 def test_a_second_model_does_not_take_over_requests_that_name_none(tmp_path: Path) -> None:

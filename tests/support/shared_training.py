@@ -17,7 +17,8 @@ from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.evaluate import CheckpointPredictor, evaluate_model, predict
 from training.model.solo import Solo
-from training.trainer import RunOptions, Trainer
+from training.run_options import RunOptions
+from training.trainer import Trainer
 from training.weights.formats import load_checkpoint
 
 

@@ -16,7 +16,8 @@ from training.configs.recipes import apply_recipe
 from training.configs.schema import HeadKind
 from training.data.coco import CocoDataset
 from training.evaluate import evaluate_model
-from training.trainer import RunOptions, Trainer
+from training.run_options import RunOptions
+from training.trainer import Trainer
 
 SIDE = 64
 

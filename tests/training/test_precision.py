@@ -16,7 +16,8 @@ from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.objective import Objective
 from training.optim import scale_learning_rate
-from training.trainer import RunOptions, Trainer
+from training.run_options import RunOptions
+from training.trainer import Trainer
 from training.weights.formats import load_checkpoint
 
 SHORT_TILES = replace(TILES, schedule=replace(TILES.schedule, epochs=3))

@@ -55,11 +55,37 @@ def test_a_small_run_from_command_to_checkpoint(root: Path, tmp_path: Path, caps
     with (tmp_path / "metrics.csv").open(newline="") as file:
         names = {row[1] for row in csv.reader(file)}
     assert "val/AP" in names and "val/AP50" in names
-    # The same command again finds the run finished; other settings are refused by name.
+    # The same command again finds the run finished; other settings are applied or refused by name.
     assert main(arguments) == 0
     capsys.readouterr()
-    assert main([*arguments, "--set", "schedule.lr=1"]) == 1
-    assert "another configuration" in capsys.readouterr().err
+    assert main([*arguments, "--set", "model.candidates=21"]) == 1
+    assert "model.candidates 21 (was 20)" in capsys.readouterr().err
+    assert main([*arguments, "--set", "schedule.epochs=3", "--resume-with", "schedule.lr=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "schedule.epochs 3 (was 2)" in printed and "schedule.lr 1.0 (was" in printed
+    config, content = load_checkpoint(tmp_path / "last.pt")
+    assert (content["step"], config.schedule.epochs, config.schedule.lr) == (3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["schedule.lr=1"], "last.pt is missing"),
+        (["schedule.lr=1", "--restart"], "not possible with --restart"),
+        (["schedule.batch_size=4"], "schedule.batch_size cannot change in a resumed run, only"),
+        (["schedule.lrx=1"], "schedule.lrx cannot change"),
+        (["losses.x=1"], "losses.x cannot change"),
+        (["loss.x=1"], "'loss.x=1' is not FIELD=VALUE"),
+        (["schedule.lr=fast"], "schedule.lr"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change(
+    more: list[str], message: str, root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    if "missing" not in message:
+        (tmp_path / "last.pt").write_bytes(b"is not read")
+    assert main(command(root, tmp_path, "--resume-with", *more)) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ from training.data.coco import CocoDataset
 from training.data.loader import build_loader
 from training.model.solo import Solo
 from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.rollback import Diverged
 from training.run_log import RunLog
-from training.trainer import RunOptions, Trainer, Validate
+from training.run_options import RunOptions
+from training.termination import Terminated
+from training.trainer import Trainer, Validate
 from training.weights.formats import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +73,12 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert one.keys() == other.keys() and len(one) > 100
     for key, value in one.items():
         assert torch.equal(value, other[key]), key
+
+
+def column(folder: Path, name: str) -> dict[str, float]:
+    """Values of one metric by step."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == name}
 
 
 class Stop(Exception):
@@ -154,11 +163,175 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: CocoDataset, tmp_path: Pa
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_another_configuration_is_refused(data: CocoDataset, tmp_path: Path) -> None:
+def poison(trainer: Trainer, step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the loss of a step not finite, the first times that it is computed."""
+    original, left = trainer._backward, [times]
+
+    def backward(batches: Any) -> dict[str, float]:
+        numbers = original(batches)
+        if trainer.step == step and left[0] > 0:
+            left[0] -= 1
+            numbers["total"] = math.inf
+        return numbers
+
+    monkeypatch.setattr(trainer, "_backward", backward)
+
+
+@pytest.mark.parametrize(("step", "to"), [(1, 0), (3, 2), (4, 2), (5, 4)])
+def test_a_loss_that_is_not_finite_goes_back_with_half_the_rate(
+    step: int, to: int, data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Step 4 fails from the checkpoint of step 4 itself, which may be the cause.
+    config = longer(TINY_SGD, 6)
+    trainer = build(config, data, tmp_path)
+    poison(trainer, step, 1, monkeypatch)
+    trainer.fit()
+    rates = list(column(tmp_path, "lr").values())
+    expected = [learning_rate(config.schedule, s, 1) for s in range(6)]
+    assert rates == pytest.approx(expected[:to] + [rate / 2 for rate in expected[to:]], rel=1e-5)
+    (note,) = [
+        line for line in (tmp_path / "metrics.csv").read_text().splitlines() if ",note," in line
+    ]
+    assert note.startswith(f"{to},note,loss is inf at step {step}; went back to step {to} with")
+    assert load_checkpoint(tmp_path / "last.pt")[1]["rollbacks"] == 1
+
+
+def test_a_rollback_does_not_depend_on_where_a_run_was_stopped(
+    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for name, stops in (("a", []), ("b", [3, 4]), ("c", [1, 2, 3])):
+        for stop in stops:
+            trainer = build(longer(TINY_SGD, 6), data, tmp_path / name)
+            finish, wanted = trainer._finish_step, stop
+            monkeypatch.setattr(
+                trainer,
+                "_finish_step",
+                lambda log, t=trainer, f=finish, w=wanted: t._stop() if t.step == w else f(log),
+            )
+            with pytest.raises(Terminated, match=f"at step {stop}"):
+                trainer.fit()
+        trainer = build(longer(TINY_SGD, 6), data, tmp_path / name)
+        poison(trainer, 3 if name == "c" else 4, 1, monkeypatch)
+        results.append(trainer.fit())
+    reference = build(longer(TINY_SGD, 6), data, tmp_path / "d")
+    poison(reference, 3, 1, monkeypatch)
+    assert_same_run(results[0], results[1])
+    assert_same_run(results[2], reference.fit())
+
+
+def test_rollbacks_are_bounded_and_another_rate_begins_anew(
+    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(longer(TINY_SGD, 6), data, tmp_path)
+    poison(trainer, 3, 100, monkeypatch)
+    with pytest.raises(
+        Diverged, match=r"inf at step 3, .*halved 3 times; .*resume-with schedule.lr"
+    ):
+        trainer.fit()
+    assert (tmp_path / "metrics.csv").read_text().count(",note,") == 3
+    content = load_checkpoint(tmp_path / "last.pt")[1]
+    assert (content["step"], content["rollbacks"]) == (2, 3)
+    lower = replace(TINY_SGD, schedule=replace(TINY_SGD.schedule, epochs=6, lr=0.001))
+    resumed = build(lower, data, tmp_path)
+    assert resumed.rollbacks == 0
+    resumed.fit()
+    assert column(tmp_path, "lr")["3"] == pytest.approx(learning_rate(lower.schedule, 2, 1))
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(data: CocoDataset, tmp_path: Path) -> None:
+    trainer = build(TINY_SGD, data, tmp_path)
+    weight = trainer.model.head.category_out.weight
+    weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
+    before = weight.detach().clone()
+    with pytest.raises(Diverged, match="gradient norm is nan at step 0"):
+        trainer.fit()
+    assert torch.equal(weight, before)
+
+
+def test_an_interrupted_step_leaves_the_state_before_it(
+    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = build(longer(TINY, 4), data, tmp_path / "a").fit()
+    trainer = build(longer(TINY, 4), data, tmp_path / "b")
+    weight = trainer.model.head.category_out.weight
+
+    def interrupt(gradient: Tensor) -> None:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    weight.register_hook(interrupt)  # type: ignore[no-untyped-call]
+    original, finished = trainer._backward, []
+
+    def backward(batches: Any) -> dict[str, float]:
+        numbers = original(batches)
+        finished.append(trainer.step)
+        return numbers
+
+    monkeypatch.setattr(trainer, "_backward", backward)
+    with pytest.raises(Terminated, match="at step 2"):
+        trainer.fit()
+    assert finished == [0, 1]  # the third backward pass did not end
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_same_run(unbroken, build(longer(TINY, 4), data, tmp_path / "b").fit())
+
+
+def test_an_interrupted_validation_is_repeated(data: CocoDataset, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def interrupted(model: Solo, config: Config) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("SIGTERM waited for the validation")
+
+    def validate(model: Solo, config: Config) -> dict[str, float]:
+        steps.append(resumed.step)
+        return {"AP": 0.5}
+
+    with pytest.raises(Terminated, match="at step 1"):
+        build(longer(TINY, 2), data, tmp_path, interrupted, validate_every=1).fit()
+    resumed = build(longer(TINY, 2), data, tmp_path, validate, validate_every=1)
+    resumed.fit()
+    assert steps == [1, 2]
+    assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 1
+
+
+def test_another_configuration_is_refused_by_the_names_of_the_fields(
+    data: CocoDataset, tmp_path: Path
+) -> None:
     build(longer(TINY, 1), data, tmp_path).fit()
-    with pytest.raises(CheckpointError, match=r"last\.pt was trained with another configuration"):
-        build(longer(TINY, 2), data, tmp_path)
-    assert build(longer(TINY, 2), data, tmp_path, resume=False).step == 0
+    other = replace(longer(TINY, 2), name="other", model=replace(TINY.model, candidates=21))
+    with pytest.raises(
+        CheckpointError,
+        match=r'last\.pt was trained with another configuration: name "other" \(was "tiny"\); '
+        r"model\.candidates 21 \(was 20\)\. A resumed run may change .*schedule\.epochs",
+    ):
+        build(other, data, tmp_path)
+    assert build(other, data, tmp_path, resume=False).step == 0
+    with pytest.raises(CheckpointError, match=r"--seed 1 \(was 0\)"):
+        build(longer(TINY, 1), data, tmp_path, seed=1)
+
+
+def test_a_run_goes_on_with_more_epochs_and_another_rate(
+    data: CocoDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With a constant rate the resumed run is the one that had two epochs from the start.
+    schedule = replace(TINY_SGD.schedule, milestones=(9,), warmup_steps=0)
+    config = replace(TINY_SGD, schedule=schedule)
+    build(longer(config, 1), data, tmp_path / "a").fit()
+    resumed = build(longer(config, 2), data, tmp_path / "a")
+    assert resumed.step == 1 and resumed.total_steps == 2
+    assert_same_run(resumed.fit(), build(longer(config, 2), data, tmp_path / "b").fit())
+    assert "step 1: resumed with schedule.epochs 2 (was 1)" in capsys.readouterr().out
+    faster = replace(config, schedule=replace(schedule, epochs=3, lr=0.5))
+    build(faster, data, tmp_path / "a").fit()
+    assert column(tmp_path / "a", "lr") == {"1": 0.01, "2": 0.01, "3": 0.5}
+    build(faster, data, tmp_path / "a").fit()
+    assert (tmp_path / "a" / "metrics.csv").read_text().count("note,") == 2
+    with pytest.raises(
+        CheckpointError, match="at step 3, after the last of the changed schedule: 2"
+    ):
+        build(longer(config, 2), data, tmp_path / "a")
 
 
 def test_a_finished_run_stays_as_it_is(data: CocoDataset, tmp_path: Path) -> None:
@@ -183,9 +356,12 @@ def test_validation_keeps_the_best(data: CocoDataset, tmp_path: Path) -> None:
     best, last = (load_checkpoint(tmp_path / f"{n}.pt")[1] for n in ("best", "last"))
     assert (best["step"], best["best"]) == (2, 0.4)
     assert (last["step"], last["best"]) == (3, 0.4)
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        found = {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == "val/AP"}
-    assert found == {"1": 0.2, "2": 0.4, "3": 0.3}
+    assert column(tmp_path, "val/AP") == {"1": 0.2, "2": 0.4, "3": 0.3}
+
+
+def test_validation_without_objects_keeps_a_best(data: CocoDataset, tmp_path: Path) -> None:
+    build(longer(TINY, 1), data, tmp_path, lambda model, config: {"AP": -1.0}).fit()
+    assert load_checkpoint(tmp_path / "best.pt")[1]["best"] == -1
 
 
 def test_training_goes_on_in_training_mode_after_a_validation(
@@ -247,7 +423,8 @@ from dataclasses import replace
 from tests.support.tiny import TINY
 from training.data.coco import CocoDataset
 from training.data.loader import build_loader
-from training.trainer import RunOptions, Trainer
+from training.run_options import RunOptions
+from training.trainer import Trainer
 config = replace(TINY, schedule=replace(TINY.schedule, epochs=100000))
 data = CocoDataset(Path(sys.argv[1]), "train")
 options = RunOptions(out=Path(sys.argv[2]), workers=0, checkpoint_every=1, log_every=1)

@@ -8,6 +8,7 @@ stand-ins, so such files can be read without running any of that code.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -86,6 +87,9 @@ def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
         path: File to write.
         config: The configuration.
         state: `model`, `ema` and whatever else is to be stored; tensors and plain types.
+
+    Raises:
+        OSError: It cannot be written, e.g. the disk is full; an older file stays as it is.
     """
     content = {
         "format": FORMAT,
@@ -95,10 +99,22 @@ def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
+    data = io.BytesIO()
+    torch.save(content, data)  # to memory: on a full disk its own writer hides the cause
+    try:
+        with partial.open("wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        stays = "; the one before stays" if path.exists() else ""
+        raise OSError(
+            f"the checkpoint {path} ({len(data.getbuffer()) / 1e6:.0f} MB) cannot be written: "
+            f"{error.strerror or error}{stays}"
+        ) from error
 
 
 def _flush(path: Path) -> None:

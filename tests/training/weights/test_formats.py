@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,11 @@ def test_a_crash_while_writing_leaves_the_old_file(
     write(path)
     before = path.read_bytes()
 
-    def crash(content: Any, target: Path) -> None:
-        Path(target).write_bytes(b"half of a")
+    def crash(descriptor: int) -> None:
+        os.ftruncate(descriptor, 9)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         write(path, step=6)
     assert path.read_bytes() == before
@@ -208,3 +209,22 @@ def test_the_content_is_on_the_disk_before_the_name(
         "last.pt.partial -> last.pt",
         str(tmp_path),
     ]
+
+
+def test_a_full_disk_is_one_line_and_the_file_before_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write(path, step=5)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"last\.pt \(.* MB\) cannot be written: File too large; "
+        ):
+            write(path, step=6)
+        with pytest.raises(OSError, match=r"new\.pt \(.*: File too large$"):
+            write(tmp_path / "new.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

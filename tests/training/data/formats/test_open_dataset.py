@@ -27,7 +27,8 @@ from training.data.coco import CocoDataset
 from training.data.formats import find_format, open_dataset
 from training.data.formats.convert import convert
 from training.data.records import DatasetError
-from training.trainer import RunOptions, Trainer
+from training.run_options import RunOptions
+from training.trainer import Trainer
 
 Write = Callable[[Path, Sequence[Scene]], None]
 MASKS: dict[str, Write] = {"labelme": write_labelme, "cvat": write_cvat, "voc": write_voc}
