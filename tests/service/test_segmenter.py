@@ -23,7 +23,7 @@ from service.errors import (
     UnknownModel,
 )
 from service.models.repository import load_repository
-from service.models.store import LAST_CALL_S
+from service.models.store import LAST_CALL_S, LAST_STEP_S
 from service.observe.metrics import Metrics
 from service.observe.tracing import collect_images
 from service.segmenter import LocalSegmenter, measure
@@ -251,7 +251,8 @@ async def test_draining_ends_when_its_time_is_up(
     assert "1 requests were not finished in time" in caplog.text
     began_s = time.monotonic()
     await segmenter.give_up()
-    assert time.monotonic() - began_s < LAST_CALL_S / 2  # nothing is waited for any more
+    # The thread is still in the engine; nothing else is waited for.
+    assert time.monotonic() - began_s < LAST_STEP_S + LAST_CALL_S / 2
     with pytest.raises(Draining):
         await working
 
