@@ -177,7 +177,7 @@ def test_invalid_arguments_are_explained(
         ([str(tmp_path / "list.json")], "cannot be read as a checkpoint"),
         ([str(checkpoint), "--provenance-json", str(tmp_path / "list.json")], "contains a list"),
         ([str(checkpoint), "--provenance-json", str(tmp_path / "no.json")], "no.json cannot be"),
-        ([str(checkpoint), "--data", str(tmp_path)], "no annotations of split 'val'"),
+        ([str(checkpoint), "--data", str(tmp_path)], "has no labels of a known format"),
         ([str(checkpoint), "--version", "0"], "version"),
         ([str(checkpoint), "--max-batch", "0"], "max_batch"),
         ([str(checkpoint), "--score-threshold", "1.5"], "score_threshold"),

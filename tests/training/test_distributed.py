@@ -106,7 +106,7 @@ def test_all_processes_hold_the_same_weights_and_only_the_first_one_writes(two: 
         assert noted[0][name] == noted[1][name]
         assert len(list((two / name).glob("events.out.tfevents.*"))) == 1
         files = {path.name for path in (two / name).iterdir() if "tfevents" not in path.name}
-        assert files == {"metrics.csv", "last.pt"}
+        assert files == {"metrics.csv", "last.pt", "rollback.pt"}
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_every_process(two: Path) -> None:

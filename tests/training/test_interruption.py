@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.processes import finish, signal_groups, start_python, wait_until
 from tests.support.shared_training import CHECKPOINT_EVERY, train_long
@@ -127,10 +129,13 @@ def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def unreadable(tmp_path: Path) -> Path:
-    """A data set whose images are none."""
+    """A data set whose images have a header, which is checked at the start, and too few pixels."""
     folder = build_tiny_data(tmp_path / "unreadable")
     for path in (folder / "images").iterdir():
-        path.write_bytes(b"no image")
+        buffer = io.BytesIO()
+        Image.open(path).convert("RGB").save(buffer, "JPEG")
+        jpeg = buffer.getvalue()
+        path.write_bytes(jpeg[: jpeg.index(b"\xff\xda") + 30])
     return folder
 
 

@@ -32,4 +32,4 @@ def test_side_by_side_shows_three_pictures_at_twice_the_size() -> None:
 def test_missing_data_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["nowhere", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert status == 1
-    assert "no annotations of split 'val'" in capsys.readouterr().err
+    assert "has no labels of a known format" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ def test_a_digest_follows_annotations_and_sizes_of_images(tmp_path: Path) -> Non
     assert digest != data_digest(CocoDataset(second, "train"))
     file = first / "annotations" / "train.json"
     file.write_text(file.read_text() + " ")
+    assert digest == data_digest(CocoDataset(first, "train"))
+    content = json.loads(file.read_text())
+    content["annotations"].pop()
+    file.write_text(json.dumps(content))
     assert digest != data_digest(CocoDataset(first, "train"))
 
 

@@ -75,7 +75,7 @@ def test_another_number_of_classes_keeps_the_initial_category_output() -> None:
     initialise(same, str(BUNDLED))
     assert initialise(other, str(BUNDLED))[1:] == [
         "head.category_out.weight, head.category_out.bias keep initial weights: "
-        "the number of classes differs"
+        "the classes differ, weights.pt has nucleus"
     ]
     for key, value in same.state_dict().items():
         assert torch.equal(other.state_dict()[key], new.get(key, value)), key
