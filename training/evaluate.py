@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.contour import fill_contour
 from pipeline.decode import decode_image
-from pipeline.model_config import ClassSpec, Task
+from pipeline.model_config import ClassSpec, ContrastSpec, Task
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Detection
@@ -233,6 +233,33 @@ def load_validation(options: argparse.Namespace) -> CocoDataset:
     return data
 
 
+def open_splits(
+    options: argparse.Namespace,
+    contrast: ContrastSpec | None,
+    train: CocoDataset | None = None,
+) -> tuple[CocoDataset, CocoDataset | None]:
+    """The data for training and, unless `--val-split` is empty, for validation.
+
+    Their classes are compared, and what cannot be used of them is printed.
+
+    Args:
+        options: Of solo-train.
+        contrast: Contrast rule of the model's input; validation applies it by itself.
+        train: The training split, if it is open already.
+
+    Raises:
+        DatasetError: A split is refused, or the two do not fit together.
+    """
+    val = load_validation(options) if options.val_split else None
+    data = (train or open_split(options, options.train_split)).with_contrast(contrast)
+    warnings = [*data.report.warnings()]
+    if val is not None:
+        check_classes(val.checked, data.classes, data.report.source)
+        warnings += val.report.warnings()
+    distributed.warn("solo-train", warnings)
+    return data, val
+
+
 def build_validator(data: CocoDataset, max_dets: int) -> Callable[[Solo, Config], dict[str, float]]:
     """`evaluate_model` on a split, for the trainer."""
 
@@ -317,18 +344,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts, scores if there are annotations, and writes the files of the options."""
-    data = CocoDataset(
-        options.data, options.split, format=options.format, val_fraction=options.val_fraction
-    )
+    data = open_split(options, options.split)
     if not data.labelled and not options.results:
         raise DatasetError(
             f"{data.annotation_file} has no annotations to score; --results FILE writes the results"
         )
     _check_outputs(options)
     groups = _groups(data, options.group_by)
-    if distributed.is_main():
-        for line in data.report.warnings():
-            print(f"solo-eval: {line}", file=sys.stderr)
+    distributed.warn("solo-eval", data.report.warnings())
     predictor = build_predictor(
         options.model, options.model_name, options.version, options.max_dets, options.device
     )

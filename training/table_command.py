@@ -11,10 +11,9 @@ from training import distributed
 from training.configs import get_config
 from training.configs.schema import Config
 from training.configs.tables import Change, get_table, refuse_overrides
-from training.data.coco import CocoDataset, open_split
+from training.data.coco import CocoDataset
 from training.data.digest import data_digest
-from training.data.validate import check_classes
-from training.evaluate import CheckpointPredictor, build_validator, load_validation
+from training.evaluate import CheckpointPredictor, build_validator, open_splits
 from training.model.solo import Solo
 from training.speed import MAX_IMAGES, device_name, measure_fps
 from training.tables import RunResult, TablePlan, run_table
@@ -41,11 +40,9 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
     refuse_overrides(table, base, options.set)
     if not options.val_split:
         raise ValueError("a table needs a validation split, --val-split is empty")
-    val = load_validation(options)
     contrast = build_config(base.name, options, table.rows[0].change).input.contrast
-    data = open_split(options, options.train_split, contrast)
-    check_classes(val.checked, data.classes, data.report.source)
-    distributed.warn("solo-train", (*data.report.warnings(), *val.report.warnings()))
+    data, val = open_splits(options, contrast)
+    assert val is not None  # --val-split is not empty
     max_dets = options.max_dets or TABLE_MAX_DETS
 
     def configure(change: Change) -> Config:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -25,8 +26,7 @@ from training.configs.toml_files import load_config
 from training.configure import configure, name_of, read_configuration, write_configuration
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
-from training.data.validate import check_classes
-from training.evaluate import build_validator, load_validation
+from training.evaluate import build_validator, open_splits
 from training.model.solo import Solo
 from training.objective import DTYPES
 from training.optim import scale_learning_rate
@@ -243,19 +243,17 @@ def run(options: argparse.Namespace) -> Path:
     return _train_validated(config, options, out)
 
 
-def _train_validated(config: Config, options: argparse.Namespace, out: Path) -> Path:
+def _train_validated(
+    config: Config, options: argparse.Namespace, out: Path, train: CocoDataset | None = None
+) -> Path:
     """Trains on the data of the options, and validates on the other split unless it is empty."""
-    val = load_validation(options) if options.val_split else None
-    data = open_split(options, options.train_split, config.input.contrast)
-    distributed.warn("solo-train", data.report.warnings())
+    data, val = open_splits(options, config.input.contrast, train)
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     if options.resume_with:
         _require_run(options, out)
         config = apply_resume_with(config, options.resume_with)
     validate, pictures = None, None
     if val is not None:
-        check_classes(val.checked, data.classes, data.report.source)
-        distributed.warn("solo-train", val.report.warnings())
         validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
         pictures = build_pictures(val)
     _train(config, data, options, out, options.seed, validate, pictures=pictures)
@@ -268,7 +266,7 @@ def _run_configured(options: argparse.Namespace) -> Path:
         raise ValueError("--scale-lr and --schedule change a configuration; name one")
     name = name_of(options.data)
     out = options.out or Path("runs") / name
-    config = None if options.restart else read_configuration(out)
+    config, data = None if options.restart else read_configuration(out), None
     if config is None:
         data = open_split(options, options.train_split)
         plan = configure(
@@ -278,7 +276,7 @@ def _run_configured(options: argparse.Namespace) -> Path:
             hours=1.0 if options.hours is None else options.hours,
             init=options.init,
             change=lambda config: change_config(config, options),
-            measure_step=lambda config: _measure_step(config, options),
+            measure_step=partial(_measure_step, data, options),
         )
         config = plan.config
         if distributed.is_main():
@@ -288,12 +286,12 @@ def _run_configured(options: argparse.Namespace) -> Path:
     options.init = options.init or default_init(config)
     if options.validate_every is None:
         options.validate_every = -(-config.schedule.epochs // 5)
-    return _train_validated(config, options, out)
+    return _train_validated(config, options, out, data)
 
 
-def _measure_step(config: Config, options: argparse.Namespace) -> float:
+def _measure_step(data: CocoDataset, options: argparse.Namespace, config: Config) -> float:
     """Time of a training step in this process, s; trains a model that is thrown away."""
-    data = open_split(options, options.train_split, config.input.contrast)
+    data = data.with_contrast(config.input.contrast)
     with tempfile.TemporaryDirectory() as folder:
         run_options = _run_options(options, Path(folder), options.seed, init=None)
         return Trainer(config, data, replace(run_options, resume=False), None).measure_step()

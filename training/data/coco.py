@@ -74,8 +74,19 @@ class CocoDataset:
         records = [record for record in self.records if record.objects]
         if len(records) in (0, len(self)):
             return self
-        other = copy.copy(self)
+        other = self._copy()
         other.records = records
+        return other
+
+    def with_contrast(self, contrast: ContrastSpec | None) -> CocoDataset:
+        """The same images with another contrast rule; nothing is checked again."""
+        other = self._copy()
+        other.contrast = contrast
+        return other
+
+    def _copy(self) -> CocoDataset:
+        """Another data set of the same records, with no image in its cache."""
+        other = copy.copy(self)
         other._cache = None if self._cache is None else {}
         return other
 

@@ -46,15 +46,6 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
     raise DatasetError(f"{root} has no image folder: looked for {', '.join(folders)}")
 
 
-def open_coco(root: Path, split: str) -> CocoContent:
-    """The content of a split.
-
-    Raises:
-        DatasetError: There is no such split, or its file is not COCO JSON.
-    """
-    return read_coco_json(*find_split(root, split))
-
-
 def read_coco_json(path: Path, image_folder: Path) -> CocoContent:
     """The content of an annotation file; a byte order mark is skipped.
 
