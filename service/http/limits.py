@@ -23,9 +23,9 @@ class ConnectionLimits:
         retry_after_s: Of a rejected connection.
         head_timeout_s: From the first byte of a request to the end of its headers; also how long
             a new connection may be silent.
-        body_timeout_s: RateWindow in which a body must arrive at `min_rate`.
+        body_timeout_s: Period in which a body must arrive at `min_rate`.
         body_total_s: From the end of the headers to the end of the body.
-        write_timeout_s: RateWindow in which a client must take its response at `min_rate`.
+        write_timeout_s: Period in which a client must take its response at `min_rate`.
         min_rate: Least rate in both directions.
         keep_alive_s: Between two requests.
     """
