@@ -7,15 +7,30 @@ import time
 from collections.abc import Callable
 
 
-def poll_until(condition: Callable[[], bool], *, timeout_s: float, pause_s: float) -> None:
+def poll_until(
+    condition: Callable[[], bool],
+    *,
+    timeout_s: float,
+    pause_s: float,
+    describe: Callable[[], str] = str,
+) -> None:
     """Returns as soon as a condition holds.
 
+    Args:
+        condition: Is asked again and again.
+        timeout_s: After this time it fails.
+        pause_s: Between two questions.
+        describe: The state that a failure reports.
+
     Raises:
-        AssertionError: It does not hold within `timeout_s`.
+        AssertionError: The condition does not hold within `timeout_s`.
     """
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"the condition does not hold after {timeout_s:g} s"
+        if time.monotonic() >= deadline_s:
+            raise AssertionError(
+                f"the condition does not hold after {timeout_s:g} s; {describe()}".rstrip("; ")
+            )
         time.sleep(pause_s)
 
 
