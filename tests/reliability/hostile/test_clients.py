@@ -239,7 +239,8 @@ def chunked_framing_without_end(target: Target) -> None:
         b"1\r\na\r\n0\r\n" + b"X: a\r\n" * 300_000,
     ):
         with target.connect() as wire:
-            wire.send(head + framing).expect_status(400)
+            # The admin port refuses a body of 4,096 bytes too, and may see that first.
+            wire.send(head + framing).expect_status(400, 413)
             wire.expect_close()
 
 
