@@ -17,6 +17,8 @@ MAX_INT = 2**31 - 1
 MAX_SIDE_PX = 16_384
 MAX_CANVAS_PX = 4096 * 4096
 """Largest canvas; the first layers of a network need several hundred bytes for each pixel."""
+MAX_CLASSES = 10_000
+"""More would hold Python for tenths of a second whenever they are read or listed."""
 _MOST_ERRORS = 5
 _LONGEST_REASON = 1000
 _LONGEST_NAME = 80
@@ -191,7 +193,7 @@ class ModelConfig(Spec):
     task: Task = "segmentation"
     description: str = ""
     input: InputSpec
-    classes: Annotated[tuple[ClassSpec, ...], Field(min_length=1)]
+    classes: Annotated[tuple[ClassSpec, ...], Field(min_length=1, max_length=MAX_CLASSES)]
     candidates: PositiveInt
     mask_stride: PositiveInt
     postprocess: PostprocessSpec
@@ -240,7 +242,7 @@ class RepositoryConfig(Spec):
     task: str = "segmentation"
     description: str = ""
     input: dict[str, Any] | None = None
-    classes: list[dict[str, Any]] | None = None
+    classes: Annotated[list[dict[str, Any]], Field(max_length=MAX_CLASSES)] | None = None
     candidates: int | None = None
     mask_stride: int | None = None
     postprocess: dict[str, Any] | None = None

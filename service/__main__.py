@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from service.engines.choose import check_device
 from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
-from service.http.servers import build_server
+from service.http.servers import build_server, freeze_imports
 from service.http.signals import EXIT_FAILED, hold_reloads
 from service.models.repository import load_repository
 from service.observe.logs import configure_logging
@@ -38,6 +38,7 @@ def serve(settings: Settings) -> int:
     check_device(options)
     if settings.workers > 1:
         return run_workers(settings)
+    freeze_imports()
     may_be_empty = settings.models_may_change
     repository = load_repository(settings.model_repo, options, may_be_empty=may_be_empty)
     server = build_server(settings, repository)

@@ -87,7 +87,7 @@ class LocalSegmenter:
         if self._settings.model_poll_s:
             poll = self._watcher.poll(self._settings.model_poll_s)
             self._polling = asyncio.get_running_loop().create_task(poll, name="poll")
-        self.metrics.ready.set_function(lambda: self.is_ready)
+        self.metrics.follow(self.metrics.ready, lambda: self.is_ready)
 
     def find(self, name: str | None, version: int | None) -> ModelState:
         """The model that a request means."""

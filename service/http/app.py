@@ -106,7 +106,8 @@ def create_app(
         description=DESCRIPTION,
         version=_version(),
         lifespan=lifespan,
-        docs_url=None,  # service.http.routes.web has it, without a CDN
+        docs_url=None,  # service.http.routes.web has both; the page works without a CDN
+        openapi_url=None,
         redoc_url=None,
     )
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None

@@ -13,9 +13,10 @@ from uvicorn.server import ServerState
 
 from service.errors import Overloaded, ServiceError
 from service.http.guard import GuardedProtocol
-from service.http.limits import ConnectionLimits, RequestBodies, return_free_memory
+from service.http.limits import RequestBodies, return_free_memory
 from service.http.refusals import get_reason
 from service.observe.metrics import Metrics
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ConnectionGuard:
     everything else gets 503. Beyond that the oldest one that is not being answered is closed.
 
     Args:
-        limits: Of each connection, and their number.
+        settings: The number of connections, and the limits of each.
         bodies: Counts the bytes of bodies; may be shared by the servers of a process.
         metrics: Counts rejections.
         cors_origins: As in the settings.
@@ -45,12 +46,12 @@ class ConnectionGuard:
 
     def __init__(
         self,
-        limits: ConnectionLimits,
+        settings: Settings,
         bodies: RequestBodies,
         metrics: Metrics,
         cors_origins: str = "",
     ) -> None:
-        self.limits = limits
+        self.settings = settings
         self.cors_origins = cors_origins
         self.bodies = bodies
         self._rejections = metrics.rejections
@@ -72,10 +73,10 @@ class ConnectionGuard:
         """Takes a new connection; whether it is within the limit."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_CHECK_S, self._check)
-        if len(self._served) < self.limits.max_connections:
+        if len(self._served) < self.settings.max_connections:
             self._served.add(connection)
             return True
-        if len(self._excess) >= self.limits.max_connections:
+        if len(self._excess) >= self.settings.max_connections:
             waiting = (other for other in self._excess if not other.is_answering)
             oldest = next(waiting, connection)
             self._excess.pop(oldest, None)
@@ -97,7 +98,7 @@ class ConnectionGuard:
 
     def build_rejection(self) -> ServiceError:
         """The error of a request above the limit of connections."""
-        text = f"the limit of {self.limits.max_connections} connections is reached"
+        text = f"the limit of {self.settings.max_connections} connections is reached"
         return Overloaded(text, REASON)
 
     def count(self, error: ServiceError) -> None:

@@ -16,26 +16,26 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
-import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.errors import (
-    BodyTimeout,
-    HeadTimeout,
-    HeadTooLarge,
-    InvalidRequest,
-    ServiceError,
-)
+from service.errors import HeadTimeout, HeadTooLarge, InvalidRequest, ServiceError
 from service.http.cors import build_cors_headers
-from service.http.limits import RateWindow
+from service.http.parser import Refused, RequestParser
 from service.http.refusals import REFUSAL, build_response
-from service.http.request_head import check_head, rebuild_head
+from service.http.request_head import check_head
+from service.http.timeouts import BodyTimer, ResponseTimer
 from service.http.transport import GuardedTransport
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application
+    from uvicorn._types import (
+        ASGI3Application,
+        ASGIReceiveCallable,
+        ASGISendCallable,
+        ASGISendEvent,
+        Scope,
+    )
 
     from service.http.connections import ConnectionGuard
 
@@ -51,22 +51,16 @@ _IDLE, _HEAD, _BODY = "no request", "request line and headers", "body"
 _MAX_PIPELINED = 16
 """Requests that may wait behind the one in work."""
 _LINGER_S = 2.0
-"""Lifetime of a connection closed while the client may still send: closing it at once could reset
-it before the response is read."""
+"""How long a client whose connection is being closed may send nothing. If it were closed while the
+client sends, a reset could overtake the response."""
+_MAX_LINGER_S = 30.0
+"""How long it may go on sending."""
 _EXCESS_HEAD_TIMEOUT_S = 2.0
 _UNSENT_BYTES = 131_072
 """Bytes that the system holds unsent. By default it takes megabytes at once, so that for a minute
 a slow client would not seem to take anything."""
 _PROBE_S = (0.01, 0.05, 0.25, 1.0, 4.0, 15.0, 60.0, 240.0)
 """Times between `GuardedTransport.send_ahead`."""
-
-
-class _Stop(Exception):
-    """Ends the parsing of a request that is refused."""
-
-    def __init__(self, error: ServiceError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -78,6 +72,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """
 
     transport: GuardedTransport
+    parser: RequestParser  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -88,9 +83,9 @@ class GuardedProtocol(HttpToolsProtocol):
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, loop)
-        limits = guard.limits
+        self.parser = RequestParser(self)
         self._guard = guard
-        self._limits = limits
+        self._settings = guard.settings
         self.url = b""
         self.headers = []
         self._is_excess = False
@@ -99,13 +94,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._fed = 0  # bytes of this request, its body included
         self._received = 0  # bytes of its body
         self._began_in_piece = False
+        self._chunks: list[bytes] = []  # of its body, from the current piece
         self._held: deque[int] = deque()  # body bytes in memory, of each unanswered request
-        self._arrival = RateWindow(limits.body_timeout_s, limits.min_rate)
-        self._departure = RateWindow(limits.write_timeout_s, limits.min_rate)
-        self._is_writing = False
+        self._body_timer = BodyTimer(guard.settings)
+        self._response_timer = ResponseTimer(guard.settings)
         self._running: RequestResponseCycle | None = None  # not the newest of pipelined requests
         self._is_deaf = False  # what still arrives is dropped
-        self._linger_until_s: float | None = None
+        self._linger_since_s: float | None = None
         self._probe: asyncio.TimerHandle | None = None
 
     @property
@@ -146,6 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parses, in pieces that end where the head must have ended."""
         if self._is_deaf:
+            self._since_s = time.monotonic()
             return
         self._unset_keepalive_if_required()
         start = 0
@@ -165,13 +161,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _feed(self, piece: bytes) -> None:
         self._began_in_piece = False
-        rest = piece
         try:
-            while rest:
-                rest = self._parse(rest)
-        except httptools.HttpParserError as error:
-            self._fail(_explain(error))
+            self.parser.feed(piece)
+        except ServiceError as error:
+            self._chunks.clear()
+            if not self._is_deaf:
+                self._fail(error)
             return
+        self._take_body()
         if self._began_in_piece:
             return  # its share of the piece is not known
         self._fed += len(piece)
@@ -182,74 +179,68 @@ class GuardedProtocol(HttpToolsProtocol):
             if framing > MAX_HEAD_BYTES + self._received // _BODY_PER_FRAMING:
                 self._fail(InvalidRequest(f"{framing} bytes frame a body of {self._received}"))
 
-    def _parse(self, piece: bytes) -> bytes:
-        """Parses up to the end of a head that asks for an upgrade; returns what follows."""
-        try:
-            self.parser.feed_data(piece)
-            return b""
-        except httptools.HttpParserUpgrade as upgrade:
-            end: int = upgrade.args[0]
-        self._ignore_upgrade()  # not in the handler: its errors would get another __context__
-        return piece[end:]
-
-    def _ignore_upgrade(self) -> None:
-        """Parses the head again without the upgrade; llhttp would not read the body.
-
-        RFC 9110, section 7.8: a server may ignore an upgrade.
-        """
-        head = rebuild_head(
-            self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers
-        )
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.feed_data(head)
+    def _take_body(self) -> None:
+        """Counts what a piece has of a body; drops it if the request is answered already."""
+        if not self._chunks:
+            return
+        body = b"".join(self._chunks)  # of one, itself
+        self._chunks.clear()
+        self._received += len(body)
+        if self._is_deaf or self.cycle.response_complete:
+            return
+        self._held[-1] += len(body)
+        super().on_body(body)
+        self._guard.bodies.add(self, len(body))
 
     # Called by the parser
 
     def on_message_begin(self) -> None:
         """Starts the counts of a request."""
+        if self._is_deaf:
+            raise Refused(InvalidRequest("the connection is being closed"))
         if self._phase is _IDLE:
             self._begin_head()
             self._began_in_piece = True
         self._received = 0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Bounds the number of headers, and of trailers."""
+        if len(self.headers) == MAX_HEADERS:
+            raise Refused(HeadTooLarge(f"the request has more than {MAX_HEADERS} headers"))
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Refuses a malformed request, and one that a connection above the limit may not send."""
+        if self.parser.is_upgrade:
+            return
         method = self.parser.get_method()
-        if self.parser.should_upgrade() and method != b"CONNECT":
-            return  # _ignore_upgrade follows
-        if len(self.headers) > MAX_HEADERS:
-            raise _Stop(HeadTooLarge(f"the request has more than {MAX_HEADERS} headers"))
         wrong = check_head(method, self.parser.get_http_version(), self.headers)
         if wrong is not None:
-            raise _Stop(InvalidRequest(wrong))
+            raise Refused(InvalidRequest(wrong))
         if self._is_excess and not self._guard.may_serve_excess(method, self.url):
-            raise _Stop(self._guard.build_rejection())
+            raise Refused(self._guard.build_rejection())
         if len(self.pipeline) == _MAX_PIPELINED:
-            raise _Stop(InvalidRequest(f"more than {_MAX_PIPELINED} pipelined requests"))
+            raise Refused(InvalidRequest(f"more than {_MAX_PIPELINED} pipelined requests"))
         super().on_headers_complete()
         self.headers = []  # of trailers, which are dropped
         self._phase = _BODY
         self._since_s = time.monotonic()
-        self._arrival.begin(self._since_s, 0)
+        self._body_timer.begin(self._since_s)
         self._held.append(0)
         if self._is_excess:
             self._finish_input()
 
     def on_body(self, body: bytes) -> None:
-        """Counts the bytes; those of a request that is answered already are dropped."""
-        if self._is_deaf:
-            return
-        self._received += len(body)
-        if self.cycle.response_complete:
-            return
-        self._held[-1] += len(body)
-        super().on_body(body)
-        self._guard.bodies.add(self, len(body))
+        """Collects it until the end of the piece; many small chunks then cost as one."""
+        self._chunks.append(body)
 
     def on_message_complete(self) -> None:
         """The next bytes belong to another request."""
-        if self._is_deaf or self.parser.should_upgrade():
+        if self.parser.is_upgrade:
+            return
+        self._take_body()
+        if self._is_deaf:
             return
         self._phase = _IDLE
         self._since_s = time.monotonic()
@@ -266,7 +257,18 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+
+        async def answer(
+            scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            async def send_watched(message: ASGISendEvent) -> None:
+                if cycle.more_body and message["type"] == "http.response.start":
+                    cycle.keep_alive = False  # the rest of the body is not waited for
+                await send(message)
+
+            await app(scope, receive, send_watched)
+
+        super()._start_asgi_task(cycle, cast("ASGI3Application", answer))
 
     # The end of a connection
 
@@ -313,7 +315,7 @@ class GuardedProtocol(HttpToolsProtocol):
             headers = build_cors_headers(
                 self._guard.cors_origins, None if origin is None else origin.decode("latin-1")
             )
-            self.transport.write(build_response(error, path, self._limits.retry_after_s, headers))
+            self.transport.write(build_response(error, path, self._settings.retry_after_s, headers))
             self.transport.close()
 
     def refuse_body(self, error: ServiceError) -> None:
@@ -336,19 +338,19 @@ class GuardedProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         """Closes after the client has had time to read the response, if it may still send."""
         transport = self.transport.wrapped
-        if self._linger_until_s is not None or transport.is_closing():
+        if self._linger_since_s is not None or transport.is_closing():
             return
         if self._phase is _IDLE or (not self._fed and self._phase is _HEAD):
             transport.close()
             return
         self._is_deaf = True
-        self._linger_until_s = time.monotonic() + _LINGER_S
+        self._since_s = self._linger_since_s = time.monotonic()
         self.flow.resume_reading()
         self.transport.write_eof()
 
     def shutdown(self) -> None:
         """Closes as soon as no request is in work; called by uvicorn."""
-        if self.is_answering or self._linger_until_s is not None:
+        if self.is_answering or self._linger_since_s is not None:
             super().shutdown()
         else:
             self.transport.wrapped.close()
@@ -361,46 +363,28 @@ class GuardedProtocol(HttpToolsProtocol):
         Args:
             now_s: Monotonic time.
         """
-        if self._linger_until_s is not None:
-            if now_s >= self._linger_until_s:
+        if self._linger_since_s is not None:
+            if now_s - self._since_s >= _LINGER_S or now_s - self._linger_since_s >= _MAX_LINGER_S:
                 self.transport.abort()
-        elif self._is_taken_too_slowly(now_s):
+        elif self._response_timer.is_stalled(now_s, self.transport):
             logger.debug("a client did not take its response; the connection is closed")
             self.transport.abort()
         elif self._is_deaf:
             return
         elif self._phase is _BODY:
-            self._check_body(now_s)
+            paused = self.flow.read_paused
+            error = self._body_timer.check(now_s, self._received, is_paused=paused)
+            if error is not None:
+                self._fail(error)
         elif not self.is_answering:
             self._check_idle(now_s - self._since_s)
 
-    def _is_taken_too_slowly(self, now_s: float) -> bool:
-        if not self.transport.get_write_buffer_size():
-            self._is_writing = False
-            return False
-        if not self._is_writing:
-            self._is_writing = True
-            self._departure.begin(now_s, self.transport.taken)
-        return self._departure.is_stalled(now_s, self.transport.taken)
-
-    def _check_body(self, now_s: float) -> None:
-        limits, received = self._limits, self._received
-        if self.flow.read_paused:  # the application has not taken what is here
-            self._arrival.begin(now_s, received)
-        elif now_s - self._since_s > limits.body_total_s:
-            text = f"the body was not complete after {limits.body_total_s:g} s"
-            self._fail(BodyTimeout(f"{text}; {received} bytes were here"))
-        elif self._arrival.is_stalled(now_s, received):
-            text = f"fewer than {self._arrival.least} bytes of the body came in"
-            text = f"{text} {limits.body_timeout_s:g} s; {received} bytes were here"
-            self._fail(BodyTimeout(text))
-
     def _check_idle(self, elapsed_s: float) -> None:
         if self._phase is _IDLE:
-            if elapsed_s > self._limits.keep_alive_s:
+            if elapsed_s > self._settings.keep_alive_s:
                 self.transport.close()
             return
-        timeout_s = self._limits.head_timeout_s
+        timeout_s = self._settings.head_timeout_s
         if self._is_excess:
             timeout_s = min(timeout_s, _EXCESS_HEAD_TIMEOUT_S)
         if elapsed_s <= timeout_s:
@@ -412,12 +396,3 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             text = f"the headers were not complete after {timeout_s:g} s"
             self._fail(HeadTimeout(f"{text}; {self._fed} bytes were here"))
-
-
-def _explain(error: httptools.HttpParserError) -> ServiceError:
-    """The error that a client gets for one of the parser's."""
-    cause = error.__context__
-    if isinstance(cause, _Stop):
-        return cause.error
-    reason = error if cause is None else "the request target cannot be read"
-    return InvalidRequest(f"the request is not valid HTTP/1.1: {reason}")

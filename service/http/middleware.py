@@ -171,7 +171,7 @@ class BodyLimitMiddleware:
 
     A body that announces its length is refused before it is read, a chunked one as soon as it
     has passed the limit. `service.http.guard` refuses the others: slow ones, and those for which
-    there is no memory. The connection is closed after the answer.
+    there is no memory. It also closes the connection after an answer to an incomplete body.
 
     Args:
         app: What it wraps.
@@ -230,9 +230,8 @@ class BodyLimitMiddleware:
 
     async def _refuse(self, error: ServiceError, scope: Scope, send: Send) -> None:
         self.metrics.rejections.labels(get_reason(error)).inc()
-        headers = [(b"connection", b"close")]
-        if isinstance(error, (Overloaded, Draining)):
-            headers.append((b"retry-after", b"%d" % self.retry_after_s))
+        is_passing = isinstance(error, (Overloaded, Draining))
+        headers = [(b"retry-after", b"%d" % self.retry_after_s)] if is_passing else []
         await send_error(send, error, scope["path"], headers)
 
 

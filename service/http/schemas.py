@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.model_config import Task
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
 
+_VERSION = re.compile("[1-9][0-9]{0,18}")
 TimeoutMs = Annotated[
     int | None,
     Field(
@@ -22,13 +24,23 @@ TimeoutMs = Annotated[
 ]
 
 
+def _check_version(value: object) -> object:
+    if isinstance(value, str) and not _VERSION.fullmatch(value):
+        raise ValueError("a version is a whole number from 1, without sign, spaces or leading 0")
+    return value
+
+
+VersionNumber = Annotated[int, BeforeValidator(_check_version), Field(ge=1)]
+"""A version of a model in a request, as config.json writes it: each has one URL."""
+
+
 class SegmentQuery(BaseModel):
     """Query of POST /segment; an unknown parameter is refused, so that a typing error shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[str | None, Field(description="default: the server's default model")] = None
-    version: Annotated[int | None, Field(ge=1, description="default: the latest")] = None
+    version: Annotated[VersionNumber | None, Field(description="default: the latest")] = None
     score_threshold: Annotated[
         float | None,
         Field(ge=0, le=1, description="least score; default: from the model's configuration"),

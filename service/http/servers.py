@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 from service.errors import Draining
 from service.http.app import create_admin_app, create_app
 from service.http.connections import ConnectionGuard, raise_file_limit
-from service.http.limits import ConnectionLimits, RequestBodies
+from service.http.limits import RequestBodies
 from service.http.listeners import Listeners
 from service.http.reload import Reloader
 from service.http.signals import END_S, EXIT_SIGNALS, handle_exit_signals
@@ -183,6 +184,14 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+def freeze_imports() -> None:
+    """Excludes what exists now, mostly modules, from garbage collection.
+
+    A full collection would hold the event loop for 40 ms. Models must be loaded later.
+    """
+    gc.freeze()
+
+
 def build_server(
     settings: Settings,
     repository: Repository,
@@ -203,17 +212,16 @@ def build_server(
     app = create_app(settings, repository, segmenter=segmenter)
     metrics: Metrics = app.state.metrics
     bodies = RequestBodies(settings.max_bodies_bytes)
-    metrics.request_body_bytes.set_function(lambda: bodies.held)
-    limits = ConnectionLimits.of(settings)
+    metrics.follow(metrics.request_body_bytes, lambda: bodies.held)
     raise_file_limit(settings.max_connections * (1 if settings.admin_port is None else 2))
     if source is None:
         source = Listeners(settings)
-    guard = ConnectionGuard(limits, bodies, metrics, settings.cors_origins)
+    guard = ConnectionGuard(settings, bodies, metrics, settings.cors_origins)
     config = _configure(app, guard, settings)
     timeout_s = settings.drain_timeout_s
     if settings.admin_port is None:
         return DrainingServer(config, guard, timeout_s, source)
-    admin_guard = ConnectionGuard(limits, bodies, metrics)
+    admin_guard = ConnectionGuard(settings, bodies, metrics)
     admin_config = _configure(create_admin_app(app), admin_guard, settings, lifespan="off")
     admin_config.timeout_graceful_shutdown = math.ceil(FLUSH_S) + _SPARE_S
     admin = AdminServer(admin_config, admin_guard)

@@ -39,7 +39,7 @@ from service.errors import (
 
 CONFIG_FILE = "config.json"
 SETTINGS_FILE = "repository.json"
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_CONFIG_BYTES = 1024 * 1024
 FileStamp = tuple[int, ...]
 
 

@@ -6,8 +6,9 @@ A `Metrics` owns its registry, so that two servers in one process do not share n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -22,10 +23,12 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from service.engines.base import Precision
 from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
+from service.observe.shared import SharedCalls
 
 if TYPE_CHECKING:
     from service.work.admission import Admission
@@ -49,6 +52,7 @@ _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
     *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
 )
+_OPENMETRICS = "application/openmetrics-text"
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -64,6 +68,9 @@ class Metrics:
         ] = {}
         self._series: dict[str, tuple[Counter, Counter, Counter, dict[str, Histogram]]] = {}
         self._gpus: GpuCollector | None = None
+        self._followed: dict[Gauge, Callable[[], float]] = {}
+        self._collecting = asyncio.Lock()
+        self._answers = SharedCalls[bytes]()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -239,10 +246,10 @@ class Metrics:
 
     def watch(self, admission: Admission) -> None:
         """Reads what is in flight from admission whenever the metrics are asked for."""
-        self.queue_images.set_function(lambda: admission.images)
-        self.queue_canvases.set_function(lambda: admission.canvases)
+        self.follow(self.queue_images, lambda: admission.images)
+        self.follow(self.queue_canvases, lambda: admission.canvases)
         self.queue_limit_canvases.set(admission.max_canvases)
-        self.in_flight_requests.set_function(lambda: admission.requests)
+        self.follow(self.in_flight_requests, lambda: admission.requests)
 
     def count_image(self, name: str, outcome: Outcome) -> None:
         """Counts an image that was answered with a result."""
@@ -291,25 +298,58 @@ class Metrics:
         for name, all_alive in alive.items():
             self.engine_up.labels(name).set(all_alive)
 
+    def follow(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Has a gauge show what `read` returns in the event loop whenever metrics are asked for."""
+        self._followed[gauge] = read
+
     async def collect(self) -> list[Metric]:
         """All metrics as of now, as objects."""
-        await self._update()
-        return list(self._registry.collect())
+        async with self._collecting:
+            if self._gpus is not None:
+                await asyncio.to_thread(self._gpus.read)  # NVML may take its time
+            self._update_engines()
+            for gauge, read in self._followed.items():
+                gauge.set(read())
+            return await asyncio.to_thread(lambda: list(self._registry.collect()))
 
     async def answer(self, accept: str) -> tuple[bytes, str]:
-        """All metrics as of now.
+        """All metrics as of now; requests that come at once share an answer.
 
         Args:
             accept: The request's header.
 
         Returns:
-            Body and content type: Prometheus' text format, or OpenMetrics if it is asked for.
+            Body and content type: Prometheus' text format, or OpenMetrics if the header has it
+            first; their parameters do not count, as there is one version of each.
         """
-        await self._update()
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        encode, content_type = choose_encoder(_find_format(accept))
+        return await self._answers.get(content_type, partial(self._write, encode)), content_type
 
-    async def _update(self) -> None:
-        if self._gpus is not None:
-            await asyncio.to_thread(self._gpus.read)  # NVML may take its time
-        self._update_engines()
+    async def _write(self, encode: Callable[[Collector], bytes]) -> bytes:
+        shown = await self._collect_shown()
+        return await asyncio.to_thread(lambda: encode(Collected(shown())))
+
+    async def _collect_shown(self) -> Callable[[], Iterable[Metric]]:
+        """Collects what an answer shows; the result is called in a thread."""
+        collected = await self.collect()
+        return lambda: collected
+
+
+class Collected(Collector):
+    """Metrics that have been collected, for an encoder."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics."""
+        return self._metrics
+
+
+def _find_format(accept: str) -> str:
+    """`_OPENMETRICS`, or nothing for the text format."""
+    for item in accept.lower().split(","):
+        media_type = item.partition(";")[0].strip()
+        if media_type in (_OPENMETRICS, "text/plain"):
+            return media_type.replace("text/plain", "")
+    return ""

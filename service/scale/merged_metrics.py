@@ -5,11 +5,10 @@ A label `replica` tells the processes apart.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+from prometheus_client import Metric
 
 from service.observe.metrics import Metrics
 
@@ -28,30 +27,20 @@ class MergedMetrics(Metrics):
         super().__init__()
         self._collect_all = collect_all
 
-    async def answer(self, accept: str) -> tuple[bytes, str]:
-        """Body and content type, with the samples of every process."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Merged(await self._collect_all()))
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
+    async def _collect_shown(self) -> Callable[[], Iterable[Metric]]:
+        return partial(_merge, await self._collect_all())
 
 
-class _Merged(Collector):
-    """Each family once, with the samples of all processes."""
-
-    def __init__(self, reports: Sequence[Report]) -> None:
-        self._reports = reports
-
-    def collect(self) -> Iterator[Metric]:
-        """Adds the label `replica` to each sample."""
-        families: dict[str, Metric] = {}
-        for replica, metrics in self._reports:
-            for metric in metrics:
-                family = families.setdefault(
-                    metric.name, Metric(metric.name, metric.documentation, metric.type)
-                )
-                family.samples += [
-                    sample._replace(labels={**sample.labels, "replica": replica})
-                    for sample in metric.samples
-                ]
-        yield from families.values()
+def _merge(reports: Sequence[Report]) -> Iterable[Metric]:
+    """Each family once, with the samples of all processes; adds the label `replica` to each."""
+    families: dict[str, Metric] = {}
+    for replica, metrics in reports:
+        for metric in metrics:
+            family = families.setdefault(
+                metric.name, Metric(metric.name, metric.documentation, metric.type)
+            )
+            family.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica})
+                for sample in metric.samples
+            ]
+    return families.values()

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.model_config import KeepRatioResize, TileResize, parse_model_config
+from pipeline.model_config import (
+    MAX_CLASSES,
+    KeepRatioResize,
+    TileResize,
+    parse_model_config,
+)
 
 FILES = {"model.onnx": {"sha256": "a" * 64, "bytes": 10}}
 
@@ -71,6 +76,18 @@ def test_wrong_sections_are_named(changes: dict[str, Any], match: str) -> None:
     repository = parse_model_config(json.dumps(_content(**changes)))
     with pytest.raises(ConfigError, match=match):
         repository.for_version(1)
+
+
+def test_the_number_of_classes_is_bounded() -> None:
+    classes = [{"category_id": index, "name": "a"} for index in range(MAX_CLASSES + 1)]
+    match = rf"classes: .* {MAX_CLASSES} items after validation, not {MAX_CLASSES + 1}"
+    with pytest.raises(ConfigError, match=match):
+        parse_model_config(json.dumps(_content(classes=classes)))
+    own = {"1": {"files": FILES, "classes": classes}}
+    with pytest.raises(ConfigError, match=match):
+        parse_model_config(json.dumps(_content(versions=own))).for_version(1)
+    most = parse_model_config(json.dumps(_content(classes=classes[:-1])))
+    assert len(most.for_version(1).classes) == MAX_CLASSES
 
 
 def test_missing_version_is_named() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -12,19 +11,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from service.http.connections import ConnectionGuard
-from service.http.limits import ConnectionLimits, RequestBodies
+from service.http.limits import RequestBodies
 from service.observe.metrics import Metrics
+from service.settings import Settings
 
-LIMITS = ConnectionLimits(
-    max_connections=10,
-    retry_after_s=7,
-    head_timeout_s=60,
-    body_timeout_s=60,
-    body_total_s=60,
-    write_timeout_s=60,
-    min_rate=0,
-    keep_alive_s=60,
-)
+LIMITS = {
+    "max_connections": 10,
+    "retry_after_s": 7,
+    "head_timeout_s": 60,
+    "body_timeout_s": 60,
+    "body_total_s": 60,
+    "write_timeout_s": 60,
+    "min_rate": 0,
+    "keep_alive_s": 60,
+}
 
 
 class Echo:
@@ -109,7 +109,7 @@ class GuardedServer:
     def __init__(self, app: ASGIApp, max_bytes: int = 1 << 30, **limits: Any) -> None:
         self.metrics = Metrics()
         self.bodies = RequestBodies(max_bytes)
-        self.guard = ConnectionGuard(replace(LIMITS, **limits), self.bodies, self.metrics)
+        self.guard = ConnectionGuard(Settings(**LIMITS | limits), self.bodies, self.metrics)
         self.state = ServerState()
         http = cast(type[asyncio.Protocol], self.guard)
         self._config = uvicorn.Config(app, http=http, ws="none", log_config=None, lifespan="off")

@@ -28,7 +28,7 @@ from service.http.oip.schemas import (
 from service.http.oip.write import build_body, build_tensors
 from service.http.routes.segment import MAX_FILES, segment_in_time
 from service.http.routes.state import ClientDep, SegmenterDep
-from service.http.schemas import TimeoutMs
+from service.http.schemas import TimeoutMs, VersionNumber
 from service.protocol import ModelState, Segmenter
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
@@ -111,7 +111,7 @@ async def show_ready(name: str, segmenter: SegmenterDep, response: Response) -> 
 
 @router.get("/v2/models/{name}/versions/{version}/ready", responses=_NOT_READY)
 async def show_version_ready(
-    name: str, version: int, segmenter: SegmenterDep, response: Response
+    name: str, version: VersionNumber, segmenter: SegmenterDep, response: Response
 ) -> ModelReady:
     """200 if this version of the model takes work, else 503."""
     return _check_ready(segmenter.find(name, version), segmenter, response)
@@ -176,7 +176,7 @@ async def infer(name: str, sent: SentDep) -> Response:
     openapi_extra=_REQUEST_BODY,
     responses={200: {"model": InferResponse}, **_FAILURES},
 )
-async def infer_version(name: str, version: int, sent: SentDep) -> Response:
+async def infer_version(name: str, version: VersionNumber, sent: SentDep) -> Response:
     """As `/v2/models/{name}/infer`, by a certain version."""
     return await _infer(name, version, sent)
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.http.routes.state import SegmenterDep
-from service.http.schemas import ModelDetail, ModelList, ModelSummary
+from service.http.schemas import ModelDetail, ModelList, ModelSummary, VersionNumber
 from service.protocol import ModelState, Segmenter
 
 router = APIRouter(tags=["models"])
@@ -54,7 +54,7 @@ async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
 
 
 @router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
-async def show_version(name: str, version: int, segmenter: SegmenterDep) -> ModelDetail:
+async def show_version(name: str, version: VersionNumber, segmenter: SegmenterDep) -> ModelDetail:
     """As `/v2/models/{name}`, of a certain version."""
     return describe_model(segmenter.find(name, version), segmenter)
 

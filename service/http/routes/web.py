@@ -1,17 +1,19 @@
-"""GET /, /web/{name} and /docs: the web pages and the files that they load.
+"""GET /, /web/{name}, /docs and /openapi.json: the web pages and the files that they load.
 
 Files are served from an allow-list: a path of a request is never used as a path on the disk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from fastapi import APIRouter, Request, Response
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 router = APIRouter(include_in_schema=False)
@@ -81,8 +83,11 @@ def load_asset(package: str, folder: str, name: str) -> Asset:
         name: Path in the folder; from the allow-list.
     """
     data = resources.files(package).joinpath(folder, name).read_bytes()
-    etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    return Asset(data, _MEDIA_TYPES[name.rpartition(".")[2]], etag)
+    return _build_asset(data, _MEDIA_TYPES[name.rpartition(".")[2]])
+
+
+def _build_asset(data: bytes, media_type: str) -> Asset:
+    return Asset(data, media_type, f'"{hashlib.sha256(data).hexdigest()[:32]}"')
 
 
 def _answer(request: Request, asset: Asset, policy: Mapping[str, str] = _DEMO_POLICY) -> Response:
@@ -121,3 +126,18 @@ async def docs_file(request: Request, name: str) -> Response:
     if name not in DOCS_FILES:
         raise HTTPException(404)
     return _answer(request, load_asset("fastapi_offline", "static", name), _DOCS_POLICY)
+
+
+@router.get("/openapi.json")
+async def openapi_document(request: Request) -> Response:
+    """The OpenAPI document; the first request has it built, in a thread."""
+    state = request.app.state
+    if not hasattr(state, "openapi_document"):
+        building = asyncio.to_thread(_build_document, request.app)
+        state.openapi_document = asyncio.ensure_future(building)
+    # A client that leaves does not end the building for others.
+    return _answer(request, await asyncio.shield(state.openapi_document), _DOCS_POLICY)
+
+
+def _build_document(app: FastAPI) -> Asset:
+    return _build_asset(orjson.dumps(app.openapi()), "application/json")

@@ -123,7 +123,7 @@ class ClusterSegmenter:
     def start(self) -> None:
         """Starts asking what is served."""
         self._refreshing = asyncio.get_running_loop().create_task(self._refresh(), name="refresh")
-        self.metrics.ready.set_function(lambda: self.is_ready)
+        self.metrics.follow(self.metrics.ready, lambda: self.is_ready)
 
     def find(self, name: str | None, version: int | None) -> ModelState:
         """The model that a request means, as a worker described it last."""

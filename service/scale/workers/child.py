@@ -16,7 +16,7 @@ import uvicorn
 
 from service.errors import StartupError
 from service.http.accept import serve_connection
-from service.http.servers import AdminServer, DrainingServer, build_server
+from service.http.servers import AdminServer, DrainingServer, build_server, freeze_imports
 from service.http.signals import END_S, EXIT_FAILED, SIGNALS
 from service.models.background import spawn
 from service.models.repository import load_repository
@@ -48,6 +48,7 @@ def run_child(settings: Settings, index: int, channel: socket.socket) -> None:
         signal.signal(number, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
     end_with_parent(settings.drain_timeout_s + END_S)
+    freeze_imports()
     try:
         repository = load_repository(
             settings.model_repo,

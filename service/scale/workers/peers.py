@@ -62,7 +62,7 @@ class Peers:
         reports = [(self._index, own)]
         for number, answer in answers:
             try:
-                reports.append((number, pickle.loads(answer.result())))
+                reports.append((number, await asyncio.to_thread(pickle.loads, answer.result())))
             except (asyncio.InvalidStateError, EOFError, pickle.UnpicklingError):
                 logger.warning("/metrics is without worker %d, which does not answer", number)
         return [(str(number), report) for number, report in sorted(reports, key=lambda r: r[0])]
@@ -87,7 +87,7 @@ class Peers:
         loop = asyncio.get_running_loop()
         with connection:
             connection.setblocking(False)
-            data = pickle.dumps(await self.metrics.collect())
+            data = await asyncio.to_thread(pickle.dumps, await self.metrics.collect())
             try:
                 await asyncio.wait_for(loop.sock_sendall(connection, data), TIMEOUT_S)
             except (OSError, TimeoutError) as error:

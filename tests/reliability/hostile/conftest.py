@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.reliability.hostile.health import HealthWatcher
 from tests.reliability.hostile.target import LIMITS, Target, build_flags, find_target
 from tests.support.blob_model import publish
 from tests.support.server import run_server
@@ -19,3 +20,10 @@ def target(
     flags = build_flags(request.param, root / "repo")
     with run_server(root / "log", *flags, environment=LIMITS) as server:
         yield find_target(request.param, server)
+
+
+@pytest.fixture(scope="module")
+def watcher(target: Target) -> Iterator[HealthWatcher]:
+    """Of the attacked port."""
+    with HealthWatcher(target.port) as watcher:
+        yield watcher

@@ -5,14 +5,13 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.reliability.hostile.health import Health, HealthWatcher
 from tests.reliability.hostile.wire import Wire
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.memory import read_resident_bytes
@@ -54,6 +53,7 @@ class Target:
         main_port: That serves /segment.
         post_path: A path of `port` that reads a body and answers 200 to `good_body`.
         good_body: See `post_path`.
+        good_bytes: Bytes of a body that `post_path` does not refuse for its length.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Target:
     main_port: int
     post_path: str
     good_body: bytes
+    good_bytes: int
 
     def connect(self, receive_buffer: int | None = None) -> Wire:
         """A connection to the attacked port."""
@@ -110,12 +111,15 @@ class Target:
         """Resident bytes of all processes."""
         return sum(map(read_resident_bytes, self.find_pids()))
 
-    def endure(self, attack: Callable[[Target], None]) -> HealthWatch:
+    def endure(self, attack: Callable[[Target], None], watcher: HealthWatcher) -> Health:
         """Runs an attack; checks that nothing of it remains, and that health was answered."""
         memory, logged = self.read_memory(), len(self.server.read_log())
         descriptors = self.list_descriptors()
-        with HealthWatch(self.port) as health:
+        watcher.start()
+        try:
             attack(self)
+        finally:
+            health = watcher.stop()
         assert ask(self.main_port, "POST", "/segment", PICTURE)[0] == 200
         poll_until(
             lambda: self.count_descriptors() <= descriptors.total(),
@@ -141,49 +145,6 @@ class Target:
         assert health.failures == []
         assert health.slowest_s < 3  # 0.05 is the aim on an idle machine
         return health
-
-
-class HealthWatch(threading.Thread):
-    """Asks for health on a new connection, again and again.
-
-    Attributes:
-        failures: What was not 200.
-        seconds: Times of the others.
-    """
-
-    def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.failures: list[str] = []
-        self.seconds: list[float] = []
-        self._port = port
-        self._is_over = threading.Event()
-
-    def __enter__(self) -> HealthWatch:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self.join()
-
-    @property
-    def slowest_s(self) -> float:
-        """The 99th percentile."""
-        return sorted(self.seconds)[int(0.99 * len(self.seconds))] if self.seconds else 0.0
-
-    def run(self) -> None:
-        """Until the end of the attack."""
-        while not self._is_over.is_set():
-            began_s = time.monotonic()
-            try:
-                status = ask(self._port, "GET", "/v2/health/live")[0]
-            except OSError as error:
-                self.failures.append(repr(error))
-            else:
-                self.seconds.append(time.monotonic() - began_s)
-                if status != 200:
-                    self.failures.append(str(status))
-            self._is_over.wait(0.01)
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -213,16 +174,19 @@ def build_flags(name: str, repo: Path) -> tuple[str, ...]:
 def find_target(name: str, server: ServerProcess) -> Target:
     """The target of a server that is ready and has warmed up."""
     main_port = int(server.url.rpartition(":")[2])
-    port, path, body = main_port, "/segment", PICTURE
+    port, path, body, count = main_port, "/segment", PICTURE, 300_000
     if name == "admin":
         (port,) = map(int, re.findall(r"admin endpoints on http://\S+:(\d+)", server.read_log()))
-        path, body = "/v2/repository/index", b"{}"
-    target = Target(name, server, port, main_port, path, body)
+        path, body, count = "/v2/repository/index", b"{}", 3_000
+    target = Target(name, server, port, main_port, path, body, count)
     processes = 2 if name == "workers" else 1  # the server is ready as soon as one of them is
     poll_until(lambda: target.read_metric("solo_ready") == processes, timeout_s=60, pause_s=0.05)
     with ExitStack() as stack:  # several at once, so that each worker process has had connections
-        for wire in [stack.enter_context(target.connect()) for _ in range(8)]:
-            wire.send(target.build_post(body)).expect_status(200)
+        wires = [stack.enter_context(target.connect()) for _ in range(8)]
+        for wire in wires:
+            wire.send(target.build_post(body))
+        for wire in wires:
+            wire.expect_status(200)
     for _ in range(30):
         assert ask(main_port, "POST", "/segment", PICTURE)[0] == 200
         assert ask(port, "POST", path, body)[0] == 200

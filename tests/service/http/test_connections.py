@@ -29,7 +29,7 @@ def get(path: bytes, method: bytes = b"GET") -> bytes:
 
 
 async def fill(server: GuardedServer) -> list[Client]:
-    return [await server.connect() for _ in range(server.guard.limits.max_connections)]
+    return [await server.connect() for _ in range(server.guard.settings.max_connections)]
 
 
 async def test_up_to_the_limit_a_connection_is_served() -> None:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from starlette.types import ASGIApp
 
 from service.http.guard import MAX_HEAD_BYTES, MAX_HEADERS
 from service.http.refusals import REFUSAL
@@ -24,6 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     """Checks timeouts often; no test may leave an error in the log."""
     monkeypatch.setattr("service.http.connections._CHECK_S", 0.01)
     monkeypatch.setattr("service.http.guard._LINGER_S", 0.2)
+    monkeypatch.setattr("service.http.guard._MAX_LINGER_S", 0.6)
     yield
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
@@ -234,25 +236,52 @@ async def refuse_at_once(scope: object, receive: object, send: object) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_what_follows_an_early_answer_is_dropped_and_timed() -> None:
-    async with GuardedServer(refuse_at_once, body_timeout_s=0.3) as server:
+async def refuse_late(scope: object, receive: object, send: object) -> None:
+    await asyncio.sleep(0.1)
+    await refuse_at_once(scope, receive, send)
+
+
+CLOSES = b"connection: close\r\n"
+
+
+@pytest.mark.parametrize("request_", [build_post(b"abc", 4), CHUNKED.replace(b"close", b"a")])
+@pytest.mark.parametrize("rest", [b"", b"a" * 100_000 + GET])
+async def test_an_answer_before_the_end_of_the_body_ends_the_connection(
+    request_: bytes, rest: bytes
+) -> None:
+    async with GuardedServer(refuse_at_once) as server:
         client = await server.connect()
-        await client.send(build_post(b"abc", 200_000))
-        assert await client.read_response() == (401, b"")
-        await client.send(bytes(100_000))
-        await asyncio.sleep(0.05)
+        await client.send(request_)
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 401 ")
+        assert CLOSES in head
+        await client.send(rest)
+        assert await client.read_all() == b""
         assert server.bodies.held == 0
-        assert await client.read_all() == b""
 
 
-async def test_after_an_early_answer_and_the_whole_body_the_connection_goes_on() -> None:
-    async with GuardedServer(refuse_at_once, keep_alive_s=0.3) as server:
+@pytest.mark.parametrize("app", [refuse_at_once, refuse_late])
+async def test_an_answer_to_a_complete_body_does_not(app: ASGIApp) -> None:
+    async with GuardedServer(app) as server:
         client = await server.connect()
-        await client.send(build_post(b"abc", 200_000))
-        assert await client.read_response() == (401, b"")
-        await client.send(bytes(199_997) + GET)
-        assert await client.read_response() == (401, b"")
-        assert await client.read_all() == b""
+        await client.send(build_post(b"abc", 4))
+        if app is refuse_late:
+            await client.send(b"d")
+            for _ in range(2):
+                head = await client.reader.readuntil(b"\r\n\r\n")
+                assert CLOSES not in head
+                await client.send(build_post(b"abcd"))
+
+
+async def test_a_client_that_sends_for_long_reads_an_early_answer() -> None:
+    async with GuardedServer(refuse_at_once) as server:
+        client = await server.connect()
+        await client.send(build_post(b"", 1000))
+        for _ in range(4):  # longer than a silent one may take
+            await client.send(bytes(10))
+            await asyncio.sleep(0.1)
+        assert (await client.read_all()).startswith(b"HTTP/1.1 401 ")
+        assert client.reader.exception() is None
 
 
 async def test_held_bytes_are_those_of_bodies_without_a_response() -> None:
@@ -291,18 +320,21 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         assert server.bodies.held == 0
 
 
+FRAMING = "bytes frame a body of"
+
+
 @pytest.mark.parametrize(
-    "start",
+    ("start", "text"),
     [
-        b"1;" + b"a" * 200_000,
-        b"1" + b";a=b" * 50_000,
-        b"1\r\na\r\n" * 40_000,
-        b"0\r\nX: " + b"a" * 200_000,
-        b"0\r\n" + b"X: a\r\n" * 40_000,
+        (b"1;" + b"a" * 200_000, FRAMING),
+        (b"1" + b";a=b" * 50_000, FRAMING),
+        (b"1\r\na\r\n" * 40_000, FRAMING),
+        (b"0\r\nX: " + b"a" * 200_000, FRAMING),
+        (b"0\r\n" + b"X: a\r\n" * (MAX_HEADERS + 2), "more than 200 headers"),
     ],
     ids=["extension", "extensions", "one byte each", "trailer", "trailers"],
 )
-async def test_the_framing_of_a_chunked_body_is_bounded(start: bytes) -> None:
+async def test_the_framing_of_a_chunked_body_is_bounded(start: bytes, text: str) -> None:
     echo = Echo()
     async with GuardedServer(echo) as server:
         client = await server.connect()
@@ -310,7 +342,7 @@ async def test_the_framing_of_a_chunked_body_is_bounded(start: bytes) -> None:
         await wait_until(lambda: bool(echo.requests))
         await client.send(start)
         await wait_until(lambda: REFUSAL in echo.requests[0]["state"])
-        assert "bytes frame a body of" in str(echo.requests[0]["state"][REFUSAL])
+        assert text in str(echo.requests[0]["state"][REFUSAL])
 
 
 async def test_trailers_do_not_become_headers() -> None:

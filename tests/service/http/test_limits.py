@@ -6,48 +6,8 @@ import sys
 import pytest
 
 from service.errors import ServiceError
-from service.http.limits import ConnectionLimits, RateWindow, RequestBodies, return_free_memory
-from service.settings import Settings
+from service.http.limits import RequestBodies, return_free_memory
 from tests.support.memory import read_resident_bytes
-
-
-def test_limits_are_the_settings() -> None:
-    settings = Settings(
-        max_connections=1,
-        retry_after_s=2,
-        head_timeout_s=3,
-        body_timeout_s=4,
-        body_total_s=5,
-        write_timeout_s=6,
-        min_rate=7,
-        keep_alive_s=8,
-    )
-    assert vars(ConnectionLimits.of(settings)) == {
-        "max_connections": 1,
-        "retry_after_s": 2,
-        "head_timeout_s": 3,
-        "body_timeout_s": 4,
-        "body_total_s": 5,
-        "write_timeout_s": 6,
-        "min_rate": 7,
-        "keep_alive_s": 8,
-    }
-
-
-@pytest.mark.parametrize(("rate", "least"), [(0, 1), (0.01, 1), (100, 200)])
-def test_a_window_asks_for_at_least_one_byte(rate: float, least: int) -> None:
-    assert RateWindow(2, rate).least == least
-
-
-def test_each_window_is_judged_for_itself() -> None:
-    window = RateWindow(2, 100)
-    window.begin(10, 1000)
-    assert not window.is_stalled(11.9, 1000)
-    assert not window.is_stalled(12, 1200)
-    assert not window.is_stalled(13.9, 1200)
-    assert window.is_stalled(14, 1399)
-    assert not window.is_stalled(15.9, 1399)
-    assert not window.is_stalled(16, 1599)
 
 
 class Source:

@@ -123,7 +123,7 @@ BROKEN_CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "binary": (write_bytes(b"\xff\xfe\x00{"), "not valid JSON"),
     "surrogate": (write_bytes(b'{"name": "\\ud800"}'), "not Unicode"),
     "number": (write_bytes(b'{"name": 1e999}'), "not finite"),
-    "large": (write_large, "1073741824 bytes, the limit is"),
+    "large": (write_large, "1073741824 bytes, the limit is 1048576"),
     "fifo": (os.mkfifo, "a FIFO, not a regular file"),
     "folder": (Path.mkdir, "a folder, not a regular file"),
     "loop": (link_to_itself, "Too many levels"),

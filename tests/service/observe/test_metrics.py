@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 
@@ -170,3 +171,50 @@ async def test_openmetrics_is_written_for_those_who_ask_for_it(
     assert content_type.partition(";")[0] == media_type
     assert body.endswith(b"# EOF\n") == (media_type == OPENMETRICS)
     assert b"solo_ready 0.0" in body
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", "text/plain"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
+        ("application/openmetrics-text; version=x.y", "application/openmetrics-text; version=1.0"),
+        ("Application/OpenMetrics-Text;q=0.5, text/plain", "application/openmetrics-text"),
+        ("text/plain;version=0.0.4, application/openmetrics-text", "text/plain; version=0.0.4"),
+        ("text/html, */*", "text/plain"),
+        ("text/plain; version=" + "1" * 5000, "text/plain"),
+        ("text/plain; version=\u00b2", "text/plain"),
+    ],
+)
+async def test_the_format_is_one_that_is_asked_for_or_plain(accept: str, content_type: str) -> None:
+    body, found = await Metrics().answer(accept)
+    assert found.startswith(content_type)
+    assert b"solo_ready 0.0" in body
+
+
+async def test_requests_at_once_share_an_answer_and_later_ones_do_not() -> None:
+    metrics, reads = Metrics(), 0
+
+    def read() -> int:
+        nonlocal reads
+        reads += 1
+        return reads
+
+    metrics.follow(metrics.queue_images, read)
+    answers = await asyncio.gather(*(metrics.answer("") for _ in range(20)))
+    assert reads == 1
+    assert len({body for body, _ in answers}) == 1
+    body, _ = await metrics.answer("")
+    assert b"solo_queue_images 2.0" in body
+
+
+async def test_the_event_loop_goes_on_while_metrics_are_written() -> None:
+    metrics = Metrics()
+    for index in range(100):
+        metrics.add_model(f"m{index}", 1, lambda: ENGINE, 8)
+    writing = asyncio.ensure_future(metrics.answer(""))
+    turns = 0
+    while not writing.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 100

@@ -246,3 +246,24 @@ async def test_a_draining_server_takes_nothing(app: FastAPI, client: httpx.Async
     response = await client.post(INFER, json=files(PICTURE))
     assert error_of(response)[:2] == (503, "draining")
     assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    "version", ["01", "%2B1", "%201", "1%20", "1%0A", "1.0", "1_", "0", "-1", "%D9%A1", "9" * 5000]
+)
+async def test_a_version_has_one_spelling(client: httpx.AsyncClient, version: str) -> None:
+    path = f"/v2/models/blobs/versions/{version}"
+    for answer in (
+        await client.get(path),
+        await client.get(f"{path}/ready"),
+        await client.post(f"{path}/infer", json=files(PICTURE)),
+        await client.post(f"/segment?version={version}", content=PICTURE),
+    ):
+        assert answer.status_code == 422
+        assert "invalid_parameter" in answer.text
+        assert "version" in answer.text
+
+
+async def test_a_version_beyond_all_others_is_unknown(client: httpx.AsyncClient) -> None:
+    answer = await client.get(f"/v2/models/blobs/versions/{10**18}")
+    assert error_of(answer)[:2] == (404, "unknown_version")

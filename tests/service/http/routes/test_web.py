@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from service.errors import STATUS_BY_CODE
 from service.http.routes.web import DOCS_FILES, WEB_FILES
@@ -166,6 +169,25 @@ async def test_the_description_of_the_api_needs_no_other_host(client: httpx.Asyn
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert "/segment" in paths
     assert not [path for path in paths if path.startswith(("/web", "/docs")) or path == "/"]
+
+
+async def test_the_document_is_built_once_and_revalidated(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[FastAPI] = []
+    build = FastAPI.openapi
+
+    def count(app: FastAPI) -> dict[str, Any]:
+        built.append(app)
+        return build(app)
+
+    monkeypatch.setattr(FastAPI, "openapi", count)
+    answers = await asyncio.gather(*(client.get("/openapi.json") for _ in range(5)))
+    assert len(built) == 1
+    assert len({answer.content for answer in answers}) == 1
+    assert answers[0].headers["content-type"] == "application/json"
+    known = {"if-none-match": answers[0].headers["etag"]}
+    assert (await client.get("/openapi.json", headers=known)).status_code == 304
 
 
 async def test_pages_are_counted_by_route(client: httpx.AsyncClient) -> None:
