@@ -34,7 +34,7 @@ LINTED := $(wildcard pipeline service solo_client training export tests benchmar
 .PHONY: help serve install install-training install-test test test-all lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 serve: install ## serve model_repo on HOST:PORT (127.0.0.1:8000)
 	exec $(VENV)/bin/solo-serve --model-repo "$(MODEL_REPO)" --host "$(HOST)" --port "$(PORT)"

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,19 @@ LOCK_FILE = ".lock"
 
 class FolderInUse(OSError):
     """Another process trains into the folder; the message names it."""
+
+
+def require_writable(folder: Path) -> None:
+    """Creates a file in an existing folder and removes it; found before hours of work.
+
+    Raises:
+        OSError: That is not possible; the message names the folder.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager

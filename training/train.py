@@ -240,7 +240,8 @@ def run(options: argparse.Namespace) -> Path:
         return run_command(options, build_config, _train)
     config = build_config(options.config, options)
     out = options.out or Path("runs") / config.name
-    return _train_validated(config, options, out)
+    with claimed(out):
+        return _train_validated(config, options, out)
 
 
 def _train_validated(
@@ -266,6 +267,11 @@ def _run_configured(options: argparse.Namespace) -> Path:
         raise ValueError("--scale-lr and --schedule change a configuration; name one")
     name = name_of(options.data)
     out = options.out or Path("runs") / name
+    with claimed(out):
+        return _configure_and_train(name, options, out)
+
+
+def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> Path:
     config, data = None if options.restart else read_configuration(out), None
     if config is None:
         data = open_split(options, options.train_split)
@@ -308,13 +314,13 @@ def _train(
     label: str = "",
     pictures: Pictures | None = None,
 ) -> Trainer:
+    """Trains into a folder that is claimed."""
     init = _initialiser(options.init, config) if options.init else None
     run_options = replace(_run_options(options, out, seed, init), label=label)
-    with claimed(out):
-        trainer = Trainer(config, data, run_options, validate, pictures)
-        if not options.init and trainer.step == 0:
-            _refuse_frozen(config)
-        trainer.fit()
+    trainer = Trainer(config, data, run_options, validate, pictures)
+    if not options.init and trainer.step == 0:
+        _refuse_frozen(config)
+    trainer.fit()
     return trainer
 
 

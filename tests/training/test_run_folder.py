@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import finish, signal_groups, start_python, wait_until
-from training.run_folder import LOCK_FILE, FolderInUse, claimed
+from training.run_folder import LOCK_FILE, FolderInUse, claimed, require_writable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
 
@@ -83,3 +83,12 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(FileExistsError, match="run"), claimed(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    require_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(OSError, match=f"{folder.name} cannot be written: N"):
+            require_writable(folder)

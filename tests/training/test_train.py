@@ -88,6 +88,18 @@ def test_what_a_resumed_run_cannot_change(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", [["nuclei"], [], ["--table", "5"]])
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_data_is_read(
+    what: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    assert main([*what, "--data", str(tmp_path / "none"), "--out", str(out)]) == 1
+    assert str(out) in (message := capsys.readouterr().err) and "none" not in message
+    assert main([*what, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 1
+    assert "none" in capsys.readouterr().err
+
+
 def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> None:
     assert main(command(root, tmp_path, "--val-split", "", "--max-hours", "1e-9")) == 0
     assert load_checkpoint(tmp_path / "last.pt")[1]["step"] == 1
