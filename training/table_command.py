@@ -43,7 +43,6 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
     if not options.val_split:
         raise ValueError("a table needs a validation split, --val-split is empty")
     out = options.out or Path("runs/tables")
-    out.mkdir(parents=True, exist_ok=True)
     require_writable(out)
     contrast = build_config(base.name, options, table.rows[0].change).input.contrast
     data, val = open_splits(options, contrast)

@@ -32,7 +32,7 @@ from training.objective import DTYPES
 from training.optim import scale_learning_rate
 from training.report import Pictures, build_pictures
 from training.resume import CHANGEABLE, apply_resume_with
-from training.run_folder import claimed
+from training.run_folder import BEST_FILE, claimed, export_command
 from training.run_options import RunOptions
 from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
@@ -257,7 +257,12 @@ def _train_validated(
     if val is not None:
         validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
         pictures = build_pictures(val)
-    _train(config, data, options, out, options.seed, validate, pictures=pictures)
+    trainer = _train(config, data, options, out, options.seed, validate, pictures=pictures)
+    if val is not None and distributed.is_main() and (out / BEST_FILE).exists():
+        print(
+            f"solo-train: AP {trainer.best:.3f} on {len(val)} images that were not trained on: "
+            f"{out / BEST_FILE}\nto publish it: {export_command(options, out)}"
+        )
     return out / "last.pt"
 
 

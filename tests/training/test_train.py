@@ -46,7 +46,11 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 def test_a_small_run_from_command_to_checkpoint(root: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = command(root, tmp_path, "--validate-every", "1", "--checkpoint-every", "1")
     assert main(arguments) == 0
-    assert f"checkpoint: {tmp_path / 'last.pt'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"checkpoint: {tmp_path / 'last.pt'}" in printed
+    assert (
+        f"publish it: solo-export {tmp_path / 'best.pt'} --out model_repo --data {root}" in printed
+    )
     config, content = load_checkpoint(tmp_path / "last.pt")
     assert config.name == "nuclei" and config.num_classes == 2 and config.classes == CLASSES
     assert config.model.head.num_grids == (8, 4, 2)
