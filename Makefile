@@ -15,6 +15,7 @@ PORT ?= 8000
 MODEL_REPO ?= model_repo
 VENV ?= .venv
 TEST_VENV ?= .venv-test
+TRAIN_VENV ?= .venv-training
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the tests of `make test`; 0 runs them one after the other in one.
@@ -30,21 +31,26 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 PIP = -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 LINTED := $(wildcard pipeline service solo_client training export tests benchmarks)
 
-.PHONY: help serve install install-test test test-all lint format bench clean
+.PHONY: help serve install install-training install-test test test-all lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 serve: install ## serve model_repo on HOST:PORT (127.0.0.1:8000)
 	exec $(VENV)/bin/solo-serve --model-repo "$(MODEL_REPO)" --host "$(HOST)" --port "$(PORT)"
 
 install: $(VENV)/.installed ## install the serving extra alone into .venv (no torch)
 
+install-training: $(TRAIN_VENV)/.installed ## install what training, export and serving need into .venv-training
+
 install-test: $(TEST_VENV)/.installed ## install every extra into .venv-test
 
 # The stamp is the last thing written: an install that was cut short is done again from the start.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make-venv,$(VENV),service)
+
+$(TRAIN_VENV)/.installed: pyproject.toml constraints.txt
+	$(call make-venv,$(TRAIN_VENV),service$(comma)training$(comma)export)
 
 $(TEST_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make-venv,$(TEST_VENV),service$(comma)training$(comma)export$(comma)test$(comma)dev)
@@ -80,5 +86,5 @@ bench: install-test ## measure the running code: python -m benchmarks
 	$(TEST_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove environments, caches and build products (never models or runs)
-	rm -rf $(VENV) $(TEST_VENV) .venv-service-test build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TRAIN_VENV) $(TEST_VENV) .venv-service-test build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

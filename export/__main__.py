@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from export.engines import build_engines, build_kernels, make_packages
 from export.errors import ExportError, PublishError
 from export.exits import PLAIN_FILES, build_exits
-from export.measure import check_served, data_cases, measure_ap
+from export.measure import check_served, data_cases, measure_ap, open_evaluation
 from export.onnx_graph import build_onnx, choose_opset, num_candidates
-from export.options import describe_command, parse_arguments
+from export.options import describe_command, list_stages, needs_variants, parse_arguments
 from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
 from export.publish import (
     Artefact,
@@ -38,9 +38,10 @@ from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
 from training.configs.schema import Config
-from training.data.coco import CocoDataset
+from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
 from training.model.solo import Solo
+from training.run_folder import require_writable
 from training.weights.formats import (
     WEIGHTS_FILE,
     CheckpointError,
@@ -154,12 +155,16 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     extra_provenance = read_provenance(options.provenance_json)
     model = describe_model(source, options)
     opset = choose_opset(network, options.opset)
-    data = CocoDataset(options.data, options.split) if options.data else None
+    require_writable(options.out)
+    data = open_evaluation(options, model)
+    stages = _print_stages(list_stages(options))
     _print_progress(f"exporting {options.checkpoint} ({config.name}) with opset {opset}")
+    next(stages)
     graph = build_onnx(network, opset=opset)
     file = describe_file(graph)
     model = model.model_copy(update={"files": {ONNX_FILE: FileSpec.model_validate(file)}})
-    _print_progress(f"{len(graph) / 1e6:.1f} MB; comparing with PyTorch")
+    _print_progress(f"{ONNX_FILE} has {len(graph) / 1e6:.1f} MB")
+    next(stages)
     cases = [*build_cases(canvas_sizes(config.input))]
     if data is not None:
         cases += data_cases(data, config.input, DATA_IMAGES)
@@ -177,13 +182,18 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     weights = pack_weights(source) if options.weights else None
     if weights is not None:
         provenance["weights"] = {"file": WEIGHTS_FILE, **describe_file(weights)}
+    next(stages)
     check_served(model, graph)
     measured = None
     if data is not None:
+        next(stages)
         measured = measure_ap(model, graph, data)
         head = {"split": options.split, "images": len(data)}
         max_dets = model.postprocess.max_instances
         provenance["measured"] = {**head, "max_dets": max_dets, **measured}
+        _print_progress(f"AP {measured['AP']:.3f}, AP50 {measured['AP50']:.3f}")
+    if needs_variants(options):
+        next(stages)
     inputs = build_inputs(model, graph, options, data, measured)
     variants = make_variants(inputs, options, command)
     if options.exits:
@@ -192,8 +202,10 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
     release = Release(model, graph, parity, tuple(variants), weights)
     kept = keep_default(options.out, model.name)
+    next(stages)
     target = publish(options.out, release, force=options.force)
-    for line in describe_served(target, kept):
+    image = data.image_folder / data.records[0].file_name if data else None
+    for line in describe_served(target, kept, image):
         _print_progress(line)
     return [target / name for name in (ONNX_FILE, *(v.name for v in variants))]
 
@@ -224,7 +236,7 @@ def build_inputs(
         model=model,
         graph=graph,
         evaluation=data,
-        calibration=CocoDataset(options.data, options.calibration_split) if calibrated else None,
+        calibration=open_split(options, options.calibration_split) if calibrated else None,
         calibration_images=options.calibration_images,
         measured=measured,
     )
@@ -292,7 +304,7 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     _require_replaceable(target, model, options)
     plain = [ONNX_FILE, *(name for name in PLAIN_FILES if name in model.files and options.exits)]
     graphs = {name: _read_graph(target, model, name) for name in plain}
-    data = CocoDataset(options.data, options.split) if options.data else None
+    data = open_evaluation(options, model)
     measured = find_measured(model, data, options.split) if data else None
     inputs = build_inputs(model, graphs[ONNX_FILE], options, data, measured)
     variants = make_variants(inputs, options, command)
@@ -338,6 +350,13 @@ def _hash(file: Path) -> dict[str, Any]:
 
 def _print_progress(text: str) -> None:
     print(f"solo-export: {text}", flush=True)
+
+
+def _print_stages(names: Sequence[str]) -> Iterator[None]:
+    """Prints the name of the stage that begins with each `next`."""
+    for number, name in enumerate(names, 1):
+        _print_progress(f"[{number}/{len(names)}] {name}")
+        yield
 
 
 def _print_parity(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from pipeline.preprocess import prepare
 from service.engines.base import BackendOptions
 from service.models.repository import ONNX_FILE, ModelRefused, load_version
 from training.coco_metrics import mask_ap
-from training.data.coco import CocoDataset
+from training.data.coco import CocoDataset, open_split
+from training.data.records import DatasetError
+from training.data.validate import check_classes
+from training.distributed import warn
 from training.evaluate import RepositoryPredictor, predict
 
 CASE_TILES = 2
@@ -38,6 +42,22 @@ def data_cases(data: CocoDataset, spec: InputSpec, count: int) -> list[Case]:
         images = np.stack([tile.image for tile in tiles])
         cases.append(Case("data", images, np.array([tile.valid_hw for tile in tiles], np.int64)))
     return cases
+
+
+def open_evaluation(options: argparse.Namespace, model: ModelConfig) -> CocoDataset | None:
+    """The images of --data on which the AP is measured; None without --data.
+
+    Raises:
+        DatasetError: They cannot be used, have no annotations, or classes that the model lacks.
+    """
+    if not options.data:
+        return None
+    data = open_split(options, options.split)
+    if not data.labelled:
+        raise DatasetError(f"{data.report.source} has no annotations to measure the AP on")
+    check_classes(data.checked, model.classes, f"the model {model.name}")
+    warn("solo-export", data.report.warnings())
+    return data
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from export.onnx_graph import DEFAULT_OPSET, DEFORM_OPSET, OPSETS
 from export.quantize import CALIBRATION_IMAGES
 from export.to_aoti import AotiOptions
 from export.variants import PRECISIONS
+from training.data.formats import add_format_options
 
 CHECKPOINT_ONLY = (
     *("out", "name", "version", "opset", "description", "score_threshold", "max_instances"),
@@ -86,9 +87,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="COCO-format folder: some of its images are used in the comparisons, and the AP of "
-        "the published graph on it is recorded in the provenance",
+        help="folder of labelled images: some of them are used in the comparisons, and the AP of "
+        "the published graph on them is recorded in the provenance",
     )
+    add_format_options(parser)
     parser.add_argument("--split", default="val", help="annotation file of --data (default: val)")
 
 
@@ -134,6 +136,23 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         help="publish precisions that no engine on this machine can run, after comparing their "
         "emulation only",
     )
+
+
+def needs_variants(options: argparse.Namespace) -> bool:
+    """Whether other files than model.onnx are built for a version."""
+    return bool(options.precision or options.aoti or options.exits)
+
+
+def list_stages(options: argparse.Namespace) -> list[str]:
+    """What the export of a checkpoint does, in order."""
+    return [
+        "building the ONNX graph",
+        "comparing it with PyTorch",
+        "loading it as the server does",
+        *(["measuring its AP"] if options.data else []),
+        *(["building the other files of the version"] if needs_variants(options) else []),
+        "publishing it",
+    ]
 
 
 def _package(text: str) -> AotiOptions:

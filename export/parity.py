@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from export.errors import ParityError
 from pipeline.model_config import InputSpec, TileResize
@@ -268,7 +269,7 @@ def compare(
     comparison = Comparison(tolerances)
     try:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        for case in cases:
+        for case in tqdm(cases, "comparing", unit="batch", disable=None, leave=False):
             comparison.add(case, run_torch(network, case), run_onnx(session, case))
     except ParityError:
         raise

@@ -277,12 +277,13 @@ def keep_default(root: Path, name: str) -> str | None:
     return default
 
 
-def describe_served(target: Path, kept: str | None = None) -> list[str]:
-    """What servers do with a version that was published.
+def describe_served(target: Path, kept: str | None = None, image: Path | None = None) -> list[str]:
+    """What servers do with a version that was published, and how to ask for it.
 
     Args:
         target: The version's folder.
         kept: What `keep_default` returned before.
+        image: An image for the example.
     """
     folder, root = target.parent, target.parent.parent
     name, version, where = folder.name, int(target.name), f"--model-repo {shlex.quote(str(root))}"
@@ -306,6 +307,14 @@ def describe_served(target: Path, kept: str | None = None) -> list[str]:
         )
     else:
         lines.append(f"requests that name no model are answered by {default}")
+    if version in served:
+        query = f"model={name}" + (f"&version={version}" if version != max(served) else "")
+        file = shlex.quote(f"images=@{image or 'IMAGE'}")
+        lines += [
+            f"to serve it: solo-serve {where}",
+            f"to ask it: curl -F {file} 'http://localhost:8000/segment?{query}'",
+            "and in the browser: http://localhost:8000",
+        ]
     return lines
 
 

@@ -77,6 +77,8 @@ def configure(
         start = read_network(init) or "imagenet"
     plan = choose_config(name, measure_statistics(data), machine, start)
     plan = replace(plan, config=replace(change(plan.config), classes=data.classes))
+    if distributed.is_main():
+        print("solo-train: timing the steps of the chosen configuration", flush=True)
     step_s = distributed.from_main(measure_step(plan.config))
     plan = fit_schedule(plan, len(data), budget_s=hours * 3600, step_s=step_s)
     return replace(plan, config=change(plan.config))

@@ -36,6 +36,7 @@ from training.data.records import DatasetError, ImageId
 from training.data.validate import check_classes
 from training.error_analysis import with_ground_truth_masks
 from training.model.solo import Solo
+from training.run_folder import require_writable
 from training.weights.formats import CheckpointError, load_model
 
 Result = dict[str, Any]
@@ -340,6 +341,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if path is not None and (not path.parent.is_dir() or path.is_dir()):
             reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise ValueError(f"{path} cannot be written: {reason}")
+        if path is not None:
+            require_writable(path.parent)
 
 
 def run(options: argparse.Namespace) -> None:

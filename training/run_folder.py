@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
+import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +19,38 @@ from training import distributed
 if sys.platform != "win32":
     import fcntl
 
+BEST_FILE = "best.pt"
 LOCK_FILE = ".lock"
 
 
 class FolderInUse(OSError):
     """Another process trains into the folder; the message names it."""
+
+
+def require_writable(folder: Path) -> None:
+    """Creates a file in a folder, or in that where it would be created, and removes the file.
+
+    Raises:
+        OSError: That is not possible; the message names the folder.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {existing}: {error.strerror}") from error
+
+
+def export_command(options: argparse.Namespace, folder: Path) -> str:
+    """The command that publishes the best checkpoint of a run of solo-train with `options`."""
+    data = ["--data", str(options.data)]
+    for name, value, default in (
+        ("--format", options.format, None),
+        ("--val-fraction", options.val_fraction, None),
+        ("--split", options.val_split, "val"),
+    ):
+        data += [name, str(value)] if value != default else []
+    return shlex.join(["solo-export", str(folder / BEST_FILE), "--out", "model_repo", *data])
 
 
 @contextlib.contextmanager

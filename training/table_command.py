@@ -15,6 +15,7 @@ from training.data.coco import CocoDataset
 from training.data.digest import data_digest
 from training.evaluate import CheckpointPredictor, build_validator, open_splits
 from training.model.solo import Solo
+from training.run_folder import claimed, require_writable
 from training.speed import MAX_IMAGES, device_name, measure_fps
 from training.tables import RunResult, TablePlan, run_table
 from training.trainer import Trainer, Validate
@@ -34,12 +35,15 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
 
     Raises:
         ValueError: An option does not fit the table, or there is no validation split.
+        OSError: The output folder cannot be written; before the data is read.
     """
     table = get_table(options.table)
     base = get_config(options.base or table.base)
     refuse_overrides(table, base, options.set)
     if not options.val_split:
         raise ValueError("a table needs a validation split, --val-split is empty")
+    out = options.out or Path("runs/tables")
+    require_writable(out)
     contrast = build_config(base.name, options, table.rows[0].change).input.contrast
     data, val = open_splits(options, contrast)
     assert val is not None  # --val-split is not empty
@@ -53,7 +57,8 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
         if distributed.is_main():
             print(f"solo-train: {label}: {folder}", flush=True)
         validate = LastMetrics(build_validator(val, max_dets))
-        trainer = train(config, data, options, folder, seed, validate, label=label)
+        with claimed(folder):
+            trainer = train(config, data, options, folder, seed, validate, label=label)
         if trainer.step < trainer.total_steps:
             raise ValueError(
                 f"{folder} is at step {trainer.step} of {trainer.total_steps}; "
@@ -79,7 +84,6 @@ def run_command(options: argparse.Namespace, build_config: BuildConfig, train: T
         train=train_row,
         restart=options.restart,
     )
-    out = options.out or Path("runs/tables")
     text = run_table(table, plan, out, rows=options.row, seeds=options.seeds)
     if distributed.is_main():
         print(text)

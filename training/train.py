@@ -32,7 +32,7 @@ from training.objective import DTYPES
 from training.optim import scale_learning_rate
 from training.report import Pictures, build_pictures
 from training.resume import CHANGEABLE, apply_resume_with
-from training.run_folder import claimed
+from training.run_folder import BEST_FILE, claimed, export_command
 from training.run_options import RunOptions
 from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
@@ -240,7 +240,8 @@ def run(options: argparse.Namespace) -> Path:
         return run_command(options, build_config, _train)
     config = build_config(options.config, options)
     out = options.out or Path("runs") / config.name
-    return _train_validated(config, options, out)
+    with claimed(out):
+        return _train_validated(config, options, out)
 
 
 def _train_validated(
@@ -256,7 +257,12 @@ def _train_validated(
     if val is not None:
         validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
         pictures = build_pictures(val)
-    _train(config, data, options, out, options.seed, validate, pictures=pictures)
+    trainer = _train(config, data, options, out, options.seed, validate, pictures=pictures)
+    if val is not None and distributed.is_main() and (out / BEST_FILE).exists():
+        print(
+            f"solo-train: AP {trainer.best:.3f} on {len(val)} images that were not trained on: "
+            f"{out / BEST_FILE}\nto publish it: {export_command(options, out)}"
+        )
     return out / "last.pt"
 
 
@@ -266,6 +272,11 @@ def _run_configured(options: argparse.Namespace) -> Path:
         raise ValueError("--scale-lr and --schedule change a configuration; name one")
     name = name_of(options.data)
     out = options.out or Path("runs") / name
+    with claimed(out):
+        return _configure_and_train(name, options, out)
+
+
+def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> Path:
     config, data = None if options.restart else read_configuration(out), None
     if config is None:
         data = open_split(options, options.train_split)
@@ -308,13 +319,13 @@ def _train(
     label: str = "",
     pictures: Pictures | None = None,
 ) -> Trainer:
+    """Trains into a folder that is claimed."""
     init = _initialiser(options.init, config) if options.init else None
     run_options = replace(_run_options(options, out, seed, init), label=label)
-    with claimed(out):
-        trainer = Trainer(config, data, run_options, validate, pictures)
-        if not options.init and trainer.step == 0:
-            _refuse_frozen(config)
-        trainer.fit()
+    trainer = Trainer(config, data, run_options, validate, pictures)
+    if not options.init and trainer.step == 0:
+        _refuse_frozen(config)
+    trainer.fit()
     return trainer
 
 

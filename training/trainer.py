@@ -32,6 +32,7 @@ from training.optim import MovingAverage, build_optimizer, learning_rate
 from training.report import Picture, Pictures, describe_left, write_report
 from training.resume import Change, find_changes, require_resumable
 from training.rollback import MOST, ROLLBACK_FILE, Diverged, keep_for_rollback
+from training.run_folder import BEST_FILE
 from training.run_log import RunLog
 from training.run_options import RunOptions
 from training.termination import Interrupted, Terminated, TerminationRequest, interrupt_backward
@@ -417,4 +418,4 @@ class Trainer:
             write_report(self.options.out, self.config.name, f"{state}: {found}", pictures)
         if numbers["AP"] > self.best:
             self.best = numbers["AP"]
-            self.save("best.pt")
+            self.save(BEST_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -179,12 +180,13 @@ def test_invalid_arguments_are_explained(
         ([str(checkpoint), "--provenance-json", str(tmp_path / "no.json")], "no.json cannot be"),
         ([str(checkpoint), "--data", str(tmp_path)], "has no labels of a known format"),
         ([str(checkpoint), "--version", "0"], "version"),
+        ([str(checkpoint), "--out", str(tmp_path / "list.json" / "repo")], "cannot be written"),
         ([str(checkpoint), "--max-batch", "0"], "max_batch"),
         ([str(checkpoint), "--score-threshold", "1.5"], "score_threshold"),
         ([str(checkpoint), "--name", "../x"], "name"),
         ([str(nameless)], "has 0 class names, but its network has 2 classes"),
     ):
-        assert main([*arguments, *out]) == 1, arguments
+        assert main([*out, *arguments]) == 1, arguments
         error = capsys.readouterr().err
         assert error.startswith("solo-export: ") and reason in error, error
     assert not (tmp_path / "repo").exists()
@@ -202,7 +204,12 @@ def test_a_graph_that_differs_from_pytorch_is_not_published(
 
 
 def test_data_adds_images_to_the_comparison_and_an_ap(
-    folder: Path, network: Solo, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    network: Solo,
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from PIL import Image
 
@@ -225,6 +232,10 @@ def test_data_adds_images_to_the_comparison_and_an_ap(
     repo = tmp_path / "repo"
     arguments = [str(folder / "best.pt"), "--out", str(repo), "--data", str(data)]
     assert main([*arguments, "--precision", "fp16"]) == 0
+    printed = capsys.readouterr().out
+    numbers = re.findall(r"^solo-export: \[(\d)/6\]", printed, re.MULTILINE)
+    assert numbers == ["1", "2", "3", "4", "5", "6"]
+    assert f"curl -F images=@{data / 'images' / '0.png'} 'http://localhost:8000" in printed
     report = json.loads((repo / "tiny" / "1" / "parity.json").read_text())
     assert [c["batch"] for c in report["cases"] if c["content"] == "data"] == [2, 2]
     entry = json.loads((repo / "tiny" / "config.json").read_text())["versions"]["1"]
@@ -234,6 +245,16 @@ def test_data_adds_images_to_the_comparison_and_an_ap(
     measured = entry["provenance"]["measured"]
     assert measured["split"] == "val" and measured["images"] == 2
     assert -1 <= measured["AP"] <= 1
+    # Classes that the model does not have, and images without annotations.
+    file = data / "annotations" / "val.json"
+    for wrong, message in (
+        ({"categories": [{"id": 3, "name": "other"}]}, "category 3 is 'other', the model tiny"),
+        ({"annotations": None}, "has no annotations"),
+    ):
+        kept = {name: value for name, value in {**content, **wrong}.items() if value is not None}
+        file.write_text(json.dumps(kept))
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.fixture

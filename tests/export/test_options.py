@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from export.options import describe_command, parse_arguments
+from export.options import describe_command, list_stages, parse_arguments
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,13 @@ def test_commands_are_recorded_without_folders() -> None:
     assert describe_command(["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]) == (
         "solo-export best.pt --out model_repo --name 'a b'"
     )
+
+
+def test_the_stages_are_those_that_the_options_ask_for() -> None:
+    def stages(*more: str) -> list[str]:
+        return list_stages(parse_arguments(["a.pt", "--out", "repo", *more]))
+
+    assert len(stages()) == 4 and stages()[-1] == "publishing it"
+    assert set(stages("--data", "d")) - set(stages()) == {"measuring its AP"}
+    for more in (["--precision", "fp16"], ["--exits"], ["--aoti", "cpu:fp32"]):
+        assert set(stages(*more)) - set(stages()) == {"building the other files of the version"}

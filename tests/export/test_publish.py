@@ -324,10 +324,22 @@ def serve(root: Path, **policy: Any) -> None:
     file.write_text(json.dumps({**read_config(root), "serve": policy}))
 
 
+def asked(root: Path, image: str, query: str) -> list[str]:
+    return [
+        f"to serve it: solo-serve --model-repo {root}",
+        f"to ask it: curl -F images=@{image} 'http://localhost:8000/segment?{query}'",
+        "and in the browser: http://localhost:8000",
+    ]
+
+
 def test_a_version_that_is_not_served_is_said_with_the_command(tmp_path: Path) -> None:
     target = publish(tmp_path, build_release(1))
     answered = "requests that name no model are answered by"
-    assert describe_served(target) == ["version 1 of blobs is served", f"{answered} blobs"]
+    assert describe_served(target) == [
+        "version 1 of blobs is served",
+        f"{answered} blobs",
+        *asked(tmp_path, "IMAGE", "model=blobs"),
+    ]
     serve(tmp_path, policy="specific", versions=[1])
     warning, default = describe_served(publish(tmp_path, build_release(2)))
     assert warning == (
@@ -336,17 +348,22 @@ def test_a_version_that_is_not_served_is_said_with_the_command(tmp_path: Path) -
     )
     assert default == "requests that name no model are answered by blobs"
     serve(tmp_path, policy="all")
-    assert describe_served(publish(tmp_path, build_release(3))) == [
+    newest = publish(tmp_path, build_release(3))
+    assert describe_served(newest, image=Path("a.png")) == [
         "version 3 of blobs is served",
         default,
+        *asked(tmp_path, "a.png", "model=blobs"),
     ]
+    older = asked(tmp_path, "IMAGE", "model=blobs&version=2")
+    assert describe_served(newest.with_name("2"))[2:] == older
 
 
 def publish_as(root: Path, name: str) -> list[str]:
     kept = keep_default(root, name)
     served, *lines = describe_served(publish(root, build_release(name=name)), kept)
     assert served == f"version 1 of {name} is served"
-    return lines
+    assert lines[-3:] == asked(root, "IMAGE", f"model={name}")
+    return lines[:-3]
 
 
 def test_a_second_model_does_not_take_over_requests_that_name_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from export.options import parse_arguments
 from tests.support.processes import finish, signal_groups, start_python, wait_until
-from training.run_folder import LOCK_FILE, FolderInUse, claimed
+from training.run_folder import LOCK_FILE, FolderInUse, claimed, export_command, require_writable
+from training.train import build_parser
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
 
@@ -83,3 +86,28 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(FileExistsError, match="run"), claimed(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        require_writable(folder)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(OSError, match=f"^{folder} cannot be written: {tmp_path / 'file'}: N"):
+            require_writable(folder)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--format", "labelme", "--val-fraction", "0.3", "--val-split", "test"]]
+)
+def test_the_command_that_publishes_a_run_reads_the_same_data(
+    more: list[str], tmp_path: Path
+) -> None:
+    trained = build_parser().parse_args(["--data", "my cells", *more])
+    program, *arguments = shlex.split(export_command(trained, tmp_path))
+    options = parse_arguments(arguments)
+    assert program == "solo-export" and options.checkpoint == tmp_path / "best.pt"
+    for name in ("data", "format", "val_fraction"):
+        assert getattr(options, name) == getattr(trained, name)
+    assert options.split == trained.val_split

@@ -46,7 +46,11 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 def test_a_small_run_from_command_to_checkpoint(root: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = command(root, tmp_path, "--validate-every", "1", "--checkpoint-every", "1")
     assert main(arguments) == 0
-    assert f"checkpoint: {tmp_path / 'last.pt'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"checkpoint: {tmp_path / 'last.pt'}" in printed
+    assert (
+        f"publish it: solo-export {tmp_path / 'best.pt'} --out model_repo --data {root}" in printed
+    )
     config, content = load_checkpoint(tmp_path / "last.pt")
     assert config.name == "nuclei" and config.num_classes == 2 and config.classes == CLASSES
     assert config.model.head.num_grids == (8, 4, 2)
@@ -86,6 +90,18 @@ def test_what_a_resumed_run_cannot_change(
         (tmp_path / "last.pt").write_bytes(b"is not read")
     assert main(command(root, tmp_path, "--resume-with", *more)) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", [["nuclei"], [], ["--table", "5"]])
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_data_is_read(
+    what: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    assert main([*what, "--data", str(tmp_path / "none"), "--out", str(out)]) == 1
+    assert str(out) in (message := capsys.readouterr().err) and "none" not in message
+    assert main([*what, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 1
+    assert "none" in capsys.readouterr().err
 
 
 def test_a_run_without_validation_stops_in_time(root: Path, tmp_path: Path) -> None:

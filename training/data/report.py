@@ -26,6 +26,7 @@ class Kind(Enum):
     SEGMENTATION = "refused", "segmentations that are neither polygons nor RLE"
     COORDINATE = "refused", "polygons with a coordinate that is no number or far from the image"
     RLE = "refused", "RLE that do not fill their image"
+    CATEGORY_UNUSED = "skipped", "categories without objects that repeat or only group others"
     NO_SEGMENTATION = "skipped", "objects without a segmentation"
     FEW_POINTS = "skipped", "objects without a polygon of three points"
     OUTSIDE = "skipped", "objects outside their image"

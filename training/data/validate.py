@@ -41,6 +41,14 @@ class _Image:
 
 
 @dataclass(frozen=True)
+class _Category:
+    place: int
+    number: int
+    name: str
+    parent: str
+
+
+@dataclass(frozen=True)
 class Checked:
     """A split that was checked; the records are those that can be used."""
 
@@ -57,7 +65,7 @@ def check_content(content: CocoContent, read_sizes: ReadSizes | None) -> Checked
         read_sizes: Reads the sizes of the image files in a folder; None: the files are not read.
     """
     report = Report(content.source, labelled=content.annotations is not None)
-    classes = _check_categories(content.categories, report)
+    classes = _check_categories(content, report)
     images = _check_images(content.images, report)
     if read_sizes is not None:
         _check_files(content.image_folder, list(images.values()), read_sizes, report)
@@ -91,31 +99,67 @@ def _read_image_id(value: Any) -> ImageId | None:
     return whole if whole is not None else value if isinstance(value, str) and value else None
 
 
-def _check_categories(categories: Any, report: Report) -> tuple[ClassSpec, ...]:
-    """The classes in the order of their ids, without the refused ones."""
-    found: dict[int, str] = {}
-    ids: dict[str, int] = {}
-    if not isinstance(categories, list) or not categories:
-        report.add(Kind.CATEGORY, "categories", f"the list is {shorten(categories)}")
+def _check_categories(content: CocoContent, report: Report) -> tuple[ClassSpec, ...]:
+    """The classes in the order of their ids, without those that are refused or skipped."""
+    found: dict[int, _Category] = {}
+    if not isinstance(content.categories, list) or not content.categories:
+        report.add(Kind.CATEGORY, "categories", f"the list is {shorten(content.categories)}")
         return ()
-    for place, category in enumerate(categories):
+    for place, category in enumerate(content.categories):
         where = f"categories[{place}]"
         fields = category if isinstance(category, dict) else {}
         number, name = read_whole(fields.get("id")), fields.get("name")
         if number is None or number < 0 or not isinstance(name, str) or not name.strip():
             report.add(Kind.CATEGORY, where, f"it has no valid id and name: {shorten(category)}")
         elif number in found:
-            names = f"{shorten(found[number])} and {shorten(name)}"
+            names = f"{shorten(found[number].name)} and {shorten(name)}"
             report.add(Kind.CATEGORY_TWICE, where, f"two categories have the id {number}: {names}")
-        elif name in ids:
-            numbers = f"{ids[name]} and {number}"
-            message = f"two categories are called {shorten(name)}: the ids {numbers}"
-            report.add(Kind.CATEGORY_TWICE, where, message)
         else:
-            found[number], ids[name] = name, number
+            parent = fields.get("supercategory")
+            parent = parent if isinstance(parent, str) and parent != "none" else ""
+            found[number] = _Category(place, number, name, parent)
             if not isinstance(fields["id"], int):
                 report.add(Kind.TEXT_ID, where, shorten(fields["id"]))
-    return tuple(ClassSpec(category_id=i, name=found[i]) for i in sorted(found))
+    _check_names(found, content, report)
+    return tuple(ClassSpec(category_id=i, name=found[i].name) for i in sorted(found))
+
+
+def _check_names(found: dict[int, _Category], content: CocoContent, report: Report) -> None:
+    """Removes categories that have no objects and the name of another, or that only group others.
+
+    Roboflow lists the name of a data set as category 0, which has no objects and is the
+    supercategory of the classes; one of these may have the same name.
+    """
+    same_name: dict[str, list[_Category]] = {}
+    for category in found.values():
+        same_name.setdefault(category.name, []).append(category)
+    parents = {category.parent for category in found.values()}
+    groups = [c for c in found.values() if c.name in parents and not c.parent]
+    repeated = [same for same in same_name.values() if len(same) > 1]
+    if not groups and not repeated:
+        return
+    used = Counter(
+        read_whole(annotation.get("category_id"))
+        for annotation in content.annotations or ()
+        if isinstance(annotation, dict)
+    )
+    dropped = {c.number: c for c in groups if not used[c.number]}
+    for same in repeated:
+        kept = [c for c in same if used[c.number]]
+        kept = kept or [c for c in same if c not in groups][:1] or same[:1]
+        dropped |= {c.number: c for c in same if c not in kept}
+        if len(kept) > 1:
+            first, second = kept[:2]
+            message = (
+                f"two categories are called {shorten(first.name)}: the ids {first.number} "
+                f"({used[first.number]} annotations) and {second.number} ({used[second.number]}); "
+                "give them different names, or one id"
+            )
+            report.add(Kind.CATEGORY_TWICE, f"categories[{second.place}]", message)
+    for number, category in dropped.items():
+        del found[number]
+        message = f"id {number}, {shorten(category.name)}"
+        report.add(Kind.CATEGORY_UNUSED, f"categories[{category.place}]", message)
 
 
 def _check_images(images: Any, report: Report) -> dict[ImageId, _Image]:
