@@ -12,11 +12,17 @@ import numpy as np
 
 from export.errors import ExportError
 from export.parity import Case
-from export.publish import Release, describe_file, publish
+from export.publish import describe_file, merge_config
 from pipeline.model_config import FileSpec, InputSpec, ModelConfig
 from pipeline.preprocess import prepare
 from service.engines.base import BackendOptions
-from service.models.repository import ONNX_FILE, ModelRefused, load_version
+from service.models.repository import (
+    ONNX_FILE,
+    ModelRefused,
+    format_json,
+    load_version,
+    write_version,
+)
 from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
@@ -64,9 +70,11 @@ def open_evaluation(options: argparse.Namespace, model: ModelConfig) -> CocoData
 def _staged(model: ModelConfig, graph: bytes) -> Iterator[Path]:
     """A temporary model folder with one version of one graph."""
     files = {ONNX_FILE: FileSpec.model_validate(describe_file(graph))}
+    config = merge_config(None, model.model_copy(update={"files": files}))
     with tempfile.TemporaryDirectory() as name:
-        release = Release(model.model_copy(update={"files": files}), graph, {"passed": True})
-        yield publish(Path(name), release).parent
+        folder = Path(name) / model.name
+        write_version(folder, model.version, {ONNX_FILE: graph}, format_json(config))
+        yield folder
 
 
 def check_served(model: ModelConfig, graph: bytes) -> None:

@@ -13,12 +13,13 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.errors import PublishError
+from export.errors import GraphError, PublishError
+from export.gpu_graph import GPU_FILES, require_gpu_graph
 from pipeline.errors import ConfigError
 from pipeline.model_config import (
     SCHEMA_VERSION,
@@ -211,8 +212,8 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
         The version's folder.
 
     Raises:
-        PublishError: A parity report has not passed, the version already exists, or the existing
-            config.json is invalid. Nothing is changed then.
+        PublishError: A parity report has not passed, a graph cannot run on GPUs, the version
+            already exists, or the existing config.json is invalid. Nothing is changed then.
         OSError: It cannot be written.
     """
     folder = root / release.config.name
@@ -224,6 +225,7 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
         raise PublishError(
             f"{target} is not published: {ONNX_FILE} differs from its entry in config.json"
         )
+    _require_gpu_graphs(target, {ONNX_FILE: release.graph} | _name_files(release.artefacts))
     require_free(root, release.config.name, release.version, force=force)
     _merge_listed(folder, release)
     root.mkdir(parents=True, exist_ok=True)
@@ -330,12 +332,13 @@ def add_artefacts(
         force: Replace files that config.json already lists.
 
     Raises:
-        PublishError: The version does not exist, a report has not passed, or a file is already
-            listed. Nothing is changed then.
+        PublishError: The version does not exist, a report has not passed, a graph cannot run on
+            GPUs, or a file is already listed. Nothing is changed then.
     """
     target = folder / str(version)
     for artefact in artefacts:
         _require_passed(target / artefact.name, artefact.parity)
+    _require_gpu_graphs(target, _name_files(artefacts))
     read_version(folder, version)
     with lock_repository(folder.parent):
         recover(folder)
@@ -365,6 +368,14 @@ def read_version(folder: Path, version: int) -> ModelConfig:
 def _require_passed(file: Path, parity: dict[str, Any]) -> None:
     if parity.get("passed") is not True:
         raise PublishError(f"{file} is not published: its parity report has not passed")
+
+
+def _require_gpu_graphs(target: Path, files: Mapping[str, bytes]) -> None:
+    for name in sorted(GPU_FILES.intersection(files)):
+        try:
+            require_gpu_graph(files[name])
+        except GraphError as error:
+            raise PublishError(f"{target / name} is not published: {error}") from error
 
 
 def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> ModelConfig:

@@ -29,6 +29,7 @@ TOGETHER = {
     # Exported networks, which are kept.
     "tests/export/test_exit_graph.py": "tiny_graph",
     "tests/export/test_exits.py": "tiny_graph",
+    "tests/export/test_gpu_graph.py": "tiny_graph",
     "tests/export/test_onnx_graph.py": "tiny_graph",
 }
 """Files that one process takes, where several share the tests; else each file is on its own."""

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from export.errors import PublishError
@@ -29,7 +30,22 @@ from tests.support import blob_model
 PASSED = {"passed": True, "cases": []}
 
 
-def build_release(version: int = 1, graph: bytes = b"graph", **changes: Any) -> Release:
+def build_graph(name: str) -> bytes:
+    """A graph of one node that any engine takes."""
+    make = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Identity", ["x"], ["y"], name)
+    values = [make(value, onnx.TensorProto.FLOAT, ["n"]) for value in ("x", "y")]
+    graph = onnx.helper.make_graph([node], name, values[:1], values[1:])
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    return bytes(onnx.helper.make_model(graph, opset_imports=opsets).SerializeToString())
+
+
+GRAPH, OTHER = build_graph("graph"), build_graph("other")
+UINT8 = GRAPH.replace(b"\x08\x01\x12", b"\x08\x02\x12")
+"""The same with values of uint8."""
+
+
+def build_release(version: int = 1, graph: bytes = GRAPH, **changes: Any) -> Release:
     content = blob_model.model_config(graph)
     content.pop("versions")
     content.pop("schema_version")
@@ -67,7 +83,7 @@ def test_the_first_version_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_a_second_version_does_not_change_the_first(tmp_path: Path) -> None:
-    first, second = build_release(1), build_release(2, b"other", candidates=7, mask_stride=8)
+    first, second = build_release(1), build_release(2, OTHER, candidates=7, mask_stride=8)
     publish(tmp_path, first)
     publish(tmp_path, second)
     repository = read_repository(tmp_path / "blobs")
@@ -78,7 +94,7 @@ def test_a_second_version_does_not_change_the_first(tmp_path: Path) -> None:
     assert config["candidates"] == 7
     assert set(config["versions"]["1"]) == {"candidates", "mask_stride", "files", "provenance"}
     assert set(config["versions"]["2"]) == {"files", "provenance"}
-    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == b"graph"
+    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == GRAPH
 
 
 def test_versions_with_sections_of_their_own_stay_valid(tmp_path: Path) -> None:
@@ -103,7 +119,7 @@ def test_an_existing_version_is_rejected_and_nothing_changes(tmp_path: Path) -> 
     publish(tmp_path, build_release())
     before = files_under(tmp_path)
     with pytest.raises(PublishError, match="1 already exists; choose another version or"):
-        publish(tmp_path, build_release(graph=b"other"))
+        publish(tmp_path, build_release(graph=OTHER))
     assert files_under(tmp_path) == before
 
 
@@ -116,7 +132,7 @@ def test_an_unlisted_version_folder_is_rejected_too(tmp_path: Path) -> None:
 def test_force_replaces_only_that_version(tmp_path: Path) -> None:
     publish(tmp_path, build_release(1))
     publish(tmp_path, build_release(2))
-    publish(tmp_path, build_release(1, b"other", candidates=5), force=True)
+    publish(tmp_path, build_release(1, OTHER, candidates=5), force=True)
     repository = read_repository(tmp_path / "blobs")
     assert repository is not None
     assert repository.for_version(2) == build_release(2).config
@@ -128,7 +144,7 @@ def test_force_replaces_only_that_version(tmp_path: Path) -> None:
         "blobs/2/parity.json",
         "blobs/config.json",
     ]
-    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == b"other"
+    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == OTHER
 
 
 def test_a_failing_rename_keeps_the_old_version(
@@ -147,7 +163,7 @@ def test_a_failing_rename_keeps_the_old_version(
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
-        publish(tmp_path, build_release(graph=b"other"), force=True)
+        publish(tmp_path, build_release(graph=OTHER), force=True)
     assert files_under(tmp_path) == before
 
 
@@ -162,7 +178,7 @@ def test_a_failed_parity_report_is_rejected(tmp_path: Path, parity: dict[str, An
 def test_a_graph_that_differs_from_its_config_entry_is_rejected(tmp_path: Path) -> None:
     release = build_release()
     with pytest.raises(PublishError, match=r"model\.onnx differs from its entry"):
-        publish(tmp_path, Release(release.config, b"other", PASSED))
+        publish(tmp_path, Release(release.config, OTHER, PASSED))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +244,7 @@ def test_artefacts_are_published_with_the_version(tmp_path: Path) -> None:
     ]
     files = read_config(tmp_path)["versions"]["1"]["files"]
     assert files == {
-        "model.onnx": describe_file(b"graph"),
+        "model.onnx": describe_file(GRAPH),
         INT8.name: describe_file(b"int8"),
         PACKAGE.name: describe_file(b"package"),
     }
@@ -313,7 +329,7 @@ def test_the_version_policy_is_kept(tmp_path: Path) -> None:
     file.write_text(json.dumps({**content, "serve": {"policy": "latest", "count": 2}}))
     target = publish(tmp_path, build_release(2))
     assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
-    add_artefacts(target.parent, 2, [Artefact("model.fp16.onnx", b"half", PASSED)])
+    add_artefacts(target.parent, 2, [Artefact("model.fp16.onnx", GRAPH, PASSED)])
     assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
     repository = read_repository(tmp_path / "blobs")
     assert repository is not None and repository.served_versions == [1, 2]
@@ -410,3 +426,25 @@ def test_what_an_interrupted_publication_left_is_removed(tmp_path: Path) -> None
     publish(tmp_path, build_release(1), force=True)
     assert files_under(tmp_path) == before
     assert not [path for path in (tmp_path / "blobs").iterdir() if path.name.startswith(".")]
+
+
+def test_a_graph_that_gpus_refuse_is_not_published(tmp_path: Path) -> None:
+    refused = (
+        r"model\.onnx is not published: GPUs cannot run the graph: Identity 'graph' computes with"
+    )
+    with pytest.raises(PublishError, match=refused):
+        publish(tmp_path, build_release(graph=UINT8))
+    with pytest.raises(PublishError, match=r"model\.onnx is not published: not an ONNX graph"):
+        publish(tmp_path, build_release(graph=b"graph"))
+    assert files_under(tmp_path) == {}
+    half = Artefact("model.fp16.onnx", UINT8, PASSED)
+    base = build_release()
+    with pytest.raises(PublishError, match=r"model\.fp16\.onnx is not published: GPUs cannot"):
+        publish(tmp_path, Release(base.config, base.graph, PASSED, (half,)))
+    assert files_under(tmp_path) == {}
+    publish(tmp_path, base)
+    before = files_under(tmp_path)
+    with pytest.raises(PublishError, match=r"model\.fp16\.onnx is not published: GPUs cannot"):
+        add_artefacts(tmp_path / "blobs", 1, [half], force=True)
+    assert files_under(tmp_path) == before
+    add_artefacts(tmp_path / "blobs", 1, [Artefact("model.exits.onnx", UINT8, PASSED)])

@@ -54,9 +54,10 @@ def coordinate_channels(features: Tensor, octaves: int = 0) -> tuple[Tensor, Ten
     exact = torch.promote_types(features.dtype, torch.float32)
     ramps = []
     for side in (width, height):
-        # arange, not linspace: height and width must be symbolic in the exported graph.
+        # arange, not linspace: height and width must be symbolic in the exported graph. The divisor
+        # comes from the tensor: one that comes from the shape is a scalar on the host there.
         steps = torch.arange(side, dtype=exact, device=features.device)
-        ramp = steps * 2 / max(side - 1, 1) - 1
+        ramp = steps * 2 / steps.amax(0).clamp(min=1) - 1
         waves = [ramp]
         for k in range(octaves):
             waves += [torch.sin(math.pi * 2**k * ramp), torch.cos(math.pi * 2**k * ramp)]
