@@ -1,13 +1,14 @@
 """Instances of overlapping tiles become the instances of one image.
 
 An object near an inner tile border is seen by two or more tiles: whole by one and cut by another
-(one is kept), or, if it is larger than the overlap, cut by all of them (the parts are joined).
+(whether there is an object, and its mask, are up to the first), or, if it is larger than the
+overlap, cut by all of them (the parts are joined).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,11 +35,13 @@ class TileInstance:
         instance: What was found.
         window: The tile's region of the image.
         cut: Whether the mask reaches a border of the tile behind which the image goes on.
+        elsewhere: Another tile that shows all of the mask and what lies beyond those borders.
     """
 
     instance: Detection
     window: Window
     cut: bool
+    elsewhere: Window | None = None
 
 
 def _overlap(a: Window, b: Window) -> Window:
@@ -120,6 +123,16 @@ def _is_same(found: Sequence[TileInstance], index: int, kept: int, pixels: int) 
     return found[index].cut and pixels > CONTAINED * area
 
 
+def _yields(found: Sequence[TileInstance], index: int, shared: Mapping[int, int]) -> bool:
+    """Whether a mask is left to another tile, and that tile does not leave it back to this one."""
+    entry = found[index]
+    return entry.elsewhere is not None and not any(
+        (found[j].window, found[j].elsewhere) == (entry.elsewhere, entry.window)
+        and pixels > CONTAINED * entry.instance.area
+        for j, pixels in shared.items()
+    )
+
+
 def _agreement(found: Sequence[TileInstance], index: int, kept: int, pixels: int) -> float:
     """IoU of two cut masks inside the region that both tiles see."""
     region = _overlap(found[index].window, found[kept].window)
@@ -186,8 +199,9 @@ def merge_tiles(
     """Instances of all tiles, each object once.
 
     Whole masks come first, then cut ones; each best first. Only masks of one class and of
-    different tiles are compared. A mask goes if a kept one is the same by IoU; a cut one also
-    if a kept one covers most of it. Cut masks that agree where both tiles see are joined.
+    different tiles are compared. A cut mask goes if another tile shows all of it and more, whatever
+    that tile found there; any mask goes if a kept one is the same by IoU; a cut one also if a kept
+    one covers most of it. Cut masks that agree where both tiles see are joined.
 
     Args:
         found: Of all tiles, in any order.
@@ -204,7 +218,8 @@ def merge_tiles(
         found = [replace(entry, instance=fill_instance(entry.instance)) for entry in found]
     shared = _shared_pixels(found)
     objects = _Objects(found)
-    for index in sorted(range(len(found)), key=lambda i: (found[i].cut, -found[i].instance.score)):
+    own = [i for i in range(len(found)) if not _yields(found, i, shared.get(i, {}))]
+    for index in sorted(own, key=lambda i: (found[i].cut, -found[i].instance.score)):
         kept = [(j, pixels) for j, pixels in shared[index].items() if j in objects.object_of]
         parts = []
         if found[index].cut:

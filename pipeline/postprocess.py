@@ -17,7 +17,7 @@ from pipeline.merge import TileInstance, merge_tiles
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.nms import mask_nms, matrix_nms
 from pipeline.paste import paste_masks
-from pipeline.types import Candidates, Detection, Float32, Int64, Prepared, Tile
+from pipeline.types import Candidates, Detection, Float32, Int64, Prepared, Tile, Window
 
 
 class DeviceCandidates(Protocol):
@@ -115,19 +115,46 @@ def mask_stride(tile: Tile, mask_hw: tuple[int, int]) -> int:
     return int(stride)
 
 
-def _is_cut(instance: Detection, tile: Tile, stride: int) -> bool:
-    """Whether a mask comes within one mask pixel of a border behind which the image goes on."""
-    x, y, width, height = instance.bbox_xywh
-    window = tile.window
+def _place(instance: Detection, tile: Tile, stride: int) -> TileInstance:
+    """An instance and what its tile's inner borders do to it.
+
+    It is cut if it comes within one mask pixel of an inner border. If it lies wholly, by the same
+    margin, in what the next tile beyond each such border shows too, it is that tile's.
+    """
+    (x, y, width, height), window = instance.bbox_xywh, tile.window
     near_y = stride * window.height / tile.valid_hw[0]
     near_x = stride * window.width / tile.valid_hw[1]
-    top, left, bottom, right = tile.cut
-    return (
-        (top and y - window.y < near_y)
-        or (left and x - window.x < near_x)
-        or (bottom and window.y + window.height - (y + height) < near_y)
-        or (right and window.x + window.width - (x + width) < near_x)
-    )
+    top, left, bottom, right = tile.shared
+    step_y, clear_y = _step((y - window.y, height), window.height, (top, bottom), near_y)
+    step_x, clear_x = _step((x - window.x, width), window.width, (left, right), near_x)
+    if not step_y and not step_x:
+        return TileInstance(instance, window, cut=False)
+    beyond = Window(window.y + step_y, window.x + step_x, window.height, window.width)
+    return TileInstance(instance, window, True, beyond if clear_y and clear_x else None)
+
+
+def _step(
+    span: tuple[int, int], length: int, shared: tuple[int | None, int | None], near: float
+) -> tuple[int, bool]:
+    """Where a tile's neighbour along one axis lies that a mask reaches over to.
+
+    Args:
+        span: Start of the mask in the tile, and its length.
+        length: Of the tile.
+        shared: With the tile before and the tile after; None: there is none.
+        near: Within this distance of a border a mask reaches it.
+
+    Returns:
+        Offset of the neighbour, 0 if no inner border is reached; and whether the neighbour shows
+        all of the mask, clear of its own border.
+    """
+    before, after = shared
+    start, end = span[0], length - sum(span)
+    if after is not None and end < near:
+        return length - after, after - (length - start) >= near
+    if before is not None and start < near:
+        return before - length, before - (length - end) >= near
+    return 0, True
 
 
 def _bounds(
@@ -266,10 +293,7 @@ class Collector:
         entries = []
         if detections.instances:
             stride = mask_stride(tile, candidates.mask_hw)
-            entries = [
-                TileInstance(instance, tile.window, _is_cut(instance, tile, stride))
-                for instance in detections.instances
-            ]
+            entries = [_place(instance, tile, stride) for instance in detections.instances]
         return entries, detections.found
 
     def add(self, index: int, found: Found) -> None:

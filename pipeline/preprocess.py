@@ -116,6 +116,13 @@ def count_canvases(image_hw: tuple[int, int], spec: InputSpec) -> int:
     )
 
 
+def _shared(starts: Sequence[int], index: int, tile: int) -> tuple[int | None, int | None]:
+    """Px that a tile shares with the one before it and the one after it; None: there is none."""
+    before = starts[index - 1] + tile - starts[index] if index else None
+    after = starts[index] + tile - starts[index + 1] if index + 1 < len(starts) else None
+    return before, after
+
+
 class _Canvases(Sequence[Tile]):
     """The canvases of an image in row order; each is made on access and not kept."""
 
@@ -154,15 +161,16 @@ class _Canvases(Sequence[Tile]):
             raise IndexError(f"canvas {index} of {self._length}")
         row, column = divmod(index % self._length, len(self._starts[1]))
         if isinstance(self._resize, TileResize):
-            return self._cut(self._starts[0][row], self._starts[1][column])
+            return self._cut(row, column)
         return self._shrink(self._resize)
 
-    def _cut(self, y: int, x: int) -> Tile:
-        (height, width), (h, w) = self._image_hw, self._part_hw
+    def _cut(self, row: int, column: int) -> Tile:
+        (ys, xs), (h, w) = self._starts, self._part_hw
+        y, x = ys[row], xs[column]
         part = self._stretch(self._image[y : y + h, x : x + w])
-        cut = (y > 0, x > 0, y + h < height, x + w < width)
         canvas = _canvas(part, self._size, self._canvas_hw)
-        return Tile(canvas, self._size, Window(y, x, h, w), cut)
+        (top, bottom), (left, right) = _shared(ys, row, h), _shared(xs, column, w)
+        return Tile(canvas, self._size, Window(y, x, h, w), (top, left, bottom, right))
 
     def _shrink(self, resize: KeepRatioResize) -> Tile:
         size = keep_ratio_size(self._image_hw, resize.short_side, resize.long_side)

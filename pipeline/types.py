@@ -36,13 +36,14 @@ class Tile:
         image: [Hc, Wc, 3] uint8 RGB, zero outside `valid_hw`.
         valid_hw: Rows and columns of the canvas that show the image.
         window: What it shows.
-        cut: Whether the top, left, bottom, right border of the window lies inside the image.
+        shared: Depth of the strip at the top, left, bottom, right border of the window that the
+            next tile shows too, image px; None where the image ends.
     """
 
     image: UInt8
     valid_hw: tuple[int, int]
     window: Window
-    cut: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    shared: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,41 @@ def test_a_second_cut_mask_of_a_tile_does_not_blur_the_joined_object() -> None:
     worse = _disc(30, 56, 22)
     found = _see(disc, left, 0.9) + _see(disc, right, 0.8) + _see(worse, right, 0.3)
     assert _pixels(merge_tiles(found)) == _expected([disc])
+
+
+def _leave(part: TileInstance, to: Window) -> TileInstance:
+    return replace(part, elsewhere=to)
+
+
+def test_a_cut_mask_that_another_tile_shows_more_of_goes_whatever_that_tile_found() -> None:
+    left, right = Window(0, 0, 64, 64), Window(0, 48, 64, 64)
+    cut = _leave(_see(_disc(30, 62, 7), left, 0.9)[0], right)
+    assert merge_tiles([cut]) == []
+    far = _see(_disc(30, 100, 5), right)
+    assert merge_tiles([cut, *far]) == [far[0].instance]
+
+
+def test_a_mask_that_two_tiles_leave_to_each_other_is_kept_once() -> None:
+    left, right = Window(0, 0, 64, 64), Window(0, 48, 64, 64)
+    bar = np.zeros((120, 160), np.bool_)
+    bar[20:30, 48:64] = True
+    shifted = {left: bar.copy(), right: bar.copy()}
+    shifted[left][:, :50] = shifted[right][:, 62:] = False
+    found = [
+        _leave(_see(shifted[left], left, 0.9)[0], right),
+        _leave(_see(shifted[right], right, 0.8)[0], left),
+    ]
+    (instance,) = merge_tiles(found)
+    assert _pixels([instance]) == _expected([bar])
+    assert merge_tiles(found[:1]) == merge_tiles(found[1:]) == []
+
+
+def test_masks_left_to_a_third_tile_do_not_hold_each_other() -> None:
+    windows = [Window(0, 0, 64, 64), Window(0, 48, 64, 64), Window(48, 48, 64, 64)]
+    part = _disc(62, 56, 5)
+    part[64:] = False
+    found = [_leave(_see(part, w, 0.9)[0], windows[2]) for w in windows[:2]]
+    assert merge_tiles(found) == []
 
 
 def test_disagreeing_cut_masks_stay_two() -> None:

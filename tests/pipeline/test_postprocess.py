@@ -130,6 +130,86 @@ def test_discs_over_tile_borders_are_found_once_with_exact_pixels() -> None:
     assert [i.score for i in found] == sorted((i.score for i in found), reverse=True)
 
 
+BORDERS = InputSpec(resize=TileResize(scale=1.0, tile_hw=(64, 64), overlap_px=24))
+
+
+def _ellipses(rng: np.random.Generator, image_hw: tuple[int, int], count: int) -> list[np.ndarray]:
+    """Masks of ellipses, 4 to 20 px across, that keep 2 px apart."""
+    rows, columns = np.mgrid[: image_hw[0], : image_hw[1]]
+    free, masks = np.ones(image_hw, np.bool_), []
+    while len(masks) < count:
+        y, x = rng.uniform(0, image_hw[0]), rng.uniform(0, image_hw[1])
+        a, b = rng.uniform(2, 10, 2)
+        radius = np.hypot((rows - y) / a, (columns - x) / b)
+        if (radius <= 1).any() and free[radius <= 1].all():
+            masks.append(radius <= 1)
+            free &= (abs(rows - y) > a + 2) | (abs(columns - x) > b + 2)
+    return masks
+
+
+def _answer(masks: list[np.ndarray], scores: list[float], tile: Tile) -> Candidates:
+    """What a network that sees masks of the image answers for a tile."""
+    w = tile.window
+    inside = [m[w.y : w.y + w.height, w.x : w.x + w.width] for m in masks]
+    seen = [i for i in np.argsort(scores)[::-1] if inside[i].any()]
+    probs = np.zeros((len(seen), w.height, w.width))
+    for slot, i in enumerate(seen):
+        probs[slot] = inside[i]
+    return _candidates([*probs], [scores[i] for i in seen], [0] * len(seen)) if seen else _NOTHING
+
+
+_NOTHING = Candidates(
+    np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros((0, 64, 64), np.float32)
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mosaic_has_each_ellipse_once_and_no_straight_edges(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = _ellipses(rng, (150, 170), 60)
+    prepared = prepare(np.zeros((150, 170, 3), np.uint8), BORDERS)
+    sets = []
+    for tile in prepared.tiles:
+        masks, scores = list(truth), [*rng.uniform(0.3, 0.8, len(truth))]
+        window = tile.window
+        for side, shared in enumerate(tile.shared):
+            if shared is None:
+                continue
+            # Half a disc at the border that only this tile finds, surer than of anything else.
+            along = int(rng.integers(20, 45))
+            y, x = ((0, along), (along, 0), (63, along), (along, 63))[side]
+            rows, columns = np.mgrid[:150, :170]
+            half = np.hypot(rows - window.y - y, columns - window.x - x) <= 9
+            tiled = np.zeros((150, 170), np.bool_)
+            tiled[window.y : window.y + 64, window.x : window.x + 64] = True
+            masks.append(half & tiled)
+            scores.append(0.95)
+        sets.append(_answer(masks, scores, tile))
+    found = postprocess(prepared, sets, MASK)
+    assert {coco_mask.decode(i.rle).tobytes("C") for i in found} == {
+        m.astype(np.uint8).tobytes() for m in truth
+    }
+    assert len(found) == len(truth)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("length", [12, 22, 23, 24, 25, 26, 27])
+def test_an_object_as_long_as_the_overlap_is_not_lost_between_tiles(axis: int, length: int) -> None:
+    """Each tile misses the end of the object that is farther inside the tile."""
+    shape = (104, 64) if axis == 0 else (64, 104)
+    prepared = prepare(np.zeros((*shape, 3), np.uint8), BORDERS)
+    assert len(prepared.tiles) == 2
+    for start in range(30, 60):
+        masks = []
+        for a, b in ((start + 1, start + length), (start, start + length - 1)):
+            mask = np.zeros((104, 64), np.bool_)
+            mask[a:b, 20:30] = True
+            masks.append(mask if axis == 0 else mask.T)
+        answers = [_answer([m], [0.9], t) for m, t in zip(masks, prepared.tiles, strict=True)]
+        (instance,) = postprocess(prepared, answers, MASK)
+        assert instance.area >= 10 * (length - 2)
+
+
 @pytest.mark.parametrize("spec", [MATRIX, MASK, MATRIX.model_copy(update={"compare": "enclosed"})])
 @pytest.mark.parametrize("count", [0, 1, 40, 400])
 def test_leaving_out_candidates_below_the_least_score_changes_no_other(

@@ -69,15 +69,29 @@ def test_small_image_is_one_padded_tile() -> None:
     assert tile.image.shape == (64, 64, 3)
     assert tile.valid_hw == (2, 2)
     assert tile.image.sum() == 7 * 3 * 4
-    assert tile.cut == (False, False, False, False)
+    assert tile.shared == (None, None, None, None)
 
 
 def test_inner_borders_are_marked() -> None:
     prepared = prepare(np.zeros((56, 32, 3), np.uint8), TILES)
-    assert [t.cut for t in prepared.tiles] == [
-        (False, False, True, False),
-        (True, False, False, False),
-    ]
+    assert [t.shared for t in prepared.tiles] == [(None, None, 8, None), (8, None, None, None)]
+
+
+@pytest.mark.parametrize("image_hw", [(33, 70), (100, 57), (80, 80)])
+def test_what_a_tile_shares_with_the_next_ones(image_hw: tuple[int, int]) -> None:
+    windows = {
+        (t.window.y, t.window.x): t
+        for t in prepare(np.zeros((*image_hw, 3), np.uint8), TILES).tiles
+    }
+    rows, columns = sorted({y for y, _ in windows}), sorted({x for _, x in windows})
+    for (y, x), tile in windows.items():
+        row, column = rows.index(y), columns.index(x)
+        assert tile.shared == (
+            rows[row - 1] + 32 - y if row else None,
+            columns[column - 1] + 32 - x if column else None,
+            y + 32 - rows[row + 1] if y != rows[-1] else None,
+            x + 32 - columns[column + 1] if x != columns[-1] else None,
+        )
 
 
 def test_tile_does_not_depend_on_its_neighbours() -> None:
