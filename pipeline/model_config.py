@@ -186,7 +186,11 @@ class FileSpec(Spec):
 
 
 class ModelConfig(Spec):
-    """One version of a model."""
+    """One version of a model.
+
+    Attributes:
+        ap_cost: AP on held-out images that is lost against fp32, by precision, where measured.
+    """
 
     name: ModelName
     version: PositiveInt
@@ -199,6 +203,7 @@ class ModelConfig(Spec):
     postprocess: PostprocessSpec
     limits: Limits = Limits()
     files: Annotated[dict[str, FileSpec], Field(min_length=1)]
+    ap_cost: dict[Precision, Annotated[float, Field(ge=-1, le=1)]] = {}
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")

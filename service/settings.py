@@ -77,15 +77,18 @@ class Settings(BaseSettings):
     ] = "auto"
     engine: Annotated[
         EngineKind,
-        Field(description="auto takes the fastest that works; ort, trt, aoti: only that one"),
+        Field(
+            description="auto takes the fastest that works; ort, openvino, trt, aoti: only that one"
+        ),
     ] = "auto"
     precision: Annotated[
-        Precision,
+        Literal["auto", Precision],
         Field(
             description="fp32, fp16, bf16 or int8; a model may name its own, and one that lacks it "
-            "is served in fp32"
+            "is served in fp32. auto: fp32 on a GPU; on the CPU the fastest that costs no more "
+            "than 0.002 AP"
         ),
-    ] = "fp32"
+    ] = "auto"
     engine_slots: Annotated[
         PositiveInt | None,
         Field(
@@ -95,7 +98,10 @@ class Settings(BaseSettings):
     ] = None
     engine_cache: Annotated[
         Path | None,
-        Field(description="folder for TensorRT engines built here (default: in the model's)"),
+        Field(
+            description="folder for what is built and timed here (default: the user's cache "
+            "folder; for TensorRT the model's)"
+        ),
     ] = None
     gpu_mem_limit_bytes: Annotated[
         PositiveInt | None,
@@ -259,7 +265,8 @@ class Settings(BaseSettings):
         return BackendOptions(
             device=self.device,
             engine=self.engine,
-            precision=self.precision,
+            precision="fp32" if self.precision == "auto" else self.precision,
+            free_precision=self.precision == "auto",
             precision_fallback=True,
             threads=self.threads,
             slots=self.engine_slots,

@@ -6,17 +6,19 @@ Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from pipeline.model_config import ModelConfig
 from pipeline.model_config import Precision as Precision
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Float32, Int64, Tile, UInt8
+from service.cores import count_cores
 
-EngineKind = Literal["auto", "ort", "trt", "aoti"]
+EngineKind = Literal["auto", "ort", "openvino", "trt", "aoti"]
 
 
 class BackendError(RuntimeError):
@@ -32,12 +34,14 @@ class BackendOptions:
         engine: "auto" uses the fastest that works; any other raises where it does not.
         precision: Of the engine's arithmetic.
         precision_fallback: Whether a model without that precision gets fp32, which all have.
+        free_precision: Whether the CPU may take any precision that costs next to no AP.
         threads: Threads of one engine call on the CPU; None takes the number of physical cores.
         slots: Batches in flight; None takes 1 on the CPU and 2 on a GPU.
         divide: On the CPU without `slots`, which models get a call of one thread for each of the
             `threads` instead of one call with all: those that cut images into tiles, or all; for
             callers that call it from several threads.
-        cache: Folder for engines built on this machine; None takes one in the version's folder.
+        cache: Folder for what is built and measured on this machine; None takes one in the
+            version's folder for TensorRT, and the user's cache folder for other engines.
         gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
     """
 
@@ -45,6 +49,7 @@ class BackendOptions:
     engine: EngineKind = "auto"
     precision: Precision = "fp32"
     precision_fallback: bool = False
+    free_precision: bool = False
     threads: int | None = None
     slots: int | None = None
     divide: Literal["none", "tiles", "all"] = "none"
@@ -103,6 +108,19 @@ class Interruptible(Protocol):
     def interrupt(self) -> None:
         """Makes calls in flight raise soon; the engine is not used afterwards."""
         ...
+
+
+def divide_calls(options: BackendOptions, config: ModelConfig | None) -> tuple[int, BackendOptions]:
+    """How many calls there are at once on the CPU, and the options of one.
+
+    The tiles of an image are canvases of the same cost: one thread for each is faster than all
+    threads for one after the other, which wait for each other after every operator.
+    """
+    has_tiles = config is not None and config.input.resize.rule == "tile"
+    divide = options.divide == "all" or (options.divide == "tiles" and has_tiles)
+    if options.slots is None and divide:
+        return options.threads or count_cores(), replace(options, threads=1)
+    return options.slots or 1, options
 
 
 def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:

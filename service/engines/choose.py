@@ -1,7 +1,8 @@
 """Chooses a model's engine: the fastest that works, and why the faster ones do not.
 
-On a GPU TensorRT, then AOTInductor, then ONNX Runtime; on the CPU ONNX Runtime, with the graph that
-has early exits if the version has one. An engine that was asked for and does not work is an error.
+On a GPU TensorRT, then AOTInductor, then ONNX Runtime. On the CPU the graph that has early exits,
+if the version has one, in ONNX Runtime; or, with `free_precision`, in the engine and precision that
+`trial` finds the fastest here. An engine that was asked for and does not work is an error.
 An engine's module is imported only when its turn comes; one that is missing counts as not
 installed.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from pipeline.model_config import ModelConfig
@@ -20,6 +22,7 @@ from service.engines.artefacts import ONNX_FILE, Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions, EngineKind, Precision
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
+from service.engines.trial import Candidate, measure_candidates, rank
 from service.errors import DeviceError, ModelRefused
 
 logger = logging.getLogger(__name__)
@@ -27,29 +30,45 @@ logger = logging.getLogger(__name__)
 Warm = Callable[[Backend], None]
 """Runs a backend once; raises if its output is not what the model's configuration says."""
 
-Kind = Literal["trt", "aoti", "ort"]
+Kind = Literal["trt", "aoti", "ort", "openvino"]
 _TITLES: dict[Kind, str] = {
     "trt": "TensorRT",
     "aoti": "AOTInductor",
     "ort": "ONNX Runtime",
+    "openvino": "OpenVINO",
 }
 _MODULES = {
     "trt": "service.engines.tensorrt.engine",
     "trt_cache": "service.engines.tensorrt.cache",
     "aoti": "service.engines.aotinductor",
     "ort": "service.engines.onnxruntime",
+    "openvino": "service.engines.openvino",
 }
+MAX_AP_COST = 0.002
+"""Of a precision that `free_precision` may take."""
 
 
 @dataclass(frozen=True)
 class _Route:
-    """An engine on a device, the file that it needs, and whether its graph has early exits."""
+    """An engine on a device.
+
+    Attributes:
+        file: What it needs.
+        exits: Whether its graph has early exits.
+        canvas_s: Seconds of a canvas, of each engine that was timed.
+    """
 
     kind: Kind
     device: Literal["cpu", "cuda"]
     precision: Precision
     file: str
     exits: bool = False
+    canvas_s: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As a candidate's."""
+        return f"{'onnxruntime' if self.kind == 'ort' else self.kind} {self.precision}"
 
     def __str__(self) -> str:
         return f"{_TITLES[self.kind]} on {'CUDA' if self.device == 'cuda' else 'the CPU'}"
@@ -94,10 +113,9 @@ def build_backend(
     check_device(options)
     refusals: list[str] = []
     errors: list[Exception] = []
-    for route in _list_routes(options, artefacts, refusals):
-        taken = replace(options, device=route.device, precision=route.precision)
+    for route in _list_routes(options, artefacts, config, refusals):
         try:
-            backend = _build(route, taken, artefacts, config)
+            backend = _build(route, _options_of(route, options), artefacts, config)
             _try_out(backend, warm)
         except _RouteRefused as error:
             refusals.append(f"{route}: {error}")
@@ -109,8 +127,8 @@ def build_backend(
             refusals.append(f"{route}: {error if is_known else repr(error)}")
             errors.append(error)
         else:
-            reason = f"{backend.reason}, early exits" if route.exits else backend.reason
-            backend.reason = _explain(reason, options, route.precision, refusals)
+            backend.reason = _explain(backend.reason, options, route, refusals)
+            backend.canvas_s = dict(route.canvas_s)
             return backend
     raise _give_up(options, artefacts, refusals, errors)
 
@@ -139,7 +157,7 @@ def exits_file(precision: str) -> str:
 
 
 def _list_routes(
-    options: BackendOptions, artefacts: Artefacts, refusals: list[str]
+    options: BackendOptions, artefacts: Artefacts, config: ModelConfig, refusals: list[str]
 ) -> Iterator[_Route]:
     """Best first; a missing GPU is one refusal for all that need it."""
     gpu = find_gpu() if options.device != "cpu" else "device cpu was asked for"
@@ -149,7 +167,9 @@ def _list_routes(
     for precision in dict.fromkeys((options.precision, *fallbacks)):
         if isinstance(gpu, Gpu):
             yield from _list_gpu_routes(gpu, options.engine, precision)
-        if options.device != "cuda":
+        if options.device != "cuda" and options.free_precision and options.engine != "aoti":
+            yield from _list_timed_routes(options, artefacts, config, refusals)
+        elif options.device != "cuda":
             yield from _list_cpu_routes(options.engine, precision, artefacts)
 
 
@@ -169,11 +189,72 @@ def _list_cpu_routes(
     if engine == "aoti":
         yield _Route("aoti", "cpu", precision, name_package("cpu", precision))
     if engine in ("auto", "ort"):
-        exits = exits_file(precision)
-        if exits in artefacts:
-            yield _Route("ort", "cpu", precision, exits, exits=True)
-        else:
-            yield _Route("ort", "cpu", precision, graph_file(precision))
+        yield _on_cpu("ort", precision, artefacts)
+    # ONNX Runtime computes neither in bf16 nor in fp16 on a CPU.
+    is_asked_for = engine == "auto" and precision in ("bf16", "fp16") and _has_openvino()
+    if engine == "openvino" or is_asked_for:
+        yield _on_cpu("openvino", precision, artefacts)
+
+
+def _on_cpu(kind: Literal["ort", "openvino"], precision: Precision, artefacts: Artefacts) -> _Route:
+    """With early exits if the version has them; OpenVINO lowers the precision itself."""
+    of_graph: Precision = precision if kind == "ort" or precision == "int8" else "fp32"
+    exits = exits_file(of_graph)
+    if exits in artefacts:
+        return _Route(kind, "cpu", precision, exits, exits=True)
+    return _Route(kind, "cpu", precision, graph_file(of_graph))
+
+
+def _has_openvino() -> bool:
+    engine = _load("openvino")
+    return engine is not None and bool(engine.is_installed())
+
+
+def _list_timed_routes(
+    options: BackendOptions, artefacts: Artefacts, config: ModelConfig, refusals: list[str]
+) -> Iterator[_Route]:
+    """Engines and precisions that cost next to no AP, fastest first."""
+    routes = []
+    if options.engine != "openvino":
+        known = [p for p, cost in config.ap_cost.items() if cost <= MAX_AP_COST]
+        found = ("fp32", *(p for p in known if graph_file(p) in artefacts))
+        routes = [_on_cpu("ort", precision, artefacts) for precision in dict.fromkeys(found)]
+    if options.engine == "openvino" or (options.engine == "auto" and _has_openvino()):
+        precision = _find_openvino_precision(config, refusals)
+        routes.append(_on_cpu("openvino", precision, artefacts))
+    if len(routes) == 1:
+        yield from routes
+        return
+    candidates = [
+        Candidate(
+            route.name,
+            route.file,
+            partial(_build, route, _options_of(route, options), artefacts, config),
+        )
+        for route in routes
+    ]
+    canvas_s = measure_candidates(candidates, options, config)
+    by_name = {route.name: replace(route, canvas_s=canvas_s) for route in routes}
+    yield from (by_name[name] for name in rank(canvas_s) if name in by_name)
+
+
+def _find_openvino_precision(config: ModelConfig, refusals: list[str]) -> Precision:
+    """That of this CPU, unless it is known to cost AP; rounding to bf16 or fp16 rarely does."""
+    engine: Any = _load("openvino")
+    try:
+        native: Precision = engine.find_native_precision()
+    except Exception as error:  # it is not installed, or cannot be loaded
+        refusals.append(f"a lower precision of OpenVINO: {error}")
+        return "fp32"
+    cost = config.ap_cost.get(native, 0.0)
+    if cost > MAX_AP_COST:
+        refusals.append(f"{native}: it costs {cost:g} AP")
+        return "fp32"
+    return native
+
+
+def _options_of(route: _Route, options: BackendOptions) -> BackendOptions:
+    return replace(options, device=route.device, precision=route.precision)
 
 
 def _build(
@@ -198,6 +279,8 @@ def _build(
         backend = engine.build_aoti_backend(artefacts.folder / route.file, options, config)
     elif route.kind == "ort":
         backend = engine.build_ort_backend(artefacts.read_graph(route.file), options, config)
+    elif route.kind == "openvino":
+        backend = engine.build_openvino_backend(artefacts.read_graph(route.file), options, config)
     else:
         backend = _build_tensorrt(engine, route, options, artefacts, config)
     return backend
@@ -234,17 +317,21 @@ def _load(name: str) -> Any:
         return None
 
 
-def _explain(
-    reason: str, options: BackendOptions, precision: Precision, refusals: list[str]
-) -> str:
-    asked = [
+def _explain(reason: str, options: BackendOptions, route: _Route, refusals: list[str]) -> str:
+    if route.exits:
+        reason += ", early exits"
+    parts = [reason]
+    if route.canvas_s:
+        times = (f"{name} {1e3 * s:.1f}" for name, s in sorted(route.canvas_s.items()))
+        parts.append(f"ms of a canvas here: {', '.join(times)}")
+    parts += [
         f"{name} {value} was asked for"
         for name, value in (("engine", options.engine), ("device", options.device))
         if value != "auto"
     ]
-    if precision != options.precision:
-        asked.append(f"precision {options.precision} was asked for")
-    return "; ".join([reason, *asked, *(f"not {refusal}" for refusal in refusals)])
+    if route.precision != options.precision and not options.free_precision:
+        parts.append(f"precision {options.precision} was asked for")
+    return "; ".join([*parts, *(f"not {refusal}" for refusal in refusals)])
 
 
 def _give_up(
@@ -252,7 +339,8 @@ def _give_up(
 ) -> Exception:
     """The error that says most precisely why no engine works."""
     graph = graph_file(options.precision)
-    if graph not in artefacts and options.engine != "aoti" and not options.precision_fallback:
+    needs_file = options.engine not in ("aoti", "openvino")
+    if graph not in artefacts and needs_file and not options.precision_fallback:
         return ModelRefused(
             artefacts.folder / graph,
             f"precision {options.precision} was asked for and config.json lists no such file, only "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from numpy.typing import NDArray
 from pipeline.canvases import list_canvases
 from pipeline.model_config import ModelConfig
 from pipeline.types import Int64, UInt8
-from service.cores import count_cores
-from service.engines.base import BackendError, BackendOptions
+from service.engines.base import BackendError, BackendOptions, divide_calls
 from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
 from service.engines.device import CudaDevice, CudaError
 from service.engines.device_slot import GPU_SLOTS, DeviceSlot, build_device_slots
@@ -94,7 +92,7 @@ def build_ort_backend(
             if obstacle is None:
                 logger.warning("device auto takes the CPU: %s", error)
             reason += f", for {error}"
-    count, options = _divide(options, config)
+    count, options = divide_calls(options, config)
     session = build_session(model, options, [(CPU, {})])
     if check_signature(session) == "bfloat16":
         raise BackendError("ONNX Runtime has no bfloat16 on the CPU; fp32, fp16 and int8 work")
@@ -116,19 +114,6 @@ def _name(
         reason=reason,
         max_batch=max_batch,
     )
-
-
-def _divide(options: BackendOptions, config: ModelConfig | None) -> tuple[int, BackendOptions]:
-    """How many calls there are at once on the CPU, and the options of one.
-
-    The tiles of an image are canvases of the same cost: one thread for each is faster than all
-    threads for one after the other, which wait for each other after every operator.
-    """
-    has_tiles = config is not None and config.input.resize.rule == "tile"
-    divide = options.divide == "all" or (options.divide == "tiles" and has_tiles)
-    if options.slots is None and divide:
-        return options.threads or count_cores(), replace(options, threads=1)
-    return options.slots or 1, options
 
 
 def _build_host_slots(session: ort.InferenceSession, count: int) -> list[HostSlot]:

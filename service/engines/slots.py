@@ -183,6 +183,7 @@ class SlotBackend:
         reason: Why this engine on this device, one sentence.
         concurrency: How many threads may be in `infer` at once.
         upgrade: A faster engine that can be built while this one serves, if there is one.
+        canvas_s: Seconds of a canvas on this CPU, of the engines that were timed to choose one.
 
     Args:
         slots: As many as batches in flight, at least one.
@@ -209,6 +210,7 @@ class SlotBackend:
         self.reason = reason
         self.concurrency = len(slots)
         self.upgrade: Upgrade | None = None
+        self.canvas_s: dict[str, float] = {}
         self._slots = slots
         self._queue = SlotQueue(slots)
         self._max_batch = max_batch

@@ -138,7 +138,8 @@ def load_version(
     with refusing(file):
         artefacts = find_artefacts(folder, config)
         backend = build_backend(artefacts, options, config, partial(warm_up, config=config))
-    return LoadedModel(config, config.version, backend, options.precision)
+    asked = backend.precision if options.free_precision else options.precision
+    return LoadedModel(config, config.version, backend, asked)
 
 
 def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendOptions:
@@ -149,6 +150,7 @@ def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendO
         slots=limits.instances or options.slots,
         threads=limits.threads or options.threads,
         precision=limits.precision or options.precision,
+        free_precision=options.free_precision and limits.precision is None,
     )
 
 

@@ -47,7 +47,7 @@ def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> No
         ("SOLO_MAX_DELAY_MS", "nan"),
         ("SOLO_MAX_BODY_BYTES", "64MB"),
         ("SOLO_LOG_LEVEL", "loud"),
-        ("SOLO_ENGINE", "openvino"),
+        ("SOLO_ENGINE", "opencl"),
         ("SOLO_PRECISION", "fp8"),
         ("SOLO_ENGINE_SLOTS", "0"),
         ("SOLO_GPU_MEM_LIMIT_BYTES", "4GB"),
@@ -83,8 +83,12 @@ def test_a_wrong_flag_is_named_as_a_flag() -> None:
 
 
 def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = BackendOptions(precision_fallback=True, threads=count_cores(), divide="tiles")
+    defaults = BackendOptions(
+        precision_fallback=True, free_precision=True, threads=count_cores(), divide="tiles"
+    )
     assert read_settings([]).backend_options() == defaults
+    fixed = replace(defaults, free_precision=False)
+    assert read_settings(["--precision", "FP32"]).backend_options() == fixed
     assert read_settings(["--workers", "2"]).backend_options() == replace(defaults, divide="all")
     for name, value in {
         "ENGINE": "TRT",
