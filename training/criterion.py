@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def solo_loss(
             if len(target.cells) == 0:
                 continue
             cells = torch.from_numpy(target.cells).to(device)
-            masks = torch.from_numpy(target.masks).to(device)
+            masks = torch.from_numpy(np.asarray(target.masks)).to(device)
             factors = model.head.cell_logits(output, level, image, cells)
             index = torch.from_numpy(target.mask_index).to(device)
             per_mask.append(mask_loss(factors, masks[index], config))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex, overload
+from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 import cv2
 import numpy as np
@@ -17,24 +17,44 @@ from pipeline.contour import draw_contour
 from training.configs.schema import HeadConfig, TargetConfig
 
 UInt8 = NDArray[np.uint8]
+Pixel = TypeVar("Pixel", np.uint8, np.float32)
 
 
-class CroppedMasks(Sequence[UInt8]):
+class CroppedMasks(Sequence[NDArray[Pixel]], Generic[Pixel]):
     """Masks of one size, of which only the pixels in their boxes are kept.
+
+    `numpy.asarray` gives all of them as one array [N, H, W].
 
     Args:
         hw: Height and width of the masks, px.
+        dtype: Type of the pixels.
     """
 
-    def __init__(self, hw: tuple[int, int]) -> None:
+    def __init__(self, hw: tuple[int, int], dtype: type[Pixel]) -> None:
         self.hw = hw
-        self._crops: list[tuple[int, int, UInt8]] = []
+        self.dtype: np.dtype[Pixel] = np.dtype(dtype)
+        self._crops: list[tuple[int, int, NDArray[Pixel]]] = []
 
-    def append(self, mask: UInt8) -> tuple[int, int, int, int]:
-        """Adds a mask that is not empty; returns its box x, y, width, height."""
-        x, y, width, height = cv2.boundingRect(mask)
-        self._crops.append((y, x, mask[y : y + height, x : x + width].copy()))
-        return x, y, width, height
+    def append(
+        self, mask: NDArray[Pixel], top: int = 0, left: int = 0
+    ) -> tuple[int, int, int, int]:
+        """Adds a mask; returns its box x, y, width, height, all 0 if it has no pixel.
+
+        Args:
+            mask: [h, w], a whole mask or a part outside which the mask is 0.
+            top: Row of the part's first pixel.
+            left: Column of the part's first pixel.
+        """
+        x, y, width, height = cv2.boundingRect((mask != 0).view(np.uint8))
+        pixels = mask[y : y + height, x : x + width].copy()
+        if not width:
+            top = left = 0
+        self._crops.append((top + y, left + x, pixels))
+        return left + x, top + y, width, height
+
+    def crop(self, index: SupportsIndex) -> tuple[int, int, NDArray[Pixel]]:
+        """Top, left and pixels of the part that is kept; no pixels if the mask is empty."""
+        return self._crops[index]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,19 +70,45 @@ class CroppedMasks(Sequence[UInt8]):
         return len(self._crops)
 
     @overload
-    def __getitem__(self, index: SupportsIndex) -> UInt8: ...
+    def __getitem__(self, index: SupportsIndex) -> NDArray[Pixel]: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[UInt8]: ...
+    def __getitem__(self, index: slice) -> list[NDArray[Pixel]]: ...
 
-    def __getitem__(self, index: SupportsIndex | slice) -> UInt8 | list[UInt8]:
+    def __getitem__(self, index: SupportsIndex | slice) -> NDArray[Pixel] | list[NDArray[Pixel]]:
         """A whole mask [H, W], made anew each time."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        top, left, pixels = self._crops[index]
-        mask = np.zeros(self.hw, np.uint8)
-        mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        mask: NDArray[Pixel] = np.zeros(self.hw, self.dtype)
+        self._fill(mask, index)
         return mask
+
+    def __array__(
+        self, dtype: np.dtype[Any] | None = None, copy: bool | None = None
+    ) -> NDArray[Any]:
+        """All masks, [N, H, W].
+
+        Raises:
+            ValueError: No copy is wanted.
+        """
+        if copy is False:
+            raise ValueError("cropped masks become an array only by a copy")
+        masks: NDArray[Pixel] = np.zeros(self.shape, self.dtype)
+        for index, mask in enumerate(masks):
+            self._fill(mask, index)
+        return masks if dtype is None else masks.astype(dtype, copy=False)
+
+    def _fill(self, mask: NDArray[Pixel], index: SupportsIndex) -> None:
+        top, left, pixels = self._crops[index]
+        mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+
+
+def _cropped(masks: UInt8) -> CroppedMasks[np.uint8]:
+    """Masks [N, H, W] without the pixels around them."""
+    cropped = CroppedMasks((masks.shape[1], masks.shape[2]), np.uint8)
+    for mask in masks:
+        cropped.append(mask)
+    return cropped
 
 
 @dataclass(frozen=True)
@@ -76,7 +122,7 @@ class Objects:
         labels: [N] int64, 0..C-1.
     """
 
-    masks: UInt8 | CroppedMasks
+    masks: UInt8 | CroppedMasks[np.uint8]
     boxes_xyxy: NDArray[np.float32]
     labels: NDArray[np.int64]
 
@@ -89,30 +135,33 @@ class LevelTargets:
         labels: [S, S] int64; C is the background.
         cells: [P] int64, i * S + j of the positive cells, ascending.
         mask_index: [P] int64, row in `masks` of each positive cell.
-        masks: [M, h, w] float32 in 0..1, one row per object with a positive cell.
+        masks: M masks [h, w] float32 in 0..1, one per object with a positive cell.
     """
 
     labels: NDArray[np.int64]
     cells: NDArray[np.int64]
     mask_index: NDArray[np.int64]
-    masks: NDArray[np.float32]
+    masks: NDArray[np.float32] | CroppedMasks[np.float32]
 
 
-def centre_of_mass(mask: UInt8) -> tuple[float, float]:
+def centre_of_mass(mask: UInt8, top: int = 0, left: int = 0) -> tuple[float, float]:
     """Row and column of the centre of mass, px (float32 arithmetic, as published).
+
+    Args:
+        mask: [H, W] uint8 0/1.
+        top: Row of the mask's first pixel.
+        left: Column of the mask's first pixel.
 
     Raises:
         ValueError: The mask is empty.
     """
-    left, top, width, height = cv2.boundingRect(mask)
-    inside = mask[top : top + height, left : left + width]
-    rows = inside.sum(axis=1, dtype=np.int64)
+    rows = mask.sum(axis=1, dtype=np.int64)
     total = int(rows.sum())
     if total == 0:
         raise ValueError("the mask is empty, it has no centre of mass")
-    columns = inside.sum(axis=0, dtype=np.int64)
-    y = np.float32((rows * np.arange(top, top + height)).sum()) / np.float32(total)
-    x = np.float32((columns * np.arange(left, left + width)).sum()) / np.float32(total)
+    columns = mask.sum(axis=0, dtype=np.int64)
+    y = np.float32((rows * np.arange(top, top + len(rows))).sum()) / np.float32(total)
+    x = np.float32((columns * np.arange(left, left + len(columns))).sum()) / np.float32(total)
     return float(y), float(x)
 
 
@@ -173,12 +222,6 @@ def _cell_range(
     return first, last
 
 
-def _extent(mask: UInt8) -> tuple[int, int]:
-    """Height and width of a mask's bounding box, px."""
-    _, _, width, height = cv2.boundingRect(mask)
-    return height, width
-
-
 def assign_targets(
     objects: Objects,
     canvas_hw: tuple[int, int],
@@ -194,25 +237,34 @@ def assign_targets(
 
     Args:
         objects: Ground truth, possibly without objects.
-        canvas_hw: Height and width of the padded batch, px; the grid covers all of it.
+        canvas_hw: Height and width of the padded batch, px, divisible by the strides of the masks;
+            the grid covers all of it.
         head: Grids, ranges and mask strides.
         config: Recipe.
         num_classes: C.
+
+    Raises:
+        ValueError: The canvas is not divisible by the strides of the masks.
     """
+    for stride in head.mask_strides:
+        if canvas_hw[0] % stride or canvas_hw[1] % stride:
+            raise ValueError(f"the canvas is {canvas_hw}, expected multiples of {stride} px")
     published = config.recipe == "published"
+    masks = objects.masks if isinstance(objects.masks, CroppedMasks) else _cropped(objects.masks)
     spans = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
     sizes = np.sqrt(spans[:, 0] * spans[:, 1])
     scale = np.float32(
         config.centre_scale
     )  # float32 as published, so that ties are resolved equally
     regions: list[tuple[float, float, float, float] | None] = []
-    for mask, (box_w, box_h) in zip(objects.masks, spans, strict=True):
-        if not mask.any():
+    for number, (box_w, box_h) in enumerate(spans):
+        top, left, pixels = masks.crop(number)
+        if not pixels.size:
             regions.append(None)
             continue
-        height, width = (box_h, box_w) if published else _extent(mask)
+        height, width = (box_h, box_w) if published else pixels.shape
         half_h, half_w = (np.float32(0.5) * np.float32(side) * scale for side in (height, width))
-        regions.append((*centre_of_mass(mask), float(half_h), float(half_w)))
+        regions.append((*centre_of_mass(pixels, top, left), float(half_h), float(half_w)))
     targets = []
     for grid, stride, (low, high) in zip(
         head.num_grids, head.mask_strides, head.scale_ranges, strict=True
@@ -226,40 +278,54 @@ def assign_targets(
             top, bottom = _cell_range(y, extent_y, canvas_hw[0], grid, published)
             left, right = _cell_range(x, extent_x, canvas_hw[1], grid, published)
             owner[top : bottom + 1, left : right + 1] = index
-        targets.append(_level_targets(owner, objects, canvas_hw, stride, config, num_classes))
+        labels = _fill_labels(owner, objects.labels, num_classes)
+        targets.append(_level_targets(owner, labels, masks, canvas_hw, stride, config))
     return targets
 
 
-def _pad(mask: UInt8, canvas_hw: tuple[int, int]) -> UInt8:
-    """Pads a mask to the canvas with zeros at the bottom and on the right."""
-    if mask.shape == canvas_hw:
-        return mask
-    padded = np.zeros(canvas_hw, np.uint8)
-    padded[: mask.shape[0], : mask.shape[1]] = mask
-    return padded
+def _fill_labels(
+    owner: NDArray[np.int64], labels: NDArray[np.int64], background: int
+) -> NDArray[np.int64]:
+    """The label of each cell's object."""
+    filled = np.full(owner.shape, background, np.int64)
+    filled[owner >= 0] = labels[owner[owner >= 0]]
+    return filled
 
 
 def _level_targets(
     owner: NDArray[np.int64],
-    objects: Objects,
+    labels: NDArray[np.int64],
+    masks: CroppedMasks[np.uint8],
     canvas_hw: tuple[int, int],
     stride: int,
     config: TargetConfig,
-    num_classes: int,
 ) -> LevelTargets:
     cells = np.flatnonzero(owner >= 0)
     used, mask_index = np.unique(owner.reshape(-1)[cells], return_inverse=True)
-    labels = np.full(owner.shape, num_classes, np.int64)
-    labels.reshape(-1)[cells] = objects.labels[used][mask_index]
-    mask_hw = (canvas_hw[0] // stride, canvas_hw[1] // stride)
-    masks = np.zeros((len(used), *mask_hw), np.float32)
-    for row, index in enumerate(used):
-        mask = _pad(objects.masks[index], canvas_hw)
+    small = CroppedMasks((canvas_hw[0] // stride, canvas_hw[1] // stride), np.float32)
+    for index in used:
+        top, left, window = _aligned(masks.crop(index), stride)
         if config.masks == "region":
-            small = resize_mask(mask, stride, config.mask_resize)
+            resized = resize_mask(window, stride, config.mask_resize)
         elif config.recipe == "paper":
-            small = resize_mask(draw_contour(mask), stride, config.mask_resize)
+            resized = resize_mask(draw_contour(window), stride, config.mask_resize)
         else:
-            small = contour_mask(mask, stride, config.mask_resize)
-        masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
-    return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
+            resized = contour_mask(window, stride, config.mask_resize)
+        small.append(resized, top // stride, left // stride)
+    return LevelTargets(labels, cells, mask_index.astype(np.int64), small)
+
+
+def _aligned(crop: tuple[int, int, UInt8], stride: int) -> tuple[int, int, UInt8]:
+    """A crop extended to whole blocks of `stride` pixels.
+
+    Resizing at `stride` mixes no pixels of two blocks, so the result is that of the whole canvas.
+    """
+    top, left, pixels = crop
+    above, before = top % stride, left % stride
+    height, width = (
+        -(-(offset + side) // stride) * stride
+        for offset, side in zip((above, before), pixels.shape, strict=True)
+    )
+    window = np.zeros((height, width), np.uint8)
+    window[above : above + pixels.shape[0], before : before + pixels.shape[1]] = pixels
+    return top - above, left - before, window

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.support.tiny import TINY, TINY_SGD, disc
-from training.configs.schema import Config, LossConfig
+from training.configs.schema import Config, LossConfig, MaskLoss
 from training.criterion import solo_loss
 from training.losses import dice_loss, focal_loss
 from training.model.solo import Solo
@@ -65,7 +65,9 @@ def test_against_the_formula_over_every_cell(config: Config) -> None:
                     mask = x[image, j].sigmoid() * y[image, i].sigmoid()
                 else:
                     mask = model.head.mask_out[level](output.mask_inputs[0])[image, cell].sigmoid()
-                dice.append(dice_loss(mask[None], torch.tensor(target.masks[[row]]), eps=0.01))
+                dice.append(
+                    dice_loss(mask[None], torch.from_numpy(target.masks[row][None]), eps=0.01)
+                )
     assert len(dice) == found["num_positives"].item() > 4
     assert found["category"].item() == pytest.approx(0.5 * focal.item() / (len(dice) + 1), rel=1e-5)
     assert found["mask"].item() == pytest.approx(2 * torch.cat(dice).mean().item(), rel=1e-5)
@@ -157,9 +159,29 @@ def test_the_category_loss_does_not_see_masks() -> None:
     model = build(TINY)
     outputs = model(torch.randn(1, 3, *CANVAS))
     target = targets_of(TINY, 10.0)
-    other = [replace(t, masks=1 - t.masks) for t in target]
+    other = [replace(t, masks=1 - np.asarray(t.masks)) for t in target]
     a = solo_loss(model, outputs, [target], LossConfig())
     b = solo_loss(model, outputs, [other], LossConfig())
     assert a["category"].item() == b["category"].item()
     assert a["mask"].item() != b["mask"].item()
     assert F.relu(a["total"]).item() == a["total"].item()
+
+
+@pytest.mark.parametrize("mask_loss", ["dice", "bce", "focal"])
+def test_cropped_masks_give_the_same_loss_and_gradients_bit_for_bit(mask_loss: MaskLoss) -> None:
+    config = LossConfig(mask_loss=mask_loss)
+    cropped = [targets_of(TINY, 6.0, 12.0), targets_of(TINY, 9.0)]
+    dense = [[replace(t, masks=np.asarray(t.masks)) for t in levels] for levels in cropped]
+    results = []
+    for targets in (cropped, dense):
+        model = build(TINY)
+        torch.manual_seed(1)
+        losses = solo_loss(model, model(torch.randn(2, 3, *CANVAS)), targets, config)
+        losses["total"].backward()  # type: ignore[no-untyped-call]
+        results.append((losses, [parameter.grad for parameter in model.parameters()]))
+    (losses, gradients), (others, other_gradients) = results
+    assert losses["num_positives"] > 4
+    for name, loss in losses.items():
+        assert torch.equal(loss, others[name]), name
+    for a, b in zip(gradients, other_gradients, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)

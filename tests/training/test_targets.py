@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.contour import draw_contour
 from tests.support.tiny import disc
 from training.configs.schema import HeadConfig, TargetConfig
 from training.targets import (
@@ -324,7 +325,11 @@ def test_the_contour_of_an_object_that_the_image_cuts_is_closed(method: str) -> 
     part[40:, 60:] = 1
     objects = objects_of([part])
     config = replace(CONTOUR, mask_resize=method)  # type: ignore[arg-type]
-    (masks,) = [t.masks for t in assign_targets(objects, CANVAS, HEAD, config, 3) if len(t.cells)]
+    (masks,) = [
+        np.asarray(t.masks)
+        for t in assign_targets(objects, CANVAS, HEAD, config, 3)
+        if len(t.cells)
+    ]
     stride = 96 // masks.shape[1]
     whole = np.zeros(CANVAS, np.uint8)
     whole[:88, :100] = part
@@ -345,7 +350,7 @@ def test_a_contour_lies_inside_its_region() -> None:
 def test_cropped_masks_give_the_same_targets(masks: str, seed: int) -> None:
     whole = random_objects(seed, 12)
     assert isinstance(whole.masks, np.ndarray)
-    crops = CroppedMasks((whole.masks.shape[1], whole.masks.shape[2]))
+    crops = CroppedMasks((whole.masks.shape[1], whole.masks.shape[2]), np.uint8)
     boxes = [crops.append(mask) for mask in whole.masks]
     assert boxes == [cv2.boundingRect(mask) for mask in whole.masks]
     assert crops.shape == whole.masks.shape
@@ -381,4 +386,86 @@ def test_the_papers_contour_is_found_on_the_canvas_and_then_resized() -> None:
         assign_targets(objects_of([whole]), CANVAS, finest, replace(c, masks="contour"), 3)[0]
         for c in (PAPER, PUBLISHED)
     )
-    assert 0 < paper.masks.sum() != ours.masks.sum()
+    sums = [np.asarray(target.masks).sum() for target in (paper, ours)]
+    assert 0 < sums[0] != sums[1]
+
+
+@pytest.mark.parametrize("recipe", ["published", "paper"])
+@pytest.mark.parametrize("masks", ["region", "contour"])
+@pytest.mark.parametrize("method", ["bilinear", "area"])
+def test_masks_are_those_of_the_whole_canvas(recipe: str, masks: str, method: str) -> None:
+    """Only the blocks around an object are resized, and only its box is kept."""
+    strides = (2, 4, 8, 16)
+    head = HeadConfig(
+        num_grids=(40, 20, 12, 5),
+        level_strides=(4, 8, 16, 32),
+        mask_strides=strides,
+        scale_ranges=((1, 2048),) * 4,
+    )
+    config = TargetConfig(recipe=recipe, masks=masks, mask_resize=method)  # type: ignore[arg-type]
+    rng = np.random.default_rng(5)
+    drawn = [
+        disc(*CANVAS, rng.uniform(0, 96), rng.uniform(0, 128), rng.uniform(0.5, 50))
+        for _ in range(20)
+    ]
+    drawn += [mask * (rng.random(CANVAS) < 0.7).astype(np.uint8) for mask in drawn]
+    objects = objects_of([mask for mask in drawn if mask.any()])
+    compared = 0
+    for index, mask in enumerate(objects.masks):
+        alone = objects_of([mask], [0])
+        levels = assign_targets(alone, CANVAS, head, config, 3)
+        for target, stride in zip(levels, strides, strict=True):
+            assert len(target.masks) == 1, index
+            if masks == "region":
+                expected = resize_mask(mask, stride, method)
+            elif recipe == "paper":
+                expected = resize_mask(draw_contour(mask), stride, method)
+            else:
+                expected = contour_mask(mask, stride, method)
+            np.testing.assert_array_equal(target.masks[0], expected)
+            compared += bool(expected.any())
+    assert compared > 60
+
+
+def test_memory_grows_with_the_area_of_the_objects() -> None:
+    head = HeadConfig(
+        num_grids=(64, 32),
+        level_strides=(8, 16),
+        mask_strides=(4, 8),
+        scale_ranges=((1, 2048), (1, 2048)),
+    )
+    sizes = {}
+    for side in (512, 1024):
+        masks = CroppedMasks((side, side), np.uint8)
+        boxes = []
+        for index in range(400):
+            y, x = (24 * cell + 8 for cell in divmod(index, 20))
+            masks.append(disc(16, 16, 7.5, 7.5, 7), y, x)
+            boxes.append((x + 1, y + 1, x + 15, y + 15))
+        objects = Objects(masks, np.array(boxes, np.float32), np.zeros(400, np.int64))
+        found = assign_targets(objects, (side, side), head, TargetConfig(), 1)
+        levels = [t.masks for t in found if isinstance(t.masks, CroppedMasks)]
+        assert len(levels) == 2 and len(levels[0]) > 300
+        sizes[side] = sum(level.nbytes for level in levels)
+        assert sizes[side] < 400 * 16 * 16 < np.asarray(levels[0]).nbytes / 20
+    assert sizes[1024] <= sizes[512]  # a coarser grid leaves a few objects without a cell
+
+
+def test_a_canvas_that_the_strides_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"canvas is \(96, 120\), expected multiples of 16 px"):
+        assign_targets(objects_of([]), (96, 120), HEAD, PUBLISHED, 3)
+
+
+def test_cropped_masks_as_an_array() -> None:
+    masks = CroppedMasks((4, 6), np.float32)
+    assert np.asarray(masks).shape == masks.shape == (0, 4, 6)
+    assert masks.append(np.zeros((2, 2), np.float32), 1, 3) == (0, 0, 0, 0)
+    assert masks.append(np.array([[0, 0.25], [0, 0.5]], np.float32), 1, 3) == (4, 1, 1, 2)
+    whole = np.zeros((2, 4, 6), np.float32)
+    whole[1, 1:3, 4] = 0.25, 0.5
+    np.testing.assert_array_equal(masks, whole)
+    assert np.asarray(masks).dtype == np.float32 and masks.nbytes == 8
+    assert np.asarray(masks, np.float64).dtype == np.float64
+    np.testing.assert_array_equal(masks[-1], whole[1])
+    with pytest.raises(IndexError):
+        masks[2]

@@ -58,7 +58,7 @@ def build_sample(image: UInt8, objects: Iterable[tuple[UInt8, int]]) -> Sample:
 
     Drops masks that are empty after resizing; computes boxes of the masks, x2, y2 exclusive.
     """
-    masks = CroppedMasks((image.shape[0], image.shape[1]))
+    masks = CroppedMasks((image.shape[0], image.shape[1]), np.uint8)
     boxes, labels = [], []
     for mask, label in objects:
         if mask.any():

@@ -93,7 +93,7 @@ def test_mask_targets_pixel_by_pixel(seed: int) -> None:
                 a, b = y * stride + stride // 2, x * stride + stride // 2
                 around = sum(int(mask[a - u, b - v]) for u in (0, 1) for v in (0, 1))
                 if around != 2:  # a half rounds either way
-                    assert target.masks[0, y, x] == (around > 2)
+                    assert target.masks[0][y, x] == (around > 2)
 
 
 def test_the_region_is_not_clamped_to_the_neighbours_of_the_centre() -> None:

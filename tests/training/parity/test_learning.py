@@ -69,7 +69,8 @@ def test_targets(which: ParityModel, scene: str) -> None:
                 cells = rows * target.labels.shape[1] + columns
             np.testing.assert_array_equal(target.cells, cells)
             np.testing.assert_array_equal(
-                target.masks[target.mask_index], stored[f"img{image}_mask_target{level}"]
+                np.asarray(target.masks)[target.mask_index],
+                stored[f"img{image}_mask_target{level}"],
             )
     count = sum(len(t.cells) for levels in targets_of(which, scene) for t in levels)
     assert count == stored["num_pos"]
