@@ -18,10 +18,13 @@ from benchmarks.ours import ONNX_FILE, load_model
 from export.onnx_graph import build_onnx
 from export.publish import describe_file, merge_config
 from export.to_aoti import AotiOptions, TypedGraph, build_aoti, describe_package
-from pipeline.model_config import FileSpec
+from pipeline.model_config import FileSpec, ModelConfig
 from service.engines.aoti_package import PackagePrecision, name_package, read_info
-from service.engines.aotinductor import Runner, serve_runners
+from service.engines.aotinductor import serve_runners
 from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.slots import SlotBackend
+from training.configs.schema import Config
+from training.model.solo import Solo
 
 EngineName = Literal["aoti", "eager", "ort", "trt"]
 """`eager` is the graph of `aoti` run by PyTorch, on a GPU from a recorded CUDA graph."""
@@ -57,12 +60,10 @@ class EngineRecipe:
     threads: int | None = None
     packages: Path | None = None
 
-    def package_options(self, subject: GpuSubject) -> AotiOptions:
-        """Those of solo-export's `--aoti`, with the subject's batches."""
+    def package_options(self, served: ModelConfig) -> AotiOptions:
+        """Those of solo-export's `--aoti`, with the model's batches."""
         return AotiOptions(
-            device=self.device,
-            precision=self.precision,
-            max_batch=subject.served.limits.max_batch,
+            device=self.device, precision=self.precision, max_batch=served.limits.max_batch
         )
 
 
@@ -74,7 +75,8 @@ def build_engine(name: EngineName, subject: GpuSubject, recipe: EngineRecipe) ->
     """
     began_s = time.perf_counter()
     if name == "eager":
-        return EngineUnderTest(_serve_eager(subject, recipe), time.perf_counter() - began_s)
+        eager = serve_eager(subject.network, subject.config, subject.served, recipe)
+        return EngineUnderTest(eager, time.perf_counter() - began_s)
     with tempfile.TemporaryDirectory() as root:
         folder = publish_subject(subject, Path(root), recipe if name == "aoti" else None)
         precision = recipe.precision if name == "aoti" else "fp32"
@@ -115,7 +117,7 @@ def find_package(subject: GpuSubject, recipe: EngineRecipe) -> Path:
 
     One that was kept for larger batches is taken too. It has the name of `name_package`.
     """
-    options = recipe.package_options(subject)
+    options = recipe.package_options(subject.served)
     wanted = describe_package(subject.config, options)
     root = recipe.packages or Path(tempfile.mkdtemp())
     file = root / subject.config.name / name_package(wanted.target, wanted.precision)
@@ -134,19 +136,26 @@ def find_package(subject: GpuSubject, recipe: EngineRecipe) -> Path:
     return part.replace(file)
 
 
-def _serve_eager(subject: GpuSubject, recipe: EngineRecipe) -> Backend:
-    info = describe_package(subject.config, recipe.package_options(subject))
-    graph = TypedGraph(subject.network, recipe.precision).to(recipe.device)
+def serve_eager(
+    network: Solo, config: Config, served: ModelConfig, recipe: EngineRecipe
+) -> SlotBackend:
+    """A package's graph run by PyTorch in the service's slots.
+
+    Args:
+        network: In evaluation mode; stays as it is.
+        config: Of the network.
+        served: The service's configuration of it.
+        recipe: Device, precision and threads.
+    """
+    info = describe_package(config, recipe.package_options(served))
+    graph = TypedGraph(network, recipe.precision).to(recipe.device)
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
             outputs: Sequence[Tensor] = graph(*inputs)
         return outputs
 
-    def load() -> Runner:
-        return run
-
     options = BackendOptions(device=recipe.device, threads=recipe.threads)
-    backend = serve_runners(load, info, options, subject.served, "PyTorch without a compiler")
+    backend = serve_runners(lambda: run, info, options, served, "PyTorch without a compiler")
     backend.name = "eager"
     return backend
