@@ -39,6 +39,7 @@ from service.engines.aoti_package import (
     CPU_TARGET,
     PackageInfo,
     PackagePrecision,
+    describe_cpu,
     name_package,
     name_target,
 )
@@ -49,6 +50,8 @@ from training.model.head import LevelOutput
 from training.model.solo import Solo
 
 STRIDE = 32
+MARCH = "cpp.march"
+"""Without this option, which torch 2.11 does not have, the compiler uses all of this CPU."""
 DTYPES: dict[PackagePrecision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -70,15 +73,12 @@ class AotiOptions:
         device: The CPU, or the CUDA device at hand, for whose architecture the code is.
         precision: Of the convolutions and of the masks.
         max_batch: Most canvases in a call.
-        canvas_hw: The only canvas, for code that knows its sizes; None takes every canvas that
-            the configuration's images can get.
         tune: Tries several kernels for each operation on the device; takes much longer.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     precision: PackagePrecision = "fp32"
     max_batch: int = 8
-    canvas_hw: tuple[int, int] | None = None
     tune: bool = False
 
 
@@ -152,10 +152,6 @@ def describe_package(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise GraphError(f"torch {torch.__version__} finds no CUDA device to compile for")
     largest_hw, fixed = find_canvases(config.input)
-    if options.canvas_hw is not None:
-        if min(options.canvas_hw) < STRIDE or any(side % STRIDE for side in options.canvas_hw):
-            raise GraphError(f"canvas_hw is {options.canvas_hw}, expected multiples of {STRIDE}")
-        largest_hw, fixed = options.canvas_hw, True
     capability = torch.cuda.get_device_capability() if options.device == "cuda" else None
     return PackageInfo(
         config=config.name,
@@ -166,6 +162,7 @@ def describe_package(
         max_batch=options.max_batch,
         max_canvas_hw=largest_hw,
         fixed_canvas=fixed,
+        host_cpu=None if MARCH in known_options() else describe_cpu(),
         onnx_sha256=onnx_sha256,
     )
 
@@ -200,20 +197,26 @@ def export_program(graph: CandidateGraph, info: PackageInfo) -> torch.export.Exp
         return torch.export.export(graph, (images, valid_hw), dynamic_shapes=shapes)
 
 
+def known_options() -> frozenset[str]:
+    """Names of Inductor's options in this torch; releases differ, and others are errors."""
+    return frozenset(torch._inductor.config.get_config_copy())
+
+
 def compiler_options(info: PackageInfo, *, tune: bool) -> dict[str, Any]:
-    """Inductor's options for a package."""
+    """Inductor's options for a package, those that this torch has."""
     options: dict[str, Any] = {
-        "aot_inductor.metadata": info.to_metadata(),
         # Lays weights out for their kernels now, not in every call. With symbolic sizes torch 2.13
         # fails there on those that follow from a scale factor.
         "freezing": info.fixed_canvas,
         "cpp.dynamic_threads": True,  # as many as the server says, not as there are here
     }
     if info.machine == "x86_64":  # else the code would need this very CPU
-        options |= {"cpp.march": "x86-64-v3", "cpp.simdlen": 256}
+        options |= {MARCH: "x86-64-v3", "cpp.simdlen": 256}
     if tune:
         options |= {"max_autotune": True, "coordinate_descent_tuning": True}
-    return options
+    known = known_options()
+    chosen = {name: value for name, value in options.items() if name in known}
+    return {"aot_inductor.metadata": info.to_metadata(), **chosen}
 
 
 def build_aoti(
@@ -279,8 +282,8 @@ def package_cases(config: Config, options: AotiOptions) -> Iterator[Case]:
     """Batches of the sizes that a package takes."""
     sizes: Sequence[tuple[int, int]] = canvas_sizes(config.input)
     largest_hw, fixed = find_canvases(config.input)
-    if options.canvas_hw is not None or fixed:
-        sizes = [options.canvas_hw or largest_hw]
+    if fixed:
+        sizes = [largest_hw]
     return build_cases(sizes, batches=sorted({1, min(3, options.max_batch)}))
 
 

@@ -15,11 +15,12 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
-from benchmarks.gpu.engines import EngineName, EngineUnderTest, build_engine
+from benchmarks.gpu.engines import EngineName, EngineRecipe, EngineUnderTest, build_engine
 from benchmarks.gpu.stages import (
     measure_batch,
     measure_end_to_end,
@@ -54,7 +55,8 @@ def gpu(
     quick: Annotated[bool, "tiny networks, batches of 1 and 2, ort"] = False,
     models: Annotated[tuple[str, ...] | None, f"default: {' '.join(MODELS)}"] = None,
     engines: Annotated[tuple[EngineName, ...] | None, "default: aoti"] = None,
-    precision: Annotated[PackagePrecision, "of aoti"] = "bf16",
+    precision: Annotated[PackagePrecision, "of aoti and eager"] = "bf16",
+    packages: Annotated[Path | None, "folder where compiled packages are kept"] = None,
     batches: Annotated[tuple[int, ...] | None, f"default: {BATCHES}"] = None,
     threads: Annotated[int, "that decode, in all"] = os.cpu_count() or 1,
     engine_threads: Annotated[int | None, "of an engine on the CPU"] = None,
@@ -69,9 +71,11 @@ def gpu(
             f"torch {torch.__version__} finds no CUDA device; to check that the benchmark runs at "
             "all: --device cpu --quick"
         )
-    torch.backends.cudnn.benchmark = True
     seconds = min(seconds, 0.02) if quick else seconds
     end_s = time.monotonic() + 60 * minutes
+    recipe = EngineRecipe(
+        device=device, precision=precision, threads=engine_threads, packages=packages
+    )
     limits = measure_limits(device, quick=quick)
     rows: list[Row] = []
     skipped: list[Row] = []
@@ -85,7 +89,7 @@ def gpu(
                 skipped.append({**head, "engine": kind, "reason": reason})
                 continue
             try:
-                engine = build_engine(kind, subject, device, precision, engine_threads)
+                engine = build_engine(kind, subject, recipe)
             except (BackendError, ExportError, ServiceError) as error:
                 skipped.append({**head, "engine": kind, "reason": str(error)})
                 continue

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,10 @@ def measure_limits(device: str, *, quick: bool) -> dict[str, float]:
     host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=device == "cuda")
     here = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     there = torch.empty_like(here)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    factors = {
+        name: torch.randn(2, side, side, device=device).to(dtype)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    }
 
     def rate(amount: float, step: Callable[[], Any]) -> float:
         best_s = 1e-3 * time_ms(step, device, seconds=0.1 if quick else 1.0)["q25"]
@@ -54,7 +58,10 @@ def measure_limits(device: str, *, quick: bool) -> dict[str, float]:
         "copy_h2d_gb_s": rate(n_bytes / 1e9, lambda: here.copy_(host, non_blocking=True)),
         # Read and written: twice the bytes.
         "copy_d2d_gb_s": rate(2 * n_bytes / 1e9, lambda: there.copy_(here)),
-        "bf16_matrix_tflop_s": rate(2 * side**3 / 1e12, lambda: torch.mm(a, b)),
+        **{
+            f"{name}_matrix_tflop_s": rate(2 * side**3 / 1e12, partial(torch.mm, *pair))
+            for name, pair in factors.items()
+        },
     }
 
 

@@ -1,7 +1,7 @@
 """A measured child process and all that it starts: CPU time, memory, and an end.
 
-Its processes are found by a variable that they inherit: not every framework's are descendants of
-the one that was started.
+It has a session of its own. Its processes are found by a variable that they inherit: not every
+framework's are descendants of the one that was started, or in its session.
 """
 
 from __future__ import annotations
@@ -30,13 +30,26 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 def find_processes(mark: str) -> list[Path]:
     """Folders in /proc of the living processes whose environment has the mark."""
-    wanted = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended meanwhile, or of another user
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(folder)
+            for line in (folder / "environ").read_bytes().split(b"\0"):
+                name, _, marks = line.decode(errors="replace").partition("=")
+                if name == MARK and mark in marks.split(":"):
+                    found.append(folder)
     return found
+
+
+def kill_processes(mark: str) -> None:
+    """Kills the living processes of a mark; waits up to 5 s until none is left."""
+    for _ in range(100):
+        left = find_processes(mark)
+        if not left:
+            return
+        for folder in left:
+            with suppress(ProcessLookupError):
+                os.kill(int(folder.name), signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def read_cpu_s(folders: Sequence[Path]) -> float:
@@ -75,6 +88,8 @@ class ChildProcess:
         folder: Working folder.
         environment: Variables beside this process's.
         log: File for its output; without one it is asked line by line (`ask`).
+        mark: What `find_processes` finds it by; None takes a new one.
+        stop_s: How long it may take to end when it is stopped.
     """
 
     def __init__(
@@ -84,18 +99,23 @@ class ChildProcess:
         folder: Path = ROOT,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        mark: str | None = None,
+        stop_s: float = STOP_S,
     ) -> None:
-        self.mark = uuid.uuid4().hex
+        self.mark = mark or uuid.uuid4().hex
+        self._stop_s = stop_s
+        marks = f"{os.environ.get(MARK, '')}:{self.mark}"  # it is also its parents' process
         self._command = command
         self._log = log
         output = log.open("wb") if log is not None else subprocess.PIPE
         self._process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {}), MARK: self.mark},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {}), MARK: marks},
             stdin=subprocess.DEVNULL if log is not None else subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT if log is not None else None,
+            start_new_session=True,
         )
         if not isinstance(output, int):
             output.close()
@@ -137,6 +157,12 @@ class ChildProcess:
                 raise BenchmarkError(f"{' '.join(self._command)}: {why}: {output}")
             time.sleep(0.1)
 
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit status, negative for a signal; None if it has not ended in time."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
+
     @contextmanager
     def measure(self) -> Iterator[Usage]:
         """Measures what the processes use meanwhile."""
@@ -160,23 +186,17 @@ class ChildProcess:
             watcher.join()
 
     def stop(self) -> None:
-        """Asks the process to end, then kills what is left of it and its children."""
+        """Asks the process to end, then kills what is left of it, its session and children."""
         process = self._process
         if process.stdin is not None:
             with suppress(BrokenPipeError):
                 process.stdin.close()
         elif process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        for _ in range(100):
-            left = find_processes(self.mark)
-            if not left:
-                break
-            for folder in left:
-                with suppress(ProcessLookupError):
-                    os.kill(int(folder.name), signal.SIGKILL)
-            time.sleep(0.05)
+        self.wait(self._stop_s)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        kill_processes(self.mark)
         process.wait()
         if process.stdout is not None:
             process.stdout.close()

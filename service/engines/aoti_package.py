@@ -24,6 +24,7 @@ PackagePrecision = Literal["fp32", "fp16", "bf16"]
 METADATA_KEY = "solo_serve"
 METADATA_SUFFIX = "wrapper_metadata.json"
 CPU_TARGET = "cpu"
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class PackageInfo:
         max_batch: Most canvases in a call.
         max_canvas_hw: Largest canvas, px.
         fixed_canvas: Whether `max_canvas_hw` is the only one.
+        host_cpu: The only CPU that runs it, see `describe_cpu`; None is any x86-64-v3 CPU.
         onnx_sha256: Of the model.onnx of the same weights; None if unknown.
     """
 
@@ -50,6 +52,7 @@ class PackageInfo:
     max_batch: int
     max_canvas_hw: tuple[int, int]
     fixed_canvas: bool
+    host_cpu: str | None = None
     onnx_sha256: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
@@ -65,6 +68,17 @@ def name_package(target: str, precision: Precision) -> str:
 def name_target(capability: tuple[int, int] | None) -> str:
     """Target of a GPU's compute capability; None is the CPU."""
     return CPU_TARGET if capability is None else f"sm_{capability[0]}{capability[1]}"
+
+
+def describe_cpu() -> str:
+    """The host's CPU with a digest of its instruction sets."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    sets = " ".join(sorted(fields.get("flags", fields.get("Features", "")).split()))
+    return f"{fields.get('model name', '')} {hashlib.sha256(sets.encode()).hexdigest()[:12]}"
 
 
 def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:
@@ -131,6 +145,8 @@ def find_misfit(
         return f"the package is for {info.machine} hosts, this is {platform.machine()}"
     if info.machine == "x86_64" and cpu_capability[:4] != "AVX2" and "AVX512" not in cpu_capability:
         return f"the package needs a CPU with AVX2, this one has {cpu_capability}"
+    if info.host_cpu is not None and info.host_cpu != describe_cpu():
+        return f"the package was made for the CPU {info.host_cpu}, this is {describe_cpu()}"
     return None
 
 

@@ -267,32 +267,52 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
         raise BackendError(obstacle)
     data = read_verified(package, config.files)
     info = read_info(data)
-    target = find_target(options)
-    _check_fit(package.name, info, target, config)
+    _check_fit(package.name, info, find_target(options), config)
+    device = "cpu" if info.target == CPU_TARGET else "cuda"
     made = f"package {package.name} made for torch {info.torch}"
-    if target == CPU_TARGET:
-        slot = build_host_slot(info, load_runner(data, "cpu"), options.threads or count_cores())
-        return serve_package([slot], info, "cpu", made)
+    return serve_runners(lambda: load_runner(data, device), info, options, config, made)
+
+
+def serve_runners(
+    load: Callable[[], Runner],
+    info: PackageInfo,
+    options: BackendOptions,
+    config: ModelConfig,
+    reason: str,
+) -> SlotBackend:
+    """The backend of code that computes the graph; on CUDA each slot loads its own.
+
+    Args:
+        load: Gives the code.
+        info: What it is for.
+        options: Threads and slots.
+        config: Of the version.
+        reason: Why this engine, one sentence.
+
+    Raises:
+        BackendError: CUDA does not work, or the code fails on the model's canvas.
+    """
+    if info.target == CPU_TARGET:
+        slot = build_host_slot(info, load(), options.threads or count_cores())
+        return serve_package([slot], info, "cpu", reason)
     import torch
 
+    torch.backends.cudnn.benchmark = True  # a model has few canvases
     device = CudaDevice(torch.cuda.current_device())
     select = load_select(device, config.postprocess, config.mask_stride)
     how = f"post-processed on the {'host: ' + select if isinstance(select, str) else 'device'}"
 
-    def build_call(stream: int) -> AotiCall:
-        return AotiCall(info, load_runner(data, "cuda"), config.mask_stride, stream)
-
     def build_slot() -> DeviceSlot:
         return DeviceSlot(
             device,
-            build_call,
+            lambda stream: AotiCall(info, load(), config.mask_stride, stream),
             max_batch=info.max_batch,
             canvases=list_canvases(config.input),
             select=None if isinstance(select, str) else select,
         )
 
     slots, _ = build_device_slots(options.slots, build_slot, config, threads=False)
-    return serve_package(slots, info, "cuda", f"{made}; {how}")
+    return serve_package(slots, info, "cuda", f"{reason}; {how}")
 
 
 def _check_fit(name: str, info: PackageInfo, target: str, config: ModelConfig) -> None:

@@ -27,11 +27,12 @@ from export.to_aoti import (
     package_cases,
 )
 from pipeline.model_config import InputSpec, KeepRatioResize, TileResize
-from service.engines.aoti_package import METADATA_KEY, PackagePrecision
+from service.engines.aoti_package import METADATA_KEY, PackagePrecision, describe_cpu
 from tests.support.tiny_solo import tiny_config, tiny_network
 from training.configs.schema import BackboneConfig, HeadKind
 from training.model.solo import Solo
 
+TILES = InputSpec(resize=TileResize(scale=1.0, tile_hw=(64, 96), overlap_px=16))
 ANY_CANVAS = InputSpec(resize=KeepRatioResize(short_side=96, long_side=160))
 CASES = tuple(build_cases([(64, 96)], batches=(2,)))
 
@@ -113,17 +114,34 @@ def test_a_package_describes_itself() -> None:
     assert info.onnx_sha256 == "a" * 64
     assert METADATA_KEY in compiler_options(info, tune=False)["aot_inductor.metadata"]
     assert not compiler_options(info, tune=False)["freezing"]
-    fixed = describe_package(config, AotiOptions(canvas_hw=(64, 96)))
-    assert (fixed.max_canvas_hw, fixed.fixed_canvas) == ((64, 96), True)
-    assert "max_autotune" in compiler_options(fixed, tune=True)
+    tiles = describe_package(replace(config, input=TILES), AotiOptions())
+    assert (tiles.max_canvas_hw, tiles.fixed_canvas) == ((64, 96), True)
+    assert compiler_options(tiles, tune=True)["max_autotune"]
+    assert compiler_options(tiles, tune=True)["freezing"]
+
+
+def test_options_that_this_torch_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no cpp.march: the compiler takes this CPU's, and the package says so."""
+    known = to_aoti.known_options()
+    old = known - {to_aoti.MARCH}
+    monkeypatch.setattr(to_aoti, "known_options", lambda: old)
+    info = describe_package(tiny_config(), AotiOptions())
+    assert info.host_cpu == describe_cpu()
+    options = compiler_options(replace(info, machine="x86_64"), tune=True)
+    assert options.keys() <= old
+    assert {"cpp.simdlen", "freezing", "max_autotune"} <= options.keys()
+    monkeypatch.undo()
+    info = describe_package(tiny_config(), AotiOptions())
+    assert (info.host_cpu is None) == (to_aoti.MARCH in known)
+    options = compiler_options(replace(info, machine="x86_64"), tune=False)
+    assert (to_aoti.MARCH in options) == (to_aoti.MARCH in known)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (AotiOptions(max_batch=0), "max_batch is 0"),
-        (AotiOptions(canvas_hw=(64, 100)), r"canvas_hw is \(64, 100\)"),
-        (AotiOptions(canvas_hw=(0, 64)), r"canvas_hw is \(0, 64\)"),
+        (AotiOptions(max_batch=-3), "max_batch is -3"),
     ],
 )
 def test_wrong_options_are_named(options: AotiOptions, message: str) -> None:
@@ -158,8 +176,8 @@ def test_cases_are_of_the_sizes_that_a_package_takes() -> None:
     config = replace(tiny_config(), input=ANY_CANVAS)
     shapes = {case.images.shape[:3] for case in package_cases(config, AotiOptions(max_batch=2))}
     assert shapes == {(1, 96, 128), (2, 96, 128), (1, 64, 64), (2, 64, 64)}
-    fixed = package_cases(config, AotiOptions(max_batch=1, canvas_hw=(32, 64)))
-    assert {case.images.shape[:3] for case in fixed} == {(1, 32, 64)}
+    fixed = package_cases(replace(config, input=TILES), AotiOptions(max_batch=1))
+    assert {case.images.shape[:3] for case in fixed} == {(1, 64, 96)}
 
 
 def test_a_package_that_finds_something_else_fails() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.model_config import FileSpec
+from service.engines import aoti_package
 from service.engines.aoti_package import (
     METADATA_KEY,
     PackageInfo,
+    describe_cpu,
     find_misfit,
     name_package,
     name_target,
@@ -73,6 +75,22 @@ def test_what_is_no_package_of_ours_is_refused(data: bytes, message: str) -> Non
 
 def test_a_package_for_this_machine_fits() -> None:
     assert misfit(INFO) is None
+    assert misfit(replace(INFO, host_cpu=describe_cpu())) is None
+
+
+def test_a_cpu_is_its_model_and_its_instruction_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(aoti_package, "_CPU_INFO", info)
+    found = []
+    for flags in ("avx2 fma", "fma avx2", "fma avx2 avx512f", ""):
+        info.write_text(f"model name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor : 1\n")
+        found.append(describe_cpu())
+    assert found[0] == found[1] and len(set(found)) == 3
+    assert all(name.startswith("Some CPU ") for name in found)
+    info.unlink()
+    assert describe_cpu() == platform.processor()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +100,7 @@ def test_a_package_for_this_machine_fits() -> None:
         (replace(INFO, target="cpu"), "for cpu, this is sm_90"),
         (replace(INFO, torch="2.12.0"), "torch 2.12.0, this is torch 2.13.1"),
         (replace(INFO, machine="riscv64"), "for riscv64 hosts"),
+        (replace(INFO, host_cpu="Z80 0123"), f"for the CPU Z80 0123, this is {describe_cpu()}"),
     ],
 )
 def test_a_package_for_another_machine_says_which(info: PackageInfo, message: str) -> None:
