@@ -64,7 +64,7 @@ class LocalSegmenter:
     @property
     def failure(self) -> str | None:
         """Why the process must be replaced."""
-        return self.store.failure
+        return self.store.renewal.failure
 
     @property
     def models(self) -> list[ModelState]:

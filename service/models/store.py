@@ -1,9 +1,8 @@
 """Which versions of which models are served, and how that changes while they are.
 
-Every change is one operation, `ModelStore.replace`: build and warm up the new engines in a thread,
-swap them in, drain the old ones and close them. It replaces an engine that died, an engine for
-which a faster one was built, and the versions of a model. Until the swap the old ones serve; if
-anything fails they go on, which is the roll-back.
+Every change is one operation, `ModelStore.replace`: build and warm up the new versions in a thread,
+swap them in, drain the old ones and close them. Until the swap the old ones serve; if anything
+fails they go on, which is the roll-back. `renewal` replaces the engine of one version.
 """
 
 from __future__ import annotations
@@ -13,14 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import ConfigError
-from service.engines.base import BackendError
-from service.engines.builder import Upgrade
-from service.engines.state import EngineBuild
 from service.engines.watch import WatchedEngine
 from service.errors import (
     DeviceError,
@@ -32,6 +26,7 @@ from service.errors import (
 )
 from service.models.background import run_in_thread, spawn
 from service.models.folders import explain_refusal, find_folder, read_default
+from service.models.renewal import EngineRenewal
 from service.models.repository import LoadedModel, Repository, load_model
 from service.models.served import ServedModel
 from service.observe.metrics import Metrics
@@ -48,11 +43,6 @@ LAST_CALL_S = 1.0
 """How long an engine that is no longer used may take for what is still in flight."""
 LAST_STEP_S = 1.0
 """How long the threads of a model that has ended may take for the step that each is in."""
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-REBUILD_S = 600.0
-"""Longest rebuild; one that takes longer hangs, and so would the next one."""
-
 Build = Callable[[], Mapping[int, LoadedModel]]
 """Builds versions of a model, warm; runs in a thread."""
 
@@ -70,7 +60,7 @@ class ModelStore:
         served: By name and version.
         unavailable: Why other models of the repository, or newer versions of those that are
             served, are not; by name.
-        failure: Why the process must be replaced, see `Segmenter`.
+        renewal: Replaces the engines of served versions.
 
     Raises:
         StartupError: The default model is not in the repository.
@@ -87,9 +77,8 @@ class ModelStore:
         self._repository = repository
         self._metrics = metrics
         self._budget = budget or PixelBudget()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.renewal = EngineRenewal(settings, repository, metrics, self._show_engine)
         self._closed = False
-        self.failure: str | None = None
         self._changing = asyncio.Lock()
         self._recorded_default = repository.default
         self._retiring: set[asyncio.Task[None]] = set()
@@ -123,9 +112,9 @@ class ModelStore:
 
     def start(self) -> None:
         """Starts building faster engines, and rebuilds those that die; needs an event loop."""
-        self._loop = asyncio.get_running_loop()
+        self.renewal.start()
         for model in self.all_models:
-            self._start_upgrade(model)
+            self.renewal.start_upgrade(model)
 
     async def close(self, *, finished: bool) -> None:
         """Ends schedulers and engines.
@@ -156,31 +145,21 @@ class ModelStore:
         finally:
             model.users -= 1
 
-    # --- the one way to replace engines ---------------------------------------------------------
+    # --- changes of a model ---------------------------------------------------------------------
 
-    async def replace(self, name: str, build: Build, *, only: ServedModel | None = None) -> None:
+    async def replace(self, name: str, build: Build) -> None:
         """Builds and warms up versions of a model, swaps them in, drains and closes the old ones.
+
+        Requests in flight finish with the versions that they began with.
 
         Args:
             name: The model's.
-            build: Gives the versions; one that is served already with the same engine stays as it
-                is.
-            only: Only the engine of this version is replaced, requests in flight go on with the
-                new one; if the version is no longer served, the engine is closed. None: `build`
-                gives all versions, and requests in flight finish with the old ones.
+            build: Gives all versions that are to be served; one that is served already with the
+                same engine stays as it is.
 
         Raises:
             Exception: What `build` raised; nothing has changed.
         """
-        if only is not None:
-            built = await run_in_thread(build, _close_all)
-            only.loaded = built[only.loaded.version]
-            only.engine.swap(only.loaded.backend)  # closes it if `only` has been closed
-            only.scheduler.adopt(choose_policy(self._settings, only.engine, only.config.limits))
-            if self.served.get(name, {}).get(only.loaded.version) is only:
-                self._announce(only)
-            self._start_upgrade(only)
-            return
         # Not `loaded` of after the build: an engine may have been replaced meanwhile.
         kept = self._find_loaded(name)
         versions = await run_in_thread(build)
@@ -191,7 +170,7 @@ class ModelStore:
                 new[version] = old.pop(version)
             else:
                 new[version] = self._serve(loaded)
-                self._start_upgrade(new[version])
+                self.renewal.start_upgrade(new[version])
         if new:
             self.served[name] = new
             self.unavailable.pop(name, None)
@@ -254,99 +233,6 @@ class ModelStore:
                 raise UnknownModel(f"model {name!r} is not served, only {sorted(self.served)}")
             await self.replace(name, dict)
             self._set_unavailable(name, UNLOADED)
-
-    def _report_death(self, model: ServedModel) -> None:
-        """An engine has died; any thread may call this."""
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(lambda: spawn(self._rebuild(model), model.builds))
-
-    async def _rebuild(self, model: ServedModel) -> None:
-        """Replaces a dead engine; tries until it succeeds, or the model has ended.
-
-        After too many failures of engines the process is given up: an error of CUDA may last until
-        the process ends. A model's files may be repaired, so for them there is no limit.
-        """
-        pause_s, failures = FIRST_PAUSE_S, 0
-        build = partial(self._build_again, model.loaded)
-        while not model.engine.is_closed:
-            try:
-                async with asyncio.timeout(REBUILD_S):
-                    await self.replace(model.name, build, only=model)
-            except TimeoutError:
-                self._give_up(model, f"an attempt to replace it hangs for {REBUILD_S:g} s")
-                return
-            except Exception as error:  # whatever stands in the way may pass
-                failures += not _is_of_files(error)
-                if failures == self._settings.max_rebuilds:
-                    self._give_up(model, f"{failures} attempts to replace it failed: {error!r}")
-                    return
-                logger.error("no new engine yet, next attempt in %g s: %s", pause_s, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                engine = model.engine.current
-                logger.info("a new engine is ready on %s (%s)", engine.device, engine.name)
-                self._metrics.engine_restarts.labels(model.name).inc()
-                return
-
-    def _build_again(self, loaded: LoadedModel) -> dict[int, LoadedModel]:
-        """The same version with another engine on the same device.
-
-        Raises:
-            BackendError: The new engine has fallen back to another device.
-        """
-        rebuilt = self._repository.rebuild(loaded)
-        device = rebuilt.backend.device
-        if device != loaded.backend.device:
-            rebuilt.backend.close()
-            raise BackendError(f"the new engine is on {device}, not on {loaded.backend.device}")
-        return {loaded.version: rebuilt}
-
-    def _give_up(self, model: ServedModel, reason: str) -> None:
-        """Has the process replaced; what waits for the engine fails."""
-        self.failure = f"the engine of model {model.name!r} has failed: {reason}"
-        logger.error("%s", self.failure)
-        model.engine.close()
-
-    def _start_upgrade(self, model: ServedModel) -> None:
-        """Builds a faster engine in the background, if the current one names one; one at a time."""
-        upgrade: Upgrade | None = getattr(model.engine.current, "upgrade", None)
-        if upgrade is not None and self._loop is not None and not model.is_upgrading:
-            model.is_upgrading = True
-            spawn(self._upgrade(model, upgrade), model.builds)
-
-    async def _upgrade(self, model: ServedModel, upgrade: Upgrade) -> None:
-        engine, loaded = model.engine, model.loaded
-
-        def report(status: str, progress: float) -> None:
-            engine.build = EngineBuild(status, progress)
-
-        def build() -> dict[int, LoadedModel]:
-            report("building the engine", 0.0)
-            upgrade.build(report)
-            report("loading", 1.0)
-            backend = upgrade.load()
-            try:
-                loaded.probe(backend)
-            except BaseException:
-                backend.close()
-                raise
-            return {loaded.version: replace(loaded, backend=backend)}
-
-        try:
-            await self.replace(model.name, build, only=model)
-        except asyncio.CancelledError:
-            upgrade.cancel()
-            raise
-        except Exception as error:
-            report(f"failed: {error}", engine.build.progress if engine.build else 0.0)
-            logger.error("%s goes on, the faster engine failed: %s", loaded.backend.name, error)
-        else:
-            report("done", 1.0)
-            logger.info("the engine is %s now", engine.current.name)
-        finally:
-            model.is_upgrading = False
 
     async def _retire(self, model: ServedModel) -> None:
         """Ends a version that is no longer found, when no request uses it."""
@@ -414,13 +300,18 @@ class ModelStore:
             loaded.backend,
             loaded.probe,
             timeout_s=self._settings.engine_timeout_s,
-            on_death=lambda reason: self._report_death(model),
+            on_death=lambda reason: self.renewal.report_death(model),
         )
         policy = choose_policy(self._settings, engine, loaded.config.limits)
         scheduler = Scheduler(engine, policy, self._budget, count_call)
         model = ServedModel(loaded, engine, scheduler)
         self._announce(model)
         return model
+
+    def _show_engine(self, model: ServedModel) -> None:
+        """Shows the new engine of a version, if it is still served."""
+        if self.served.get(model.name, {}).get(model.loaded.version) is model:
+            self._announce(model)
 
     def _announce(self, model: ServedModel) -> None:
         """Shows a served version in the metrics."""
@@ -432,15 +323,3 @@ class ModelStore:
             state.max_batch,
             state.asked_precision,
         )
-
-
-def _is_of_files(error: Exception) -> bool:
-    """Whether a model's files are the reason that there is no engine, not the engine."""
-    cause = error.__cause__
-    reads = cause is None or isinstance(cause, (OSError, ConfigError))
-    return isinstance(error, ModelRefused) and reads
-
-
-def _close_all(loaded: Mapping[int, LoadedModel]) -> None:
-    for model in loaded.values():
-        model.backend.close()

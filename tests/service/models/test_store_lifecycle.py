@@ -20,6 +20,7 @@ from pipeline.types import Tile
 from service.engines.base import Backend
 from service.engines.state import EngineBuild
 from service.errors import Draining, EngineError, ModelUnavailable
+from service.models import renewal
 from service.models import repository as repository_module
 from service.models import store as store_module
 from service.models.repository import LoadedModel, Repository, load_repository
@@ -187,7 +188,7 @@ class TestBuilds:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(store_module, "FIRST_PAUSE_S", 0.2)
+        monkeypatch.setattr(renewal, "FIRST_PAUSE_S", 0.2)
         async with open_store(settings) as store:
             model = store.find("blobs", None)
             engine_of(model).dead = True
@@ -200,7 +201,7 @@ class TestBuilds:
         assert gaps[0] > 0.19 and gaps[1] > 0.38
 
     def test_the_pauses_grow_from_a_second_to_a_minute(self) -> None:
-        assert (store_module.FIRST_PAUSE_S, store_module.LONGEST_PAUSE_S) == (1, 60)
+        assert (renewal.FIRST_PAUSE_S, renewal.LONGEST_PAUSE_S) == (1, 60)
 
     async def test_every_engine_that_is_built_again_is_made_faster(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -94,7 +94,7 @@ async def test_a_server_without_models_is_alive_but_not_ready(
 async def test_a_server_that_must_be_replaced_is_not_alive(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    app.state.segmenter.store.failure = "no engine can be built"
+    app.state.segmenter.store.renewal.failure = "no engine can be built"
     answers = {
         path: await client.get(path) for path in ("/healthz", "/v2/health/live", "/v2/health/ready")
     }

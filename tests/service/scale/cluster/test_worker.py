@@ -86,7 +86,7 @@ async def test_a_worker_that_ends_takes_nothing_more(worker: Worker) -> None:
 
 
 async def test_a_worker_whose_engines_cannot_be_replaced_is_unhealthy(worker: Worker) -> None:
-    worker._segmenter.store.failure = "no engine can be built"
+    worker._segmenter.store.renewal.failure = "no engine can be built"
     with pytest.raises(RuntimeError, match="no engine can be built"):
         await worker.check_health()
 

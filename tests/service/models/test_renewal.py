@@ -1,4 +1,4 @@
-"""`ModelStore.replace`: dead engines and faster engines; one operation for both."""
+"""`EngineRenewal.replace`: dead engines and faster engines; one operation for both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from service.engines.base import Backend, BackendError
 from service.engines.state import EngineBuild
 from service.errors import DeviceError, EngineRestarting, ModelRefused
-from service.models import store as store_module
+from service.models import renewal
 from service.models.repository import LoadedModel, Repository, load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
@@ -24,7 +24,7 @@ from tests.support.stores import Controlled, FakeUpgrade, engine_of, infer, open
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(renewal, "FIRST_PAUSE_S", 0.01)
 
 
 def graph_of(model_repo: Path) -> Path:
@@ -79,7 +79,7 @@ class TestDeadEngines:
         model_repo: Path,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(store_module, "LONGEST_PAUSE_S", 0.02)
+        monkeypatch.setattr(renewal, "LONGEST_PAUSE_S", 0.02)
         async with open_store(settings) as store:
             model = store.find("blobs", None)
             engine_of(model).dead = True
@@ -114,8 +114,8 @@ class TestDeadEngines:
             model = store.find("blobs", None)
             await store.unload("blobs")
             await wait_for_retirement(store)
-            monkeypatch.setattr(store, "replace", None)  # not called
-            store._report_death(model)
+            monkeypatch.setattr(store.renewal, "replace", None)  # not called
+            store.renewal.report_death(model)
             await asyncio.sleep(0.05)
             assert not model.builds
 
@@ -124,15 +124,15 @@ class TestDeadEngines:
         async with open_store(settings) as store:
             model = store.find("blobs", None)
 
-            def build() -> dict[int, LoadedModel]:
+            def build() -> LoadedModel:
                 built.append(Controlled(None))
-                return {1: replace(model.loaded, backend=built[-1])}
+                return replace(model.loaded, backend=built[-1])
 
             await store.unload("blobs")
             await wait_for_retirement(store)
-            await store.replace("blobs", build, only=model)
+            await store.renewal.replace(model, build)
             assert built[0].closed and "blobs" not in store.served
-            task = asyncio.create_task(store.replace("blobs", build, only=model))
+            task = asyncio.create_task(store.renewal.replace(model, build))
             await asyncio.sleep(0)
             task.cancel()
             await until(lambda: len(built) == 2 and built[1].closed)
@@ -281,7 +281,7 @@ class TestLastingFailures:
             model = store.find("blobs", None)
             engine_of(model).dead = True
             call = asyncio.create_task(infer(model))
-            await until(lambda: store.failure is not None)
+            await until(lambda: store.renewal.failure is not None)
             with pytest.raises(BackendError, match="closed"):  # what waited is answered
                 await call
             with pytest.raises(EngineRestarting):
@@ -289,8 +289,8 @@ class TestLastingFailures:
             assert len(await infer(store.find("wide", None))) > 0
         assert caplog.text.count("no new engine yet") == 2
         reason = "the engine of model 'blobs' has failed: 3 attempts to replace it failed: "
-        assert str(store.failure).startswith(reason)
-        assert ("CUDA error 700" in str(store.failure)) is (kind != "fallback")
+        assert str(store.renewal.failure).startswith(reason)
+        assert ("CUDA error 700" in str(store.renewal.failure)) is (kind != "fallback")
         assert [engine.closed for engine in built] == [True] * (3 if kind == "fallback" else 0)
 
     async def test_missing_files_may_come_back(
@@ -306,11 +306,11 @@ class TestLastingFailures:
             await until(lambda: caplog.text.count("no new engine yet") >= 2)
             config.write_bytes(b"{")
             await until(lambda: caplog.text.count("no new engine yet") >= 4)
-            assert store.failure is None and not call.done()
+            assert store.renewal.failure is None and not call.done()
             config.write_bytes(content)
             (model_repo / "away").rename(graph_of(model_repo))
             assert len(await call) == 1
-            assert store.failure is None
+            assert store.renewal.failure is None
 
     async def test_failures_are_counted_in_a_row(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -329,12 +329,12 @@ class TestLastingFailures:
             for _ in range(2):
                 engine_of(model).dead = True
                 assert len(await infer(model)) == 1
-            assert failures == [6] and store.failure is None
+            assert failures == [6] and store.renewal.failure is None
 
     async def test_an_attempt_that_hangs_is_the_last(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "REBUILD_S", 0.05)
+        monkeypatch.setattr(renewal, "REBUILD_S", 0.05)
         go = threading.Event()
 
         def hang(self: Repository, model: LoadedModel) -> LoadedModel:
@@ -346,7 +346,7 @@ class TestLastingFailures:
             engine_of(store.find("blobs", None)).dead = True
             with pytest.raises(BackendError, match="closed"):
                 await infer(store.find("blobs", None))
-            assert str(store.failure).endswith("an attempt to replace it hangs for 0.05 s")
+            assert str(store.renewal.failure).endswith("an attempt to replace it hangs for 0.05 s")
             go.set()
 
 
