@@ -143,8 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init",
         metavar="imagenet|FILE|FOLDER",
-        help="initial weights of a new run: ImageNet's for the backbone (downloaded once), a "
-        "ResNet file of torchvision, or a model to fine-tune: a checkpoint, or a folder in "
+        help="initial weights of a new run: ImageNet's for the backbone (a ResNet's are downloaded "
+        "once), a file of them, or a model to fine-tune: a checkpoint, or a folder in "
         "model_repo whose latest version has weights.pt, with the same classes or others; not read "
         "when a run is resumed",
     )
