@@ -292,6 +292,8 @@ def _run_configured(options: argparse.Namespace) -> Path:
 def _measure_step(data: CocoDataset, options: argparse.Namespace, config: Config) -> float:
     """Time of a training step in this process, s; trains a model that is thrown away."""
     data = data.with_contrast(config.input.contrast)
+    schedule = replace(config.schedule, frozen_backbone_epochs=0)  # those steps are faster
+    config = replace(config, schedule=schedule)
     with tempfile.TemporaryDirectory() as folder:
         run_options = _run_options(options, Path(folder), options.seed, init=None)
         return Trainer(config, data, replace(run_options, resume=False), None).measure_step()
@@ -342,11 +344,14 @@ def _refuse_frozen(config: Config) -> None:
     backbone = config.model.backbone
     frozen = [f"{backbone.frozen_stages} frozen stages"] if backbone.frozen_stages else []
     frozen += ["frozen batch norm"] if backbone.norm == "frozen_bn" else []
+    epochs = config.schedule.frozen_backbone_epochs
+    frozen += [f"{epochs} frozen epochs"] if epochs else []
     if frozen:
         raise ValueError(
             f"the backbone has {' and '.join(frozen)}, but its weights would be random: give "
             "trained ones (--init imagenet, as the paper), or train all of it with "
-            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0"
+            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0 "
+            "--set schedule.frozen_backbone_epochs=0"
         )
 
 

@@ -255,6 +255,8 @@ class ScheduleConfig(StrictFields):
         epochs: Passes over the data; `milestones` are epochs too.
         warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
         clip_norm: Maximum norm of the gradients; the authors use 35, None: no clipping.
+        frozen_backbone_epochs: First epochs in which the backbone keeps its trained weights; 0: it
+            is trained from the start.
         skip_empty_images: Leave images without objects out of training, as mmdetection does.
         ema_decay: Decay of the moving average of the weights used for evaluation (0: no average).
     """
@@ -271,6 +273,7 @@ class ScheduleConfig(StrictFields):
     warmup_steps: int = 500
     warmup_ratio: float = 1e-3
     clip_norm: float | None = 35.0
+    frozen_backbone_epochs: int = 0
     skip_empty_images: bool = False
     ema_decay: float = 0.0
 
@@ -278,6 +281,10 @@ class ScheduleConfig(StrictFields):
         for name in ("batch_size", "images_per_canvas", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.frozen_backbone_epochs < 0:
+            raise ValueError(
+                f"frozen_backbone_epochs is {self.frozen_backbone_epochs}, expected at least 0"
+            )
 
     @property
     def canvas_group(self) -> int:
