@@ -12,12 +12,13 @@ from typing import Literal
 from training import distributed
 from training.configs import list_configs
 from training.configs.rules import ConfigPlan, choose_config, fit_schedule
-from training.configs.schema import Config
+from training.configs.schema import BackboneKind, Config
 from training.configs.statistics import Machine
 from training.configs.toml_files import format_config, load_config
 from training.data.coco import CocoDataset
 from training.data.statistics import measure_statistics
 from training.weights.initial import read_network
+from training.weights.sources import has_efficientnet
 
 CONFIG_FILE = "config.toml"
 
@@ -71,8 +72,10 @@ def configure(
     """
     if not 0 < hours < float("inf"):
         raise ValueError(f"--hours is {hours}, expected a positive number")
-    machine = Machine(gpu=device.startswith("cuda"), cores=os.cpu_count() or 1)
-    start: Config | Literal["imagenet"] | None = None
+    machine = Machine(
+        gpu=device.startswith("cuda"), cores=os.cpu_count() or 1, efficientnet=has_efficientnet()
+    )
+    start: Config | BackboneKind | Literal["imagenet"] | None = None
     if init:
         start = read_network(init) or "imagenet"
     plan = choose_config(name, measure_statistics(data), machine, start)

@@ -1,4 +1,4 @@
-"""Learning rate, optimizer and averaged weights."""
+"""Learning rate, optimizer, frozen weights and averaged weights."""
 
 from __future__ import annotations
 
@@ -53,6 +53,33 @@ def build_optimizer(model: Solo, schedule: ScheduleConfig) -> torch.optim.Optimi
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, schedule.lr, betas=(schedule.momentum, 0.999))
+
+
+class BackboneFreeze:
+    """Freezes a network's backbone for the first steps of a run.
+
+    Its parameters then get no gradient, so neither momentum nor weight decay changes them, and its
+    batch norm keeps its statistics.
+
+    Args:
+        model: The network; what its configuration freezes stays frozen.
+        steps: Number of steps.
+    """
+
+    def __init__(self, model: Solo, steps: int) -> None:
+        self.model, self.steps = model, steps
+        self.parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+        self.frozen = False
+
+    def apply(self, step: int) -> bool:
+        """Sets the state of a step; whether it is another one than before."""
+        changes = self.frozen != (step < self.steps)
+        if changes:
+            self.frozen = not self.frozen
+            for parameter in self.parameters:
+                parameter.requires_grad_(not self.frozen)
+        self.model.backbone.train(self.model.training and not self.frozen)
+        return changes
 
 
 class MovingAverage:

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "schedule.warmup_steps",
     "schedule.warmup_ratio",
     "schedule.clip_norm",
+    "schedule.frozen_backbone_epochs",
     "augment",
     "loss",
     "postprocess",

@@ -143,8 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init",
         metavar="imagenet|FILE|FOLDER",
-        help="initial weights of a new run: ImageNet's for the backbone (downloaded once), a "
-        "ResNet file of torchvision, or a model to fine-tune: a checkpoint, or a folder in "
+        help="initial weights of a new run: ImageNet's for the backbone (a ResNet's are downloaded "
+        "once), a file of them, or a model to fine-tune: a checkpoint, or a folder in "
         "model_repo whose latest version has weights.pt, with the same classes or others; not read "
         "when a run is resumed",
     )
@@ -303,6 +303,8 @@ def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> P
 def _measure_step(data: CocoDataset, options: argparse.Namespace, config: Config) -> float:
     """Time of a training step in this process, s; trains a model that is thrown away."""
     data = data.with_contrast(config.input.contrast)
+    schedule = replace(config.schedule, frozen_backbone_epochs=0)  # those steps are faster
+    config = replace(config, schedule=schedule)
     with tempfile.TemporaryDirectory() as folder:
         run_options = _run_options(options, Path(folder), options.seed, init=None)
         return Trainer(config, data, replace(run_options, resume=False), None).measure_step()
@@ -353,11 +355,14 @@ def _refuse_frozen(config: Config) -> None:
     backbone = config.model.backbone
     frozen = [f"{backbone.frozen_stages} frozen stages"] if backbone.frozen_stages else []
     frozen += ["frozen batch norm"] if backbone.norm == "frozen_bn" else []
+    epochs = config.schedule.frozen_backbone_epochs
+    frozen += [f"{epochs} frozen epochs"] if epochs else []
     if frozen:
         raise ValueError(
             f"the backbone has {' and '.join(frozen)}, but its weights would be random: give "
             "trained ones (--init imagenet, as the paper), or train all of it with "
-            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0"
+            "--set model.backbone.norm=gn --set model.backbone.frozen_stages=0 "
+            "--set schedule.frozen_backbone_epochs=0"
         )
 
 

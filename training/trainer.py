@@ -28,7 +28,7 @@ from training.data.loader import Batch, build_loader
 from training.data.sampling import plan_share
 from training.model.solo import Solo
 from training.objective import Objective
-from training.optim import MovingAverage, build_optimizer, learning_rate
+from training.optim import BackboneFreeze, MovingAverage, build_optimizer, learning_rate
 from training.report import Picture, Pictures, describe_left, write_report
 from training.resume import Change, find_changes, require_resumable
 from training.rollback import MOST, ROLLBACK_FILE, Diverged, keep_for_rollback
@@ -97,9 +97,12 @@ class Trainer:
         self.changes: list[Change] = []
         if resumes:
             self._resume(options.out / "last.pt")
-        self.objective = self._build_objective()
         if torch.device(options.device).type == "cpu" and not options.compile:
             interrupt_backward(self.model)
+        frozen_steps = config.schedule.frozen_backbone_epochs * self.steps_per_epoch
+        self.freeze = BackboneFreeze(self.model, frozen_steps)
+        self.freeze.apply(self.step)
+        self.objective = self._build_objective()
 
     def _build_model(self) -> Solo:
         model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
@@ -179,6 +182,8 @@ class Trainer:
             Interrupted: SIGTERM; the state is that before the step.
         """
         schedule = self.config.schedule
+        if self.freeze.apply(self.step):
+            self.objective = self._build_objective()  # exchanges the gradients of other parameters
         rate = learning_rate(schedule, self.step, self.steps_per_epoch) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate

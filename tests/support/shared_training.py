@@ -35,7 +35,7 @@ def with_group_norm(config: Config, **schedule: Any) -> Config:
 
 
 # One image a process and one of three images empty: most steps have a process without objects.
-TILES = with_group_norm(TINY, batch_size=2, epochs=6, milestones=(4,))
+TILES = with_group_norm(TINY, batch_size=2, epochs=6, milestones=(4,), frozen_backbone_epochs=1)
 CANVASES = with_group_norm(TINY_SGD, batch_size=4, epochs=6, milestones=(4,))
 CHECKPOINT_EVERY = 5
 RUNS: dict[str, tuple[Config, dict[str, Any]]] = {

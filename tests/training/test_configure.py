@@ -23,6 +23,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(autouse=True)
+def _random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrow network, whether EfficientNet-Lite0's weights are installed or not."""
+    monkeypatch.setattr("training.configure.has_efficientnet", lambda: False)
+
+
 def command(root: Path, out: Path, *more: str) -> list[str]:
     sizes = (
         *("model.backbone.base_width=8", "model.neck_channels=16", "model.head.channels=16"),

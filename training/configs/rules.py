@@ -34,6 +34,7 @@ from training.configs.nuclei import NUCLEI
 from training.configs.schema import (
     AugmentConfig,
     BackboneConfig,
+    BackboneKind,
     Config,
     HeadConfig,
     LossConfig,
@@ -77,7 +78,7 @@ def choose_config(
     name: str,
     data: DataStatistics,
     machine: Machine,
-    init: Config | Literal["imagenet"] | None = None,
+    init: Config | BackboneKind | Literal["imagenet"] | None = None,
 ) -> ConfigPlan:
     """The configuration of a data set; its schedule is for `fit_schedule` to set.
 
@@ -85,8 +86,10 @@ def choose_config(
         name: Of the configuration, and of the model that is exported from it.
         data: Statistics of the training split.
         machine: The device decides the size of the network and of the canvas.
-        init: A trained model, whose network and canvas are taken; `imagenet`: a backbone of full
-            width; None: that on a GPU, and on a CPU a narrow one, which starts from random weights.
+        init: A trained model, whose network and canvas are taken; or the backbone of which there
+            are weights; `imagenet`: one with ImageNet weights; None: that too, except on a CPU for
+            grey images or without the weights of EfficientNet-Lite0, where a narrow backbone starts
+            from random weights.
 
     Raises:
         ValueError: The data has no objects.
@@ -95,7 +98,7 @@ def choose_config(
     if not len(sizes):
         raise ValueError("the training images have no objects, so nothing can be configured")
     pretrained = init if isinstance(init, Config) else None
-    base = pretrained or _base(machine, imagenet=init is not None)
+    base = pretrained or _base(machine, _choose_backbone(data, machine, init))
     spec, reasons = _choose_input(data, _bounds(machine, pretrained))
     canvases = [canvas for image in data.sample for canvas in place_objects(image, spec)]
     if pretrained:
@@ -122,31 +125,59 @@ def choose_config(
         postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=most),
         num_classes=data.num_classes,
     )
-    reasons.append(_explain_network(config, machine, pretrained))
+    reasons.append(_explain_network(config, machine, data, pretrained))
     return ConfigPlan(config=config, reasons=tuple(reasons), lost_share=lost)
 
 
-def _explain_network(config: Config, machine: Machine, pretrained: Config | None) -> str:
+def _explain_network(
+    config: Config, machine: Machine, data: DataStatistics, pretrained: Config | None
+) -> str:
     backbone = config.model.backbone
-    width = f", {backbone.base_width} channels" if backbone.base_width != 64 else ""
+    name, width = f"ResNet-{backbone.depth}", 64
+    if backbone.kind == "efficientnet_lite0":
+        name, width = "EfficientNet-Lite0", 32
+    name += f", {backbone.base_width} channels" if backbone.base_width != width else ""
+    network = f"network: {name}, {config.model.head.kind} head"
+    if pretrained:
+        return f"{network}, those of {pretrained.name}"
     device = "a GPU" if machine.gpu else f"{machine.cores} CPU cores"
-    weights = "ImageNet weights" if default_init(config) else "random weights"
-    return f"network: ResNet-{backbone.depth}{width}, {config.model.head.kind} head, " + (
-        f"those of {pretrained.name}" if pretrained else f"for {device}; {weights}"
-    )
+    weights = "ImageNet weights"
+    if default_init(config) is None:
+        grey = data.grey and machine.efficientnet
+        cause = "the images are grey" if grey else "EfficientNet-Lite0's are not installed"
+        weights = f"random weights, because {cause}"
+    return f"{network}, for {device}; {weights}"
 
 
-def _base(machine: Machine, *, imagenet: bool) -> Config:
+def _choose_backbone(
+    data: DataStatistics,
+    machine: Machine,
+    init: Config | BackboneKind | Literal["imagenet"] | None,
+) -> BackboneKind | None:
+    """The backbone with trained weights; None: a narrow one with random weights."""
+    if init == "resnet" or init == "efficientnet_lite0":
+        return init
+    if machine.gpu:
+        return "resnet"
+    if init is None and (data.grey or not machine.efficientnet):
+        return None
+    return "efficientnet_lite0" if machine.efficientnet else "resnet"
+
+
+def _base(machine: Machine, kind: BackboneKind | None) -> Config:
     """Network and optimisation for a machine; the head's levels are only its first values."""
+    backbone = BackboneConfig(depth=50 if machine.gpu else 18)
+    if kind == "efficientnet_lite0":
+        backbone = BackboneConfig(kind=kind, base_width=32)
     if machine.gpu:
         return Config(
             name="gpu",
-            model=NetworkConfig(head=HeadConfig(kind="decoupled")),
+            model=NetworkConfig(backbone=backbone, head=HeadConfig(kind="decoupled")),
             schedule=ScheduleConfig(schedule="cosine", ema_decay=0.998),
         )
-    if not imagenet:
+    if kind is None:
         return NUCLEI
-    return replace(NUCLEI, model=replace(NUCLEI.model, backbone=BackboneConfig(depth=18)))
+    return replace(NUCLEI, model=replace(NUCLEI.model, backbone=backbone))
 
 
 def _bounds(machine: Machine, pretrained: Config | None) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from pipeline.model_config import (
     Task,
 )
 
+BackboneKind = Literal["resnet", "efficientnet_lite0"]
 HeadKind = Literal["vanilla", "decoupled", "decoupled_light"]
 MaskLoss = Literal["dice", "bce", "focal"]
 PAPER_MASK_WEIGHTS: dict[MaskLoss, float] = {"dice": 3.0, "bce": 10.0, "focal": 20.0}
@@ -36,18 +37,22 @@ class StrictFields:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(StrictFields):
-    """ResNet (v1.5: the stride is in the 3x3 convolution).
+    """The backbone.
 
     Attributes:
-        depth: 18, 34, 50 or 101.
-        base_width: Channels of the stem; 64 is the published width.
+        kind: `resnet` (v1.5: the stride is in the 3x3 convolution) or `efficientnet_lite0`.
+        depth: Of a ResNet: 18, 34, 50 or 101.
+        base_width: Channels of the stem; published: 64, of EfficientNet-Lite0 32. Those of the
+            other layers are in proportion.
         norm: `frozen_bn` keeps batch statistics and affine parameters of an ImageNet model
             in evaluation mode as the published models do; `bn` and `gn` train from scratch.
-        frozen_stages: Stages without gradients (0: none, 1: stem and stage 1); published: 1.
+        frozen_stages: Stages without gradients, 0 to 4 (0: none, 1: stem and stage 1, which ends
+            in C2); published: 1.
         deformable_stages: Stages whose 3x3 convolutions are deformable (R-DCN and published: 2,
-            3, 4, whose outputs are C3..C5); only for depth 50 and 101.
+            3, 4, whose outputs are C3..C5); only of ResNets of depth 50 and 101.
     """
 
+    kind: BackboneKind = "resnet"
     depth: Literal[18, 34, 50, 101] = 50
     base_width: int = 64
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
@@ -57,10 +62,15 @@ class BackboneConfig(StrictFields):
     def __post_init__(self) -> None:
         if not set(self.deformable_stages) <= {1, 2, 3, 4}:
             raise ValueError(f"deformable_stages is {self.deformable_stages}, expected some of 1-4")
-        if self.deformable_stages and self.depth < 50:
+        if not 0 <= self.frozen_stages <= 4:
+            raise ValueError(f"frozen_stages is {self.frozen_stages}, expected 0 to 4")
+        if self.base_width < 1:
+            raise ValueError(f"base_width is {self.base_width}, expected at least 1")
+        if self.deformable_stages and (self.kind != "resnet" or self.depth < 50):
+            blocks = f"depth {self.depth}" if self.kind == "resnet" else self.kind
             raise ValueError(
-                f"deformable_stages is {self.deformable_stages}, but the blocks of depth "
-                f"{self.depth} have no deformable form; expected depth 50 or 101"
+                f"deformable_stages is {self.deformable_stages}, but the blocks of {blocks} have "
+                "no deformable form; expected a ResNet of depth 50 or 101"
             )
 
 
@@ -245,6 +255,8 @@ class ScheduleConfig(StrictFields):
         epochs: Passes over the data; `milestones` are epochs too.
         warmup_steps: Steps of linear warm-up from `warmup_ratio` of the rate.
         clip_norm: Maximum norm of the gradients; the authors use 35, None: no clipping.
+        frozen_backbone_epochs: First epochs in which the backbone keeps its trained weights; 0: it
+            is trained from the start.
         skip_empty_images: Leave images without objects out of training, as mmdetection does.
         ema_decay: Decay of the moving average of the weights used for evaluation (0: no average).
     """
@@ -261,6 +273,7 @@ class ScheduleConfig(StrictFields):
     warmup_steps: int = 500
     warmup_ratio: float = 1e-3
     clip_norm: float | None = 35.0
+    frozen_backbone_epochs: int = 0
     skip_empty_images: bool = False
     ema_decay: float = 0.0
 
@@ -268,6 +281,10 @@ class ScheduleConfig(StrictFields):
         for name in ("batch_size", "images_per_canvas", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.frozen_backbone_epochs < 0:
+            raise ValueError(
+                f"frozen_backbone_epochs is {self.frozen_backbone_epochs}, expected at least 0"
+            )
 
     @property
     def canvas_group(self) -> int:

@@ -64,7 +64,12 @@ class DataStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the training runs: on a GPU or on CPU cores."""
+    """Where the training runs: on a GPU or on CPU cores.
+
+    Attributes:
+        efficientnet: Whether EfficientNet-Lite0's ImageNet weights are installed.
+    """
 
     gpu: bool
     cores: int = 1
+    efficientnet: bool = False

@@ -6,39 +6,14 @@ in its 3x3 convolution, as in torchvision and in the published SOLO models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from training.configs.schema import BackboneConfig
 from training.model.deform import DeformConv2d, reset_offsets
+from training.model.norm import NormLayer, build_norm
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-NormLayer = Callable[[int], nn.Module]
-
-
-class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that always uses its stored statistics; its affine parameters are trained.
-
-    The published models fine-tune ImageNet weights in this way (`norm_eval`).
-    """
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stays in evaluation mode for any `mode`."""
-        super().train(False)
-        return self
-
-
-def build_norm(kind: str) -> NormLayer:
-    """Factory of a normalisation layer: `frozen_bn`, `bn` or `gn`."""
-    if kind == "frozen_bn":
-        return FrozenBatchNorm
-    if kind == "bn":
-        return nn.BatchNorm2d
-    if kind == "gn":
-        return lambda channels: nn.GroupNorm(min(32, channels // 4), channels)
-    raise ValueError(f"norm is {kind!r}, expected frozen_bn, bn or gn")
 
 
 class BasicBlock(nn.Module):
@@ -116,6 +91,9 @@ class ResNet(nn.Module):
     Attributes:
         out_channels: Channels of C2..C5.
     """
+
+    pixel_mean = (123.675, 116.28, 103.53)
+    pixel_std = (58.395, 57.12, 57.375)
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.configs.schema import NetworkConfig
+from training.configs.schema import BackboneKind, NetworkConfig
+from training.model.efficientnet import EfficientNetLite0
 from training.model.fpn import FPN, SingleLevel
 from training.model.head import LevelOutput, SoloHead
 from training.model.resnet import ResNet
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet, of 0..255
-PIXEL_STD = (58.395, 57.12, 57.375)
+BACKBONES: dict[BackboneKind, type[ResNet] | type[EfficientNetLite0]] = {
+    "resnet": ResNet,
+    "efficientnet_lite0": EfficientNetLite0,
+}
 
 
 def points_nms(probs: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class Solo(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.backbone = ResNet(config.backbone)
+        self.backbone = BACKBONES[config.backbone.kind](config.backbone)
         channels, width = self.backbone.out_channels, config.neck_channels
         self.neck = (
             SingleLevel(channels, width)
@@ -59,8 +62,9 @@ class Solo(nn.Module):
             else FPN(channels, width, len(config.head.num_grids))
         )
         self.head = SoloHead(config.head, width, num_classes, self.neck.first_stride)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], False)
+        mean, std = self.backbone.pixel_mean, self.backbone.pixel_std  # RGB, of 0..255
+        self.register_buffer("pixel_mean", torch.tensor(mean)[:, None, None], False)
+        self.register_buffer("pixel_std", torch.tensor(std)[:, None, None], False)
         level = torch.cat([torch.full((s * s,), i) for i, s in enumerate(config.head.num_grids)])
         self.register_buffer("candidate_level", level, False)
 

@@ -1,4 +1,4 @@
-"""Initial weights of a run, `solo-train --init`: ImageNet's ResNet or a whole SOLO model."""
+"""Initial weights of a run, `solo-train --init`: an ImageNet backbone or a whole SOLO model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.model_config import ClassSpec
-from training.configs.schema import Config
+from training.configs.schema import BackboneConfig, BackboneKind, Config
+from training.model.efficientnet import PUBLISHED_WIDTH
 from training.model.solo import Solo
 from training.weights.download import hash_file
 from training.weights.formats import (
@@ -23,14 +24,20 @@ from training.weights.formats import (
     read_weights,
 )
 from training.weights.importing import COUNTER, without_classifier
-from training.weights.sources import get_imagenet
+from training.weights.sources import find_efficientnet, get_imagenet
 
 IMAGENET = "imagenet"
 CATEGORIES = "head.category_out."
+STEMS: dict[BackboneKind, str] = {
+    "resnet": "conv1.weight",
+    "efficientnet_lite0": "_conv_stem.weight",
+}
+"""A weight by which the file of a backbone is known."""
+EFFICIENTNET_CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")
 
 
-def read_network(init: str) -> Config | None:
-    """The configuration of the model that `initialise` would load; None if it is a backbone.
+def read_network(init: str) -> Config | BackboneKind | None:
+    """What `initialise` would load: a model, a kind of backbone, or None if that is open.
 
     Batch norm whose statistics are folded into the convolutions is frozen.
 
@@ -41,14 +48,14 @@ def read_network(init: str) -> Config | None:
         return None
     path = find_weights(Path(init)) if Path(init).is_dir() else Path(init)
     try:
-        read_weights(path)
+        tensors = read_weights(path).tensors
     except OwnCheckpointError:
         config, content = load_checkpoint(path)
         if not _is_folded(content):
             return config
         backbone = replace(config.model.backbone, norm="frozen_bn")
         return replace(config, model=replace(config.model, backbone=backbone))
-    return None
+    return next((kind for kind, stem in STEMS.items() if stem in tensors), None)
 
 
 def _is_folded(content: dict[str, Any]) -> bool:
@@ -60,10 +67,11 @@ def initialise(model: Solo, init: str, classes: Sequence[ClassSpec] = ()) -> lis
 
     Args:
         model: Changed in place.
-        init: `imagenet` downloads torchvision's ResNet of the model's depth into the cache. A
-            file is such a ResNet or a checkpoint of solo-train or solo-import; a folder is a
-            model of model_repo whose latest version has a checkpoint, weights.pt. The category
-            output keeps its initial weights if the checkpoint has other classes.
+        init: `imagenet` downloads torchvision's ResNet of the model's depth into the cache, or
+            takes EfficientNet-Lite0 from its package. A file is such a backbone or a checkpoint of
+            solo-train or solo-import; a folder is a model of model_repo whose latest version has a
+            checkpoint, weights.pt. The category output keeps its initial weights if the
+            checkpoint has other classes.
         classes: The model's classes; empty: only their number is compared with the checkpoint's.
 
     Returns:
@@ -74,15 +82,14 @@ def initialise(model: Solo, init: str, classes: Sequence[ClassSpec] = ()) -> lis
         ValueError: There are no ImageNet weights of this depth.
         DownloadError: They cannot be downloaded.
     """
-    imagenet = init == IMAGENET
-    path = get_imagenet(model.config.backbone.depth).download() if imagenet else Path(init)
+    path = _find_imagenet(model.config.backbone) if init == IMAGENET else Path(init)
     if path.is_dir():
         path = find_weights(path)
     try:
         weights = read_weights(path)
     except OwnCheckpointError:
         return _load_solo(model, path, [c.name for c in classes])
-    return _load_resnet(model, weights.tensors, path)
+    return _load_backbone(model, weights.tensors, path)
 
 
 def hash_initial(init: str | None) -> str | None:
@@ -125,15 +132,36 @@ def find_weights(folder: Path) -> Path:
     return path
 
 
-def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[str]:
-    """Loads torchvision's state dict into the backbone."""
-    if "conv1.weight" not in tensors:
+def _find_imagenet(backbone: BackboneConfig) -> Path:
+    """The file of the ImageNet weights of a backbone, downloaded if necessary."""
+    if backbone.kind == "resnet":
+        return get_imagenet(backbone.depth).download()
+    if backbone.base_width != PUBLISHED_WIDTH:
         raise CheckpointError(
-            f"{path} is not a ResNet with torchvision's names, its first is "
+            f"EfficientNet-Lite0's ImageNet weights are for a base_width of {PUBLISHED_WIDTH}, the "
+            f"configuration has {backbone.base_width}: --set model.backbone.base_width="
+            f"{PUBLISHED_WIDTH}"
+        )
+    return find_efficientnet()
+
+
+def _load_backbone(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[str]:
+    """Loads the state dict of an ImageNet classifier into the backbone."""
+    kind = model.config.backbone.kind
+    if STEMS[kind] not in tensors:
+        expected = {
+            "resnet": "a ResNet with torchvision's names",
+            "efficientnet_lite0": "EfficientNet-Lite0 with the names of its package",
+        }[kind]
+        raise CheckpointError(
+            f"{path} is not {expected}, its first is "
             f"{next(iter(tensors))}; solo-import converts published SOLO checkpoints for --init"
         )
     backbone = model.backbone.state_dict()
-    state, notes = without_classifier(tensors)
+    if kind == "resnet":
+        state, notes = without_classifier(tensors)
+    else:
+        state, notes = convert_efficientnet(tensors)
     report = [f"backbone: {len(state)} tensors of {path.name}", *notes]
     offsets = [key for key in backbone if ".conv_offset." in key and key not in state]
     counters = [key for key in backbone if key.endswith(COUNTER)]
@@ -142,6 +170,17 @@ def _load_resnet(model: Solo, tensors: dict[str, Tensor], path: Path) -> list[st
         report.append(f"{len(offsets)} tensors of deformable convolutions keep initial weights")
     load_weights(model.backbone, state, str(path))
     return report
+
+
+def convert_efficientnet(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """EfficientNet-Lite0's weights under our names, without its classifier, and a note of that."""
+    dropped = [key for key in tensors if key.startswith(EFFICIENTNET_CLASSIFIER)]
+    state = {
+        ".".join(part.removeprefix("_") for part in key.split(".")): value
+        for key, value in tensors.items()
+        if key not in dropped
+    }
+    return state, [f"{', '.join(dropped)} left out: the ImageNet classifier"] if dropped else []
 
 
 def _load_solo(model: Solo, path: Path, names: Sequence[str]) -> list[str]:

