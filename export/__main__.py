@@ -150,12 +150,12 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     Returns:
         The published graphs and packages.
     """
+    require_writable(options.out)
     config, network = load_model(options.checkpoint)
     source = LoadedCheckpoint(options.checkpoint, config, network)
     extra_provenance = read_provenance(options.provenance_json)
     model = describe_model(source, options)
     opset = choose_opset(network, options.opset)
-    require_writable(options.out)
     data = open_evaluation(options, model)
     stages = _print_stages(list_stages(options))
     _print_progress(f"exporting {options.checkpoint} ({config.name}) with opset {opset}")

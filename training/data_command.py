@@ -24,21 +24,22 @@ def check(
 ) -> bool:
     """Prints the report of each split; returns whether training would take them all."""
     checked: list[Checked] = []
-    usable = True
+    faults: list[str] = []
     for split in splits:
         try:
             found = check_content(open_dataset(root, split, format, val_fraction), read_sizes)
             print(f"{split}: {found.report.text()}")
-            usable &= found.report.refusal is None
+            faults += [found.report.refusal] if found.report.refusal else []
             if checked:
                 first = checked[0]
                 check_classes(found, first.classes, first.report.source)
             checked.append(found)
         except (DatasetError, OSError) as error:
-            print(f"{split}: {error}")
-            usable = False
-    print("training takes it" if usable else "training refuses it")
-    return usable
+            if str(error) not in faults:  # one fault of the whole data set refuses every split
+                print(f"{split}: {error}")
+            faults.append(str(error))
+    print("training refuses it" if faults else "training takes it")
+    return not faults
 
 
 def build_parser() -> argparse.ArgumentParser:

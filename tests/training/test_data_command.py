@@ -46,6 +46,12 @@ def test_only_what_is_skipped_is_no_reason_to_refuse(root: Path, capsys: Any) ->
     assert "no image has an object" in capsys.readouterr().out
 
 
+def test_a_fault_of_the_whole_data_set_is_printed_once(tmp_path: Path, capsys: Any) -> None:
+    assert main(["check", str(tmp_path)]) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"train: {tmp_path} has no labels") and rest == ["training refuses it"]
+
+
 def test_splits_by_name(root: Path, capsys: Any) -> None:
     (root / "annotations" / "val.json").rename(root / "annotations" / "other.json")
     assert main(["check", str(root)]) == 1

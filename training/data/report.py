@@ -66,7 +66,7 @@ class Report:
     Attributes:
         source: The file or the folder.
         images, objects, crowds: What can be used.
-        classes: Names of the classes.
+        classes: Number of objects by the name of their class, for every class.
         labelled: Whether the split has annotations.
     """
 
@@ -74,7 +74,7 @@ class Report:
     images: int = 0
     objects: int = 0
     crowds: int = 0
-    classes: tuple[str, ...] = ()
+    classes: dict[str, int] = field(default_factory=dict)
     labelled: bool = True
     _groups: dict[Kind, _Group] = field(default_factory=dict)
 
@@ -106,11 +106,23 @@ class Report:
         lines = [f"{self.source}: {line}" for line in self._lines("skipped")]
         if self.labelled and not self.objects and not self.count("refused"):
             lines.append(f"{self.source}: no image has an object")
-        return lines
+        return lines + [f"{self.source}: {line}" for line in self._look_alikes()]
+
+    def _look_alikes(self) -> list[str]:
+        """One line for each group of classes that may be one, written in different ways."""
+        groups: dict[str, list[str]] = {}
+        for name in self.classes:
+            groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+        return [
+            f"classes that differ only in case or spaces: {', '.join(map(repr, names))}"
+            for names in groups.values()
+            if len(names) > 1
+        ]
 
     def text(self) -> str:
         """All findings, for people."""
-        names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        counts = [f"{name} {count}" for name, count in self.classes.items()]
+        names = ", ".join(counts[:10]) + (", ..." if len(counts) > 10 else "")
         head = (
             f"{self.source}: {self.images} images, {self.objects} objects, {self.crowds} crowds, "
             f"{len(self.classes)} classes ({names})"
@@ -118,6 +130,7 @@ class Report:
         lines = [line for action in ACTIONS for line in self._lines(action)]
         if self.labelled and not self.objects:
             lines.append("warning: no image has an object")
+        lines += [f"warning: {line}" for line in self._look_alikes()]
         return "\n  ".join([head, *lines])
 
     def _lines(self, action: Action) -> list[str]:

@@ -78,7 +78,9 @@ def check_content(content: CocoContent, read_sizes: ReadSizes | None) -> Checked
         for i in images.values()
         if i.usable and i.hw is not None
     ]
-    report.images, report.classes = len(images), tuple(c.name for c in classes)
+    report.images = len(images)
+    counts = Counter(item.label for record in records for item in record.objects)
+    report.classes = {c.name: counts[label] for label, c in enumerate(classes)}
     report.objects = sum(len(record.objects) for record in records)
     report.crowds = sum(len(record.crowds) for record in records)
     return Checked(records, classes, report)

@@ -48,7 +48,7 @@ def test_a_data_set_without_faults_has_no_findings() -> None:
     assert not checked.report.warnings()
     (record,) = checked.records
     assert len(record.objects) == len(record.crowds) == 1
-    assert "1 images, 1 objects, 1 crowds, 1 classes (disc)" in checked.report.text()
+    assert "1 images, 1 objects, 1 crowds, 1 classes (disc 1)" in checked.report.text()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,16 @@ def test_doubled_image_ids_are_refused(second: Any) -> None:
 def test_a_wrong_field_of_an_image_is_refused(changes: dict[str, Any], message: str) -> None:
     checked = check(annotation(), images=[{**IMAGE, **changes}])
     assert message in str(checked.report.refusal)
+
+
+@pytest.mark.parametrize(("other", "alike"), [("Disc ", True), ("DISC", True), ("disk", False)])
+def test_classes_that_may_be_one_are_named(other: str, alike: bool) -> None:
+    categories = [CATEGORY, {"id": 4, "name": other}]
+    report = check(annotation(), annotation(id=2, category_id=4), categories=categories).report
+    assert report.classes == {"disc": 1, other: 1}
+    line = f"classes that differ only in case or spaces: 'disc', {other!r}"
+    assert (f"train.json: {line}" in report.warnings()) == alike
+    assert (f"warning: {line}" in report.text()) == alike
 
 
 GROUP = {"id": 0, "name": "disc", "supercategory": "none"}

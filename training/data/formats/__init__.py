@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,11 +58,24 @@ def find_format(root: Path) -> str:
         raise DatasetError(f"{root} is not a folder")
     found = {name: why for name, module in FORMATS.items() if (why := module.find(root))}
     if not found:
-        raise DatasetError(f"{root} has no labels of a known format ({', '.join(FORMATS)})")
+        formats = ", ".join(FORMATS)
+        raise DatasetError(
+            f"{root} has no labels of a known format ({formats}), only {_list_kinds(root)}"
+        )
     if len(found) > 1:
         candidates = ", ".join(f"{name} ({why})" for name, why in found.items())
         raise DatasetError(f"{root} may be {candidates}; choose one with --format")
     return next(iter(found))
+
+
+def _list_kinds(root: Path) -> str:
+    """What lies in a folder, as `40 .jpg files, 2 folders`."""
+    kinds = Counter(
+        "folders" if path.is_dir() else f"{path.suffix.lower() or 'other'} files"
+        for path in root.iterdir()
+    )
+    found = [f"{count} {kind}" for kind, count in kinds.most_common(3)]
+    return ", ".join(found) or "an empty folder"
 
 
 def list_splits(root: Path, format: str | None = None) -> list[str]:

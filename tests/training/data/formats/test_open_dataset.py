@@ -157,7 +157,11 @@ def test_two_formats_are_ambiguous_until_one_is_chosen(tmp_path: Path) -> None:
 
 
 def test_no_format_and_an_unknown_one(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no labels of a known format"):
+    with pytest.raises(DatasetError, match=r"no labels of a known format .*, only an empty folder"):
+        open_dataset(tmp_path, "train")
+    for name in ("a.JPG", "b.jpg", "README"):
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match=r", only 2 \.jpg files, 1 other files$"):
         open_dataset(tmp_path, "train")
     with pytest.raises(DatasetError, match="'pickle' is not one of coco"):
         open_dataset(tmp_path, "train", "pickle")
