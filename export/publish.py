@@ -47,6 +47,7 @@ SECTIONS = (
     "task",
     "description",
     "input",
+    "card",
     "classes",
     "candidates",
     "mask_stride",
