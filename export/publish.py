@@ -48,6 +48,7 @@ SECTIONS = (
     "task",
     "description",
     "input",
+    "card",
     "classes",
     "candidates",
     "mask_stride",

@@ -19,6 +19,8 @@ MAX_CANVAS_PX = 4096 * 4096
 """Largest canvas; the first layers of a network need several hundred bytes for each pixel."""
 MAX_CLASSES = 10_000
 """More would hold Python for tenths of a second whenever they are read or listed."""
+MAX_ZOOM = 4
+"""Largest factor between the scale of a request and the model's own, either way."""
 _MOST_ERRORS = 5
 _LONGEST_REASON = 1000
 _LONGEST_NAME = 80
@@ -26,6 +28,7 @@ PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=255)]
+Text = Annotated[str, Field(max_length=1000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Task = Literal["segmentation", "contour"]
 """What an instance's mask is: the object's pixels, or its outline alone."""
@@ -118,12 +121,67 @@ class TileResize(Spec):
         """Height and width of the canvas, px."""
         return round(self.tile_hw[0] * self.scale), round(self.tile_hw[1] * self.scale)
 
+    def zoomed(self, zoom: float) -> TileResize:
+        """The same canvases, on which the image is larger by a factor."""
+        canvas_hw = self.canvas_hw
+        tile_hw = max(1, round(self.tile_hw[0] / zoom)), max(1, round(self.tile_hw[1] / zoom))
+        scale = min(canvas_hw[0] / tile_hw[0], canvas_hw[1] / tile_hw[1])
+        return ZoomedTiles(
+            scale=scale,
+            tile_hw=tile_hw,
+            overlap_px=min(round(self.overlap_px / zoom), min(tile_hw) - 1),
+            zoom=scale / self.scale,
+            whole_canvas_hw=canvas_hw,
+        )
+
+
+class ZoomedTiles(TileResize):
+    """Tiles for one request; not in config.json.
+
+    Attributes:
+        zoom: Size of the image on the canvas, relative to the model's own scale.
+        whole_canvas_hw: The model's canvas; a tile may leave a margin of 1 px on it.
+    """
+
+    zoom: float
+    whole_canvas_hw: tuple[Side, Side]
+
+    @property
+    def canvas_hw(self) -> tuple[int, int]:
+        """Height and width of the canvas, px."""
+        return self.whole_canvas_hw
+
 
 class InputSpec(Spec):
     """How an image becomes canvases."""
 
     resize: Annotated[KeepRatioResize | TileResize, Field(discriminator="rule")]
     contrast: ContrastSpec | None = None
+
+    @property
+    def zoom(self) -> float:
+        """Scale of the image relative to the model's own; 1 unless a request changed it."""
+        return self.resize.zoom if isinstance(self.resize, ZoomedTiles) else 1.0
+
+
+class ModelCard(Spec):
+    """What a model is for; all but the sizes is text for people.
+
+    Attributes:
+        domain: The images and objects that it was trained on.
+        object_size_px: Typical diameter of an object in them.
+        um_per_px: Size of their pixels, in micrometres.
+        training_data: Name and extent of the data.
+        licence: Of the weights and of the data.
+        attribution: Whom the licence asks to name.
+    """
+
+    domain: Text = ""
+    object_size_px: Annotated[float, Field(gt=0, le=MAX_SIDE_PX)] | None = None
+    um_per_px: Annotated[float, Field(gt=0, le=MAX_INT)] | None = None
+    training_data: Text = ""
+    licence: Text = ""
+    attribution: Text = ""
 
 
 class MatrixNms(Spec):
@@ -198,6 +256,7 @@ class ModelConfig(Spec):
     description: str = ""
     input: InputSpec
     classes: Annotated[tuple[ClassSpec, ...], Field(min_length=1, max_length=MAX_CLASSES)]
+    card: ModelCard = ModelCard()
     candidates: PositiveInt
     mask_stride: PositiveInt
     postprocess: PostprocessSpec
@@ -248,6 +307,7 @@ class RepositoryConfig(Spec):
     description: str = ""
     input: dict[str, Any] | None = None
     classes: Annotated[list[dict[str, Any]], Field(max_length=MAX_CLASSES)] | None = None
+    card: dict[str, Any] | None = None
     candidates: int | None = None
     mask_stride: int | None = None
     postprocess: dict[str, Any] | None = None

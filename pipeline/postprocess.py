@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from pipeline.contour import fill_contours
 from pipeline.merge import TileInstance, merge_tiles
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from pipeline.nms import mask_nms, matrix_nms
+from pipeline.overlaps import resolve_overlaps
 from pipeline.paste import paste_masks
 from pipeline.types import Candidates, Detection, Float32, Int64, Prepared, Tile, Window
 
@@ -59,6 +60,8 @@ class DeviceCandidates(Protocol):
 
 
 TileCandidates = Candidates | DeviceCandidates
+Overlaps = Literal["keep", "resolve"]
+"""Whether pixels of several masks stay with all of them, or are given to the best one."""
 
 
 def select(
@@ -255,6 +258,7 @@ class Collector:
         spec: The model's post-processing.
         score_threshold: Least score of a returned instance; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
+        overlaps: What becomes of pixels of several masks.
 
     Raises:
         ValueError: A bound is out of range.
@@ -268,11 +272,13 @@ class Collector:
         *,
         score_threshold: float | None = None,
         max_instances: int | None = None,
+        overlaps: Overlaps = "keep",
     ) -> None:
         self._image_hw = image_hw
         self._tiles = tiles
         self._spec = spec
         self._threshold, self._bound = _bounds(spec, score_threshold, max_instances)
+        self._overlaps = overlaps
         self._found: dict[int, list[TileInstance]] = {}
         self._dropped = 0
 
@@ -308,6 +314,8 @@ class Collector:
             instances = [entry.instance for entry in entries]
         else:
             instances = merge_tiles(entries, compare=self._spec.compare)
+        if self._overlaps == "resolve":
+            instances = resolve_overlaps(instances)
         return Detections(instances[: self._bound], len(instances) + self._dropped)
 
 
@@ -318,6 +326,7 @@ def postprocess(
     *,
     score_threshold: float | None = None,
     max_instances: int | None = None,
+    overlaps: Overlaps = "keep",
 ) -> list[Detection]:
     """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
 
@@ -327,6 +336,7 @@ def postprocess(
         spec: The model's post-processing.
         score_threshold: Least score of a returned instance; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
+        overlaps: What becomes of pixels of several masks.
 
     Raises:
         ValueError: The number of candidates' entries is not that of the tiles, a bound is out
@@ -338,6 +348,7 @@ def postprocess(
         spec,
         score_threshold=score_threshold,
         max_instances=max_instances,
+        overlaps=overlaps,
     )
     count, total = 0, len(prepared.tiles)
     for count, found in enumerate(candidates, 1):

@@ -10,7 +10,7 @@ from functools import partial
 
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
-from pipeline.model_config import InputSpec
+from pipeline.model_config import InputSpec, ModelConfig
 from service.errors import ServiceError, describe_error
 from service.models.repository import Repository
 from service.models.served import ServedModel
@@ -110,7 +110,8 @@ class LocalSegmenter:
         progress: RequestProgress,
     ) -> Segmented:
         """Segments a request's images; cancelling it stops the work within one canvas."""
-        works = await self._prepare(model, images, options)
+        config = options.adapt(model.config)
+        works = await self._prepare(config, images, options)
         admitted = [work for work in works if isinstance(work, ImageWork)]
         costs = [work.canvases for work in admitted]
         with self.admission.admit(client, costs):
@@ -127,12 +128,12 @@ class LocalSegmenter:
         return Segmented(model.state, [self._count(model, work) for work in works])
 
     async def _prepare(
-        self, model: ServedModel, images: Sequence[ImageFile], options: RequestOptions
+        self, config: ModelConfig, images: Sequence[ImageFile], options: RequestOptions
     ) -> list[ImageWork | Outcome]:
         """Reads the headers: the work of each image, or why it is refused."""
         settings = self._settings
         sizes = [peek_size(image.data) for image in images]
-        build = partial(_build_work, model, options=options, settings=settings)
+        build = partial(_build_work, config, options=options, settings=settings)
         if None in sizes:  # an unusual header takes milliseconds
             return await asyncio.to_thread(lambda: [*map(build, images, sizes)])
         return [*map(build, images, sizes)]
@@ -182,7 +183,7 @@ class LocalSegmenter:
 
 
 def _build_work(
-    model: ServedModel,
+    config: ModelConfig,
     file: ImageFile,
     size: HW | None,
     *,
@@ -190,11 +191,11 @@ def _build_work(
     settings: Settings,
 ) -> ImageWork | Outcome:
     try:
-        size, canvases = measure(file, size, model.config.input, settings)
+        size, canvases = measure(file, size, config.input, settings)
     except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
     scaled = settings.scaled_decode
-    return ImageWork(file, size, canvases, model.config, options, scaled=scaled)
+    return ImageWork(file, size, canvases, config, options, scaled=scaled)
 
 
 def measure(

@@ -229,6 +229,7 @@ def _read_result(
         canvases=entry.get("canvases"),
         instances_found=entry.get("instances_found"),
         truncated=bool(entry.get("truncated", False)),
+        scale=entry.get("scale"),
     )
 
 

@@ -15,6 +15,9 @@ _HEADERS = {
 """Progress while the server works; a server that has none answers with JSON. A proxy that
 compressed the answer would hold the progress back."""
 
+_ENCODED = {"masks", "query"}
+"""Options that are not parameters of the same name."""
+
 
 class Options(TypedDict, total=False):
     """Options of a request; the server's default applies to None and to a missing option.
@@ -24,6 +27,9 @@ class Options(TypedDict, total=False):
         version: Version of the model.
         score_threshold: Lowest score, 0..1.
         max_instances: Highest number of instances in an image.
+        overlaps: "resolve" gives pixels of several masks to the best instance.
+        object_size_px: Typical diameter of the objects in the images, px.
+        um_per_px: Size of the images' pixels in micrometres, instead of `object_size_px`.
         masks: False leaves the masks out.
         query: Other parameters of POST /segment, e.g. {"timeout_ms": 500, "priority": "batch"}.
     """
@@ -32,6 +38,9 @@ class Options(TypedDict, total=False):
     version: int | None
     score_threshold: float | None
     max_instances: int | None
+    overlaps: str | None
+    object_size_px: float | None
+    um_per_px: float | None
     masks: bool
     query: Mapping[str, str | int | float]
 
@@ -52,8 +61,7 @@ def build_request(
         )
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise TypeError(f"several images are a list or another iterable, not {images!r:.100}")
-    known = ("model", "version", "score_threshold", "max_instances")
-    given = {name: options.get(name) for name in known}
+    given = {name: options.get(name) for name in Options.__annotations__.keys() - _ENCODED}
     query = {name: str(value) for name, value in given.items() if value is not None}
     if not options.get("masks", True):
         query["masks"] = "none"

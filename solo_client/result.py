@@ -75,6 +75,8 @@ class Result:
         canvases: Model inputs that the image was cut into; None from an older server.
         instances_found: Instances before max_instances was applied; None from an older server.
         truncated: Whether max_instances cut the list; an older server does not report it.
+        scale: At which the model saw the image, relative to its usual one; None from an older
+            server.
     """
 
     file_name: str | None
@@ -88,6 +90,7 @@ class Result:
     canvases: int | None = None
     instances_found: int | None = None
     truncated: bool = False
+    scale: float | None = None
 
     @property
     def scores(self) -> NDArray[np.float32]:

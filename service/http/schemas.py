@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline.model_config import Task
+from pipeline.model_config import MAX_INT, MAX_SIDE_PX, ModelCard, Task
+from pipeline.postprocess import Overlaps
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
@@ -20,6 +21,24 @@ TimeoutMs = Annotated[
         le=86_400_000,
         description="deadline; then the request is answered 504 and its work stops; also as header "
         "X-Timeout-Ms; default: the server's",
+    ),
+]
+
+ObjectSizePx = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=MAX_SIDE_PX,
+        description="typical diameter of the objects in the image; the image is shown to the model "
+        "at the scale where they are as large as it expects; default: no rescaling",
+    ),
+]
+UmPerPx = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=MAX_INT,
+        description="size of the image's pixels in micrometres, instead of object_size_px",
     ),
 ]
 
@@ -49,6 +68,15 @@ class SegmentQuery(BaseModel):
         int | None,
         Field(ge=1, le=100_000, description="default: from the model's configuration"),
     ] = None
+    overlaps: Annotated[
+        Overlaps,
+        Field(
+            description="resolve: each pixel belongs to the best instance that claims it; small "
+            "remainders are dropped"
+        ),
+    ] = "keep"
+    object_size_px: ObjectSizePx = None
+    um_per_px: UmPerPx = None
     masks: Annotated[
         Masks,
         Field(
@@ -112,6 +140,13 @@ class ImageResult(BaseModel):
         Field(description="EXIF orientation, 1 to 8, by which the stored pixels were turned"),
     ] = None
     instances: list[InstanceModel] | None = None
+    scale: Annotated[
+        float | None,
+        Field(
+            description="scale at which the model saw the image, relative to its usual one; 1 "
+            "unless object_size_px or um_per_px asks for another"
+        ),
+    ] = None
     canvases: Annotated[
         int | None, Field(description="canvases (tiles) that the engine processed")
     ] = None
@@ -278,6 +313,7 @@ class ModelDetail(BaseModel):
     ]
     max_batch: int
     input: dict[str, Any]
+    card: Annotated[ModelCard, Field(description="what the model is for")]
     classes: list[dict[str, Any]]
     candidates: int
     mask_stride: int

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.model_config import ModelConfig, Precision
-from pipeline.postprocess import TileCandidates, postprocess
+from pipeline.postprocess import Overlaps, TileCandidates, postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Detection, Prepared, Tile, UInt8
 from service.engines.artefacts import ONNX_FILE
@@ -45,6 +45,7 @@ from service.models.publishing import (
     write_default,
     write_version,
 )
+from service.work.request import RequestOptions
 
 __all__ = [
     "CONFIG_FILE",
@@ -95,6 +96,9 @@ class LoadedModel:
         *,
         score_threshold: float | None = None,
         max_instances: int | None = None,
+        overlaps: Overlaps = "keep",
+        object_size_px: float | None = None,
+        um_per_px: float | None = None,
     ) -> list[Detection]:
         """Segments one image in the calling thread, with the server's results.
 
@@ -102,14 +106,24 @@ class LoadedModel:
             image: [H, W, 3] uint8 RGB.
             score_threshold: Least score; default from the model's configuration.
             max_instances: Most instances; default from the model's configuration.
+            overlaps: As in `RequestOptions`, like the next two.
+            object_size_px: The objects' typical diameter in this image.
+            um_per_px: Size of a pixel, instead of that.
+
+        Raises:
+            InvalidParameter: The model cannot do what is asked for.
         """
-        prepared = prepare(image, self.config.input)
+        asked = RequestOptions(
+            overlaps=overlaps, object_size_px=object_size_px, um_per_px=um_per_px
+        )
+        prepared = prepare(image, asked.adapt(self.config).input)
         return postprocess(
             prepared,
             self._infer(prepared),
             self.config.postprocess,
             score_threshold=score_threshold,
             max_instances=max_instances,
+            overlaps=overlaps,
         )
 
     def _infer(self, prepared: Prepared) -> Iterator[TileCandidates]:

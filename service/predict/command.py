@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
 import solo_client
+from pipeline.model_config import ModelConfig
+from pipeline.postprocess import Overlaps
 from service.engines.base import BackendOptions
-from service.errors import StartupError
+from service.errors import InvalidParameter, StartupError
 from service.models.repository import find_default, find_models, load_version, read_config
 from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_line, as_text
@@ -25,12 +28,12 @@ from service.predict.listing import Listing
 from service.predict.outputs import Outputs, check_outputs
 from service.predict.predictors import (
     RETRY,
-    Bounds,
     LocalPredictor,
     Predictor,
     RemotePredictor,
 )
 from service.predict.progress import CanvasProgress
+from service.work.request import RequestOptions
 
 EPILOG = """\
 examples:
@@ -49,6 +52,8 @@ Each image's results are stored in OUT.partial at once, and --out is written at 
 is interrupted in any way, the same command continues it; after failures it retries only the images
 that failed.
 """
+_ASKED = ("score_threshold", "max_instances", "overlaps", "object_size_px", "um_per_px")
+"""Options that are parameters of a request, too."""
 JOURNAL_ADVICE = (
     "To continue, give the same options (and --version); otherwise give another --out, or "
     "--restart to start again"
@@ -62,7 +67,7 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
         StartupError: The model cannot be used, or the server's address is invalid.
         OSError: The file with the API key cannot be read.
     """
-    bounds = _bounds_of(arguments)
+    asked = _read_asked(arguments)
     if arguments.url is not None:
         key_file = arguments.api_key_file
         key = None if key_file is None else key_file.read_bytes().decode(errors="replace").strip()
@@ -71,15 +76,23 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
         except Exception as error:  # those of addresses and proxies have no common base
             raise StartupError(f"--url {arguments.url}: {error}") from error
         return RemotePredictor(
-            client, bounds, arguments.model, arguments.version, on_progress=canvases.update
+            client, asked, arguments.model, arguments.version, on_progress=canvases.update
         )
     folder = find_model(arguments.model_repo, arguments.model)
     options = BackendOptions(device=arguments.device, threads=arguments.threads)
-    return LocalPredictor(load_version(folder, arguments.version, options), bounds)
+    _check_asked(asked, read_config(folder, arguments.version))
+    return LocalPredictor(load_version(folder, arguments.version, options), asked)
 
 
-def _bounds_of(arguments: argparse.Namespace) -> Bounds:
-    return Bounds(score_threshold=arguments.score_threshold, max_instances=arguments.max_instances)
+def _read_asked(arguments: argparse.Namespace) -> RequestOptions:
+    return RequestOptions(**{name: getattr(arguments, name) for name in _ASKED})
+
+
+def _check_asked(asked: RequestOptions, config: ModelConfig) -> None:
+    try:
+        asked.adapt(config)
+    except InvalidParameter as error:
+        raise StartupError(str(error)) from error
 
 
 def find_model(folder: Path, name: str | None) -> Path:
@@ -121,11 +134,13 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Calla
     device = arguments.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
+    asked, config = _read_asked(arguments), read_config(folder, arguments.version)
+    _check_asked(asked, config)
     plan = Plan(
         folder=folder,
-        config=read_config(folder, arguments.version),
+        config=config,
         options=BackendOptions(device=device, threads=cpus),
-        bounds=_bounds_of(arguments),
+        asked=asked,
         draw=arguments.overlays is not None,
     )
     pool = Pool(address=arguments.ray_address, actors=arguments.actors, cpus=cpus, gpus=gpus)
@@ -143,6 +158,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a size")
     return value
 
 
@@ -196,6 +218,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="lowest score (default: the model's)",
     )
     add("--max-instances", type=_positive, metavar="N", help="per image (default: the model's)")
+    add(
+        "--overlaps",
+        choices=get_args(Overlaps),
+        default="keep",
+        help="resolve: each pixel belongs to one instance (default: keep)",
+    )
+    add(
+        "--object-size-px",
+        type=_size,
+        metavar="PX",
+        help="typical diameter of the objects, if it is not the model's (default: no rescaling)",
+    )
+    add("--um-per-px", type=_size, metavar="UM", help="size of a pixel, for models that state it")
     add("--annotations", type=Path, metavar="COCO.json", help="file with the image ids")
     add("--out", type=Path, default=Path("results.json"), help="default: results.json")
     add("--overlays", type=Path, metavar="DIR", help="folder for pictures with the masks")
@@ -329,8 +364,7 @@ def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile,
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that the results depend on: only a run with the same ones can be continued."""
     options = vars(arguments)
-    same = ("url", "model", "version", "score_threshold", "max_instances")
-    found = {name: options[name] for name in same}
+    found = {name: options[name] for name in ("url", "model", "version", *_ASKED)}
     if arguments.url is None:
         found["model_repo"] = as_text(arguments.model_repo.absolute())
     if arguments.overlays is not None:

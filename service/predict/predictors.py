@@ -13,6 +13,7 @@ from pipeline.errors import DecodeError
 from pipeline.model_config import Task
 from service.models.repository import LoadedModel
 from service.predict.errors import ImageUnusable, RunFailed
+from service.work.request import RequestOptions
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
 """Lasts while a server restarts: the random waits add up to 2 min at most."""
@@ -57,20 +58,12 @@ class Predictor(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Lowest score and highest number of instances; None: the model's default."""
-
-    score_threshold: float | None = None
-    max_instances: int | None = None
-
-
 @dataclass(frozen=True)
 class LocalPredictor:
     """Segments with a model in this process."""
 
     model: LoadedModel
-    bounds: Bounds
+    asked: RequestOptions
 
     def predict(self, data: bytes) -> Prediction:
         """Decodes the image and runs the model; any error is the image's."""
@@ -81,14 +74,17 @@ class LocalPredictor:
         try:
             instances = self.model.segment(
                 image,
-                score_threshold=self.bounds.score_threshold,
-                max_instances=self.bounds.max_instances,
+                score_threshold=self.asked.score_threshold,
+                max_instances=self.asked.max_instances,
+                overlaps=self.asked.overlaps,
+                object_size_px=self.asked.object_size_px,
+                um_per_px=self.asked.um_per_px,
             )
         except Exception as error:  # an engine's exceptions have no common base
             raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
         results = [instance_to_coco(i, config) for i in instances]
-        limit = self.bounds.max_instances or config.postprocess.max_instances
+        limit = self.asked.max_instances or config.postprocess.max_instances
         served = f"{config.name}:{self.model.version}"
         return Prediction(results, config.task, served, truncated=len(results) == limit)
 
@@ -99,14 +95,14 @@ class RemotePredictor:
 
     Attributes:
         client: Client of the server; it retries while the server is busy.
-        bounds: Limits of the results.
+        asked: Limits of the results, overlaps and scale.
         model: None: the server's default.
         version: None: the version that is served.
         on_progress: Called with the progress of an image, in the thread that called `predict`.
     """
 
     client: solo_client.Client
-    bounds: Bounds
+    asked: RequestOptions
     model: str | None = None
     version: int | None = None
     on_progress: Callable[[solo_client.Progress], None] | None = None
@@ -119,8 +115,11 @@ class RemotePredictor:
                 on_progress=self.on_progress,
                 model=self.model,
                 version=self.version,
-                score_threshold=self.bounds.score_threshold,
-                max_instances=self.bounds.max_instances,
+                score_threshold=self.asked.score_threshold,
+                max_instances=self.asked.max_instances,
+                overlaps=None if self.asked.overlaps == "keep" else self.asked.overlaps,
+                object_size_px=self.asked.object_size_px,
+                um_per_px=self.asked.um_per_px,
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error

@@ -27,7 +27,8 @@ from service.models.repository import load_version
 from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.files import ImageFile, as_text
 from service.predict.job import Found, Item, Notes, find, read_data, read_stamp
-from service.predict.predictors import Bounds, LocalPredictor
+from service.predict.predictors import LocalPredictor
+from service.work.request import RequestOptions
 
 try:
     import pyarrow as pa
@@ -62,14 +63,14 @@ class Plan:
         folder: The model's folder, at the same path on every node.
         config: Its config.json where the run was started, with the version.
         options: Options of the engine.
-        bounds: Limits of the results.
+        asked: Limits of the results, overlaps and scale.
         draw: Whether to draw pictures.
     """
 
     folder: Path
     config: ModelConfig
     options: BackendOptions
-    bounds: Bounds
+    asked: RequestOptions
     draw: bool
 
 
@@ -140,7 +141,7 @@ class RaySegmenter:
             raise StartupError(
                 f"{plan.folder}: config.json differs from the one where the run was started"
             )
-        self._predictor = LocalPredictor(model, plan.bounds)
+        self._predictor = LocalPredictor(model, plan.asked)
         self._draw = plan.draw
         # With a GPU the actor's cores decode and post-process while the engine runs.
         at_once = (plan.options.threads or 1) if model.backend.device == "cuda" else 1

@@ -76,7 +76,7 @@ class ImageWork:
         file: The image.
         image_hw: Height and width that were admitted, before orientation.
         canvases: Canvases that were admitted.
-        config: The model's.
+        config: The model's, as the request's options adapt it.
         options: The request's.
         scaled: A JPEG may be decoded no larger than the model needs it.
 
@@ -146,6 +146,7 @@ class ImageWork:
             self._config.postprocess,
             score_threshold=self._options.score_threshold,
             max_instances=self._options.max_instances,
+            overlaps=self._options.overlaps,
         )
         self._prepared = prepared
         self._decoded.append((started_s, time.monotonic()))
@@ -258,6 +259,7 @@ def encode_entry(
         "width": image_hw[1],
         "height": image_hw[0],
         "orientation": orientation,
+        "scale": round(config.input.zoom, 4),
         "canvases": canvases,
         "instances_found": detections.found,
         "truncated": detections.found > len(instances),

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.model_config import ModelConfig
+from pipeline.postprocess import Overlaps
+from pipeline.scale import ScaleError, fit_scale
 from pipeline.types import UInt8
+from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
@@ -35,6 +39,9 @@ class RequestOptions:
     Attributes:
         score_threshold: Least score; None uses the model's.
         max_instances: Most instances of an image; None uses the model's.
+        overlaps: `resolve` gives pixels of several masks to the best one.
+        object_size_px: Typical diameter of the objects; None: as the model expects it.
+        um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
         priority: Interactive requests of a client are scheduled before its batch requests.
@@ -42,9 +49,28 @@ class RequestOptions:
 
     score_threshold: float | None = None
     max_instances: int | None = None
+    overlaps: Overlaps = "keep"
+    object_size_px: float | None = None
+    um_per_px: float | None = None
     masks: Masks = "rle"
     overlay: bool = False
     priority: Priority = "interactive"
+
+    def adapt(self, config: ModelConfig) -> ModelConfig:
+        """A model's configuration for this request.
+
+        Raises:
+            InvalidParameter: The model cannot do what is asked for.
+        """
+        if self.overlaps == "resolve" and config.task == "contour":
+            raise InvalidParameter(
+                f"overlaps: model {config.name!r} finds contours, which are thin lines; only "
+                "'keep' is possible"
+            )
+        try:
+            return fit_scale(config, object_size_px=self.object_size_px, um_per_px=self.um_per_px)
+        except ScaleError as error:
+            raise InvalidParameter(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -218,6 +218,7 @@ def test_shared_sections_are_written_once() -> None:
         "task",
         "description",
         "input",
+        "card",
         "classes",
         "candidates",
         "mask_stride",

@@ -136,7 +136,8 @@ BORDERS = InputSpec(resize=TileResize(scale=1.0, tile_hw=(64, 64), overlap_px=24
 def _ellipses(rng: np.random.Generator, image_hw: tuple[int, int], count: int) -> list[np.ndarray]:
     """Masks of ellipses, 4 to 20 px across, that keep 2 px apart."""
     rows, columns = np.mgrid[: image_hw[0], : image_hw[1]]
-    free, masks = np.ones(image_hw, np.bool_), []
+    free = np.ones(image_hw, np.bool_)
+    masks: list[np.ndarray] = []
     while len(masks) < count:
         y, x = rng.uniform(0, image_hw[0]), rng.uniform(0, image_hw[1])
         a, b = rng.uniform(2, 10, 2)

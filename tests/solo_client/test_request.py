@@ -30,6 +30,20 @@ def test_one_image_is_the_body_and_several_are_parts() -> None:
     assert build_request([], {})[0] == []
 
 
+def test_given_options_are_parameters() -> None:
+    _, request = build_request(
+        [b"one"],
+        {
+            "overlaps": "resolve",
+            "object_size_px": 12.5,
+            "um_per_px": None,
+            "masks": True,
+            "version": 2,
+        },
+    )
+    assert request["params"] == {"overlaps": "resolve", "object_size_px": "12.5", "version": "2"}
+
+
 def test_images_come_from_any_iterable(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"file")
 

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.model_config import MAX_INT, MAX_SIDE_PX
+from pipeline.postprocess import Overlaps
+
 Datatype = Literal["BYTES", "UINT8", "FP32", "INT64"]
 OutputName = Literal["scores", "category_ids", "bbox", "rle", "image_index", "image_hw", "error"]
 
@@ -76,6 +79,13 @@ class InferParameters(_StrictModel):
     ] = None
     max_instances: Annotated[
         int | None, Field(ge=1, le=100_000, description="default: from the model's configuration")
+    ] = None
+    overlaps: Annotated[Overlaps, Field(description="as in POST /segment")] = "keep"
+    object_size_px: Annotated[
+        float | None, Field(gt=0, le=MAX_SIDE_PX, description="as in POST /segment")
+    ] = None
+    um_per_px: Annotated[
+        float | None, Field(gt=0, le=MAX_INT, description="as in POST /segment")
     ] = None
     priority: Annotated[
         int,

@@ -212,6 +212,9 @@ def build_options(call: InferCall) -> RequestOptions:
     return RequestOptions(
         score_threshold=parameters.score_threshold,
         max_instances=parameters.max_instances,
+        overlaps=parameters.overlaps,
+        object_size_px=parameters.object_size_px,
+        um_per_px=parameters.um_per_px,
         masks="rle" if "rle" in call.outputs else "none",
         priority="batch" if parameters.priority > 1 else "interactive",
     )

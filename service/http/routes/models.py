@@ -71,6 +71,7 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
             "task",
             "description",
             "input",
+            "card",
             "classes",
             "candidates",
             "mask_stride",

@@ -130,6 +130,9 @@ async def segment(
         options = RequestOptions(
             score_threshold=query.score_threshold,
             max_instances=query.max_instances,
+            overlaps=query.overlaps,
+            object_size_px=query.object_size_px,
+            um_per_px=query.um_per_px,
             masks=query.masks,
             overlay=media_type == PNG,
             priority=query.priority,

@@ -70,6 +70,22 @@ def test_bounds_are_obeyed(tmp_path: Path, images: Path) -> None:
     assert predict(tmp_path, str(images), "--score-threshold", "1") == []
 
 
+def test_overlaps_and_scale_are_those_of_the_server(tmp_path: Path, images: Path) -> None:
+    publish(tmp_path / "repo", card={"object_size_px": 16})
+    nested = {"red": (4, 4, 40, 40), "green": (8, 8, 30, 30)}
+    (images / "a.png").write_bytes(encode_picture(draw_picture(48, 64, nested)))
+    one = str(images / "a.png")
+    assert len(predict(tmp_path, one)) == 2
+    (best,) = predict(tmp_path, one, "--overlaps", "resolve")
+    (scaled,) = predict(tmp_path, one, "--overlaps", "resolve", "--object-size-px", "32")
+    assert best["segmentation"] != scaled["segmentation"]
+    assert scaled["area"] == pytest.approx(best["area"], rel=0.1)
+    for wrong, reason in (("3", "3 is beyond 4 to 64"), ("-1", "-1 is not a size")):
+        with pytest.raises(SystemExit) as stopped:
+            predict(tmp_path, one, "--object-size-px", wrong)
+        assert stopped.value.code == 2 or reason in str(stopped.value)
+
+
 def test_a_bad_image_is_named_and_the_others_are_written(tmp_path: Path, images: Path) -> None:
     (images / "bad.png").write_bytes(b"no png")
     with pytest.raises(SystemExit, match=r"1 images failed:\n.*bad.png: unsupported_format"):

@@ -10,7 +10,8 @@ import solo_client
 from service.engines.base import BackendOptions
 from service.models.repository import load_version
 from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.predictors import Bounds, LocalPredictor, RemotePredictor
+from service.predict.predictors import LocalPredictor, RemotePredictor
+from service.work.request import RequestOptions
 from tests.solo_client.fake_server import line, progress
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 
@@ -20,7 +21,7 @@ Step = httpx.Response | Exception
 
 
 def build_remote(
-    *steps: Step, bounds: Bounds | None = None
+    *steps: Step, asked: RequestOptions | None = None
 ) -> tuple[RemotePredictor, list[httpx.Request]]:
     """A predictor whose server answers with these."""
     waiting = list(steps)
@@ -38,7 +39,7 @@ def build_remote(
         transport=httpx.MockTransport(answer),
         retry=solo_client.Retry(attempts=3, backoff_s=0),
     )
-    return RemotePredictor(client, bounds or Bounds(), "blobs"), requests
+    return RemotePredictor(client, asked or RequestOptions(), "blobs"), requests
 
 
 def error(status: int, code: str, retry_after: str | None = None) -> httpx.Response:
@@ -50,7 +51,7 @@ def error(status: int, code: str, retry_after: str | None = None) -> httpx.Respo
 def test_a_busy_server_is_asked_again() -> None:
     busy = [error(503, "overloaded", retry_after="0") for _ in range(2)]
     good = httpx.Response(200, json={**EMPTY, "results": [FOUND]})
-    predictor, requests = build_remote(*busy, good, bounds=Bounds(score_threshold=0.5))
+    predictor, requests = build_remote(*busy, good, asked=RequestOptions(score_threshold=0.5))
     answer = predictor.predict(b"data")
     assert (answer.results, answer.task, answer.served) == ([], "contour", "blobs:1")
     assert [str(request.url) for request in requests] == [
@@ -119,7 +120,7 @@ def test_a_proxy_that_finds_no_server_ends_the_run(status: int) -> None:
 def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> None:
     folder = publish(tmp_path, "wide", poisonable=True)
     options = BackendOptions(device="cpu", threads=1)
-    predictor = LocalPredictor(load_version(folder, None, options), Bounds())
+    predictor = LocalPredictor(load_version(folder, None, options), RequestOptions())
     answer = predictor.predict(encode_picture(draw_picture()))
     assert [r["category"] for r in answer.results] == ["red"]
     assert (answer.task, answer.served) == ("segmentation", "wide:1")
@@ -144,5 +145,5 @@ def test_a_model_in_this_process_reports_when_the_limit_is_reached(tmp_path: Pat
     model = load_version(publish(tmp_path), None, BackendOptions(device="cpu", threads=1))
     two = encode_picture(draw_picture(48, 64, {"red": (4, 8, 12, 16), "blue": (30, 30, 10, 10)}))
     for limit, count, truncated in ((1, 1, True), (2, 2, True), (3, 2, False), (None, 2, False)):
-        answer = LocalPredictor(model, Bounds(max_instances=limit)).predict(two)
+        answer = LocalPredictor(model, RequestOptions(max_instances=limit)).predict(two)
         assert (len(answer.results), answer.truncated) == (count, truncated)

@@ -14,7 +14,7 @@ from service.errors import ModelRefused, StartupError
 from service.models.repository import read_config
 from service.predict import main
 from service.predict.files import LocalFile, build_folder
-from service.predict.predictors import Bounds
+from service.work.request import RequestOptions
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 from tests.support.processes import free_port
 
@@ -29,7 +29,7 @@ def plan(tmp_path: Path) -> Plan:
     folder = publish(tmp_path / "repo", poisonable=True)
     options = BackendOptions(device="cpu", threads=1)
     config = read_config(folder)
-    return Plan(folder=folder, config=config, options=options, bounds=Bounds(), draw=False)
+    return Plan(folder=folder, config=config, options=options, asked=RequestOptions(), draw=False)
 
 
 @pytest.fixture

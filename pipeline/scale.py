@@ -1,0 +1,53 @@
+"""A request's scale: a model of one magnification sees images of others at its own.
+
+Tiles become smaller or larger windows of the image on the same canvas, so that masks come back at
+the image's size and no resized image exists.
+"""
+
+from __future__ import annotations
+
+from pipeline.model_config import MAX_ZOOM, ModelConfig, TileResize
+
+
+class ScaleError(ValueError):
+    """The scale that was asked for is impossible; the message names the parameter."""
+
+
+def fit_scale(
+    config: ModelConfig, *, object_size_px: float | None = None, um_per_px: float | None = None
+) -> ModelConfig:
+    """The model as it has to see an image of this scale.
+
+    Args:
+        config: The model.
+        object_size_px: Typical diameter of the image's objects.
+        um_per_px: Size of the image's pixels, in micrometres.
+
+    Returns:
+        The same model; its input is changed if the scale is not the model's own.
+
+    Raises:
+        ScaleError: Both are given, the model does not state its own or has no fixed scale, or the
+            two differ by more than a factor of `MAX_ZOOM`.
+    """
+    given = {"object_size_px": object_size_px, "um_per_px": um_per_px}
+    asked = [(name, value) for name, value in given.items() if value is not None]
+    if not asked:
+        return config
+    if len(asked) > 1:
+        raise ScaleError("object_size_px and um_per_px are two ways to say one thing; give one")
+    ((name, value),) = asked
+    resize, model = config.input.resize, f"model {config.name!r}"
+    if not isinstance(resize, TileResize):
+        raise ScaleError(f"{name}: {model} resizes every image to one size, it has no fixed scale")
+    own = getattr(config.card, name)
+    if own is None:
+        raise ScaleError(f"{name}: the configuration of {model} does not state its own")
+    zoom = own / value if name == "object_size_px" else value / own
+    if not 1 / MAX_ZOOM <= zoom <= MAX_ZOOM:
+        raise ScaleError(
+            f"{name} {value:g} is beyond {own / MAX_ZOOM:g} to {own * MAX_ZOOM:g}, which {model} "
+            f"allows; its own is {own:g}"
+        )
+    scaled = config.input.model_copy(update={"resize": resize.zoomed(zoom)})
+    return config.model_copy(update={"input": scaled})
