@@ -198,7 +198,13 @@ def _sections(config: ModelConfig) -> dict[str, Any]:
 def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     differing = {s: content[s] for s in SECTIONS if content[s] != shared[s]}
-    return {**differing, "files": content["files"], "provenance": content["provenance"]}
+    return {**differing, **_measured(config), "provenance": content["provenance"]}
+
+
+def _measured(config: ModelConfig) -> dict[str, Any]:
+    """A version's `files`, and `ap_cost` if it was measured."""
+    kept = {"files", "ap_cost"} if config.ap_cost else {"files"}
+    return config.model_dump(mode="json", include=kept)
 
 
 def publish(root: Path, release: Release, *, force: bool = False) -> Path:
@@ -380,15 +386,24 @@ def _require_gpu_graphs(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> ModelConfig:
+    """The configuration with the files, and with what their precisions cost, if measured."""
     added = {a.name: FileSpec.model_validate(describe_file(a.data)) for a in artefacts}
-    return config.model_copy(update={"files": {**config.files, **added}})
+    ap_cost = dict(config.ap_cost)
+    for artefact in artefacts:
+        measured, precision = artefact.parity.get("AP"), artefact.parity.get("precision")
+        if precision is not None:
+            ap_cost.pop(precision, None)  # of the file that is replaced
+            if measured is not None:
+                ap_cost[precision] = round(measured["fp32"] - measured["variant"], 4)
+    return config.model_copy(update={"files": {**config.files, **added}, "ap_cost": ap_cost})
 
 
 def _change_files(folder: Path, version: ModelConfig) -> dict[str, Any]:
-    """config.json with a version's `files` replaced; everything else is unchanged."""
+    """config.json with a version's `files` and `ap_cost` replaced, and nothing else."""
     content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
-    files = version.model_dump(mode="json")["files"]
-    content["versions"][str(version.version)]["files"] = files
+    entry = content["versions"][str(version.version)]
+    entry.pop("ap_cost", None)
+    entry.update(_measured(version))
     _check_unchanged(read_repository(folder), content, version)
     return content
 

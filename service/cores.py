@@ -8,17 +8,18 @@ from pathlib import Path
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def count_cores() -> int:
-    """Physical cores in the CPU affinity mask, limited by the cgroup's CPU quota; at least 1.
+    """Physical cores in the CPU affinity mask, limited by the cgroups' CPU quotas; at least 1.
 
     Hyper-threads of one core count once: matrix products do not gain from the second.
     """
     allowed = _allowed_cpus()
     siblings = {_siblings(cpu) for cpu in allowed}
     cores = len(siblings) or len(allowed)
-    quota = _quota(_CGROUP)
+    quota = _quota()
     if quota is not None:
         cores = min(cores, max(1, math.ceil(quota)))
     return max(1, cores)
@@ -38,16 +39,40 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _quota(cgroup: Path) -> float | None:
-    """CPU quota of the cgroup in cores (v2, or v1 as mounted in containers); None if unlimited."""
+def _quota() -> float | None:
+    """Least CPU quota, in cores, of this process's cgroup and those above it; None if unlimited."""
+    quotas = [quota for folder in _list_cgroups() if (quota := _read_quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _list_cgroups() -> list[Path]:
+    """Folders of v2, and of v1's controller `cpu`; in a container the root is the cgroup itself."""
+    found = [_CGROUP, _CGROUP / "cpu"]
+    try:
+        lines = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return found
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUP / "cpu" if controllers else _CGROUP
+        folder = root / path.lstrip("/")
+        found += [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    return found
+
+
+def _read_quota(cgroup: Path) -> float | None:
     try:
         quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
         try:
-            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").strip()
-            period = (cgroup / "cpu/cpu.cfs_period_us").read_text(encoding="ascii").strip()
-        except OSError:
+            quota = (cgroup / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (cgroup / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
             return None
-    if quota in ("max", "-1"):
+    try:
+        return None if int(quota) < 0 else int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max" is no limit
         return None
-    return int(quota) / int(period)

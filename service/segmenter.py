@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import cv2
+
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec, ModelConfig
+from service.cores import count_cores
 from service.errors import ServiceError, describe_error
 from service.models.repository import Repository
 from service.models.served import ServedModel
@@ -52,6 +55,8 @@ class LocalSegmenter:
         self._settings = settings
         self._watcher = RepositoryWatcher(self.store, repository.stamps, metrics)
         self._polling: asyncio.Task[None] | None = None
+        # OpenCV knows no quotas of cgroup v2, and counts hyper-threads.
+        cv2.setNumThreads(min(cv2.getNumThreads(), count_cores()))
         metrics.watch(self.admission)
 
     @property

@@ -29,6 +29,7 @@ DISTRIBUTIONS = {
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
     "service/engines/aotinductor.py",
+    "service/engines/openvino.py",
     "service/engines/kernels/postprocessor.py",
     "service/engines/kernels/launcher.py",
     "service/engines/kernels/nvrtc.py",

@@ -322,8 +322,7 @@ def _explain(reason: str, options: BackendOptions, route: _Route, refusals: list
         reason += ", early exits"
     parts = [reason]
     if route.canvas_s:
-        times = (f"{name} {1e3 * s:.1f}" for name, s in sorted(route.canvas_s.items()))
-        parts.append(f"ms of a canvas here: {', '.join(times)}")
+        parts.append(f"the fastest of {', '.join(sorted(route.canvas_s))} on this machine")
     parts += [
         f"{name} {value} was asked for"
         for name, value in (("engine", options.engine), ("device", options.device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -73,11 +74,17 @@ def find_native_precision() -> Precision:
     return "bf16" if "BF16" in found else "fp32"
 
 
-@cache
-def _list_capabilities() -> frozenset[str]:
+def _build_core() -> Any:
+    """Imports the library without its telemetry, which sends usage data at the import."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    return frozenset(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return openvino.Core()
+
+
+@cache
+def _list_capabilities() -> frozenset[str]:
+    return frozenset(_build_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def build_openvino_backend(
@@ -106,10 +113,8 @@ def build_openvino_backend(
 
 def _read(model: bytes | Path, config: ModelConfig | None) -> Any:
     """The graph with a batch of 1 and, if the model has one canvas, with that canvas' shape."""
-    import openvino
-
     try:
-        graph = openvino.Core().read_model(model)
+        graph = _build_core().read_model(model)
     except Exception as error:  # the library's exceptions have no common base
         raise BackendError(f"OpenVINO cannot load the graph: {_shorten(error)}") from error
     if check_signature(_describe(graph)) != "float32":
@@ -150,9 +155,7 @@ def _compile(graph: Any, options: BackendOptions, count: int) -> Any:
 
 def _compile_with(graph: Any, properties: Mapping[str, Any]) -> Any:
     """In a core of its own: a cache folder would hold for all that is compiled in it."""
-    import openvino
-
-    return openvino.Core().compile_model(graph, "CPU", dict(properties))
+    return _build_core().compile_model(graph, "CPU", dict(properties))
 
 
 def _describe(graph: Any) -> Any:

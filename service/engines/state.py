@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from service.engines.base import Precision
 
@@ -31,6 +32,7 @@ class EngineState:
         reason: Why this one.
         build: None if no other engine was to be built.
         is_alive: Whether it answers.
+        canvas_s: Seconds of a canvas, by engine and precision, where they were timed to choose one.
     """
 
     name: str
@@ -39,3 +41,4 @@ class EngineState:
     reason: str
     build: EngineBuild | None = None
     is_alive: bool = True
+    canvas_s: Mapping[str, float] = field(default_factory=dict)

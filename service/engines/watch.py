@@ -95,7 +95,13 @@ class WatchedEngine:
         """State of the current engine, for health and metrics."""
         engine = self._engine
         return EngineState(
-            engine.name, engine.device, engine.precision, engine.reason, self.build, self.is_alive
+            name=engine.name,
+            device=engine.device,
+            precision=engine.precision,
+            reason=engine.reason,
+            build=self.build,
+            is_alive=self.is_alive,
+            canvas_s=getattr(engine, "canvas_s", {}),
         )
 
     @property

@@ -237,6 +237,10 @@ class EngineModel(BaseModel):
     build: Annotated[
         EngineBuildModel | None, Field(description="null if no other engine is to be built")
     ] = None
+    canvas_ms: Annotated[
+        dict[str, float],
+        Field(description="time of a canvas by engine and precision, if timed to choose one"),
+    ] = {}
 
 
 class ReadyResponse(BaseModel):

@@ -182,6 +182,12 @@ class Metrics:
             ["model", "version", "backend", "device", "precision"],
             registry=registry,
         )
+        self.engine_canvas_seconds = Gauge(
+            "solo_engine_canvas_seconds",
+            "Time of one canvas in the engines that were timed to choose one",
+            ["model", "version", "backend", "precision"],
+            registry=registry,
+        )
         self.engine_build_progress = Gauge(
             "solo_engine_build_progress",
             "How much of a model's engine is built, 0..1; 1 if none is to be built",
@@ -280,7 +286,7 @@ class Metrics:
     def _update_engines(self) -> None:
         for gauge in (
             *(self.model_info, self.precision_fallback),
-            *(self.engine_up, self.engine_build_progress),
+            *(self.engine_up, self.engine_build_progress, self.engine_canvas_seconds),
         ):
             gauge.clear()
         alive: dict[str, bool] = {}
@@ -292,6 +298,9 @@ class Metrics:
             )
             labels = (name, str(version), state.name, state.device, state.precision)
             self.model_info.labels(*labels).set(1)
+            for candidate, seconds in state.canvas_s.items():
+                timed = (name, str(version), *candidate.split(" ", 1))
+                self.engine_canvas_seconds.labels(*timed).set(seconds)
             progress = 1.0 if state.build is None else state.build.progress
             self.engine_build_progress.labels(name).set(progress)
             alive[name] = alive.get(name, True) and state.is_alive

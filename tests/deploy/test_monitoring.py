@@ -25,7 +25,9 @@ from tests.deploy.queries import (
 from tests.support.fake_nvml import FakeNvml
 from tests.support.metrics import render
 
-ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
+ENGINE = EngineState(
+    "onnxruntime", "cpu", "fp32", "CPU provider", canvas_s={"onnxruntime fp32": 0.04}
+)
 ROOT = Path(__file__).resolve().parents[2]
 # Prometheus' own series, and the labels that it adds.
 SCRAPE_METRICS = {"up"}

@@ -449,3 +449,37 @@ def test_a_graph_that_gpus_refuse_is_not_published(tmp_path: Path) -> None:
         add_artefacts(tmp_path / "blobs", 1, [half], force=True)
     assert files_under(tmp_path) == before
     add_artefacts(tmp_path / "blobs", 1, [Artefact("model.exits.onnx", UINT8, PASSED)])
+
+
+def with_ap(precision: str, variant: float | None, data: bytes = GRAPH) -> Artefact:
+    ap = None if variant is None else {"split": "val", "fp32": 0.48474, "variant": variant}
+    report = {**PASSED, "precision": precision, "AP": ap}
+    return Artefact(f"model.{precision}.onnx", data, report)
+
+
+def test_what_a_precision_costs_is_recorded(tmp_path: Path) -> None:
+    base = build_release()
+    files = (with_ap("int8", 0.4870), with_ap("bf16", 0.4841), with_ap("fp16", None), PACKAGE)
+    publish(tmp_path, Release(base.config, base.graph, PASSED, files))
+    entry = read_config(tmp_path)["versions"]["1"]
+    assert entry["ap_cost"] == {"int8": -0.0023, "bf16": 0.0006}
+    publish(tmp_path, build_release(2))
+    versions = read_config(tmp_path)["versions"]
+    assert versions["1"] == entry
+    assert "ap_cost" not in versions["2"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [(0.4800, {"int8": 0.0047, "bf16": 0.0006}), (None, {"bf16": 0.0006})],
+)
+def test_the_cost_of_a_file_that_is_replaced_is_too(
+    tmp_path: Path, variant: float | None, expected: dict[str, float]
+) -> None:
+    publish(tmp_path, build_release())
+    folder = tmp_path / "blobs"
+    add_artefacts(folder, 1, [with_ap("int8", 0.4870), with_ap("bf16", 0.4841)])
+    add_artefacts(folder, 1, [with_ap("int8", variant, OTHER)], force=True)
+    assert read_config(tmp_path)["versions"]["1"]["ap_cost"] == expected
+    add_artefacts(folder, 1, [Artefact("model.exits.onnx", b"exits", PASSED)])
+    assert read_config(tmp_path)["versions"]["1"]["ap_cost"] == expected

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -80,6 +81,19 @@ async def running(
 
 
 SHORT_DRAIN = [{"drain_timeout_s": 0.2}]
+
+
+def test_opencv_has_as_many_threads_as_there_are_cores(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = cv2.getNumThreads()
+    monkeypatch.setattr("service.segmenter.count_cores", lambda: 1)
+    try:
+        cv2.setNumThreads(3)
+        LocalSegmenter(settings, load_repository(settings.model_repo, OPTIONS), Metrics())
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(before)
 
 
 async def test_outcomes_come_in_the_order_of_the_images(running: Running) -> None:

@@ -71,4 +71,5 @@ def _describe(model: ModelState) -> EngineModel:
         precision=engine.precision,
         reason=engine.reason,
         build=build,
+        canvas_ms={name: round(1e3 * s, 3) for name, s in engine.canvas_s.items()},
     )

@@ -35,9 +35,10 @@ def test_stages_have_a_row_for_each_image(
     assert row["total_ms"] == pytest.approx(sum(row[f"{stage}_ms"] for stage in stages))
 
 
-def test_precisions_share_their_canvases(run_case: Callable[..., Any]) -> None:
-    report = run_case("precision", "--rounds", 1, "--batch", 1, "--threads", 1)
-    assert set(report["seconds"]) == {"fp32", "int8"}
+def test_engines_and_precisions_share_their_canvases(run_case: Callable[..., Any]) -> None:
+    few = ("--rounds", 1, "--canvases", 1, "--threads", 1)
+    report = run_case("precision", *few, "--variants", "ort:int8", "openvino:int8")
+    assert set(report["seconds"]) == {"ort:fp32", "ort:int8"}
     assert report["canvas_hw"] == [288, 288]
 
 

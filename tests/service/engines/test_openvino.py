@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import platform
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from tests.service.engines.test_onnxruntime import build_batch
 from tests.service.engines.test_ort_session import read_config
 from tests.support.blob_model import KEEP_RATIO_INPUT, build_graph, build_typed_graph
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = BackendOptions(device="cpu", threads=1)
 installed = pytest.mark.skipif(not openvino.is_installed(), reason="openvino is not installed")
 
@@ -152,6 +155,21 @@ def test_the_native_precision(
 
 @installed
 class TestInstalled:
+    def test_the_library_sends_no_usage_data(self, options: BackendOptions) -> None:
+        text = """
+import sys
+from service.engines import openvino
+openvino.find_native_precision()
+from openvino.tools.ovc import telemetry_utils
+print(telemetry_utils.tm.__name__, sorted(m for m in sys.modules if m.startswith("openvino_tele")))
+"""
+        command = [sys.executable, "-c", text]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.split(maxsplit=1) == [
+            "openvino.tools.ovc.telemetry_stub",
+            "['openvino_telemetry']\n",
+        ]
+
     @pytest.mark.parametrize("content", [{}, {"input": KEEP_RATIO_INPUT}], ids=["tiles", "whole"])
     def test_results_are_onnx_runtimes(
         self, options: BackendOptions, content: dict[str, Any]

@@ -136,6 +136,8 @@ def test_the_state_is_that_of_the_engine_of_the_moment() -> None:
     with open_house() as house:
         wanted = EngineState("fake", "cpu", "fp32", "a test")
         assert house.backend.state == wanted
+        house.engines[0].canvas_s = {"fake fp32": 0.5}  # type: ignore[attr-defined]
+        assert house.backend.state.canvas_s == {"fake fp32": 0.5}
         house.backend.build = EngineBuild("building", 0.5)
         assert house.backend.state.build == EngineBuild("building", 0.5)
         house.may_build.clear()

@@ -36,6 +36,7 @@ NAMES = {
     "solo_ready",
     "solo_model_info",
     "solo_engine_build_progress",
+    "solo_engine_canvas_seconds",
     "solo_model_refused",
     "solo_model_precision_fallback",
     "solo_repository_readable",
@@ -46,6 +47,18 @@ NAMES = {
 def test_the_names_are_those_that_dashboards_rely_on() -> None:
     text = render(Metrics())
     assert set(re.findall(r"^# TYPE (solo_\w+) ", text, re.M)) == NAMES
+
+
+def test_engines_that_were_timed() -> None:
+    metrics = Metrics()
+    timed = {"onnxruntime fp32": 0.04, "openvino bf16": 0.02}
+    metrics.add_model("nuclei", 3, lambda: replace(ENGINE, canvas_s=timed), 8)
+    text = render(metrics)
+    labels = 'backend="openvino",model="nuclei",precision="bf16",version="3"'
+    assert f"solo_engine_canvas_seconds{{{labels}}} 0.02" in text
+    assert text.count("\nsolo_engine_canvas_seconds{") == 2
+    metrics.remove_model("nuclei", 3)
+    assert "\nsolo_engine_canvas_seconds{" not in render(metrics)
 
 
 def test_a_models_series_exist_before_its_first_image() -> None:

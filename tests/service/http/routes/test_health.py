@@ -32,6 +32,7 @@ async def test_a_ready_server(client: httpx.AsyncClient) -> None:
                 "precision": "fp32",
                 "reason": "CPU provider; device cpu was asked for",
                 "build": None,
+                "canvas_ms": {},
             }
             for name in ("blobs", "wide")
         ],
