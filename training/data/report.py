@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -78,12 +79,13 @@ class Report:
     labelled: bool = True
     _groups: dict[Kind, _Group] = field(default_factory=dict)
 
-    def add(self, kind: Kind, where: str, message: str = "") -> None:
-        """Counts a finding; the first ones of a kind are kept."""
+    def add(self, kind: Kind, where: str | Callable[[], str], message: str = "") -> None:
+        """Counts a finding; the first ones of a kind are kept, and `where` is called for these."""
         group = self._groups.setdefault(kind, _Group())
         group.count += 1
         if len(group.examples) < _EXAMPLES:
-            group.examples.append(f"{where}: {message}" if message else where)
+            place = where if isinstance(where, str) else where()
+            group.examples.append(f"{place}: {message}" if message else place)
 
     def count(self, what: Action | Kind) -> int:
         """Number of findings of a kind or of all kinds of an action."""

@@ -42,7 +42,7 @@ def read_object(
         polygons = _read_polygons(segmentation, image_hw)
         if not polygons:
             raise Problem(Kind.FEW_POINTS, f"the polygons are {shorten(segmentation)}")
-        _check_inside(polygons, image_hw)
+        _check_extent(polygons, image_hw)
         return PolygonObject(polygons, label, area)
     if isinstance(segmentation, dict):
         rle, pixels = _read_rle(segmentation, image_hw)
@@ -62,51 +62,57 @@ def _read_polygons(parts: list[Any], image_hw: tuple[int, int]) -> Polygons:
     polygons = []
     for part in parts:
         if not isinstance(part, list) or len(part) % 2:
-            raise Problem(
-                Kind.SEGMENTATION,
-                f"a polygon is {shorten(part)}, expected a list [x, y, x, y, ...]",
-            )
-        if part:
-            _check_coordinates(part, image_hw)
-        if len(part) >= 6:
-            polygons.append(np.array(part, np.float64))
-    length = sum(
-        float(np.abs(np.diff(p.reshape(-1, 2), axis=0)).max(axis=1).sum()) for p in polygons
-    )
-    if length > _LONGEST_PX:
-        raise Problem(
-            Kind.COORDINATE,
-            f"the outline is {length:.0f} px long, more than the {_LONGEST_PX} px allowed",
-        )
+            raise _no_polygon(part)
+        points = _read_points(part, image_hw)
+        if len(points) >= 6:
+            polygons.append(points)
     return tuple(polygons)
 
 
-def _check_coordinates(part: list[Any], image_hw: tuple[int, int]) -> None:
-    height, width = image_hw
-    most = _FARTHEST * (height + width)
+def _no_polygon(part: Any) -> Problem:
+    return Problem(
+        Kind.SEGMENTATION, f"a polygon is {shorten(part)}, expected a list [x, y, x, y, ...]"
+    )
+
+
+def _read_points(part: list[Any], image_hw: tuple[int, int]) -> NDArray[np.float64]:
+    """The coordinates of a polygon, [2 P]."""
     try:
         points = np.array(part, np.float64)
-        wrong = np.flatnonzero(~(np.abs(points) <= most))  # NaN, too
     except (TypeError, ValueError, OverflowError) as error:
         raise Problem(
             Kind.SEGMENTATION, f"a polygon has a coordinate that is no number: {shorten(part)}"
         ) from error
     if points.ndim != 1:
-        raise Problem(
-            Kind.SEGMENTATION, f"a polygon is {shorten(part)}, expected a list [x, y, x, y, ...]"
-        )
-    if wrong.size:
+        raise _no_polygon(part)
+    height, width = image_hw
+    most = _FARTHEST * (height + width)
+    distances = np.abs(points)
+    if not distances.max(initial=0) <= most:  # NaN, too
+        wrong = np.flatnonzero(~(distances <= most))
         raise Problem(
             Kind.COORDINATE,
             f"a polygon has the coordinate {shorten(part[wrong[0]])}, the image is "
             f"{width}x{height} px",
         )
+    return points
 
 
-def _check_inside(polygons: Polygons, image_hw: tuple[int, int]) -> None:
+def _check_extent(polygons: Polygons, image_hw: tuple[int, int]) -> None:
+    """Refuses outlines that are too long, and skips objects without pixels in the image."""
     height, width = image_hw
-    points = np.concatenate(polygons).reshape(-1, 2)
-    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+    points = (polygons[0] if len(polygons) == 1 else np.concatenate(polygons)).reshape(-1, 2)
+    left, top = points.min(axis=0).tolist()
+    right, bottom = points.max(axis=0).tolist()
+    if len(points) * max(right - left, bottom - top) > _LONGEST_PX:  # else it cannot be so long
+        length = sum(
+            float(np.abs(np.diff(p.reshape(-1, 2), axis=0)).max(axis=1).sum()) for p in polygons
+        )
+        if length > _LONGEST_PX:
+            raise Problem(
+                Kind.COORDINATE,
+                f"the outline is {length:.0f} px long, more than the {_LONGEST_PX} px allowed",
+            )
     if left >= width or top >= height or right <= 0 or bottom <= 0:
         raise Problem(
             Kind.OUTSIDE,

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,16 +232,13 @@ def _check_annotations(
     lists_are_whole = not report.count("refused")
     annotations: Iterable[Any] = content.annotations or ()
     for place, annotation in enumerate(annotations):
-        where = f"annotations[{place}]"
         if not isinstance(annotation, dict):
-            report.add(Kind.ANNOTATION, where, f"it is {shorten(annotation)}")
+            report.add(Kind.ANNOTATION, f"annotations[{place}]", f"it is {shorten(annotation)}")
             continue
-        number = annotation.get("id")
-        if number is not None:
-            where = f"annotation {shorten(number)}"
+        number, image = annotation.get("id"), None
         try:
             image = _find_image(annotation, images)
-            where = f"{where} of image {shorten(image.id)} ({shorten(image.file_name)})"
+            where = partial(_describe, place, number, image)
             label = _find_label(annotation, labels)
             crowd = _read_crowd(annotation)
             if not image.usable or image.hw is None:
@@ -249,7 +247,7 @@ def _check_annotations(
             item = read_object(annotation.get("segmentation"), label, area, image.hw)
         except Problem as problem:
             if lists_are_whole or problem.kind is not Kind.REFERENCE:
-                report.add(problem.kind, where, str(problem))
+                report.add(problem.kind, partial(_describe, place, number, image), str(problem))
             continue
         (image.crowds if crowd else image.objects).append(item)
         if not isinstance(number, (int, str)) or not number or number in seen:
@@ -262,6 +260,14 @@ def _check_annotations(
             report.add(Kind.NO_AREA, where)
         if has_short_part(annotation["segmentation"]):
             report.add(Kind.PART, where, shorten(annotation["segmentation"]))
+
+
+def _describe(place: int, number: Any, image: _Image | None) -> str:
+    """Where an annotation is."""
+    where = f"annotations[{place}]" if number is None else f"annotation {shorten(number)}"
+    if image is None:
+        return where
+    return f"{where} of image {shorten(image.id)} ({shorten(image.file_name)})"
 
 
 def _find_image(annotation: dict[str, Any], images: dict[ImageId, _Image]) -> _Image:
