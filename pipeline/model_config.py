@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.strict_json import parse_json
@@ -24,6 +24,7 @@ MAX_ZOOM = 4
 _MOST_ERRORS = 5
 _LONGEST_REASON = 1000
 _LONGEST_NAME = 80
+Ordinal = Annotated[int, Field(ge=0, lt=1024)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -228,12 +229,21 @@ class Limits(Spec):
         instances: Calls at once; None takes the server's `engine_slots`.
         threads: Of one call on the CPU; None takes the server's.
         precision: Of the engine; None takes the server's.
+        gpus: Which of the process's GPUs, by their positions in `SOLO_DEVICES`; None takes all.
     """
 
     max_batch: Annotated[int, Field(gt=0, le=1024)] = 8
     instances: Annotated[int, Field(gt=0, le=256)] | None = None
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     precision: Precision | None = None
+    gpus: Annotated[tuple[Ordinal, ...], Field(min_length=1)] | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _unique_gpus(cls, gpus: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if gpus is not None and len(set(gpus)) != len(gpus):
+            raise ValueError(f"{list(gpus)} names a GPU twice")
+        return gpus
 
 
 class FileSpec(Spec):

@@ -9,8 +9,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from service.engines.choose import check_device
+from service.engines.visible import resolve_devices, show_devices
 from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
 from service.http.servers import build_server, freeze_imports
@@ -34,8 +36,12 @@ def serve(settings: Settings) -> int:
     Raises:
         StartupError: The device or a port is not there, or no model can be served.
     """
+    if settings.device_names and settings.device != "cpu":
+        settings = settings.with_devices(resolve_devices(settings.device_names))
+        if settings.workers == 1:
+            show_devices(settings.device_names)
     options = settings.backend_options()
-    check_device(options)
+    check_device(options if settings.workers == 1 else replace(options, gpus=(0,)))
     if settings.workers > 1:
         return run_workers(settings)
     freeze_imports()

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.cores import count_cores
 from service.engines.base import BackendOptions, EngineKind, Precision
+from service.engines.visible import check_shares, parse_devices
 
 MIB = 1024 * 1024
 Device = Literal["auto", "cpu", "cuda"]
@@ -75,6 +76,13 @@ class Settings(BaseSettings):
     device: Annotated[
         Device, Field(description="auto takes CUDA where it works; cuda refuses to start without")
     ] = "auto"
+    devices: Annotated[
+        str | None,
+        Field(
+            description="GPUs: all, ordinals or UUIDs, comma-separated; with workers each gets a "
+            "share, and MIG slices need a worker each (default: the first)"
+        ),
+    ] = None
     engine: Annotated[
         EngineKind,
         Field(
@@ -273,7 +281,22 @@ class Settings(BaseSettings):
             divide="tiles" if self.workers == 1 else "all",
             cache=self.engine_cache,
             gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
+            gpus=tuple(range(len(self.device_names))) or (0,),
         )
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The parts of `devices`."""
+        return parse_devices(self.devices) if self.devices is not None else ()
+
+    def with_devices(self, names: tuple[str, ...]) -> Settings:
+        """For a process that uses these devices, and shows them to CUDA itself."""
+        return self.model_copy(update={"devices": ",".join(names)})
+
+    @model_validator(mode="after")
+    def _devices_can_be_shared(self) -> Settings:
+        check_shares(self.device_names, self.workers)
+        return self
 
     @model_validator(mode="after")
     def _queue_holds_an_image(self) -> Settings:

@@ -156,6 +156,6 @@ def serve_eager(
         return outputs
 
     options = BackendOptions(device=recipe.device, threads=recipe.threads)
-    backend = serve_runners(lambda: run, info, options, served, "PyTorch without a compiler")
+    backend = serve_runners(lambda gpu: run, info, options, served, "PyTorch without a compiler")
     backend.name = "eager"
     return backend

@@ -36,7 +36,7 @@ from service.engines.device import CudaDevice
 from service.engines.device_slot import DeviceSlot, build_device_slots
 from service.engines.kernels.postprocessor import load_select
 from service.engines.kernels.select import MaskType
-from service.engines.slots import HostSlot, Slot, SlotBackend
+from service.engines.slots import HostSlot, Slot, SlotBackend, build_on_each, describe_gpus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,13 +75,18 @@ def find_target(options: BackendOptions) -> str:
 
     if options.device == "cpu" or not torch.cuda.is_available():
         return CPU_TARGET
-    return name_target(torch.cuda.get_device_capability())
+    return name_target(torch.cuda.get_device_capability(options.gpus[0]))
 
 
-def load_runner(data: bytes, device: str) -> Runner:
+def load_runner(data: bytes, device: str, gpu: int = 0) -> Runner:
     """Loads a package's code; the caller has verified the bytes.
 
     On CUDA a runner may be captured into CUDA graphs, and one thread at a time may call it.
+
+    Args:
+        data: The package.
+        device: "cpu" or "cuda".
+        gpu: Ordinal of the GPU that it runs on.
 
     Raises:
         BackendError: torch cannot load it.
@@ -96,7 +101,7 @@ def load_runner(data: bytes, device: str) -> Runner:
             file.flush()
             # One runner: on CUDA each slot loads its own, on the CPU a call has all cores.
             loader = torch._C._aoti.AOTIModelPackageLoader(
-                file.name, "model", cuda, 1, torch.cuda.current_device() if cuda else -1
+                file.name, "model", cuda, 1, gpu if cuda else -1
             )
     except Exception as error:  # the loader's exceptions have no common base
         raise BackendError(f"torch cannot load the package: {error}") from error
@@ -154,16 +159,20 @@ class AotiCall:
         runner: The package's code, used by this slot alone.
         mask_stride: Canvas px per mask px.
         stream: The slot's, by its handle.
+        gpu: Ordinal of the slot's GPU.
     """
 
-    def __init__(self, info: PackageInfo, runner: Runner, mask_stride: int, stream: int) -> None:
+    def __init__(
+        self, info: PackageInfo, runner: Runner, mask_stride: int, stream: int, gpu: int = 0
+    ) -> None:
         import torch
 
         self._torch = torch
         self._info = info
         self._runner = runner
         self._mask_stride = mask_stride
-        self._stream = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+        self._gpu = gpu
+        self._stream = torch.cuda.ExternalStream(stream, gpu)  # type: ignore[no-untyped-call]
         # The graphs of a slot share their memory: their outputs are copied before the next run.
         self._pool = torch.cuda.graph_pool_handle()
         self._outputs: Sequence[Tensor] = ()
@@ -177,8 +186,8 @@ class AotiCall:
         check_canvases(self._info, shape.batch, shape.canvas_hw)
         torch = self._torch
         inputs = [
-            view_tensor(memory.images, (shape.batch, *shape.canvas_hw, 3), "|u1"),
-            view_tensor(memory.valid_hw, (shape.batch, 2), "<i8"),
+            view_tensor(memory.images, (shape.batch, *shape.canvas_hw, 3), "|u1", self._gpu),
+            view_tensor(memory.valid_hw, (shape.batch, 2), "<i8", self._gpu),
         ]
 
         def enqueue() -> EngineOutputs:
@@ -228,13 +237,14 @@ class AotiCall:
         del self._runner
 
 
-def view_tensor(address: int, shape: tuple[int, ...], kind: str) -> Tensor:
+def view_tensor(address: int, shape: tuple[int, ...], kind: str, gpu: int = 0) -> Tensor:
     """Memory of the device as a tensor that does not own it.
 
     Args:
         address: Of the first element.
         shape: Dense, row-major.
         kind: NumPy's name of the element type, e.g. "<i8".
+        gpu: Ordinal of the GPU; with another one torch would copy.
     """
     import torch
 
@@ -246,7 +256,7 @@ def view_tensor(address: int, shape: tuple[int, ...], kind: str) -> Tensor:
             "version": 3,
         }
 
-    return torch.as_tensor(Array(), device="cuda")
+    return torch.as_tensor(Array(), device=f"cuda:{gpu}")
 
 
 def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConfig) -> SlotBackend:
@@ -270,11 +280,11 @@ def build_aoti_backend(package: Path, options: BackendOptions, config: ModelConf
     _check_fit(package.name, info, find_target(options), config)
     device = "cpu" if info.target == CPU_TARGET else "cuda"
     made = f"package {package.name} made for torch {info.torch}"
-    return serve_runners(lambda: load_runner(data, device), info, options, config, made)
+    return serve_runners(lambda gpu: load_runner(data, device, gpu), info, options, config, made)
 
 
 def serve_runners(
-    load: Callable[[], Runner],
+    load: Callable[[int], Runner],
     info: PackageInfo,
     options: BackendOptions,
     config: ModelConfig,
@@ -283,7 +293,7 @@ def serve_runners(
     """The backend of code that computes the graph; on CUDA each slot loads its own.
 
     Args:
-        load: Gives the code.
+        load: Gives the code for a GPU, by its ordinal.
         info: What it is for.
         options: Threads and slots.
         config: Of the version.
@@ -293,26 +303,32 @@ def serve_runners(
         BackendError: CUDA does not work, or the code fails on the model's canvas.
     """
     if info.target == CPU_TARGET:
-        slot = build_host_slot(info, load(), options.threads or count_cores())
+        slot = build_host_slot(info, load(0), options.threads or count_cores())
         return serve_package([slot], info, "cpu", reason)
     import torch
 
     torch.backends.cudnn.benchmark = True  # a model has few canvases
-    device = CudaDevice(torch.cuda.current_device())
-    select = load_select(device, config.postprocess, config.mask_stride)
-    how = f"post-processed on the {'host: ' + select if isinstance(select, str) else 'device'}"
+    places: set[str] = set()
 
-    def build_slot() -> DeviceSlot:
-        return DeviceSlot(
-            device,
-            lambda stream: AotiCall(info, load(), config.mask_stride, stream),
-            max_batch=info.max_batch,
-            canvases=list_canvases(config.input),
-            select=None if isinstance(select, str) else select,
-        )
+    def build(gpu: int) -> Sequence[Slot]:
+        device = CudaDevice(gpu)
+        select = load_select(device, config.postprocess, config.mask_stride)
+        places.add(f"host: {select}" if isinstance(select, str) else "device")
 
-    slots, _ = build_device_slots(options.slots, build_slot, config, threads=False)
-    return serve_package(slots, info, "cuda", f"{reason}; {how}")
+        def build_slot() -> DeviceSlot:
+            return DeviceSlot(
+                device,
+                lambda stream: AotiCall(info, load(gpu), config.mask_stride, stream, gpu),
+                max_batch=info.max_batch,
+                canvases=list_canvases(config.input),
+                select=None if isinstance(select, str) else select,
+            )
+
+        return build_device_slots(options.slots, build_slot, config, threads=False)[0]
+
+    slots = build_on_each(options.gpus, build)
+    how = f"{describe_gpus(options)}; post-processed on the {'; '.join(sorted(places))}"
+    return serve_package(slots, info, "cuda", f"{reason}{how}")
 
 
 def _check_fit(name: str, info: PackageInfo, target: str, config: ModelConfig) -> None:

@@ -36,13 +36,14 @@ class BackendOptions:
         precision_fallback: Whether a model without that precision gets fp32, which all have.
         free_precision: Whether the CPU may take any precision that costs next to no AP.
         threads: Threads of one engine call on the CPU; None takes the number of physical cores.
-        slots: Batches in flight; None takes 1 on the CPU and 2 on a GPU.
+        slots: Batches in flight; None takes 1 on the CPU and 2 on each GPU.
         divide: On the CPU without `slots`, which models get a call of one thread for each of the
             `threads` instead of one call with all: those that cut images into tiles, or all; for
             callers that call it from several threads.
         cache: Folder for what is built and measured on this machine; None takes one in the
             version's folder for TensorRT, and the user's cache folder for other engines.
         gpu_mem_limit_bytes: Most GPU memory of ONNX Runtime's arena, for each slot.
+        gpus: Ordinals of the GPUs; on each there are `slots` batches in flight.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -55,6 +56,7 @@ class BackendOptions:
     divide: Literal["none", "tiles", "all"] = "none"
     cache: Path | None = None
     gpu_mem_limit_bytes: int | None = None
+    gpus: tuple[int, ...] = (0,)
 
 
 class Backend(Protocol):

@@ -85,7 +85,7 @@ def check_device(options: BackendOptions) -> None:
         DeviceError: Says what is missing.
     """
     if options.device == "cuda":
-        gpu = find_gpu()
+        gpu = find_gpu(options.gpus)
         if not isinstance(gpu, Gpu):
             raise DeviceError(f"device cuda: {gpu}")
 
@@ -160,7 +160,7 @@ def _list_routes(
     options: BackendOptions, artefacts: Artefacts, config: ModelConfig, refusals: list[str]
 ) -> Iterator[_Route]:
     """Best first; a missing GPU is one refusal for all that need it."""
-    gpu = find_gpu() if options.device != "cpu" else "device cpu was asked for"
+    gpu = find_gpu(options.gpus) if options.device != "cpu" else "device cpu was asked for"
     if not isinstance(gpu, Gpu) and (options.device == "auto" or options.engine == "trt"):
         refusals.append(f"CUDA: {gpu}")
     fallbacks: list[Precision] = ["fp32"] if options.precision_fallback else []

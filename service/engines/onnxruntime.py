@@ -35,7 +35,7 @@ from service.engines.ort_session import (
     check_signature,
     read_layout,
 )
-from service.engines.slots import HostSlot, Slot, SlotBackend
+from service.engines.slots import HostSlot, Slot, SlotBackend, build_on_each, describe_gpus
 from service.errors import DeviceError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def _find_cuda_obstacle(options: BackendOptions) -> str | None:
             f"this ONNX Runtime {ort.__version__} has no CUDA, only "
             f"{ort.get_available_providers()}; install the extra service-gpu instead of service"
         )
-    gpu = find_gpu()
+    gpu = find_gpu(options.gpus)
     if not isinstance(gpu, Gpu):
         return gpu
     if options.precision == "int8":
@@ -147,27 +147,40 @@ def _build_on_gpu(
     """
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from their own packages, if they are installed
-    select = "nothing is known of the model" if config is None else _load_select(config)
+    reasons: set[str] = set()
+
+    def build(gpu: int) -> Sequence[Slot]:
+        slots, reason = _build_on_one(model, replace(options, gpus=(gpu,)), config)
+        reasons.add(reason)
+        return slots
+
+    slots = build_on_each(options.gpus, build)
+    reason = f"CUDA provider{describe_gpus(options)}{''.join(sorted(reasons))}"
+    return _name(slots, "cuda", options, reason, config.limits.max_batch if config else None)
+
+
+def _build_on_one(
+    model: bytes | Path, options: BackendOptions, config: ModelConfig | None
+) -> tuple[Sequence[Slot], str]:
+    """Slots on one GPU, and what they do with outputs."""
+    select = "nothing is known of the model" if config is None else _load_select(config, options)
     if config is None or isinstance(select, str):
         one_canvas = config is not None and len(list_canvases(config.input)) == 1
         session = build_cuda_session(model, options, one_canvas=one_canvas)
         if check_signature(session) == "bfloat16":
             raise BackendError(f"bfloat16 masks cannot be copied to the host, and {select}")
-        reason = f"CUDA provider; outputs are copied to the host: {select}"
-        return _name(
-            _build_host_slots(session, options.slots or GPU_SLOTS), "cuda", options, reason
-        )
+        slots = _build_host_slots(session, options.slots or GPU_SLOTS)
+        return slots, f"; outputs are copied to the host: {select}"
     try:
-        slots, has_graphs = _build_slots(model, options, config, *select)
+        on_device, has_graphs = _build_slots(model, options, config, *select)
     except CudaError as error:
         raise DeviceError(f"device cuda: {error}") from error
-    reason = "CUDA provider, post-processing on the GPU" + (", CUDA graphs" if has_graphs else "")
-    return _name(slots, "cuda", options, reason, config.limits.max_batch)
+    return on_device, ", post-processing on the GPU" + (", CUDA graphs" if has_graphs else "")
 
 
-def _load_select(config: ModelConfig) -> tuple[CudaDevice, Select] | str:
+def _load_select(config: ModelConfig, options: BackendOptions) -> tuple[CudaDevice, Select] | str:
     try:
-        device = CudaDevice()
+        device = CudaDevice(options.gpus[0])
     except CudaError as error:
         return f"the CUDA kernels cannot be loaded ({error})"
     select = load_select(device, config.postprocess, config.mask_stride)
@@ -192,7 +205,7 @@ def _build_slots(
             session = build_cuda_session(
                 model, options, one_canvas=len(canvases) == 1, stream=stream, has_graphs=has_graphs
             )
-            return OrtCall(session, read_layout(session, config))
+            return OrtCall(session, read_layout(session, config), device.device_id)
 
         def build_slot() -> DeviceSlot:
             return DeviceSlot(
@@ -225,11 +238,13 @@ class OrtCall:
     Args:
         session: On the slot's stream.
         layout: Of its outputs.
+        gpu: Ordinal of its GPU.
     """
 
-    def __init__(self, session: ort.InferenceSession, layout: OutputLayout) -> None:
+    def __init__(self, session: ort.InferenceSession, layout: OutputLayout, gpu: int = 0) -> None:
         self._session = session
         self._layout = layout
+        self._gpu = gpu
         self._graph_ids = itertools.count(1)
 
     def bind(self, shape: BatchShape, memory: SlotMemory) -> EngineRun:
@@ -237,8 +252,8 @@ class OrtCall:
         outputs = memory.outputs(self._layout, shape)
         binding: Any = self._session.io_binding()
         images, valid_hw = (shape.batch, *shape.canvas_hw, 3), (shape.batch, 2)
-        binding.bind_input("images", "cuda", 0, np.uint8, images, memory.images)
-        binding.bind_input("valid_hw", "cuda", 0, np.int64, valid_hw, memory.valid_hw)
+        binding.bind_input("images", "cuda", self._gpu, np.uint8, images, memory.images)
+        binding.bind_input("valid_hw", "cuda", self._gpu, np.int64, valid_hw, memory.valid_hw)
         types = {
             "scores": np.float32,
             "labels": np.int64,
@@ -246,7 +261,7 @@ class OrtCall:
         }
         for name, output_shape in self._layout.shapes(shape).items():
             address = getattr(outputs, name)
-            binding.bind_output(name, "cuda", 0, types[name], output_shape, address)
+            binding.bind_output(name, "cuda", self._gpu, types[name], output_shape, address)
 
         def run(run_options: ort.RunOptions) -> EngineOutputs:
             self._session.run_with_iobinding(binding, run_options)

@@ -34,13 +34,13 @@ def cuda_options(
     """Options of the CUDA provider, all of them strings.
 
     Args:
-        options: Precision and memory limit.
+        options: Precision, memory limit and the GPU, which is the first of `gpus`.
         one_canvas: There are few shapes, for which an exhaustive search of convolutions pays off.
         stream: Handle of the stream to compute on; None leaves it to the provider.
         has_graphs: Record each shape's kernels once and replay them.
     """
     chosen = {
-        "device_id": "0",
+        "device_id": str(options.gpus[0]),
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "EXHAUSTIVE" if one_canvas else "HEURISTIC",
         # fp32 means fp32: TF32 keeps 10 bits of the mantissa.

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Int64, Tile, UInt8
-from service.engines.base import BackendError, Precision, collate, split_batch
+from service.engines.base import BackendError, BackendOptions, Precision, collate, split_batch
 from service.engines.builder import Upgrade
 
 WAIT_S = 60.0
@@ -125,8 +127,37 @@ def _serve(work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> N
         del item, done, step  # else a batch's results live until the next call
 
 
+def build_on_each(gpus: Sequence[int], build: Callable[[int], Sequence[Slot]]) -> list[Slot]:
+    """Slots on several GPUs, those of different GPUs in turns; one that fails closes the others.
+
+    Args:
+        gpus: Ordinals.
+        build: Gives the slots of one.
+    """
+    built: list[Sequence[Slot]] = []
+    try:
+        for gpu in gpus:
+            built.append(build(gpu))
+    except BaseException:
+        for slot in itertools.chain(*built):
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                slot.close()
+        raise
+    turns = itertools.zip_longest(*built)
+    return [slot for turn in turns for slot in turn if slot is not None]
+
+
+def describe_gpus(options: BackendOptions) -> str:
+    """` on GPUs 0, 1` where there are several."""
+    several = len(options.gpus) > 1
+    return f" on GPUs {', '.join(map(str, options.gpus))}" if several else ""
+
+
 class SlotQueue:
-    """Lends slots; one that is returned after `close` is closed then.
+    """Lends slots, those that have been free longest first, so that all GPUs have work.
+
+    A slot whose call failed is lent next: the probe that follows must reach its GPU. One that is
+    returned after `close` is closed then.
 
     Args:
         slots: At least one.
@@ -134,7 +165,7 @@ class SlotQueue:
     """
 
     def __init__(self, slots: Sequence[Slot], wait_s: float = WAIT_S) -> None:
-        self._free = list(slots)
+        self._free = deque(slots)
         self._wait_s = wait_s
         self._changed = threading.Condition()
         self._closed = False
@@ -151,13 +182,13 @@ class SlotQueue:
                 raise BackendError("the engine is closed")
             if not self._free:
                 raise BackendError(f"no slot was returned within {self._wait_s:g} s")
-            return self._free.pop()
+            return self._free.popleft()
 
-    def give(self, slot: Slot) -> None:
+    def give(self, slot: Slot, *, failed: bool = False) -> None:
         """Returns a slot."""
         with self._changed:
             if not self._closed:
-                self._free.append(slot)
+                (self._free.appendleft if failed else self._free.append)(slot)
                 self._changed.notify()
                 return
         slot.close()
@@ -166,7 +197,7 @@ class SlotQueue:
         """Closes free slots now, lent ones when they are returned; may be called again."""
         with self._changed:
             self._closed = True
-            idle, self._free = self._free, []
+            idle, self._free = self._free, deque()
             self._changed.notify_all()
         with contextlib.ExitStack() as closing:  # all of them, also where one fails
             for slot in idle:
@@ -232,15 +263,18 @@ class SlotBackend:
 
     def _infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         slot = self._queue.take()
+        failed = True
         try:
-            return slot.infer(tiles)
+            found = slot.infer(tiles)
+            failed = False
+            return found
         except BackendError:
             raise
         except Exception as error:  # the engines' exceptions have no common base
             shape = (len(tiles), *tiles[0].image.shape)
             raise BackendError(f"{self.name} failed on images {shape}: {error}") from error
         finally:
-            self._queue.give(slot)
+            self._queue.give(slot, failed=failed)
 
     def interrupt(self) -> None:
         """Makes calls on the host raise soon; the engine is not used any more."""

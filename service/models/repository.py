@@ -147,7 +147,8 @@ def load_version(
         DeviceError: `cuda` was asked for and does not work.
     """
     config = read_config(folder, version)
-    options = _options_of(config, options)
+    with refusing(folder / CONFIG_FILE):
+        options = _options_of(config, options)
     file = folder / str(config.version) / ONNX_FILE
     with refusing(file):
         artefacts = find_artefacts(folder, config)
@@ -157,8 +158,19 @@ def load_version(
 
 
 def _options_of(config: ModelConfig, options: BackendOptions | None) -> BackendOptions:
-    """The server's options with what the model's config.json sets for itself."""
+    """The server's options with what the model's config.json sets for itself.
+
+    Raises:
+        ConfigError: The model is for a GPU that the process does not have.
+    """
     options, limits = options or BackendOptions(), config.limits
+    if limits.gpus is not None and options.device != "cpu":
+        if max(limits.gpus) >= len(options.gpus):
+            raise ConfigError(
+                f"limits.gpus names position {max(limits.gpus)}, the process has "
+                f"{len(options.gpus)} GPUs (SOLO_DEVICES)"
+            )
+        options = replace(options, gpus=tuple(options.gpus[i] for i in limits.gpus))
     return replace(
         options,
         slots=limits.instances or options.slots,

@@ -113,6 +113,28 @@ def test_what_engines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_devices_are_the_ordinals_of_a_process_that_sees_only_them() -> None:
+    settings = read_settings(["--devices", "3,GPU-8932f937"])
+    assert settings.device_names == ("3", "GPU-8932f937")
+    assert settings.backend_options().gpus == (0, 1)
+    assert settings.with_devices(("GPU-8932f937",)).backend_options().gpus == (0,)
+    assert read_settings([]).device_names == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--devices", "0,cuda:1"], "'cuda:1' is no device"),
+        (["--devices", "MIG-aaaa,MIG-bbbb"], "one MIG slice"),
+        (["--devices", ""], "'' is no device"),
+    ],
+)
+def test_devices_that_cannot_be_used_stop_the_start(flags: list[str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        read_settings(flags)
+    assert read_settings(["--devices", "MIG-aaaa,MIG-bbbb", "--workers", "2"]).workers == 2
+
+
 def test_an_unknown_flag_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read_settings(["--max-bach", "3"])

@@ -36,6 +36,7 @@ class Buffer:
         self.size = size
         self.owner = owner
         self.closed = False
+        self.device = 0
 
     @classmethod
     def from_handle(cls, ptr: int, size: int, mr: None = None, owner: object = None) -> Buffer:
@@ -100,6 +101,7 @@ class Stream:
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
+        self.device: int = cuda.current_device
         self.handle = next(cuda.handles)
         self.recorder: Recorder | None = None
         self.closed = False
@@ -107,7 +109,7 @@ class Stream:
         cuda.streams[self.handle] = self
 
     def put(self, step: Callable[[], object]) -> None:
-        self.cuda.check_thread()
+        self.cuda.check_thread(self.device)
         assert not self.closed, "a closed stream is used"
         if self.recorder is not None:
             self.recorder.steps.append(step)
@@ -122,7 +124,7 @@ class Stream:
         self._queued.popleft()()
 
     def sync(self) -> None:
-        self.cuda.check_thread()
+        self.cuda.check_thread(self.device)
         assert not self.closed, "a closed stream is used"
         assert self.recorder is None, "a stream that is captured cannot be waited for"
         while self._queued:
@@ -146,6 +148,8 @@ class FakeCuda:
     """The module `cuda.core`, and what happened in it.
 
     Attributes:
+        count: GPUs.
+        broken: GPUs on which every call fails, as after an illegal address, until the process ends.
         graphs_work: Whether streams can be captured.
         memory_bytes: What may be allocated.
         streams: By handle, closed ones too.
@@ -154,6 +158,8 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self._thread = threading.local()
+        self.count = 3
+        self.broken: set[int] = set()
         self.graphs_work = True
         self.memory_bytes = 1 << 40
         self.handles = itertools.count(1000)
@@ -171,17 +177,30 @@ class FakeCuda:
     def open_streams(self) -> set[int]:
         return {stream.handle for stream in self.streams.values() if not stream.closed}
 
-    def check_thread(self) -> None:
-        """CUDA needs a current device in each thread."""
+    @property
+    def current_device(self) -> int:
+        """The calling thread's; CUDA needs one in each thread."""
         assert hasattr(self._thread, "device"), "no device is current in this thread"
+        current: int = self._thread.device
+        self.check_works(current)
+        return current
+
+    def check_works(self, device: int) -> None:
+        if device in self.broken:
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
+
+    def check_thread(self, device: int) -> None:
+        """What belongs to a device is used where it is current."""
+        assert self.current_device == device, f"{self.current_device} is current, not {device}"
 
     def allocate(self, size: int) -> Buffer:
-        self.check_thread()
+        device = self.current_device
         self.memory_bytes -= size
         if self.memory_bytes < 0:
             raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
         memory = np.full(size, POISON, np.uint8)
         self.buffers.append(Buffer(memory.ctypes.data, size, memory))
+        self.buffers[-1].device = device
         return self.buffers[-1]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +218,13 @@ class FakeCuda:
             compute_capability = Capability(9, 0)
 
             def __init__(self, device_id: int | None = None) -> None:
-                pass
+                self.device_id = device_id or 0
+                if self.device_id >= cuda.count:
+                    raise ValueError(f"device_id must be within 0..{cuda.count - 1}")
 
             def set_current(self) -> None:
-                cuda._thread.device = 0
+                cuda._thread.device = self.device_id
+                cuda.check_works(self.device_id)
 
             def create_stream(self) -> Stream:
                 return Stream(cuda)

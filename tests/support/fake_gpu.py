@@ -70,6 +70,7 @@ class _Binding:
     def __init__(self, binding: Any) -> None:
         self.real = binding
         self.addresses: dict[str, int] = {}
+        self.gpus: set[int] = set()
 
     def bind_input(self, name: str, device: str, *rest: Any) -> None:
         self._bind(self.real.bind_input, name, device, rest)
@@ -79,8 +80,9 @@ class _Binding:
 
     def _bind(self, bind: Callable[..., None], name: str, device: str, rest: Any) -> None:
         assert device == "cuda"
-        bind(name, "cpu", *rest)
+        bind(name, "cpu", 0, *rest[1:])
         self.addresses[name] = rest[-1]
+        self.gpus.add(rest[0])
 
 
 class ClaimingSession:
@@ -103,6 +105,8 @@ class ClaimingSession:
     def __init__(self, source: Any, options: Any, providers: list[Any]) -> None:
         type(self).asked.append(providers)
         self._options = providers[0][1]
+        if providers[0][0] == CUDA:
+            self.cuda.check_works(int(self._options["device_id"]))
         if self.refuses_graphs and "enable_cuda_graph" in self._options:
             raise RuntimeError("graph capture: not all nodes are on the CUDAExecutionProvider")
         self._providers = [name for name, _ in providers]
@@ -131,6 +135,7 @@ class ClaimingSession:
             made = threading.get_ident(), dict(binding.addresses)
             assert self._recorded.setdefault(graph_id, made) == made
         stream = self.cuda.streams[int(self._options["user_compute_stream"])]
+        assert binding.gpus == {int(self._options["device_id"])} == {stream.device}
         stream.put(lambda: self._session.run_with_iobinding(binding.real))
 
     def __getattr__(self, name: str) -> Any:
@@ -169,5 +174,5 @@ def install(
     monkeypatch.setattr(ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
     for module in ("onnxruntime", "choose"):
-        monkeypatch.setattr(f"service.engines.{module}.find_gpu", lambda: GPU)
+        monkeypatch.setattr(f"service.engines.{module}.find_gpu", lambda ordinals=(0,): GPU)
     return session

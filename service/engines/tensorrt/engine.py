@@ -8,6 +8,7 @@ speed, memory and results are not known. docs/tensorrt.md says what to look at f
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from service.engines.builder import Report, Upgrade
 from service.engines.device import CudaDevice, CudaError
 from service.engines.device_slot import DeviceSlot, build_device_slots
 from service.engines.kernels.postprocessor import load_select
-from service.engines.slots import SlotBackend
+from service.engines.slots import Slot, SlotBackend, build_on_each, describe_gpus
 from service.engines.tensorrt import build as trt_build
 from service.engines.tensorrt.build import Engine, choose_options, obtain_engine, read_environment
 from service.engines.tensorrt.cache import BuildOptions, EngineCache, build_key
@@ -139,10 +140,13 @@ def _load(
         EngineRefused: TensorRT does not take the plan.
         BackendError: The engine breaks the graph contract, or there is too little memory.
     """
-    loaded = _deserialise(engine, build, config)
-    try:
-        device = CudaDevice()
+    places: set[str] = set()
+
+    def build_on(gpu: int) -> Sequence[Slot]:
+        device = CudaDevice(gpu)  # now the thread's: the engine is loaded on it
+        loaded = _deserialise(engine, build, config)
         select = load_select(device, config.postprocess, config.mask_stride)
+        places.add(f"host: {select}" if isinstance(select, str) else "device")
 
         def build_slot() -> DeviceSlot:
             return DeviceSlot(
@@ -153,18 +157,21 @@ def _load(
                 select=None if isinstance(select, str) else select,
             )
 
-        slots, _ = build_device_slots(options.slots, build_slot, config, threads=False)
+        return build_device_slots(options.slots, build_slot, config, threads=False)[0]
+
+    try:
+        slots = build_on_each(options.gpus, build_on)
     except CudaError as error:
         raise BackendError(f"{engine.origin} cannot be set up: {error}") from error
     environment = engine.key.environment
-    where = f"post-processed on the {'host: ' + select if isinstance(select, str) else 'device'}"
+    where = f"post-processed on the {'; '.join(sorted(places))}"
     return SlotBackend(
         slots,
         name="tensorrt",
         device="cuda",
         precision=build.precision,
-        reason=f"TensorRT {environment.tensorrt} works ({environment.gpu}), {engine.origin}; "
-        f"{where}",
+        reason=f"TensorRT {environment.tensorrt} works ({environment.gpu}), "
+        f"{engine.origin}{describe_gpus(options)}; {where}",
         max_batch=build.max_batch,
     )
 

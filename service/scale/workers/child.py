@@ -14,6 +14,7 @@ import time
 
 import uvicorn
 
+from service.engines.visible import share_devices, show_devices
 from service.errors import StartupError
 from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server, freeze_imports
@@ -49,6 +50,10 @@ def run_child(settings: Settings, index: int, channel: socket.socket) -> None:
     configure_logging(settings.log_level, settings.log_format)
     end_with_parent(settings.drain_timeout_s + END_S)
     freeze_imports()
+    if settings.device_names and settings.device != "cpu":
+        own = share_devices(settings.device_names, index, settings.workers)
+        settings = settings.with_devices(own)
+        show_devices(own)
     try:
         repository = load_repository(
             settings.model_repo,

@@ -130,8 +130,9 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_target_is_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, gpu))
     assert aoti.find_target(BackendOptions(device="auto")) == "sm_90"
+    assert aoti.find_target(BackendOptions(device="cuda", gpus=(1,))) == "sm_91"
     assert aoti.find_target(CPU) == "cpu"
 
 

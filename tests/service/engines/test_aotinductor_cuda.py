@@ -70,9 +70,8 @@ class FakeTorchCuda:
 
         for name, value in {
             "is_available": lambda: True,
-            "get_device_capability": lambda: (9, 0),
-            "current_device": lambda: 0,
-            "ExternalStream": lambda handle: handle,
+            "get_device_capability": lambda gpu=0: (9, 0),
+            "ExternalStream": lambda handle, gpu: handle,
             "graph_pool_handle": object,
             "CUDAGraph": CudaGraph,
             "stream": stream,
@@ -81,7 +80,8 @@ class FakeTorchCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(aoti, "view_tensor", self.view)
 
-    def view(self, address: int, shape: tuple[int, ...], kind: str) -> Tensor:
+    def view(self, address: int, shape: tuple[int, ...], kind: str, gpu: int) -> Tensor:
+        assert gpu == self.cuda.current_device
         return torch.from_numpy(view_memory(address, np.dtype(kind), shape))
 
     def run(self, network: Solo, mask_type: torch.dtype) -> Runner:
@@ -122,7 +122,7 @@ def build_cuda_backend(
     precision: PackagePrecision = "fp32",
     **options: Any,
 ) -> SlotBackend:
-    monkeypatch.setattr(aoti, "load_runner", lambda data, device: runner)
+    monkeypatch.setattr(aoti, "load_runner", lambda data, device, gpu=0: runner)
     info = replace(INFO, target="sm_90", precision=precision)
     file = folder / f"model.sm_90.{precision}.pt2"
     file.write_bytes(build_archive(info.to_metadata()))
@@ -169,6 +169,25 @@ def test_a_package_on_cuda_is_recorded_and_gives_each_canvas_its_candidates(
     assert len(torch_cuda.pools) == 3 and len(set(torch_cuda.pools)) == 1
     backend.close()
     assert len(torch_cuda.reset) == 3
+    assert not torch_cuda.cuda.open_buffers
+
+
+def test_a_package_runs_on_each_gpu(
+    torch_cuda: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The fakes refuse a stream or memory of another GPU than the current one."""
+    monkeypatch.setattr(aoti, "load_select", lambda device, *rest: HostSelect(device))
+    network = tiny_network(CONFIG)
+    runner = torch_cuda.run(network, torch.float32)
+    backend = build_cuda_backend(monkeypatch, tmp_path, runner, slots=1, gpus=(1, 2))
+    assert backend.concurrency == 2
+    assert "on GPUs 1, 2; post-processed on the device" in backend.reason
+    wanted = eager_backend(network).infer(build_tiles(2, 64, 64))
+    for _ in range(4):
+        for one, other in zip(backend.infer(build_tiles(2, 64, 64)), wanted, strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+    assert {stream.device for stream in torch_cuda.cuda.streams.values()} == {1, 2}
+    backend.close()
     assert not torch_cuda.cuda.open_buffers
 
 

@@ -47,7 +47,9 @@ class Version:
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("onnxruntime", "choose"):
-        monkeypatch.setattr(f"service.engines.{module}.find_gpu", lambda: "there is no driver")
+        monkeypatch.setattr(
+            f"service.engines.{module}.find_gpu", lambda ordinals=(0,): "there is no driver"
+        )
 
 
 def engine(name: str) -> SlotBackend:

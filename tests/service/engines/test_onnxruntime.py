@@ -16,7 +16,7 @@ from pipeline.types import Candidates, Tile, Window
 from service.engines import onnxruntime as ort_backend
 from service.engines.base import BackendError, BackendOptions
 from service.engines.onnxruntime import build_ort_backend, find_obstacle
-from service.engines.ort_session import build_session
+from service.engines.ort_session import build_cuda_session, build_session
 from service.errors import DeviceError
 from tests.service.engines.test_ort_session import read_config
 from tests.support import fake_gpu
@@ -247,6 +247,49 @@ def test_a_graph_that_cannot_be_recorded_runs_without(
     tiles = build_batch(2, 128, 128)
     assert_same(backend.infer(tiles), build_ort_backend(build_graph(), CPU).infer(tiles))
     backend.close()
+    assert not session.cuda.open_buffers
+
+
+def test_slots_are_on_each_gpu_and_are_lent_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a session of its own GPU: the fake session compares it with stream and binding."""
+    session = fake_gpu.install(monkeypatch)
+    backend = build_ort_backend(build_graph(), replace(CUDA, gpus=(0, 2)), read_config())
+    assert backend.concurrency == 4
+    assert backend.reason == "CUDA provider on GPUs 0, 2, post-processing on the GPU, CUDA graphs"
+    assert [asked[0][1]["device_id"] for asked in session.asked] == ["0", "0", "2", "2"]
+    assert sorted({buffer.device for buffer in session.cuda.buffers}) == [0, 2]
+    used = []
+    enqueue = session.run_with_iobinding
+
+    def run(self: Any, *arguments: Any) -> None:
+        used.append(self._options["device_id"])
+        enqueue(self, *arguments)
+
+    monkeypatch.setattr(session, "run_with_iobinding", run)
+    tiles = build_batch(2, 128, 128)
+    reference = build_ort_backend(build_graph(), CPU).infer(tiles)
+    for _ in range(4):
+        assert_same(backend.infer(tiles), reference)
+    assert used == ["0", "2", "0", "2"]
+    backend.close()
+    assert not session.cuda.open_buffers
+
+
+def test_a_gpu_that_cannot_be_used_leaves_nothing_on_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = fake_gpu.install(monkeypatch)
+    session.cuda.count = 2
+    build = build_cuda_session
+
+    def build_session(model: Any, options: BackendOptions, **rest: Any) -> Any:
+        if options.gpus == (1,):
+            raise DeviceError("device cuda: GPU 1 has fallen off the bus")
+        return build(model, options, **rest)
+
+    monkeypatch.setattr(ort_backend, "build_cuda_session", build_session)
+    with pytest.raises(DeviceError, match="GPU 1 has fallen off the bus"):
+        build_ort_backend(build_graph(), replace(CUDA, gpus=(0, 1)), read_config())
     assert not session.cuda.open_buffers
 
 

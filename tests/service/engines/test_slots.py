@@ -11,8 +11,17 @@ import pytest
 
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates, Int64, Tile, UInt8, Window
-from service.engines.base import BackendError, Interruptible
-from service.engines.slots import WAIT_S, HostSlot, Slot, SlotBackend, SlotQueue, ThreadSlot
+from service.engines.base import BackendError, BackendOptions, Interruptible
+from service.engines.slots import (
+    WAIT_S,
+    HostSlot,
+    Slot,
+    SlotBackend,
+    SlotQueue,
+    ThreadSlot,
+    build_on_each,
+    describe_gpus,
+)
 from tests.support.waiting import poll_until
 
 wait_for = partial(poll_until, timeout_s=20.0, pause_s=0.005)
@@ -98,6 +107,18 @@ class TestQueue:
             SlotQueue(slots).close()
         assert [slot.closed for slot in slots] == [1, 1, 1]
 
+    def test_slots_take_turns_but_one_that_failed_is_next(self) -> None:
+        slots = [PlainSlot() for _ in range(3)]
+        queue = SlotQueue(slots)
+        for expected in (*slots, *slots):
+            taken = queue.take()
+            assert taken is expected
+            queue.give(taken)
+        queue.take()
+        failed = queue.take()
+        queue.give(failed, failed=True)
+        assert queue.take() is failed
+
     def test_who_waits_for_a_slot_hears_that_the_queue_is_closed(self) -> None:
         queue = SlotQueue([PlainSlot()])
         queue.take()
@@ -108,6 +129,40 @@ class TestQueue:
             queue.take()
         assert time.monotonic() - began_s < WAIT_S / 2
         timer.join()
+
+
+class TestSeveralGpus:
+    def test_slots_of_different_gpus_follow_each_other(self) -> None:
+        built = {0: [PlainSlot(), PlainSlot()], 3: [PlainSlot(), PlainSlot()], 4: [PlainSlot()]}
+        found = build_on_each((0, 3, 4), built.__getitem__)
+        assert found == [built[0][0], built[3][0], built[4][0], built[0][1], built[3][1]]
+
+    def test_one_that_cannot_be_built_closes_the_others(self) -> None:
+        first = [PlainSlot(), PlainSlot()]
+
+        def build(gpu: int) -> list[PlainSlot]:
+            if gpu:
+                raise BackendError("GPU 1 is gone")
+            return first
+
+        with pytest.raises(BackendError, match="GPU 1 is gone"):
+            build_on_each((0, 1), build)
+        assert all(slot.closed for slot in first)
+
+    def test_a_probe_reaches_the_slot_that_failed(self) -> None:
+        """Else the slot of a GPU that works would answer it."""
+        good, bad = PlainSlot(), PlainSlot()
+        bad.fail = RuntimeError("device-side assert triggered")
+        backend = build_backend(good, bad)
+        assert len(backend.infer(build_tiles(2))) == 2
+        for _ in range(3):
+            with pytest.raises(BackendError, match="device-side assert triggered"):
+                backend.infer(build_tiles(1))
+        assert good.batches == [2]
+
+    def test_a_reason_names_several_gpus(self) -> None:
+        assert describe_gpus(BackendOptions()) == ""
+        assert describe_gpus(BackendOptions(gpus=(0, 2))) == " on GPUs 0, 2"
 
 
 class TestBackend:

@@ -13,6 +13,7 @@ from service.engines.choose import build_backend
 from service.errors import DeviceError, ModelRefused, StartupError
 from service.models import repository as registry
 from service.models.repository import load_repository, load_version, read_config
+from tests.support import fake_gpu
 from tests.support.blob_model import build_graph, draw_picture, model_config, publish
 
 OPTIONS = BackendOptions(device="cpu", threads=1)
@@ -252,3 +253,24 @@ def test_a_model_may_set_its_own_instances_and_threads(
     edit_config(folder, lambda c: c.update(limits={"instances": 0}))
     with pytest.raises(ModelRefused, match="instances"):
         load_version(folder, 1)
+
+
+def test_a_model_is_placed_on_some_of_the_processs_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = fake_gpu.install(monkeypatch)
+    folder = publish(tmp_path, limits={"gpus": [1]})
+    options = BackendOptions(device="cuda", gpus=(0, 2))
+    model = load_version(folder, None, options)
+    assert {asked[0][1]["device_id"] for asked in session.asked} == {"2"}
+    model.backend.close()
+    with pytest.raises(ModelRefused, match=r"names position 1, the process has 1 GPUs"):
+        load_version(folder, None, BackendOptions(device="cuda"))
+    load_version(folder, None, OPTIONS).backend.close()  # on the CPU it says nothing
+
+
+@pytest.mark.parametrize("gpus", [[], [0, 0], [-1], [1024], "0"])
+def test_a_placement_that_makes_no_sense_is_refused(tmp_path: Path, gpus: object) -> None:
+    folder = publish(tmp_path, limits={"gpus": gpus})
+    with pytest.raises(ModelRefused, match="gpus"):
+        read_config(folder)

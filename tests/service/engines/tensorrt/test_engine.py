@@ -69,6 +69,18 @@ def test_each_canvas_gets_its_own_result(backend: SlotBackend, batch: int) -> No
             check(tile, found)
 
 
+def test_the_engine_is_loaded_on_each_gpu(fake_tensorrt: FakeTensorrt, tmp_path: Path) -> None:
+    options = replace(OPTIONS, gpus=(0, 1), slots=1)
+    backend = build_trt_backend(GRAPH, options, build_config(), tmp_path)
+    assert backend.concurrency == 2 and " on GPUs 0, 1; post-processed on " in backend.reason
+    tile = build_tile(255, 37, (128, 128))
+    for _ in range(4):
+        check(tile, backend.infer([tile])[0])
+    assert {stream.device for stream in fake_tensorrt.cuda.streams.values()} == {0, 1}
+    backend.close()
+    assert not fake_tensorrt.cuda.open_buffers
+
+
 @pytest.mark.parametrize("dtype", ["HALF", "BF16"])
 def test_masks_of_half_precision_become_float32(
     dtype: str, fake_tensorrt: FakeTensorrt, tmp_path: Path
