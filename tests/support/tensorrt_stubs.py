@@ -7,13 +7,13 @@ GPU. `stubgen` turns what it finds there into a `.pyi` file, against which mypy 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -164,10 +164,11 @@ def _write_stubs(binding: Binding) -> None:
 
 def _copy_cuda_core(target: Path) -> None:
     """cuda-core picks its real package by CUDA's major when it is imported; here it is 13."""
-    found = importlib.util.find_spec("cuda.core") if importlib.util.find_spec("cuda") else None
-    if found is None or found.origin is None:
+    try:
+        # Not by its import spec, which it replaces when it is imported.
+        source = Path(str(distribution("cuda-core").locate_file("cuda/core")))
+    except PackageNotFoundError:
         pytest.skip("cuda-core is not installed")
-    source = Path(found.origin).parent
     shutil.copytree(source / "cu13", target, ignore=shutil.ignore_patterns("*.so"))
     shutil.copy(source / "__init__.py", target / "__init__.py")
     for file in (target / "__init__.py", target / "_memory" / "__init__.py"):

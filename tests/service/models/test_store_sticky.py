@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from service.engines.base import BackendError
-from service.models import store as store_module
+from service.models import renewal
 from service.models.repository import load_repository
 from service.models.store import ModelStore
 from service.observe.metrics import Metrics
@@ -30,7 +30,7 @@ async def test_the_process_has_failed_after_some_attempts(
 ) -> None:
     """Also where other GPUs still work: their slots must not answer for the broken one."""
     session = fake_gpu.install(monkeypatch)
-    monkeypatch.setattr(store_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(renewal, "FIRST_PAUSE_S", 0.01)
     options = replace(OPTIONS, device="cuda", gpus=gpus)
     repository = load_repository(settings.model_repo, options)
     store = ModelStore(
@@ -44,8 +44,8 @@ async def test_the_process_has_failed_after_some_attempts(
     with pytest.raises(BackendError):
         for _ in range(len(gpus)):
             await asyncio.wait_for(infer(model), 20)
-    await until(lambda: store.failure is not None)
-    assert "2 attempts to replace it failed" in str(store.failure)
-    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(store.failure)
+    await until(lambda: store.renewal.failure is not None)
+    assert "2 attempts to replace it failed" in str(store.renewal.failure)
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(store.renewal.failure)
     assert caplog.text.count("the engine has failed") == 1
     await store.close(finished=False)
