@@ -300,6 +300,22 @@ def describe_error(error: Exception) -> tuple[int, dict[str, str]]:
     return 500, {"code": "internal_error", "message": "the server failed; see its log"}
 
 
+def drop_frames(error: BaseException) -> None:
+    """Drops the tracebacks of an error that is kept, and of its causes.
+
+    Their frames hold the image or the request, and often what keeps the error: as a cycle these
+    would stay in memory until a full garbage collection.
+    """
+    rest: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while rest:
+        current = rest.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            current.__traceback__ = None
+            rest += [current.__cause__, current.__context__]
+
+
 def build_error_body(detail: Mapping[str, str], path: str) -> bytes:
     """An error as JSON.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,8 +27,6 @@ from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_
 from service.work.pixels import PixelBudget
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
-
-logger = logging.getLogger(__name__)
 
 
 class LocalSegmenter:
@@ -151,8 +148,6 @@ class LocalSegmenter:
         if outcome.timing is None:
             assert outcome.error is not None
             code = describe_error(outcome.error)[1]["code"]
-            if code == "internal_error":
-                logger.error("an image failed", exc_info=outcome.error)
             metrics.image_errors.labels(name, code).inc()
         else:
             metrics.count_image(name, outcome)

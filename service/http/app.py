@@ -26,6 +26,7 @@ from service.errors import (
     UnsupportedEncoding,
     build_error_body,
     describe_error,
+    drop_frames,
 )
 from service.http.cors import build_cors_options
 from service.http.exchange import CLIENT_LEFT
@@ -178,6 +179,7 @@ def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
     """The handler of all errors that have an answer of their own."""
 
     async def answer(request: Request, error: Exception) -> Response:
+        drop_frames(error)
         if isinstance(error, ClientDisconnect):
             return Response(status_code=CLIENT_LEFT)  # for log and metrics
         if isinstance(error, RequestValidationError):

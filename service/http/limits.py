@@ -9,7 +9,7 @@ from typing import Protocol
 from service.errors import Overloaded, ServiceError
 
 BODY_BYTES = "body_bytes"
-_MUCH_BYTES = 128 * 1024 * 1024
+_MUCH_BYTES = 32 * 1024 * 1024
 
 
 class BodySource(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ from pipeline.model_config import InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
 from pipeline.types import Detection, Prepared, Tile, UInt8
-from service.errors import TooManyCanvases, describe_error
+from service.errors import TooManyCanvases, describe_error, drop_frames
 from service.observe.timing import Interval, attribute_time
 from service.work.request import ImageFile, Outcome, RequestOptions
+
+logger = logging.getLogger(__name__)
 
 HW = tuple[int, int]
 
@@ -270,11 +273,6 @@ def encode_entry(
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def encode_error(file_name: str | None, error: Exception) -> bytes:
-    """An entry of `results` for an image that failed, as JSON."""
-    return orjson.dumps({"file_name": file_name, "error": describe_error(error)[1]})
-
-
 def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:
     """The image [H, W, 3] with its masks or contours drawn on it, as PNG."""
     buffer = io.BytesIO()
@@ -284,5 +282,9 @@ def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -
 
 
 def fail(file_name: str | None, error: Exception) -> Outcome:
-    """The outcome of an image that failed."""
-    return Outcome(encode_error(file_name, error), error=error)
+    """The outcome of an image that failed; logs an error that nobody has foreseen."""
+    _, detail = describe_error(error)
+    if detail["code"] == "internal_error":
+        logger.error("an image failed", exc_info=error)
+    drop_frames(error)
+    return Outcome(orjson.dumps({"file_name": file_name, "error": detail}), error=error)

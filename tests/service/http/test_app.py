@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import re
@@ -10,9 +11,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from pipeline.errors import DecodeError
 from service.errors import STATUS_BY_CODE, ServiceError, StartupError, describe_error
 from service.http.app import create_app
 from service.settings import Settings
+from service.work.request import ImageFile
 from tests.service.conftest import OpenClient
 from tests.support.blob_model import draw_picture, encode_picture
 
@@ -152,3 +155,45 @@ def test_every_code_that_can_be_sent_has_a_status() -> None:
     assert {e.code for e in sendable} - {"internal_error"} <= set(STATUS_BY_CODE)
     assert describe_error(StartupError("path of a file"))[1]["code"] == "internal_error"
     assert "path" not in describe_error(StartupError("path of a file"))[1]["message"]
+
+
+def build_form(*files: bytes) -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    return b"".join(head + file + b"\r\n" for file in files) + b"--x--\r\n"
+
+
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+BAD = b"\x89PNG\r\n\x1a\n" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body"),
+    [
+        ("/segment", {}, b"no image"),
+        ("/segment", {}, BAD),
+        ("/segment", {}, PICTURE[:-30]),
+        ("/segment", {"accept": "application/x-ndjson"}, BAD),
+        ("/segment", FORM, build_form(PICTURE, BAD)),
+        ("/segment", FORM, build_form(PICTURE)[:-30]),
+        (
+            "/v2/models/blobs/infer",
+            {},
+            b'{"inputs":[{"name":"image","datatype":"BYTES","shape":[1],"data":["aGVsbG8="]}]}',
+        ),
+    ],
+)
+async def test_a_refused_image_is_freed_with_its_request(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], body: bytes
+) -> None:
+    await client.post(path, content=body, headers=headers)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            answer = await client.post(path, content=body, headers=headers)
+            assert "error" in answer.text
+        await asyncio.sleep(0.05)
+        kept = [item for item in gc.get_objects() if isinstance(item, (ImageFile, DecodeError))]
+        assert kept == []
+    finally:
+        gc.enable()

@@ -241,6 +241,19 @@ class TestFailures:
         assert isinstance(outcome.error, EngineError) and outcome.timing is None
         assert fail("b", ValueError("secret")).payload.count(b"secret") == 0
 
+    @pytest.mark.parametrize(
+        ("error", "logged"), [(ValueError("of a library"), True), (CorruptImage("cut"), False)]
+    )
+    def test_only_errors_that_nobody_has_foreseen_are_logged(
+        self, error: Exception, logged: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(type(error)):
+            raise error
+        outcome = fail("a.png", error)
+        assert outcome.error is error and error.__traceback__ is None
+        assert ("in test_only_errors_that_nobody_has_foreseen" in caplog.text) is logged
+        assert ("an image failed" in caplog.text) is logged
+
     def test_a_dropped_image_holds_nothing_and_cannot_go_on(self) -> None:
         work = build(draw_picture(70, 100))
         work.open()
