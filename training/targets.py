@@ -74,11 +74,13 @@ class Objects:
             canvas.
         boxes_xyxy: [N, 4] float32, px.
         labels: [N] int64, 0..C-1.
+        exhaustive: [C], whether all objects of a class are labelled; None: those of all classes.
     """
 
     masks: UInt8 | CroppedMasks
     boxes_xyxy: NDArray[np.float32]
     labels: NDArray[np.int64]
+    exhaustive: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,14 @@ class LevelTargets:
         cells: [P] int64, i * S + j of the positive cells, ascending.
         mask_index: [P] int64, row in `masks` of each positive cell.
         masks: [M, h, w] float32 in 0..1, one row per object with a positive cell.
+        exhaustive: As in `Objects`; elsewhere the absence of a class from a cell is not known.
     """
 
     labels: NDArray[np.int64]
     cells: NDArray[np.int64]
     mask_index: NDArray[np.int64]
     masks: NDArray[np.float32]
+    exhaustive: NDArray[np.bool_] | None = None
 
 
 def centre_of_mass(mask: UInt8) -> tuple[float, float]:
@@ -262,4 +266,5 @@ def _level_targets(
         else:
             small = contour_mask(mask, stride, config.mask_resize)
         masks[row, : small.shape[0], : small.shape[1]] = small[: mask_hw[0], : mask_hw[1]]
-    return LevelTargets(labels, cells, mask_index.astype(np.int64), masks)
+    index = mask_index.astype(np.int64)
+    return LevelTargets(labels, cells, index, masks, objects.exhaustive)
