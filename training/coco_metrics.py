@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from training.federated import ignore_unlabelled
+
 IOU_50, IOU_75 = 0, 5  # positions among the thresholds 0.50, 0.55, ... 0.95
 
 
@@ -31,7 +33,8 @@ def mask_ap(
     """AP, AP50, AP75, APs, APm, APl and AR of segmentation results.
 
     Args:
-        truth: COCO ground truth as `CocoDataset.truth` gives it: every field is valid.
+        truth: COCO ground truth as `CocoDataset.truth` gives it: every field is valid. Images may
+            have the fields of LVIS for classes that are not labelled.
         results: COCO result dicts with `image_id`, `category_id`, `score`, `segmentation`.
         max_dets: Detections per image that are evaluated; COCO's value is 100, dense images need
             more.
@@ -43,6 +46,7 @@ def mask_ap(
     Raises:
         ValueError: A result names an image that the ground truth does not have.
     """
+    truth, results = ignore_unlabelled(truth, results)
     numbers = _number_images(truth)
     unknown = next((r["image_id"] for r in results if r["image_id"] not in numbers), None)
     if unknown is not None:

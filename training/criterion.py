@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.configs.schema import LossConfig
@@ -36,6 +37,29 @@ def mask_loss(factors: Sequence[Tensor], target: Tensor, config: LossConfig) -> 
     return dice_loss(probs, target, eps=config.dice_eps)
 
 
+def known_negatives(
+    labels: Sequence[Tensor], exhaustive: Sequence[NDArray[np.bool_] | None], logits: Tensor
+) -> Tensor | None:
+    """Where the category loss counts the absence of a class.
+
+    Args:
+        labels: Labels [cells] of each level of each image.
+        exhaustive: [C] of the image of each of them, as in `LevelTargets`.
+        logits: [N, C] of all cells.
+
+    Returns:
+        [N, C] bool, or None if it counts everywhere.
+    """
+    if all(classes is None for classes in exhaustive):
+        return None
+    every = np.ones(logits.shape[1], np.bool_)
+    rows = [
+        torch.from_numpy(every if classes is None else classes).expand(len(cells), -1)
+        for cells, classes in zip(labels, exhaustive, strict=True)
+    ]
+    return torch.cat(rows).to(logits.device)
+
+
 def solo_loss(
     model: Solo,
     outputs: Sequence[LevelOutput],
@@ -60,13 +84,14 @@ def solo_loss(
         `category`, `mask` (both weighted), `total`, and `num_positives` as a float tensor.
         Without a positive cell the mask loss is 0; every parameter still has a gradient.
     """
-    logits, labels, per_mask, unused = [], [], [], []
+    logits, labels, exhaustive, per_mask, unused = [], [], [], [], []
     for level, output in enumerate(outputs):
         logits.append(output.category_logits.permute(0, 2, 3, 1).reshape(-1, model.num_classes))
         device = output.category_logits.device
         for image, image_targets in enumerate(targets):
             target = image_targets[level]
             labels.append(torch.from_numpy(target.labels.reshape(-1)))
+            exhaustive.append(target.exhaustive)
             if len(target.cells) == 0:
                 continue
             cells = torch.from_numpy(target.cells).to(device)
@@ -87,6 +112,7 @@ def solo_loss(
         torch.cat(labels).to(all_logits.device),
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
+        negatives=known_negatives(labels, exhaustive, all_logits),
     )
     category = config.category_weight * category / (divisor + 1)
     mask = torch.cat(per_mask).sum() / divisor if per_mask else category.new_zeros(())

@@ -1,4 +1,4 @@
-"""The command solo-data: checks labelled images, and converts them to COCO JSON."""
+"""The command solo-data: checks labelled images, converts them to COCO JSON, joins data sets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from training.data.formats import FORMATS, add_format_options, open_dataset
 from training.data.formats.convert import convert
+from training.data.formats.join import join
 from training.data.headers import read_sizes
 from training.data.records import DatasetError
 from training.data.validate import Checked, check_classes, check_content
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_format_options(checks)
     add_convert(commands)
+    add_join(commands)
     return parser
 
 
@@ -87,6 +89,21 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_format_options(parser)
 
 
+def add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand `join`."""
+    parser = commands.add_parser(
+        "join",
+        help="write several data sets as one",
+        description="Writes several data sets, which may label different classes, as one in COCO "
+        "JSON with copies of the images. Classes of the same name are one class. Classes that an "
+        "image's own data set does not label are neither trained nor evaluated as absent there "
+        "(LVIS's neg_category_ids).",
+    )
+    parser.add_argument("data", type=Path, nargs="+", help="folders of labelled images")
+    parser.add_argument("--to", type=Path, required=True, metavar="OUTDIR", help="a new folder")
+    add_format_options(parser)
+
+
 def run_convert(options: argparse.Namespace) -> None:
     """Runs `convert`."""
     lines = convert(
@@ -100,6 +117,10 @@ def run_convert(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def _join(options: argparse.Namespace) -> list[str]:
+    return join(options.data, options.to, format=options.format, val_fraction=options.val_fraction)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = build_parser().parse_args(arguments)
@@ -107,7 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
         splits = options.split or SPLITS
         return 0 if check(options.data, splits, options.format, options.val_fraction) else 1
     try:
-        run_convert(options)
+        if options.command == "join":
+            print("\n".join(_join(options)))
+        else:
+            run_convert(options)
     except (ValueError, OSError) as error:
         print(f"solo-data: {error}", file=sys.stderr)
         return 1

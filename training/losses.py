@@ -10,7 +10,12 @@ from torch.nn import functional as F
 
 
 def focal_loss(
-    logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid focal loss, summed ("Focal Loss for Dense Object Detection", arXiv 1708.02002).
 
@@ -19,6 +24,8 @@ def focal_loss(
         labels: [N] int64 in 0..C; C is the background.
         alpha: Weight of the positives.
         gamma: Exponent of the modulating factor.
+        negatives: [N, C] bool, whether the absence of a class is known where it is not the label;
+            where it is not, there is neither a loss nor a gradient. None: it is known everywhere.
 
     Returns:
         A scalar, the sum over N and C.
@@ -28,7 +35,10 @@ def focal_loss(
     probs = logits.sigmoid()
     miss = torch.where(target > 0, 1 - probs, probs)
     weight = torch.where(target > 0, alpha, 1 - alpha) * miss.pow(gamma)
-    return (weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).sum()
+    loss = weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if negatives is not None:
+        loss = loss.masked_fill(~negatives & (target == 0), 0)
+    return loss.sum()
 
 
 def dice_loss(probs: Tensor, target: Tensor, *, eps: float = 1e-3) -> Tensor:

@@ -6,7 +6,7 @@ Symbols: N objects of one image, C classes, S grid, P positive cells, h w mask o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 import cv2
@@ -120,11 +120,13 @@ class Objects:
             canvas.
         boxes_xyxy: [N, 4] float32, px.
         labels: [N] int64, 0..C-1.
+        exhaustive: [C], whether all objects of a class are labelled; None: those of all classes.
     """
 
     masks: UInt8 | CroppedMasks[np.uint8]
     boxes_xyxy: NDArray[np.float32]
     labels: NDArray[np.int64]
+    exhaustive: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,14 @@ class LevelTargets:
         cells: [P] int64, i * S + j of the positive cells, ascending.
         mask_index: [P] int64, row in `masks` of each positive cell.
         masks: M masks [h, w] float32 in 0..1, one per object with a positive cell.
+        exhaustive: As in `Objects`; elsewhere the absence of a class from a cell is not known.
     """
 
     labels: NDArray[np.int64]
     cells: NDArray[np.int64]
     mask_index: NDArray[np.int64]
     masks: NDArray[np.float32] | CroppedMasks[np.float32]
+    exhaustive: NDArray[np.bool_] | None = None
 
 
 def centre_of_mass(mask: UInt8, top: int = 0, left: int = 0) -> tuple[float, float]:
@@ -279,7 +283,8 @@ def assign_targets(
             left, right = _cell_range(x, extent_x, canvas_hw[1], grid, published)
             owner[top : bottom + 1, left : right + 1] = index
         labels = _fill_labels(owner, objects.labels, num_classes)
-        targets.append(_level_targets(owner, labels, masks, canvas_hw, stride, config))
+        level = _level_targets(owner, labels, masks, canvas_hw, stride, config)
+        targets.append(replace(level, exhaustive=objects.exhaustive))
     return targets
 
 

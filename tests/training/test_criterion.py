@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.tiny import TINY, TINY_SGD, disc
 from training.configs.schema import Config, LossConfig, MaskLoss
 from training.criterion import solo_loss
 from training.losses import dice_loss, focal_loss
+from training.model.head import LevelOutput
 from training.model.solo import Solo
 from training.targets import LevelTargets, Objects, assign_targets
 
@@ -185,3 +187,51 @@ def test_cropped_masks_give_the_same_loss_and_gradients_bit_for_bit(mask_loss: M
         assert torch.equal(loss, others[name]), name
     for a, b in zip(gradients, other_gradients, strict=True):
         assert a is not None and b is not None and torch.equal(a, b)
+
+
+def federated(targets: list[LevelTargets], *exhaustive: bool) -> list[LevelTargets]:
+    return [replace(target, exhaustive=np.array(exhaustive)) for target in targets]
+
+
+def category_gradients(
+    model: Solo, outputs: list[LevelOutput], targets: list[list[LevelTargets]]
+) -> tuple[Tensor, ...]:
+    """Gradients [B, C, S, S] of the category loss, one per level."""
+    loss = solo_loss(model, outputs, targets, LossConfig())["category"]
+    return torch.autograd.grad(loss, [output.category_logits for output in outputs])
+
+
+@BOTH
+def test_an_unlabelled_class_has_no_gradient(config: Config) -> None:
+    """The first image has no object of class 1 and says nothing of it; the second one does."""
+    model = build(config)
+    outputs = model(torch.randn(2, 3, *CANVAS))
+    targets = [federated(targets_of(config, 6.0), True, False), targets_of(config, 6.0, 12.0)]
+    for gradient in category_gradients(model, outputs, targets):
+        assert (gradient[0, 1] == 0).all() and (gradient[0, 0] != 0).all()
+        assert (gradient[1] != 0).all()
+
+
+@BOTH
+def test_positives_of_a_class_that_is_not_exhaustive_count(config: Config) -> None:
+    model = build(config)
+    outputs = model(torch.randn(1, 3, *CANVAS))
+    targets = federated(targets_of(config, 6.0, 12.0), False, False)
+    positives = 0
+    for gradient, target in zip(
+        category_gradients(model, outputs, [targets]), targets, strict=True
+    ):
+        expected = F.one_hot(torch.tensor(target.labels), 3)[..., :2].permute(2, 0, 1).bool()
+        assert torch.equal(gradient[0] != 0, expected)
+        positives += int(expected.sum())
+    assert positives >= 4
+
+
+@BOTH
+def test_exhaustive_labels_give_the_loss_of_plain_ones(config: Config) -> None:
+    model = build(config)
+    outputs = model(torch.randn(2, 3, *CANVAS))
+    plain = [targets_of(config, 6.0, 12.0), targets_of(config)]
+    known = [federated(plain[0], True, True), plain[1]]
+    losses = [solo_loss(model, outputs, t, LossConfig())["total"].item() for t in (plain, known)]
+    assert losses[0] == losses[1]

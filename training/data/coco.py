@@ -14,6 +14,7 @@ from pipeline.decode import decode_image
 from pipeline.errors import DecodeError
 from pipeline.model_config import ContrastSpec
 from pipeline.preprocess import stretch_contrast
+from training.data.federated import format_federated
 from training.data.formats import open_dataset
 from training.data.headers import read_sizes
 from training.data.records import Annotation, DatasetError, Record
@@ -127,7 +128,9 @@ class CocoDataset:
                     annotations.append(self._truth_of(item, record, crowd, len(annotations) + 1))
         return {
             "images": [
-                {"id": r.image_id, "height": r.height, "width": r.width} for r in self.records
+                {"id": r.image_id, "height": r.height, "width": r.width}
+                | format_federated(r.federated, self.classes)
+                for r in self.records
             ],
             "categories": [{"id": c.category_id, "name": c.name} for c in self.classes],
             "annotations": annotations,

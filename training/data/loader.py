@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,12 +76,16 @@ class TrainingSamples(Dataset[Sample]):
         """The sample of (epoch, index)."""
         rng, index = self._rng(item), item[1]
         image = self.data.image(index)
-        annotations = self.data.records[index].annotations
+        record = self.data.records[index]
+        annotations = record.annotations
         resize = self.config.input.resize
         augment = self.config.augment
         if isinstance(resize, TileResize):
-            return random_tile(image, annotations, resize, augment, rng)
-        return random_keep_ratio(image, annotations, resize, augment, rng)
+            sample = random_tile(image, annotations, resize, augment, rng)
+        else:
+            sample = random_keep_ratio(image, annotations, resize, augment, rng)
+        exhaustive = record.exhaustive(self.config.num_classes)
+        return replace(sample, objects=replace(sample.objects, exhaustive=exhaustive))
 
 
 class MicroBatches(Dataset[Batch]):

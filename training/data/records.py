@@ -58,12 +58,26 @@ def build_annotation(rle: dict[str, Any], label: int, area: float | None = None)
     return Annotation(rle, label, (x, y, w, h), area)
 
 
+@dataclass(frozen=True, slots=True)
+class FederatedLabels:
+    """Which classes of an image are labelled, if these are not all.
+
+    Attributes:
+        negatives: Labels that it is known not to have an object of; None: all of which it has none.
+        not_exhaustive: Labels of which not every object may be labelled.
+    """
+
+    negatives: frozenset[int] | None = None
+    not_exhaustive: frozenset[int] = frozenset()
+
+
 @dataclass(frozen=True)
 class Record:
     """One image with its objects; may have none.
 
     Attributes:
         crowds: Regions of many objects, which training leaves out and evaluation ignores.
+        federated: Which classes are labelled; None: all.
     """
 
     image_id: ImageId
@@ -72,6 +86,18 @@ class Record:
     width: int
     objects: tuple[Annotation | PolygonObject, ...]
     crowds: tuple[Annotation | PolygonObject, ...] = ()
+    federated: FederatedLabels | None = None
+
+    def exhaustive(self, num_classes: int) -> NDArray[np.bool_] | None:
+        """Whether all objects of each class are labelled, [C]; None: those of all classes."""
+        if self.federated is None:
+            return None
+        known = np.ones(num_classes, np.bool_)
+        if self.federated.negatives is not None:
+            known[:] = False
+            known[[*self.federated.negatives, *(o.label for o in self.objects)]] = True
+        known[list(self.federated.not_exhaustive)] = False
+        return known
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:

@@ -23,6 +23,7 @@ class Kind(Enum):
     FILE = "refused", "image files that are missing or cannot be read"
     FILE_SIZE = "refused", "image files of another size than the annotations say"
     ANNOTATION = "refused", "annotations with a field that is missing or of a wrong type"
+    LABELLED_CLASSES = "refused", "images whose labelled classes (as in LVIS) are not valid"
     REFERENCE = "refused", "annotations of an image or a category that is not listed"
     SEGMENTATION = "refused", "segmentations that are neither polygons nor RLE"
     COORDINATE = "refused", "polygons with a coordinate that is no number or far from the image"

@@ -6,7 +6,6 @@ refuses the data set.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,19 @@ import numpy as np
 
 from pipeline.model_config import ClassSpec
 from training.data.content import CocoContent
-from training.data.records import Annotation, DatasetError, ImageId, PolygonObject, Record
+from training.data.federated import check_negatives, read_federated
+from training.data.ids import read_image_id, read_whole
+from training.data.records import (
+    Annotation,
+    DatasetError,
+    FederatedLabels,
+    ImageId,
+    PolygonObject,
+    Record,
+)
 from training.data.report import Kind, Problem, Report, shorten
 from training.data.segmentations import has_short_part, read_object
 
-_WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*", re.ASCII)
-_LARGEST_ID = 2**53
 _LONGEST_SIDE_PX = 1_000_000
 
 Size = tuple[int, int] | str
@@ -37,6 +43,7 @@ class _Image:
     file_name: str
     hw: tuple[int, int] | None
     usable: bool = True
+    federated: FederatedLabels | None = None
     objects: list[Annotation | PolygonObject] = field(default_factory=list)
     crowds: list[Annotation | PolygonObject] = field(default_factory=list)
 
@@ -67,15 +74,18 @@ def check_content(content: CocoContent, read_sizes: ReadSizes | None) -> Checked
     """
     report = Report(content.source, labelled=content.annotations is not None)
     classes = _check_categories(content, report)
-    images = _check_images(content.images, report)
+    labels = {c.category_id: label for label, c in enumerate(classes)}
+    images = _check_images(content.images, labels, report)
     if read_sizes is not None:
         _check_files(content.image_folder, list(images.values()), read_sizes, report)
     for image in images.values():
         if image.hw is None and image.usable:
             _refuse(image, report, Kind.IMAGE, "it has no height and width")
-    _check_annotations(content, classes, images, report)
+    _check_annotations(content, labels, images, report)
+    for image in images.values():
+        _check_negatives(image, labels, report)
     records = [
-        Record(i.id, i.file_name, *i.hw, tuple(i.objects), tuple(i.crowds))
+        Record(i.id, i.file_name, *i.hw, tuple(i.objects), tuple(i.crowds), i.federated)
         for i in images.values()
         if i.usable and i.hw is not None
     ]
@@ -85,21 +95,6 @@ def check_content(content: CocoContent, read_sizes: ReadSizes | None) -> Checked
     report.objects = sum(len(record.objects) for record in records)
     report.crowds = sum(len(record.crowds) for record in records)
     return Checked(records, classes, report)
-
-
-def read_whole(value: Any) -> int | None:
-    """A whole number, which may be written as text or with a decimal point; else None."""
-    text = isinstance(value, str) and _WHOLE.fullmatch(value)
-    if text or (isinstance(value, float) and value.is_integer()):
-        value = int(value)
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_ID
-    return int(value) if whole else None
-
-
-def _read_image_id(value: Any) -> ImageId | None:
-    """An id of digits is a number, any other text stays text."""
-    whole = read_whole(value)
-    return whole if whole is not None else value if isinstance(value, str) and value else None
 
 
 def _check_categories(content: CocoContent, report: Report) -> tuple[ClassSpec, ...]:
@@ -165,16 +160,17 @@ def _check_names(found: dict[int, _Category], content: CocoContent, report: Repo
         report.add(Kind.CATEGORY_UNUSED, f"categories[{category.place}]", message)
 
 
-def _check_images(images: Any, report: Report) -> dict[ImageId, _Image]:
+def _check_images(images: Any, labels: dict[int, int], report: Report) -> dict[ImageId, _Image]:
     """The images by id; those without an id are refused."""
     found: dict[ImageId, _Image] = {}
+    categories_are_whole = not report.count("refused")
     if not isinstance(images, list):
         report.add(Kind.IMAGE, "images", f"expected a list, got {shorten(images)}")
         return found
     for place, entry in enumerate(images):
         where = f"images[{place}]"
         fields = entry if isinstance(entry, dict) else {}
-        image_id, name = _read_image_id(fields.get("id")), fields.get("file_name")
+        image_id, name = read_image_id(fields.get("id")), fields.get("file_name")
         if image_id is None or not isinstance(name, str) or not name:
             message = f"it has no valid id and file_name: {shorten(entry)}"
             report.add(Kind.IMAGE, where, message)
@@ -194,7 +190,18 @@ def _check_images(images: Any, report: Report) -> dict[ImageId, _Image]:
         elif any(stated):
             message = f"height and width are {shorten(stated[0])} and {shorten(stated[1])}"
             _refuse(image, report, Kind.IMAGE, message)
+        try:
+            image.federated = read_federated(fields, labels) if categories_are_whole else None
+        except Problem as problem:
+            _refuse(image, report, problem.kind, str(problem))
     return found
+
+
+def _check_negatives(image: _Image, labels: dict[int, int], report: Report) -> None:
+    try:
+        check_negatives(image.federated, {o.label for o in (*image.objects, *image.crowds)}, labels)
+    except Problem as problem:
+        _refuse(image, report, problem.kind, str(problem))
 
 
 def _refuse(image: _Image, report: Report, kind: Kind, message: str) -> None:
@@ -223,11 +230,10 @@ def _check_files(folder: Path, images: list[_Image], read: ReadSizes, report: Re
 
 def _check_annotations(
     content: CocoContent,
-    classes: tuple[ClassSpec, ...],
+    labels: dict[int, int],
     images: dict[ImageId, _Image],
     report: Report,
 ) -> None:
-    labels = {c.category_id: label for label, c in enumerate(classes)}
     seen: set[Any] = set()
     lists_are_whole = not report.count("refused")
     annotations: Iterable[Any] = content.annotations or ()
@@ -271,7 +277,7 @@ def _describe(place: int, number: Any, image: _Image | None) -> str:
 
 
 def _find_image(annotation: dict[str, Any], images: dict[ImageId, _Image]) -> _Image:
-    image_id = _read_image_id(annotation.get("image_id"))
+    image_id = read_image_id(annotation.get("image_id"))
     if image_id is None or image_id not in images:
         value, category = annotation.get("image_id"), annotation.get("category_id")
         raise Problem(

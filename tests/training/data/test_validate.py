@@ -12,7 +12,7 @@ from tests.support.tiny import annotation_of, disc, rle_of
 from training.data.content import CocoContent
 from training.data.records import DatasetError
 from training.data.report import Kind
-from training.data.validate import Checked, Size, check_classes, check_content, read_whole
+from training.data.validate import Checked, Size, check_classes, check_content
 
 HEIGHT, WIDTH = 20, 30
 MASK = disc(HEIGHT, WIDTH, 8, 9, 5)
@@ -375,18 +375,6 @@ def test_all_faults_are_counted_and_the_first_is_named() -> None:
     assert "and 6 more" in str(checked.report.refusal)
     text = checked.report.text()
     assert "refused 7 segmentations" in text and "skipped 1 objects" in text
-
-
-@pytest.mark.parametrize(
-    ("value", "whole"),
-    [
-        *[(5, 5), ("5", 5), (5.0, 5), ("-5", -5), (5.5, None), ("5.0", None), ("", None)],
-        *[(2**53, 2**53), (2**53 + 1, None), (float("nan"), None), (None, None), (True, None)],
-        ("\u0663", None),
-    ],
-)
-def test_whole_numbers(value: Any, whole: int | None) -> None:
-    assert read_whole(value) == whole
 
 
 def known(*classes: tuple[int, str]) -> tuple[ClassSpec, ...]:

@@ -46,7 +46,7 @@ def convert(
             raise DatasetError(f"{to} is one file, give one split, not {', '.join(splits)}")
         content = open_dataset(data, _single_split(data, splits, format), format, val_fraction)
         names = {n: os.path.relpath(content.image_folder / n, to.parent) for n in _names(content)}
-        return [_write(content, names, to)]
+        return [write_content(content, names, to)]
     given = list(splits) or list_splits(data, format)
     if given == [""] or (val_fraction is not None and "val" not in given):
         given = ["train", "val"]
@@ -54,18 +54,40 @@ def convert(
     lines = []
     copied: dict[str, Path] = {}
     for split, content in contents.items():
-        names = {name: _copied_name(content.image_folder / name, data) for name in _names(content)}
-        for name, target in names.items():
-            source = content.image_folder / name
-            if copied.setdefault(target, source) != source:
-                raise DatasetError(f"{copied[target]} and {source} would both be images/{target}")
-            (to / "images" / target).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(source, to / "images" / target)
-            except OSError as error:
-                raise DatasetError(f"{source} cannot be copied: {error.strerror}") from error
-        lines.append(_write(content, names, to / "annotations" / f"{split}.json"))
+        names = name_copies(content, data)
+        copy_images(content, names, to, copied)
+        lines.append(write_content(content, names, to / "annotations" / f"{split}.json"))
     return lines
+
+
+def name_copies(content: CocoContent, root: Path) -> dict[str, str]:
+    """Where in the folder `images` each picture of a data set is copied, by its file name."""
+    return {name: _copied_name(content.image_folder / name, root) for name in _names(content)}
+
+
+def copy_images(
+    content: CocoContent, names: dict[str, str], to: Path, copied: dict[str, Path]
+) -> None:
+    """Copies pictures into `to/images`.
+
+    Args:
+        content: The data set.
+        names: Where each picture goes.
+        to: The folder of the new data set.
+        copied: The pictures that are there already, by their new names; is extended.
+
+    Raises:
+        DatasetError: Two pictures would have the same name, or one cannot be copied.
+    """
+    for name, target in names.items():
+        source = content.image_folder / name
+        if copied.setdefault(target, source) != source:
+            raise DatasetError(f"{copied[target]} and {source} would both be images/{target}")
+        (to / "images" / target).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source, to / "images" / target)
+        except OSError as error:
+            raise DatasetError(f"{source} cannot be copied: {error.strerror}") from error
 
 
 def _single_split(data: Path, splits: Sequence[str], format: str | None) -> str:
@@ -93,8 +115,8 @@ def _copied_name(image: Path, root: Path) -> str:
     return name.removeprefix("images" + os.sep)
 
 
-def _write(content: CocoContent, names: dict[str, str], path: Path) -> str:
-    """Writes one file, which appears only when it is complete."""
+def write_content(content: CocoContent, names: dict[str, str], path: Path) -> str:
+    """Writes one file, which appears only when it is complete; returns what it has, in a line."""
     images = [
         {**image, "file_name": Path(names[str(image["file_name"])]).as_posix()}
         for image in content.images
