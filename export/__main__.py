@@ -17,7 +17,14 @@ import torch
 from export.engines import build_engines, build_kernels, make_packages
 from export.errors import ExportError, PublishError
 from export.exits import PLAIN_FILES, build_exits
-from export.measure import check_served, data_cases, measure_ap, open_evaluation
+from export.measure import (
+    check_served,
+    data_cases,
+    describe_quality,
+    open_evaluation,
+    predict_served,
+    score,
+)
 from export.onnx_graph import build_onnx, choose_opset, num_candidates
 from export.options import describe_command, list_stages, needs_variants, parse_arguments
 from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
@@ -187,11 +194,12 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     measured = None
     if data is not None:
         next(stages)
-        measured = measure_ap(model, graph, data)
+        results = predict_served(model, graph, data)
+        measured = score(model, results, data)
         head = {"split": options.split, "images": len(data)}
         max_dets = model.postprocess.max_instances
         provenance["measured"] = {**head, "max_dets": max_dets, **measured}
-        _print_progress(f"AP {measured['AP']:.3f}, AP50 {measured['AP50']:.3f}")
+        _print_progress(describe_quality(model, measured, results, data))
     if needs_variants(options):
         next(stages)
     inputs = build_inputs(model, graph, options, data, measured)

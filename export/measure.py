@@ -28,7 +28,7 @@ from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
 from training.data.validate import check_classes
 from training.distributed import warn
-from training.evaluate import RepositoryPredictor, predict
+from training.evaluate import RepositoryPredictor, Result, predict
 
 CASE_TILES = 2
 """Maximum number of canvases per image in a comparison."""
@@ -91,11 +91,34 @@ def check_served(model: ModelConfig, graph: bytes) -> None:
         loaded.backend.close()
 
 
-def measure_ap(model: ModelConfig, graph: bytes, data: CocoDataset) -> dict[str, float]:
-    """COCO mask metrics of a graph, run by the server's loader, engine and pipeline."""
-    max_dets = model.postprocess.max_instances
+def predict_served(model: ModelConfig, graph: bytes, data: CocoDataset) -> list[Result]:
+    """COCO results of a graph at every score, run by the server's loader, engine and pipeline."""
     with _staged(model, graph) as folder:
-        predictor = RepositoryPredictor(folder, model.version, max_dets=max_dets)
-        results = predict(data, predictor, progress=True)
-    numbers = mask_ap(data.truth(), results, max_dets=max_dets)
+        predictor = RepositoryPredictor(
+            folder, model.version, max_dets=model.postprocess.max_instances
+        )
+        return predict(data, predictor, progress=True)
+
+
+def score(model: ModelConfig, results: list[Result], data: CocoDataset) -> dict[str, float]:
+    """COCO mask metrics with as many detections per image as are served."""
+    numbers = mask_ap(data.truth(), results, max_dets=model.postprocess.max_instances)
     return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def measure_ap(model: ModelConfig, graph: bytes, data: CocoDataset) -> dict[str, float]:
+    """COCO mask metrics of a graph, as it is served."""
+    return score(model, predict_served(model, graph, data), data)
+
+
+def describe_quality(
+    model: ModelConfig, measured: dict[str, float], results: list[Result], data: CocoDataset
+) -> str:
+    """The AP, and how many objects an answer has at the model's score threshold."""
+    threshold = model.postprocess.score_threshold
+    found = sum(result["score"] >= threshold for result in results)
+    return (
+        f"AP {measured['AP']:.3f}, AP50 {measured['AP50']:.3f} on {len(data)} images; at the score "
+        f"threshold {threshold:g} the model finds {found} objects where {data.report.objects} are "
+        "labelled (--score-threshold changes it, and ?score_threshold= in a request)"
+    )

@@ -30,7 +30,9 @@ def name_of(data: Path) -> str:
 
 
 def read_configuration(out: Path) -> Config | None:
-    """The configuration that an earlier start of the run wrote; the same in every process.
+    """The configuration that an earlier start of the run wrote, which is said; None: there is none.
+
+    It is the same in every process.
 
     Raises:
         ValueError: The file is not valid, or there is a checkpoint but no such file.
@@ -38,6 +40,11 @@ def read_configuration(out: Path) -> Config | None:
     path = out / CONFIG_FILE
     exists, trained = distributed.from_main((path.exists(), (out / "last.pt").exists()))
     if exists:
+        if distributed.is_main():
+            print(
+                f"solo-train: {path} of an earlier start is used; --hours does not change it, "
+                "--restart chooses anew"
+            )
         return load_config(str(path))
     if trained:
         raise ValueError(

@@ -235,6 +235,7 @@ def test_data_adds_images_to_the_comparison_and_an_ap(
     printed = capsys.readouterr().out
     numbers = re.findall(r"^solo-export: \[(\d)/6\]", printed, re.MULTILINE)
     assert numbers == ["1", "2", "3", "4", "5", "6"]
+    assert re.search(r"on 2 images; at the score threshold 0.3 .* where 1 are labelled", printed)
     assert f"curl -F images=@{data / 'images' / '0.png'} 'http://localhost:8000" in printed
     report = json.loads((repo / "tiny" / "1" / "parity.json").read_text())
     assert [c["batch"] for c in report["cases"] if c["content"] == "data"] == [2, 2]

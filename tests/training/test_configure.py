@@ -62,7 +62,8 @@ def test_a_later_start_resumes_what_was_chosen(root: Path, tmp_path: Path, capsy
     written = (out / "config.toml").read_text()
     capsys.readouterr()
     assert main(command(root, out, "--hours", "5")) == 0
-    assert "chosen for" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "chosen for" not in printed and f"{out / 'config.toml'} of an earlier start" in printed
     assert (out / "config.toml").read_text() == written
     _, finished = load_checkpoint(out / "last.pt")
     assert stopped["step"] == 1 < finished["step"]
