@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,7 @@ class TimedEngine:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(trial.time, "perf_counter", clock)
-    monkeypatch.setattr(trial.time, "monotonic", clock)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     trial._remembered.clear()
     yield clock
     trial._remembered.clear()
