@@ -230,6 +230,7 @@ def test_what_decides_the_times_is_in_the_key(
         ({}, [BASELINE]),
         ({BASELINE: 1.0}, [BASELINE]),
         ({BASELINE: 1.0, "a": 0.96}, [BASELINE]),
+        ({BASELINE: 1.0, "a": 0.95}, [BASELINE]),
         ({BASELINE: 1.0, "a": 0.94}, ["a", BASELINE]),
         ({BASELINE: 1.0, "a": 0.5, "b": 0.4, "c": 2.0}, ["b", "a", BASELINE]),
         ({"a": 2.0}, ["a", BASELINE]),
