@@ -24,8 +24,7 @@ from pipeline.postprocess import TileCandidates
 from pipeline.preprocess import count_canvases
 from pipeline.types import Tile
 from service.engines.artefacts import ONNX_FILE as ONNX_FILE
-from service.engines.base import Backend, BackendOptions
-from service.engines.onnxruntime import build_ort_backend
+from service.engines.base import BackendOptions
 from service.models.repository import LoadedModel as LoadedModel
 from service.models.repository import load_version, read_config
 from service.work.image import ImageWork, count_cost, read_size
@@ -59,11 +58,6 @@ def read_model(folder: Path, version: int | None = None) -> tuple[ModelConfig, P
 def canvases_of(folder: Path, image_hw: tuple[int, int]) -> int:
     """Canvases of an image of [H, W] for the served version of a model."""
     return count_canvases(image_hw, read_model(folder)[0].input)
-
-
-def build_engine(graph: bytes, threads: int) -> Backend:
-    """The service's CPU engine of a graph."""
-    return build_ort_backend(graph, BackendOptions(device="cpu", threads=threads))
 
 
 def open_session(graph: bytes | Path, threads: int) -> ort.InferenceSession:

@@ -234,6 +234,8 @@ def _list_timed_routes(
         for route in routes
     ]
     canvas_s = measure_candidates(candidates, options, config)
+    failed = [route.name for route in routes if route.name not in canvas_s]
+    refusals += [f"{name}: it failed when it was timed" for name in failed]
     by_name = {route.name: replace(route, canvas_s=canvas_s) for route in routes}
     yield from (by_name[name] for name in rank(canvas_s) if name in by_name)
 

@@ -115,6 +115,16 @@ def test_the_fastest_is_taken_and_the_times_are_shown(
     )
 
 
+def test_a_candidate_that_could_not_be_timed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_openvino(monkeypatch, "bf16")
+    set_trials(monkeypatch, onnxruntime_fp32=0.04)
+    backend = Version(tmp_path).build(FREE)
+    assert backend.name == "onnxruntime"
+    assert backend.reason.endswith("; not openvino bf16: it failed when it was timed")
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.04, 0.039])
 def test_a_tie_goes_to_onnx_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float

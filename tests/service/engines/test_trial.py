@@ -5,11 +5,11 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,7 @@ class TimedEngine:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     trial._remembered.clear()
     yield clock
     trial._remembered.clear()
@@ -231,6 +230,7 @@ def test_what_decides_the_times_is_in_the_key(
         ({}, [BASELINE]),
         ({BASELINE: 1.0}, [BASELINE]),
         ({BASELINE: 1.0, "a": 0.96}, [BASELINE]),
+        ({BASELINE: 1.0, "a": 0.95}, [BASELINE]),
         ({BASELINE: 1.0, "a": 0.94}, ["a", BASELINE]),
         ({BASELINE: 1.0, "a": 0.5, "b": 0.4, "c": 2.0}, ["b", "a", BASELINE]),
         ({"a": 2.0}, ["a", BASELINE]),
