@@ -197,7 +197,8 @@ def _sections(config: ModelConfig) -> dict[str, Any]:
 def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     differing = {s: content[s] for s in SECTIONS if content[s] != shared[s]}
-    return {**differing, "files": content["files"], "provenance": content["provenance"]}
+    own = ("calibration", "files", "provenance")
+    return {**differing, **{name: content[name] for name in own if content[name] is not None}}
 
 
 def publish(root: Path, release: Release, *, force: bool = False) -> Path:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.model_config import MAX_INT, MAX_SIDE_PX, ModelCard, Task
+from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
@@ -242,6 +242,10 @@ class ModelSummary(BaseModel):
     name: str
     state: Literal["READY", "UNAVAILABLE"]
     version: int | None = None
+    description: str | None = None
+    domain: Annotated[
+        str | None, Field(description="the images and objects that it was trained on")
+    ] = None
     reason: Annotated[str | None, Field(description="why it is not served")] = None
 
 
@@ -306,4 +310,7 @@ class ModelDetail(BaseModel):
     candidates: int
     mask_stride: int
     postprocess: dict[str, Any]
+    calibration: Annotated[
+        Calibration | None, Field(description="map from the network's scores to those of answers")
+    ] = None
     provenance: dict[str, Any]
