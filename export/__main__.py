@@ -37,6 +37,7 @@ from export.publish import (
     keep_default,
     next_version,
     publish,
+    read_repository,
     read_version,
     require_free,
 )
@@ -109,6 +110,7 @@ def describe_model(source: LoadedCheckpoint, options: argparse.Namespace) -> Mod
                 "task": config.task,
                 "description": options.description or config.description,
                 "input": config.input.model_dump(),
+                "card": read_card(options.card, options.out / name),
                 "classes": [c.model_dump() for c in config.classes],
                 "candidates": num_candidates(source.network),
                 "mask_stride": min(config.model.head.mask_strides),
@@ -121,18 +123,29 @@ def describe_model(source: LoadedCheckpoint, options: argparse.Namespace) -> Mod
         raise ExportError(f"config.json would be invalid: {error}") from error
 
 
-def read_provenance(file: Path | None) -> dict[str, Any]:
-    """Reads the file of --provenance-json.
+def read_card(file: Path | None, folder: Path) -> dict[str, Any]:
+    """The file of --card, or the card that a model's folder has.
+
+    Raises:
+        ExportError: The file cannot be read or is not a JSON object.
+        PublishError: The folder's config.json is invalid.
+    """
+    if file is not None:
+        return read_object(file, "card")
+    repository = read_repository(folder)
+    return (repository and repository.card) or {}
+
+
+def read_object(file: Path, option: str) -> dict[str, Any]:
+    """Reads the file of an option.
 
     Raises:
         ExportError: The file cannot be read or is not a JSON object.
     """
-    if file is None:
-        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"{file} cannot be read as provenance: {error}") from error
+        raise ExportError(f"{file} cannot be read as {option}: {error}") from error
     if not isinstance(content, dict):
         raise ExportError(f"{file} contains a {type(content).__name__}, expected a JSON object")
     return content
@@ -160,7 +173,8 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
     require_writable(options.out)
     config, network = load_model(options.checkpoint)
     source = LoadedCheckpoint(options.checkpoint, config, network)
-    extra_provenance = read_provenance(options.provenance_json)
+    given = options.provenance_json
+    extra_provenance = read_object(given, "provenance") if given is not None else {}
     model = describe_model(source, options)
     opset = choose_opset(network, options.opset)
     data = open_evaluation(options, model)

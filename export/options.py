@@ -16,6 +16,7 @@ from training.data.formats import add_format_options
 CHECKPOINT_ONLY = (
     *("out", "name", "version", "opset", "description", "score_threshold", "max_instances"),
     "provenance_json",
+    "card",
     "weights",
 )
 """Options that define a new version; not allowed with --variants-of."""
@@ -49,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--description", help="description, one line (default: from the configuration)"
+    )
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="FILE",
+        help="JSON object that says what the model is for: domain, object_size_px, um_per_px, "
+        "training_data, licence, attribution (default: the card of the name's last version)",
     )
     parser.add_argument(
         "--max-batch", type=int, default=8, help="maximum canvases per engine call (default: 8)"

@@ -202,9 +202,9 @@ def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(config: ModelConfig) -> dict[str, Any]:
-    """A version's `files`, and `ap_cost` if it was measured."""
-    kept = {"files", "ap_cost"} if config.ap_cost else {"files"}
-    return config.model_dump(mode="json", include=kept)
+    """A version's `files`, and its `ap_cost` and `calibration` if they were measured."""
+    content = config.model_dump(mode="json", include={"files", "ap_cost", "calibration"})
+    return {name: value for name, value in content.items() if name == "files" or value}
 
 
 def publish(root: Path, release: Release, *, force: bool = False) -> Path:

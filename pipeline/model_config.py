@@ -5,6 +5,7 @@ Top-level sections hold for every version; a version's entry may replace any of 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -246,6 +247,28 @@ class Limits(Spec):
         return gpus
 
 
+class Calibration(Spec):
+    """An increasing map of scores, linear between its points, from 0, 0 to 1, 1.
+
+    Attributes:
+        network: Scores of the network.
+        reported: Scores in answers, and of every score threshold.
+    """
+
+    network: Annotated[tuple[Probability, ...], Field(min_length=2, max_length=1000)]
+    reported: Annotated[tuple[Probability, ...], Field(min_length=2, max_length=1000)]
+
+    @model_validator(mode="after")
+    def _increases(self) -> Calibration:
+        if len(self.network) != len(self.reported):
+            raise ValueError(f"{len(self.network)} scores are mapped to {len(self.reported)}")
+        for name, values in (("network", self.network), ("reported", self.reported)):
+            rises = all(a < b for a, b in pairwise(values))
+            if not rises or (values[0], values[-1]) != (0, 1):
+                raise ValueError(f"{name} {values} does not rise from 0 to 1")
+        return self
+
+
 class FileSpec(Spec):
     """A file of a version."""
 
@@ -270,6 +293,7 @@ class ModelConfig(Spec):
     candidates: PositiveInt
     mask_stride: PositiveInt
     postprocess: PostprocessSpec
+    calibration: Calibration | None = None
     limits: Limits = Limits()
     files: Annotated[dict[str, FileSpec], Field(min_length=1)]
     ap_cost: dict[Precision, Annotated[float, Field(ge=-1, le=1)]] = {}

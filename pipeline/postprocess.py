@@ -6,15 +6,16 @@ The only post-processing there is: the server and the evaluation of training bot
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calibration import to_network, to_reported
 from pipeline.contour import fill_contours
 from pipeline.merge import TileInstance, merge_tiles
-from pipeline.model_config import MatrixNms, PostprocessSpec
+from pipeline.model_config import Calibration, MatrixNms, PostprocessSpec
 from pipeline.nms import mask_nms, matrix_nms
 from pipeline.overlaps import resolve_overlaps
 from pipeline.paste import paste_masks
@@ -200,7 +201,7 @@ def postprocess_tile(
         candidates: What it answered.
         image_hw: Height and width of the original image.
         spec: The model's post-processing.
-        score_threshold: Least score of a returned instance; default from `spec`.
+        score_threshold: Least score of a returned instance, not calibrated; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
 
     Raises:
@@ -259,6 +260,7 @@ class Collector:
         score_threshold: Least score of a returned instance; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
         overlaps: What becomes of pixels of several masks.
+        calibration: Of scores and of their threshold.
 
     Raises:
         ValueError: A bound is out of range.
@@ -273,11 +275,13 @@ class Collector:
         score_threshold: float | None = None,
         max_instances: int | None = None,
         overlaps: Overlaps = "keep",
+        calibration: Calibration | None = None,
     ) -> None:
         self._image_hw = image_hw
         self._tiles = tiles
         self._spec = spec
-        self._threshold, self._bound = _bounds(spec, score_threshold, max_instances)
+        threshold, self._bound = _bounds(spec, score_threshold, max_instances)
+        self._threshold, self._calibration = to_network(calibration, threshold), calibration
         self._overlaps = overlaps
         self._found: dict[int, list[TileInstance]] = {}
         self._dropped = 0
@@ -316,6 +320,10 @@ class Collector:
             instances = merge_tiles(entries, compare=self._spec.compare)
         if self._overlaps == "resolve":
             instances = resolve_overlaps(instances)
+        if self._calibration is not None:
+            instances = [
+                replace(i, score=to_reported(self._calibration, i.score)) for i in instances
+            ]
         return Detections(instances[: self._bound], len(instances) + self._dropped)
 
 
@@ -327,6 +335,7 @@ def postprocess(
     score_threshold: float | None = None,
     max_instances: int | None = None,
     overlaps: Overlaps = "keep",
+    calibration: Calibration | None = None,
 ) -> list[Detection]:
     """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
 
@@ -337,6 +346,7 @@ def postprocess(
         score_threshold: Least score of a returned instance; default from `spec`.
         max_instances: Most instances returned; default from `spec`.
         overlaps: What becomes of pixels of several masks.
+        calibration: Of scores and of their threshold.
 
     Raises:
         ValueError: The number of candidates' entries is not that of the tiles, a bound is out
@@ -349,6 +359,7 @@ def postprocess(
         score_threshold=score_threshold,
         max_instances=max_instances,
         overlaps=overlaps,
+        calibration=calibration,
     )
     count, total = 0, len(prepared.tiles)
     for count, found in enumerate(candidates, 1):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline.model_config import MAX_INT, MAX_SIDE_PX, ModelCard, Task
+from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
@@ -258,6 +258,10 @@ class ModelSummary(BaseModel):
     name: str
     state: Literal["READY", "UNAVAILABLE"]
     version: int | None = None
+    description: str | None = None
+    domain: Annotated[
+        str | None, Field(description="the images and objects that it was trained on")
+    ] = None
     reason: Annotated[str | None, Field(description="why it is not served")] = None
 
 
@@ -322,4 +326,7 @@ class ModelDetail(BaseModel):
     candidates: int
     mask_stride: int
     postprocess: dict[str, Any]
+    calibration: Annotated[
+        Calibration | None, Field(description="map from the network's scores to those of answers")
+    ] = None
     provenance: dict[str, Any]

@@ -39,6 +39,7 @@ from service.models.folders import (
     refusing,
 )
 from service.models.publishing import (
+    edit_config,
     format_json,
     lock_repository,
     recover,
@@ -53,6 +54,7 @@ __all__ = [
     "LoadedModel",
     "ModelRefused",
     "Repository",
+    "edit_config",
     "find_default",
     "find_models",
     "find_published",
@@ -124,6 +126,7 @@ class LoadedModel:
             score_threshold=score_threshold,
             max_instances=max_instances,
             overlaps=overlaps,
+            calibration=self.config.calibration,
         )
 
     def _infer(self, prepared: Prepared) -> Iterator[TileCandidates]:

@@ -150,6 +150,7 @@ class ImageWork:
             score_threshold=self._options.score_threshold,
             max_instances=self._options.max_instances,
             overlaps=self._options.overlaps,
+            calibration=self._config.calibration,
         )
         self._prepared = prepared
         self._decoded.append((started_s, time.monotonic()))

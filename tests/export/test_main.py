@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from export.__main__ import find_measured, main
+from export.__main__ import find_measured, main, read_card
 from export.parity import draw_blobs
 from export.publish import Artefact, Release, add_artefacts, publish
+from pipeline.model_config import ModelCard
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Detection
@@ -43,16 +44,22 @@ def network(folder: Path) -> Solo:
     return network
 
 
+CARD = {"domain": "drawn discs", "object_size_px": 12}
+
+
 @pytest.fixture(scope="module")
 def published(folder: Path, network: Solo) -> Path:
     """The version's folder after a run of the command."""
     provenance = folder / "provenance.json"
     provenance.write_text(json.dumps({"training_data": "drawn discs", "licence": "CC0"}))
+    card = folder / "card.json"
+    card.write_text(json.dumps(CARD))
     status = main(
         [
             *(str(folder / "best.pt"), "--out", str(folder / "repo")),
             *("--name", "discs", "--version", "2", "--max-batch", "4"),
             *("--score-threshold", "0.25", "--provenance-json", str(provenance)),
+            *("--card", str(card)),
         ]
     )
     assert status == 0
@@ -99,6 +106,14 @@ def test_config_json_follows_the_checkpoint_and_the_options(loaded: LoadedModel)
     assert (config.candidates, config.mask_stride, config.limits.max_batch) == (60, 4, 4)
     assert config.postprocess.score_threshold == 0.25
     assert config.postprocess.nms == wanted.postprocess.nms
+
+
+def test_a_card_is_published_and_the_next_version_has_it_too(
+    folder: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    assert loaded.config.card == ModelCard(domain="drawn discs", object_size_px=12)
+    assert ModelCard(**read_card(None, folder / "repo" / "discs")) == loaded.config.card
+    assert read_card(None, tmp_path / "new") == {}
 
 
 def test_provenance_has_the_run_but_no_local_paths(folder: Path, loaded: LoadedModel) -> None:
@@ -171,6 +186,7 @@ def test_invalid_arguments_are_explained(
     checkpoint = tmp_path / "a.pt"
     save_tiny_checkpoint(checkpoint, tiny_config())
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "wrong.json").write_text('{"object_size_px": -1}')
     nameless = tmp_path / "nameless.pt"
     save_tiny_checkpoint(nameless, replace(tiny_config(), classes=()))
     for arguments, reason in (
@@ -178,6 +194,8 @@ def test_invalid_arguments_are_explained(
         ([str(tmp_path / "list.json")], "cannot be read as a checkpoint"),
         ([str(checkpoint), "--provenance-json", str(tmp_path / "list.json")], "contains a list"),
         ([str(checkpoint), "--provenance-json", str(tmp_path / "no.json")], "no.json cannot be"),
+        ([str(checkpoint), "--card", str(tmp_path / "list.json")], "contains a list"),
+        ([str(checkpoint), "--card", str(tmp_path / "wrong.json")], "card.object_size_px"),
         ([str(checkpoint), "--data", str(tmp_path)], "has no labels of a known format"),
         ([str(checkpoint), "--version", "0"], "version"),
         ([str(checkpoint), "--out", str(tmp_path / "list.json" / "repo")], "cannot be written"),

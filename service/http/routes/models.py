@@ -27,9 +27,16 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
     curl --fail-with-body localhost:8000/v2/models
     ```
     """
-    latest = {model.name: model.version for model in segmenter.models}
+    latest = {model.name: model for model in segmenter.models}
     served = [
-        ModelSummary(name=name, state="READY", version=version) for name, version in latest.items()
+        ModelSummary(
+            name=name,
+            state="READY",
+            version=model.version,
+            description=model.config.description,
+            domain=model.config.card.domain,
+        )
+        for name, model in latest.items()
     ]
     others = [
         ModelSummary(name=name, state="UNAVAILABLE", reason=reason)
@@ -76,6 +83,7 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
             "candidates",
             "mask_stride",
             "postprocess",
+            "calibration",
             "provenance",
         },
     )

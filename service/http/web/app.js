@@ -72,6 +72,8 @@ async function chooseModel(name) {
   state.model = model;
   byId("model").value = name;
   byId("model-about").textContent = `${model.name} version ${model.version} on ${model.device}`;
+  byId("model-domain").hidden = !model.card.domain;
+  byId("model-domain").textContent = `${model.name}: ${model.card.domain}.`;
   threshold.min = leastScore(model);
   threshold.max = 1;
   threshold.value = model.postprocess.score_threshold;

@@ -117,7 +117,7 @@ async def test_the_openapi_document_shows_the_contract(client: httpx.AsyncClient
     names = {parameter["name"] for parameter in operation["parameters"]}
     assert names == {
         *("model", "version", "score_threshold", "max_instances", "masks"),
-        *("priority", "timeout_ms", "x-timeout-ms"),
+        *("overlaps", "object_size_px", "um_per_px", "priority", "timeout_ms", "x-timeout-ms"),
     }
     assert "SegmentResponse" in json.dumps(operation["responses"]["200"])
     assert (await client.get("/docs")).status_code == 200

@@ -8,6 +8,7 @@ async def test_the_list_says_what_is_served_and_why_a_model_is_not(
 ) -> None:
     blobs, broken, wide = (await client.get("/v2/models")).json()["models"]
     assert (blobs["name"], blobs["state"], blobs["version"]) == ("blobs", "READY", 1)
+    assert (blobs["description"], blobs["domain"]) == ("finds red, green and blue regions", "")
     assert (wide["name"], wide["state"]) == ("wide", "READY")
     assert (broken["state"], broken["version"]) == ("UNAVAILABLE", None)
     assert broken["reason"].startswith("broken/1/model.onnx: has 11 bytes, config.json says ")
