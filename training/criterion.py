@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.configs.schema import LossConfig
@@ -65,13 +67,12 @@ def solo_loss(
         device = output.category_logits.device
         for image, image_targets in enumerate(targets):
             target = image_targets[level]
-            labels.append(torch.from_numpy(target.labels.reshape(-1)))
+            labels.append(_send(target.labels.reshape(-1), device))
             if len(target.cells) == 0:
                 continue
-            cells = torch.from_numpy(target.cells).to(device)
-            masks = torch.from_numpy(target.masks).to(device)
+            cells, masks = _send(target.cells, device), _send(target.masks, device)
             factors = model.head.cell_logits(output, level, image, cells)
-            index = torch.from_numpy(target.mask_index).to(device)
+            index = _send(target.mask_index, device)
             per_mask.append(mask_loss(factors, masks[index], config))
         if not any(len(image_targets[level].cells) for image_targets in targets):
             # No mask: an empty sum gives the output convolution of the level a zero gradient.
@@ -83,7 +84,7 @@ def solo_loss(
     all_logits = torch.cat(logits)
     category = focal_loss(
         all_logits,
-        torch.cat(labels).to(all_logits.device),
+        torch.cat(labels),
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
     )
@@ -96,3 +97,8 @@ def solo_loss(
         "total": category + mask,
         "num_positives": torch.tensor(float(num_positives)),
     }
+
+
+def _send(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device; asynchronous if the array is page-locked."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
