@@ -19,6 +19,7 @@ from benchmarks.gpu.subjects import PAPER_FPS
 from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import ROOT, Row
 from benchmarks.harness.steps import OK, Outcome, Step
+from benchmarks.requirements import write_list
 
 CARRY_LIMIT_BYTES = 64 << 20
 LEFT_BEHIND = (
@@ -172,6 +173,8 @@ def list_carried(extra: Sequence[Path] = ()) -> dict[str, int]:
 def pack(target: Path, extra: Sequence[Path] = ()) -> dict[str, int]:
     """Copies what is carried to an empty folder, what is `extra` into its folder `carried`.
 
+    A list of the packages that the steps import lies beside it.
+
     Returns:
         Bytes of each part of the tree.
 
@@ -189,6 +192,8 @@ def pack(target: Path, extra: Sequence[Path] = ()) -> dict[str, int]:
         shutil.copy2(ROOT / name, copy)
         part = place.parts[1] if place.parts[0] == "carried" else place.parts[0]
         parts[part] = parts.get(part, 0) + size
+    requirements = write_list(target)
+    parts[requirements.name] = requirements.stat().st_size
     return parts
 
 
