@@ -19,6 +19,7 @@ from benchmarks.gpu.subjects import PAPER_FPS
 from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import ROOT, Row
 from benchmarks.harness.steps import OK, Outcome, Step
+from benchmarks.requirements import write_list
 
 CARRY_LIMIT_BYTES = 64 << 20
 LEFT_BEHIND = (
@@ -68,7 +69,9 @@ def list_steps(lease: Lease) -> list[Step]:
     precision = ["--precision", "fp32" if rehearse else "bf16"]
     packages = ["--packages", str(lease.folder / "packages")]
     small, large = ("tiny_vanilla", "tiny_decoupled") if rehearse else ("solo_512_r50", "solo_r50")
-    quick = ["--quick", "--threads", "1", "--engine-threads", "1"] if rehearse else []
+    quick = ["--seconds", "0.5"]
+    if rehearse:
+        quick = ["--quick", "--threads", "1", "--engine-threads", "1"]
     brief = ["--seconds", "0.3"] if rehearse else []
     kept = [*place, *precision, *packages]
     compiled = {small: "compile_small", large: "compile_large"}
@@ -111,9 +114,9 @@ def list_steps(lease: Lease) -> list[Step]:
             90,
             obstacle="there is no GPU" if rehearse else None,
         ),
-        gpu("eager_small", small, "eager", "1 8 16", 60),
+        gpu("eager_small", small, "eager", "1 8 16", 75),
         gpu("engine_small", small, "aoti", "1 8 16 32", 90, needs=(compiled[small],)),
-        gpu("eager_large", large, "eager", "1 8 16", 60),
+        gpu("eager_large", large, "eager", "1 8 16", 75),
         gpu("engine_large", large, "aoti", "1 8 16 32", 90, needs=(compiled[large],)),
         server("server_small", small),
         _benchmark(
@@ -172,6 +175,8 @@ def list_carried(extra: Sequence[Path] = ()) -> dict[str, int]:
 def pack(target: Path, extra: Sequence[Path] = ()) -> dict[str, int]:
     """Copies what is carried to an empty folder, what is `extra` into its folder `carried`.
 
+    A list of the packages that the steps import lies beside it.
+
     Returns:
         Bytes of each part of the tree.
 
@@ -189,6 +194,8 @@ def pack(target: Path, extra: Sequence[Path] = ()) -> dict[str, int]:
         shutil.copy2(ROOT / name, copy)
         part = place.parts[1] if place.parts[0] == "carried" else place.parts[0]
         parts[part] = parts.get(part, 0) + size
+    requirements = write_list(target)
+    parts[requirements.name] = requirements.stat().st_size
     return parts
 
 

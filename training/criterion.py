@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,14 +91,13 @@ def solo_loss(
         device = output.category_logits.device
         for image, image_targets in enumerate(targets):
             target = image_targets[level]
-            labels.append(torch.from_numpy(target.labels.reshape(-1)))
+            labels.append(_send(target.labels.reshape(-1), device))
             exhaustive.append(target.exhaustive)
             if len(target.cells) == 0:
                 continue
-            cells = torch.from_numpy(target.cells).to(device)
-            masks = torch.from_numpy(np.asarray(target.masks)).to(device)
+            cells, masks = _send(target.cells, device), _send(target.masks, device)
             factors = model.head.cell_logits(output, level, image, cells)
-            index = torch.from_numpy(target.mask_index).to(device)
+            index = _send(target.mask_index, device)
             per_mask.append(mask_loss(factors, masks[index], config))
         if not any(len(image_targets[level].cells) for image_targets in targets):
             # No mask: an empty sum gives the output convolution of the level a zero gradient.
@@ -109,7 +109,7 @@ def solo_loss(
     all_logits = torch.cat(logits)
     category = focal_loss(
         all_logits,
-        torch.cat(labels).to(all_logits.device),
+        torch.cat(labels),
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         negatives=known_negatives(labels, exhaustive, all_logits),
@@ -123,3 +123,8 @@ def solo_loss(
         "total": category + mask,
         "num_positives": torch.tensor(float(num_positives)),
     }
+
+
+def _send(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device; asynchronous if the array is page-locked."""
+    return torch.from_numpy(np.asarray(array)).to(device, non_blocking=True)

@@ -216,17 +216,20 @@ class Trainer:
             [float(sum(b.num_positives for b in batches))]
         )
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.zeros(2)
+        parts = torch.zeros(2, device=device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             context = distributed.without_synchronisation(self.objective)
             with contextlib.nullcontext() if last else context:
                 losses = self.objective(
-                    batch.images.to(device), batch.valid_hw.to(device), batch.targets, positives
+                    batch.images.to(device, non_blocking=True),
+                    batch.valid_hw.to(device, non_blocking=True),
+                    batch.targets,
+                    positives,
                 )
                 # DistributedDataParallel averages gradients over the processes; the loss is a sum.
                 self.scaler.scale(losses["total"] * processes).backward()
-            parts += torch.stack([losses["category"], losses["mask"]]).detach().cpu()
+            parts += torch.stack([losses["category"], losses["mask"]]).detach()
         category, mask = distributed.sum_over_processes(parts.tolist())
         return {
             "category": category,
@@ -382,6 +385,7 @@ class Trainer:
             start_step=self.step,
             stop_step=self.total_steps,
             workers=self.options.workers,
+            pinned=self.options.device.startswith("cuda"),
             share=self.share,
         )
         batches = iter(loader)

@@ -1,5 +1,7 @@
 """The GPU, its driver and libraries, its measured ceilings, and whether post-processing runs on it.
 
+Packages that `benchmarks lease` needs and that are missing are named.
+
 `--device cpu` does the same on the CPU with small inputs, to check that all of it works.
 """
 
@@ -14,6 +16,7 @@ import torch
 from benchmarks.gpu.stages import measure_limits
 from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import Report
+from benchmarks.requirements import find_missing
 from pipeline.model_config import MatrixNms, PostprocessSpec
 from service.engines.base import BackendError
 from service.engines.device import CudaDevice
@@ -29,7 +32,8 @@ def environment(
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError(f"torch {torch.__version__} finds no CUDA device")
     about: dict[str, Any] = {"cuda": torch.version.cuda, "nvidia_smi": ask_driver()}
-    failures = []
+    missing = find_missing()
+    failures = [f"packages are missing: {', '.join(missing)}"] if missing else []
     if device == "cuda":
         about["device"] = torch.cuda.get_device_name()
         about["compute_capability"] = torch.cuda.get_device_capability()
@@ -39,7 +43,7 @@ def environment(
             failures.append(f"post-processing is {about['post_processing']}")
     ceilings = measure_limits(device, quick=device == "cpu")
     return Report(
-        data={"gpu": about, "ceilings": ceilings},
+        data={"gpu": about, "missing": missing, "ceilings": ceilings},
         tables={"ceilings": [ceilings]},
         notes=[str(about)],
         packages=PACKAGES,

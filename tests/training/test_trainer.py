@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import signal
@@ -79,6 +80,29 @@ def column(folder: Path, name: str) -> dict[str, float]:
     """Values of one metric by step."""
     with (folder / "metrics.csv").open(newline="") as file:
         return {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == name}
+
+
+def test_copies_to_the_device_do_not_wait(
+    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(TINY, data, tmp_path)
+    (batches,) = itertools.islice(trainer._steps(), 1)
+    levels = [level for batch in batches for image in batch.targets for level in image]
+    loaded = {batch.images.data_ptr() for batch in batches}
+    loaded |= {batch.valid_hw.data_ptr() for batch in batches}
+    loaded |= {getattr(x, n).ctypes.data for x in levels for n in vars(x) if getattr(x, n).size}
+    sent: dict[int, bool] = {}
+    send = Tensor.to
+
+    def record(tensor: Tensor, *target: Any, **how: Any) -> Tensor:
+        if target and isinstance(target[0], str | torch.device):
+            sent[tensor.data_ptr()] = how.get("non_blocking", False)
+        return send(tensor, *target, **how)
+
+    monkeypatch.setattr(Tensor, "to", record)
+    losses = trainer.train_step(*batches)
+    assert losses["num_positives"] > 0
+    assert {address: sent.get(address) for address in loaded} == dict.fromkeys(loaded, True)
 
 
 class Stop(Exception):

@@ -39,6 +39,20 @@ class Batch:
         """Positive cells of all images and levels."""
         return sum(len(level.cells) for image in self.targets for level in image)
 
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, from which copies to a GPU are asynchronous.
+
+        The DataLoader calls it, in a thread of its own.
+        """
+        targets = [[_pin(level) for level in image] for image in self.targets]
+        return Batch(self.images.pin_memory(), self.valid_hw.pin_memory(), targets)
+
+
+def _pin(target: LevelTargets) -> LevelTargets:
+    names = ("labels", "cells", "mask_index", "masks")
+    arrays = {name: torch.from_numpy(np.asarray(getattr(target, name))) for name in names}
+    return replace(target, **{name: array.pin_memory().numpy() for name, array in arrays.items()})
+
 
 class TrainingSamples(Dataset[Sample]):
     """Augmented samples; an item depends only on (epoch, index) and the seed."""
@@ -142,8 +156,20 @@ def build_loader(
     stop_step: int,
     workers: int = 1,
     share: Share | None = None,
+    pinned: bool = False,
 ) -> DataLoader[Batch]:
-    """Loads the batches of steps start_step..stop_step - 1; without `share`, one per step."""
+    """Loads the batches of steps start_step..stop_step - 1.
+
+    Args:
+        data: The images.
+        config: Canvas, augmentation, targets and batch size.
+        seed: Of the order and the augmentation.
+        start_step: The first step.
+        stop_step: The step after the last.
+        workers: Processes that load; 0 loads in the calling one.
+        share: Of this process; None: all of each step as one batch.
+        pinned: Whether batches are in page-locked memory, for a GPU.
+    """
     schedule, portrait, group = config.schedule, None, 1
     if not isinstance(config.input.resize, TileResize):
         portrait = np.array([r.height > r.width for r in data.records], np.bool_)
@@ -164,6 +190,7 @@ def build_loader(
         sampler=sampler,
         batch_size=None,
         num_workers=workers,
+        pin_memory=pinned,
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_sigterm,
     )

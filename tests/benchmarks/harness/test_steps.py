@@ -47,10 +47,12 @@ def run(folder: Path, *found: Step, seconds: float = 60, **options: Any) -> list
 def test_a_step_that_fails_says_why_and_the_next_one_runs(
     tmp_path: Path, code: str, reason: str
 ) -> None:
-    failed, after = run(tmp_path, python(code), python(WRITE, "after"))
+    folder = tmp_path / "not" / "there"
+    failed, after = run(folder, python(code), python(WRITE, "after"))
     assert failed.status == FAILED and reason in failed.reason
     assert (after.status, after.data, after.reason) == (OK, {"value": 1}, "")
-    assert Journal(tmp_path / "results.jsonl").read() == {"step": failed, "after": after}
+    assert Journal(folder / "results.jsonl").read() == {"step": failed, "after": after}
+    assert (folder / "results.jsonl").read_bytes().count(b"\n") == 2
 
 
 def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -111,16 +113,23 @@ def test_needs_background_and_obstacles(tmp_path: Path) -> None:
         python(WRITE, "never", needs=("broken", "slow")),
         python(WRITE, "impossible", obstacle="there is no such tool"),
         python(WRITE, "odd", needs=("impossible",)),
+        python("import time; time.sleep(0.2); " + WRITE, "last", background=True),
     )
     by_name = {outcome.step: outcome for outcome in found}
     assert [outcome.step for outcome in found][:3] == ["slow", "meanwhile", "after"]
-    assert {name for name, o in by_name.items() if o.status == OK} == {"slow", "meanwhile", "after"}
+    assert {name for name, o in by_name.items() if o.status == OK} == {
+        "slow",
+        "meanwhile",
+        "after",
+        "last",
+    }
+    assert by_name["never"].seconds == 0
     assert by_name["never"].reason == "broken has no result"
     assert by_name["impossible"].reason == "there is no such tool"
     assert by_name["odd"].reason == "impossible has no result"
     names = list(Journal(tmp_path / "results.jsonl").read())
     assert names[0] == "meanwhile"
-    assert sorted(names) == ["after", "broken", "meanwhile", "slow"]
+    assert sorted(names) == ["after", "broken", "last", "meanwhile", "slow"]
 
 
 def test_when_the_time_is_over_no_step_begins_and_a_later_run_takes_it(tmp_path: Path) -> None:
@@ -175,6 +184,8 @@ def test_logs_are_in_one_archive_and_bounded(
         assert member is not None
         text = member.read()
     assert len(text) == 1000 and text.endswith(b"end\n")
+    logs = (tmp_path / "logs").iterdir()
+    assert sorted(path.name for path in logs) == ["loud.log", "quiet.log"]
 
 
 def test_no_steps_give_no_outcomes(tmp_path: Path) -> None:

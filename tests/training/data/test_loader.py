@@ -46,6 +46,35 @@ def test_batches_do_not_depend_on_workers_or_where_the_run_started(tmp_path: Pat
     assert not same(batches[0], other)
 
 
+def test_batches_are_pinned_with_all_their_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies stand in for page-locked memory, which needs a GPU."""
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.append(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    options = {"seed": 3, "start_step": 0, "stop_step": 1, "workers": 0}
+    (batch,) = build_loader(data, TINY, **options)  # type: ignore[arg-type]
+    copy = batch.pin_memory()
+    assert same(batch, copy) and batch.num_positives == copy.num_positives > 0
+    arrays = [
+        getattr(level, name)
+        for image in copy.targets
+        for level in image
+        for name in ("labels", "cells", "mask_index", "masks")
+    ]
+    assert {copy.images.data_ptr(), copy.valid_hw.data_ptr()} <= set(pinned)
+    assert {array.ctypes.data for array in arrays if array.size} <= set(pinned)
+    assert build_loader(data, TINY, pinned=True, **options).pin_memory  # type: ignore[arg-type]
+    assert not build_loader(data, TINY, **options).pin_memory  # type: ignore[arg-type]
+
+
 def test_a_sample_changes_from_epoch_to_epoch(tmp_path: Path) -> None:
     samples = TrainingSamples(CocoDataset(build_tiny_data(tmp_path), "train"), TINY, seed=0)
     assert len(samples) == 3
