@@ -42,6 +42,7 @@ from export.publish import (
     require_free,
 )
 from export.variants import VariantInputs, build_variants
+from pipeline.canvases import choose_canvases
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
@@ -116,6 +117,7 @@ def describe_model(source: LoadedCheckpoint, options: argparse.Namespace) -> Mod
                 "mask_stride": min(config.model.head.mask_strides),
                 "postprocess": postprocess,
                 "limits": {"max_batch": options.max_batch},
+                "canvases": choose_canvases(config.input),
                 "files": {ONNX_FILE: PLACEHOLDER},
             }
         )

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "training_data, licence, attribution (default: the card of the name's last version)",
     )
     parser.add_argument(
-        "--max-batch", type=int, default=8, help="maximum canvases per engine call (default: 8)"
+        "--max-batch", type=int, default=16, help="maximum canvases per engine call (default: 16)"
     )
     parser.add_argument(
         "--score-threshold",

@@ -54,6 +54,7 @@ SECTIONS = (
     "mask_stride",
     "postprocess",
     "limits",
+    "canvases",
 )
 """Sections that versions can share at the top level of config.json, in its order."""
 

@@ -9,10 +9,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipeline.model_config import InputSpec, KeepRatioResize, TileResize
+from pipeline.model_config import Canvas, InputSpec, KeepRatioResize, ModelConfig, TileResize
+from pipeline.preprocess import keep_ratio_size
 
-Canvas = tuple[int, int]
-"""Height and width, px."""
+RATIOS = (1.0, 4 / 3, 3 / 2)
+"""Long to short side of the images for which `choose_canvases` takes the exact canvas."""
+RATIO_PX = 6000
+"""Short side of an image of such a ratio, large enough to be exact."""
 
 AREA_SPREAD = 1.5
 """Greatest ratio of areas within one bucket."""
@@ -48,6 +51,34 @@ def list_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
         return (spec.resize.canvas_hw,)
     landscape = {_pad(short, long, spec.resize) for short, long in _list_sides(spec.resize)}
     return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
+
+
+def choose_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
+    """The canvases that GPUs are prepared for: at most 7, which hold those of images of any size.
+
+    An image of any of the `RATIOS` keeps its exact canvas; others take the next larger one. Tiles
+    have a single shape.
+    """
+    if isinstance(spec.resize, TileResize):
+        return (spec.resize.canvas_hw,)
+    resize = spec.resize
+    images = [(RATIO_PX, round(RATIO_PX * ratio)) for ratio in RATIOS]
+    sizes = [keep_ratio_size(hw, resize.short_side, resize.long_side) for hw in images]
+    landscape = {_pad(height, width, resize) for height, width in sizes} | {resize.largest_sides}
+    return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
+
+
+def find_padding(config: ModelConfig, device: str) -> tuple[Canvas, ...]:
+    """What canvases are padded to on a device, see `prepare`; empty on the CPU: they are exact."""
+    return () if device == "cpu" else config.canvases
+
+
+def find_recorded(config: ModelConfig) -> tuple[Canvas, ...]:
+    """The canvases that an engine on a GPU is warmed up for; empty if they are not known."""
+    if config.canvases:
+        return config.canvases
+    every = list_canvases(config.input)
+    return every if len(every) == 1 else ()
 
 
 def _list_sides(resize: KeepRatioResize) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ MAX_CLASSES = 10_000
 """More would hold Python for tenths of a second whenever they are read or listed."""
 MAX_ZOOM = 4
 """Largest factor between the scale of a request and the model's own, either way."""
+MAX_CANVASES = 16
 _MOST_ERRORS = 5
 _LONGEST_REASON = 1000
 _LONGEST_NAME = 80
@@ -32,6 +33,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=255)]
 Text = Annotated[str, Field(max_length=1000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Canvas = tuple[Side, Side]
+"""Height and width, px."""
 Task = Literal["segmentation", "contour"]
 """What an instance's mask is: the object's pixels, or its outline alone."""
 
@@ -89,12 +92,17 @@ class KeepRatioResize(Spec):
 
     @model_validator(mode="after")
     def _bounded(self) -> KeepRatioResize:
+        _check_canvas(*self.largest_sides)
+        return self
+
+    @property
+    def largest_sides(self) -> tuple[int, int]:
+        """Short and long side of the largest canvas, px."""
         short, long = (
             -(-side // self.pad_multiple) * self.pad_multiple
             for side in (min(self.short_side, self.long_side), self.long_side)
         )
-        _check_canvas(short, long)
-        return self
+        return short, long
 
 
 class TileResize(Spec):
@@ -281,6 +289,8 @@ class ModelConfig(Spec):
 
     Attributes:
         ap_cost: AP on held-out images that is lost against fp32, by precision, where measured.
+        canvases: On a GPU, an image's canvas is padded to the smallest of these that holds it, so
+            that images of different sizes share batches; empty: no image's canvas is changed.
     """
 
     name: ModelName
@@ -295,6 +305,7 @@ class ModelConfig(Spec):
     postprocess: PostprocessSpec
     calibration: Calibration | None = None
     limits: Limits = Limits()
+    canvases: Annotated[tuple[Canvas, ...], Field(max_length=MAX_CANVASES)] = ()
     files: Annotated[dict[str, FileSpec], Field(min_length=1)]
     ap_cost: dict[Precision, Annotated[float, Field(ge=-1, le=1)]] = {}
     provenance: dict[str, Any] = {}
@@ -304,6 +315,27 @@ class ModelConfig(Spec):
         ids = [c.category_id for c in self.classes]
         if len(set(ids)) != len(ids):
             raise ValueError(f"category ids are not unique: {ids}")
+        return self
+
+    @model_validator(mode="after")
+    def _canvases_hold_every_image(self) -> ModelConfig:
+        if not self.canvases:
+            return self
+        for canvas_hw in self.canvases:
+            _check_canvas(*canvas_hw)
+        resize = self.input.resize
+        if isinstance(resize, TileResize):
+            if self.canvases != (resize.canvas_hw,):
+                raise ValueError(f"canvases must be {resize.canvas_hw} alone, the tiles' canvas")
+            return self
+        multiple = resize.pad_multiple
+        for canvas_hw in self.canvases:
+            if canvas_hw[0] % multiple or canvas_hw[1] % multiple:
+                raise ValueError(f"canvas {canvas_hw} is not in multiples of {multiple}")
+        short, long = resize.largest_sides
+        for height, width in ((short, long), (long, short)):
+            if not any(h >= height and w >= width for h, w in self.canvases):
+                raise ValueError(f"no canvas holds the largest image, {height}x{width} px")
         return self
 
 
@@ -346,6 +378,7 @@ class RepositoryConfig(Spec):
     mask_stride: int | None = None
     postprocess: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
+    canvases: list[Any] | None = None
     serve: VersionPolicy = LatestVersions()
     versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], dict[str, Any]]
 

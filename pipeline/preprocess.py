@@ -1,7 +1,7 @@
 """An image becomes canvases: contrast, resize, pad (`reference`: the published test pipeline).
 
-The canvas follows from the image alone, never from the batch: SOLO's grid and coordinates are
-relative to it, so another canvas would give another answer.
+The canvas follows from the image and the model's canvases alone, never from the batch: SOLO's grid
+and coordinates are relative to it, so another canvas would give another answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import overload
 import cv2
 import numpy as np
 
-from pipeline.model_config import ContrastSpec, InputSpec, KeepRatioResize, TileResize
+from pipeline.model_config import Canvas, ContrastSpec, InputSpec, KeepRatioResize, TileResize
 from pipeline.types import Prepared, Tile, UInt8, Window
 
 _STRIPE_PIXELS = 1 << 20
@@ -88,6 +88,18 @@ def _canvas(part: UInt8, size: tuple[int, int], canvas_hw: tuple[int, int]) -> U
     return canvas
 
 
+def round_canvas(canvas_hw: Canvas, canvases: Sequence[Canvas]) -> Canvas:
+    """The smallest of some canvases that holds another one.
+
+    Raises:
+        ValueError: None does.
+    """
+    holding = [c for c in canvases if c[0] >= canvas_hw[0] and c[1] >= canvas_hw[1]]
+    if not holding:
+        raise ValueError(f"none of the canvases {list(canvases)} holds {canvas_hw}")
+    return min(holding, key=lambda c: (c[0] * c[1], c))
+
+
 def _count_tiles(length: int, tile: int, overlap: int) -> int:
     return 1 if length <= tile else -(-(length - overlap) // (tile - overlap))
 
@@ -126,8 +138,15 @@ def _shared(starts: Sequence[int], index: int, tile: int) -> tuple[int | None, i
 class _Canvases(Sequence[Tile]):
     """The canvases of an image in row order; each is made on access and not kept."""
 
-    def __init__(self, image: UInt8, image_hw: tuple[int, int], spec: InputSpec) -> None:
+    def __init__(
+        self,
+        image: UInt8,
+        image_hw: tuple[int, int],
+        spec: InputSpec,
+        canvases: Sequence[Canvas],
+    ) -> None:
         self._image = image
+        self._canvases = canvases
         self._image_hw = image_hw
         self._resize = spec.resize
         self._table = None if spec.contrast is None else contrast_table(image, spec.contrast)
@@ -176,6 +195,8 @@ class _Canvases(Sequence[Tile]):
         size = keep_ratio_size(self._image_hw, resize.short_side, resize.long_side)
         multiple = resize.pad_multiple
         canvas_hw = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+        if self._canvases:
+            canvas_hw = round_canvas(canvas_hw, self._canvases)
         canvas = _canvas(self._stretch(self._image), size, canvas_hw)
         return Tile(canvas, size, Window(0, 0, *self._image_hw))
 
@@ -194,7 +215,13 @@ def needed_hw(image_hw: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
     return keep_ratio_size(image_hw, spec.resize.short_side, spec.resize.long_side)
 
 
-def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None = None) -> Prepared:
+def prepare(
+    image: UInt8,
+    spec: InputSpec,
+    *,
+    image_hw: tuple[int, int] | None = None,
+    canvases: Sequence[Canvas] = (),
+) -> Prepared:
     """Contrast and resize rule of a model applied to one image.
 
     Args:
@@ -202,13 +229,15 @@ def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None =
         spec: The model's input.
         image_hw: Height and width of the original, if `image` was decoded at a smaller scale
             (see `needed_hw`). Instances are in its coordinates.
+        canvases: The canvas is padded to the smallest of these that holds it; empty: to the
+            rule's multiple. Tiles keep their canvas.
 
     Returns:
         Its canvases, all of one shape; they are made on access and refer to `image`.
 
     Raises:
         ValueError: The array is not [H, W, 3] uint8 or has no pixels, or it is not the original
-            and the model needs that.
+            and the model needs that. Or none of the canvases holds the image.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 [H, W, 3]")
@@ -216,4 +245,4 @@ def prepare(image: UInt8, spec: InputSpec, *, image_hw: tuple[int, int] | None =
     image_hw = image_hw or shape_hw
     if isinstance(spec.resize, TileResize) and image_hw != shape_hw:
         raise ValueError(f"tiles are cut from the image of {image_hw}, not from {shape_hw}")
-    return Prepared(image_hw, _Canvases(image, image_hw, spec))
+    return Prepared(image_hw, _Canvases(image, image_hw, spec, canvases))

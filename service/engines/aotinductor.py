@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from pipeline.canvases import list_canvases
 from pipeline.model_config import ModelConfig
 from pipeline.types import Int64, UInt8
 from service.cores import count_cores
@@ -33,7 +32,7 @@ from service.engines.aoti_package import (
 from service.engines.base import BackendError, BackendOptions
 from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
 from service.engines.device import CudaDevice
-from service.engines.device_slot import DeviceSlot, build_device_slots
+from service.engines.device_slot import DeviceSlot, build_device_slots, list_shapes
 from service.engines.kernels.postprocessor import load_select
 from service.engines.kernels.select import MaskType
 from service.engines.slots import HostSlot, Slot, SlotBackend, build_on_each, describe_gpus
@@ -320,7 +319,7 @@ def serve_runners(
                 device,
                 lambda stream: AotiCall(info, load(gpu), config.mask_stride, stream, gpu),
                 max_batch=info.max_batch,
-                canvases=list_canvases(config.input),
+                canvases=list_shapes(config),
                 select=None if isinstance(select, str) else select,
             )
 

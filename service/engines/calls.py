@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.canvases import Canvas
+from pipeline.model_config import Canvas
 from pipeline.types import Tile, UInt8
 from service.engines.base import BackendError
 from service.engines.device import CudaDevice, DeviceMemory

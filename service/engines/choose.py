@@ -164,13 +164,19 @@ def _list_routes(
     if not isinstance(gpu, Gpu) and (options.device == "auto" or options.engine == "trt"):
         refusals.append(f"CUDA: {gpu}")
     fallbacks: list[Precision] = ["fp32"] if options.precision_fallback else []
-    for precision in dict.fromkeys((options.precision, *fallbacks)):
-        if isinstance(gpu, Gpu):
+    precisions = list(dict.fromkeys((options.precision, *fallbacks)))
+    if isinstance(gpu, Gpu):
+        for precision in precisions:
             yield from _list_gpu_routes(gpu, options.engine, precision)
-        if options.device != "cuda" and options.free_precision and options.engine != "aoti":
-            yield from _list_timed_routes(options, artefacts, config, refusals)
-        elif options.device != "cuda":
-            yield from _list_cpu_routes(options.engine, precision, artefacts)
+    if options.device == "cuda":
+        return
+    if options.free_precision and options.engine != "aoti":
+        yield from _list_timed_routes(options, artefacts, config, refusals)
+        return
+    if options.device == "auto":  # half precision is for GPUs, the CPU computes it in float32
+        precisions.sort(key=lambda precision: precision in ("fp16", "bf16"))
+    for precision in precisions:
+        yield from _list_cpu_routes(options.engine, precision, artefacts)
 
 
 def _list_gpu_routes(gpu: Gpu, engine: EngineKind, precision: Precision) -> Iterator[_Route]:

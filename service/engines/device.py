@@ -79,7 +79,13 @@ class CudaDevice:
     def __init__(self, device_id: int = 0) -> None:
         self.device_id = device_id
         try:
-            from cuda.core import Buffer, Device, LegacyPinnedMemoryResource
+            from cuda.core import (
+                Buffer,
+                Device,
+                EventOptions,
+                LegacyPinnedMemoryResource,
+                StreamOptions,
+            )
         except ImportError as error:
             text = f"cuda-core cannot be imported (extra gpu-kernels): {error}"
             raise CudaError(text) from error
@@ -88,8 +94,10 @@ class CudaDevice:
             self._view = Buffer.from_handle
             self._device().set_current()
             self._pinned = LegacyPinnedMemoryResource()
+        self._stream_options, self._event_options = StreamOptions, EventOptions(blocking_sync=True)
         self._lock = threading.Lock()
         self._streams: dict[int, Stream] = {}
+        self._ends: dict[int, Event] = {}
         self._allocating = self.open_stream()
 
     def _device(self) -> Device:
@@ -101,10 +109,15 @@ class CudaDevice:
         with cuda_errors(f"use device {self.device_id}"):
             self._device().set_current()
 
-    def open_stream(self) -> int:
-        """Handle of a new stream, which does not wait for the default one."""
+    def open_stream(self, priority: int = 0) -> int:
+        """Handle of a new stream, which does not wait for the default one.
+
+        Args:
+            priority: 0 is the lowest; the kernels of -1 go before those that are waiting.
+        """
         with cuda_errors("open a stream"):
-            stream = self._device().create_stream()
+            options = self._stream_options(priority=priority)
+            stream = self._device().create_stream(options=options)
             handle = int(stream.handle)
         with self._lock:
             self._streams[handle] = stream
@@ -114,6 +127,7 @@ class CudaDevice:
         """Closes a stream of `open_stream`."""
         with self._lock:
             owned = self._streams.pop(stream)
+            self._ends.pop(stream, None)
         with cuda_errors("close a stream"):
             owned.close()
 
@@ -122,9 +136,14 @@ class CudaDevice:
         return self._streams[stream]
 
     def synchronize(self, stream: int) -> None:
-        """Waits until everything that is queued on a stream is done."""
+        """Waits until everything that is queued on a stream is done.
+
+        The thread sleeps meanwhile; waiting for a stream itself would keep its core busy. Only one
+        thread at a time may wait for a stream.
+        """
         with cuda_errors("finish what was queued"):
-            self._streams[stream].sync()
+            end = self._ends[stream] = self.record(stream, self._ends.get(stream))
+            end.sync()
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
         """Memory on the device, usable on every stream at once."""
@@ -157,7 +176,8 @@ class CudaDevice:
     def record(self, stream: int, event: Event | None = None) -> Event:
         """Marks the end of what is queued on a stream, in a new event or in one used before."""
         with cuda_errors("record an event"):
-            return self._streams[stream].record(event)
+            options = self._event_options if event is None else None
+            return self._streams[stream].record(event, options)
 
     def wait(self, event: Event) -> None:
         """Waits until the stream has reached the event's last mark."""

@@ -1,7 +1,8 @@
 """The slot of every engine on a GPU: what one batch in flight needs there.
 
-It has a stream, pinned and device memory for the inputs, memory for the outputs, and a recorded
-CUDA graph for each batch size and canvas in use. An engine supplies only how it is bound to that
+It has a stream, pinned and device memory for the inputs, memory for the outputs, and a CUDA graph
+for each batch size and canvas that it was warmed up for. Other shapes run without a graph:
+recording one takes longer than a request may wait. An engine supplies only how it is bound to that
 memory and how a run is queued (`EngineCall`). NOT RUN ON HARDWARE.
 
 Symbols: B batch, K candidates, H W canvas, h w mask at the mask stride.
@@ -17,8 +18,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.canvases import Canvas, list_canvases
-from pipeline.model_config import ModelConfig
+from pipeline.canvases import find_recorded, list_canvases
+from pipeline.model_config import Canvas, ModelConfig
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Tile, UInt8, Window
 from service.engines.base import BackendError, split_batch
@@ -39,19 +40,29 @@ logger = logging.getLogger(__name__)
 
 GPU_SLOTS = 2
 """Slots on a GPU: one batch is copied while the other is computed."""
-MAX_SHAPES = 16
-"""Batch sizes and canvases that a slot keeps bound and recorded."""
+FIRST_SIZES = (1, 4)
+"""Smallest batch sizes; the larger ones are powers of two."""
+MAX_SHAPES = 4
+"""Shapes without a graph that a slot keeps bound."""
 KEPT_BUFFERS = 2
 """Free buffers of outputs that a slot keeps for the next batches."""
 
 _RECORDING = threading.Lock()
-"""Held while a graph is recorded: a recording must not see memory that another one allocates."""
+"""Held while any slot of the process records: libraries record in CUDA's global mode, in which an
+allocation or a wait of another slot makes the recording fail."""
 
 
 def list_batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """Batch sizes that a GPU runs, ascending: powers of two and the largest; others are padded."""
-    powers = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
-    return (*powers, max_batch)
+    """Batch sizes that a GPU runs, ascending: 1, 4, 8, 16, ..., the largest; others are padded."""
+    sizes = list(FIRST_SIZES)
+    while sizes[-1] < max_batch:
+        sizes.append(2 * sizes[-1])
+    return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+def list_shapes(config: ModelConfig) -> list[Canvas]:
+    """Every canvas that a slot may get: those of the resize rule, and those that are padded to."""
+    return sorted({*list_canvases(config.input), *config.canvases})
 
 
 class DeviceSlot:
@@ -67,10 +78,10 @@ class DeviceSlot:
         max_batch: Largest batch.
         canvases: The model's.
         select: Post-processes on the device; None copies the candidates to the host.
-        max_shapes: Shapes that are kept bound, the least recently used one goes first.
+        max_shapes: Shapes without a graph that are kept bound; the least recently used goes first.
 
     Attributes:
-        has_graphs: Whether runs are recorded; False after a recording has failed.
+        has_graphs: Whether `warm_up` records; False after a recording has failed.
     """
 
     def __init__(
@@ -91,7 +102,8 @@ class DeviceSlot:
         self.has_graphs = has_graphs
         # The garbage collector returns buffers at any point of any thread: a deque needs no lock.
         self._free: deque[DeviceMemory] = deque()
-        self._bound: OrderedDict[BatchShape, list[EngineRun]] = OrderedDict()
+        self._warm: dict[BatchShape, list[EngineRun]] = {}
+        self._bound: OrderedDict[BatchShape, EngineRun] = OrderedDict()
         self._host: PinnedMemory | None = None
         device.activate()
         with contextlib.ExitStack() as undo:
@@ -111,7 +123,7 @@ class DeviceSlot:
         used = BatchShape(len(tiles), canvas_hw)
         try:
             self._memory.upload(tiles, BatchShape(size, canvas_hw))
-            outputs = self._bind(BatchShape(size, canvas_hw)).enqueue()
+            outputs = self._find_run(BatchShape(size, canvas_hw)).enqueue()
             if self._select is None:
                 return self._fetch(outputs, used)
             return self._keep(self._select, outputs, used)
@@ -124,10 +136,16 @@ class DeviceSlot:
         """Does nothing: a call on a GPU cannot be ended from outside."""
 
     def warm_up(self, canvas_hw: Canvas) -> None:
-        """Runs, and so records, every batch size on a canvas."""
+        """Binds and records every batch size on a canvas, and runs it; it is kept until `close`."""
+        self._device.activate()
         image = np.full((*canvas_hw, 3), 128, np.uint8)
-        for size in self._sizes:
-            self.infer([Tile(image, canvas_hw, Window(0, 0, *canvas_hw))] * size)
+        for size in reversed(self._sizes):  # the largest first: libraries allocate once
+            tiles = [Tile(image, canvas_hw, Window(0, 0, *canvas_hw))] * size
+            shape = BatchShape(size, canvas_hw)
+            self._memory.upload(tiles, shape)
+            self._warm[shape] = [self._call.bind(shape, self._memory)]
+            self._record(shape, self._warm[shape])
+            self.infer(tiles)
 
     def close(self) -> None:
         """Waits for the stream and frees everything but buffers of live candidates."""
@@ -141,35 +159,43 @@ class DeviceSlot:
             self._free.clear()
             closing.callback(self._memory.close)
             closing.callback(self._call.close)
-            for runs in self._bound.values():
+            for run in self._bound.values():
+                closing.callback(run.close)
+            for runs in self._warm.values():
                 for run in runs:
                     closing.callback(run.close)
             self._bound.clear()
+            self._warm.clear()
 
-    def _bind(self, shape: BatchShape) -> EngineRun:
-        """The run of a shape, recorded where that works; the inputs of a batch are uploaded."""
+    def _find_run(self, shape: BatchShape) -> EngineRun:
+        """The run of a shape; one that is not warm is bound now, but not recorded."""
+        if shape in self._warm:
+            return self._warm[shape][-1]
         if shape in self._bound:
             self._bound.move_to_end(shape)
-            return self._bound[shape][-1]
+            return self._bound[shape]
+        logger.info("images %dx%dx%d run without a CUDA graph", shape.batch, *shape.canvas_hw)
         while len(self._bound) >= self._max_shapes:
             self._device.synchronize(self._stream)
-            for run in reversed(self._bound.popitem(last=False)[1]):
-                run.close()
-        run = self._call.bind(shape, self._memory)
-        runs = [run]
-        if self.has_graphs and run.record is not None:
-            run.enqueue()  # what a library does only in its first run must not be recorded
-            self._device.synchronize(self._stream)
-            try:
-                with _RECORDING:
-                    runs.append(run.record())
-            except Exception as error:  # CUDA's errors have no common base
-                self.has_graphs = False
-                logger.warning(
-                    "no CUDA graphs, for images %dx%dx%d: %s", shape.batch, *shape.canvas_hw, error
-                )
-        self._bound[shape] = runs
-        return runs[-1]
+            self._bound.popitem(last=False)[1].close()
+        self._bound[shape] = self._call.bind(shape, self._memory)
+        return self._bound[shape]
+
+    def _record(self, shape: BatchShape, runs: list[EngineRun]) -> None:
+        """Appends the recorded run to a shape's run, where that works; its inputs are uploaded."""
+        (run,) = runs
+        if not self.has_graphs or run.record is None:
+            return
+        run.enqueue()  # what a library does only in its first run must not be recorded
+        self._device.synchronize(self._stream)
+        try:
+            with _RECORDING:
+                runs.append(run.record())
+        except Exception as error:  # CUDA's errors have no common base
+            self.has_graphs = False
+            logger.warning(
+                "no CUDA graphs, for images %dx%dx%d: %s", shape.batch, *shape.canvas_hw, error
+            )
 
     def _keep(
         self, select: Select, outputs: EngineOutputs, used: BatchShape
@@ -253,7 +279,7 @@ class DeviceSlot:
 def build_device_slots(
     count: int | None, build: Callable[[], DeviceSlot], config: ModelConfig, *, threads: bool
 ) -> tuple[list[Slot], bool]:
-    """Slots on a GPU; where the model has one canvas only, every batch size is recorded now.
+    """Slots on a GPU, warmed up for every batch size on the model's canvases.
 
     Args:
         count: None takes `GPU_SLOTS`.
@@ -268,15 +294,15 @@ def build_device_slots(
         CudaError: An engine or a library fails.
         BackendError: The engine was not made for the model's canvases.
     """
-    canvases = list_canvases(config.input)
+    canvases = sorted(find_recorded(config), key=lambda hw: -hw[0] * hw[1])
     slots: list[Slot] = []
     built: list[DeviceSlot] = []
 
     def build_and_warm_up() -> DeviceSlot:
         slot = build()
         try:
-            if len(canvases) == 1:
-                slot.warm_up(canvases[0])
+            for canvas_hw in canvases:
+                slot.warm_up(canvas_hw)
         except BaseException:
             slot.close()
             raise

@@ -17,13 +17,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.canvases import list_canvases
+from pipeline.canvases import find_recorded
 from pipeline.model_config import ModelConfig
 from pipeline.types import Int64, UInt8
 from service.engines.base import BackendError, BackendOptions, divide_calls
 from service.engines.calls import BatchShape, EngineOutputs, EngineRun, OutputLayout, SlotMemory
 from service.engines.device import CudaDevice, CudaError
-from service.engines.device_slot import GPU_SLOTS, DeviceSlot, build_device_slots
+from service.engines.device_slot import (
+    GPU_SLOTS,
+    DeviceSlot,
+    build_device_slots,
+    list_shapes,
+)
 from service.engines.driver import Gpu, find_gpu
 from service.engines.kernels.postprocessor import Select, load_select
 from service.engines.kernels.select import MaskType
@@ -166,8 +171,8 @@ def _build_on_one(
     """Slots on one GPU, and what they do with outputs."""
     select = "nothing is known of the model" if config is None else _load_select(config, options)
     if config is None or isinstance(select, str):
-        one_canvas = config is not None and len(list_canvases(config.input)) == 1
-        session = build_cuda_session(model, options, one_canvas=one_canvas)
+        few_canvases = config is not None and bool(find_recorded(config))
+        session = build_cuda_session(model, options, few_canvases=few_canvases)
         if check_signature(session) == "bfloat16":
             raise BackendError(f"bfloat16 masks cannot be copied to the host, and {select}")
         slots = _build_host_slots(session, options.slots or GPU_SLOTS)
@@ -195,16 +200,16 @@ def _build_slots(
     device: CudaDevice,
     select: Select,
 ) -> tuple[list[Slot], bool]:
-    """Slots with CUDA graphs, if there is one canvas and that works, and whether they have them.
+    """Slots with CUDA graphs, if the canvases are known and that works; whether they have them.
 
     Each slot has its own thread: the runtime keeps a session's recorded graphs for each thread.
     """
-    canvases = list_canvases(config.input)
+    few_canvases = bool(find_recorded(config))
 
     def build(has_graphs: bool) -> tuple[list[Slot], bool]:
         def build_call(stream: int) -> OrtCall:
             session = build_cuda_session(
-                model, options, one_canvas=len(canvases) == 1, stream=stream, has_graphs=has_graphs
+                model, options, few_canvases=few_canvases, stream=stream, has_graphs=has_graphs
             )
             return OrtCall(session, read_layout(session, config), device.device_id)
 
@@ -213,14 +218,14 @@ def _build_slots(
                 device,
                 build_call,
                 max_batch=config.limits.max_batch,
-                canvases=canvases,
+                canvases=list_shapes(config),
                 select=select,
                 has_graphs=has_graphs,
             )
 
         return build_device_slots(options.slots, build_slot, config, threads=True)
 
-    if len(canvases) == 1:
+    if few_canvases:
         try:
             slots, has_graphs = build(has_graphs=True)
         except Exception as error:  # the runtime refuses the session, or fails while it records

@@ -29,22 +29,24 @@ Provider = tuple[str, dict[str, str]]
 
 
 def cuda_options(
-    options: BackendOptions, *, one_canvas: bool, stream: int | None, has_graphs: bool
+    options: BackendOptions, *, few_canvases: bool, stream: int | None, has_graphs: bool
 ) -> dict[str, str]:
     """Options of the CUDA provider, all of them strings.
 
     Args:
         options: Precision, memory limit and the GPU, which is the first of `gpus`.
-        one_canvas: There are few shapes, for which an exhaustive search of convolutions pays off.
+        few_canvases: There are few shapes, for which an exhaustive search of convolutions pays off.
         stream: Handle of the stream to compute on; None leaves it to the provider.
         has_graphs: Record each shape's kernels once and replay them.
     """
     chosen = {
         "device_id": str(options.gpus[0]),
         "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "EXHAUSTIVE" if one_canvas else "HEURISTIC",
+        "cudnn_conv_algo_search": "EXHAUSTIVE" if few_canvases else "HEURISTIC",
         # fp32 means fp32: TF32 keeps 10 bits of the mantissa.
         "use_tf32": "0" if options.precision == "fp32" else "1",
+        # Tensor cores take NHWC: the graph is turned once, not every convolution's input.
+        "prefer_nhwc": "1" if options.precision in ("fp16", "bf16") else "0",
     }
     if options.gpu_mem_limit_bytes is not None:
         chosen["gpu_mem_limit"] = str(options.gpu_mem_limit_bytes)
@@ -59,12 +61,12 @@ def build_cuda_session(
     model: bytes | Path,
     options: BackendOptions,
     *,
-    one_canvas: bool,
+    few_canvases: bool,
     stream: int | None = None,
     has_graphs: bool = False,
 ) -> ort.InferenceSession:
     """A session on CUDA, never on another provider; arguments as in `cuda_options`."""
-    wanted = cuda_options(options, one_canvas=one_canvas, stream=stream, has_graphs=has_graphs)
+    wanted = cuda_options(options, few_canvases=few_canvases, stream=stream, has_graphs=has_graphs)
     session = build_session(model, options, [(CUDA, wanted), (CPU, {})])
     session.disable_fallback()
     return session

@@ -72,7 +72,7 @@ class EngineRenewal:
         """
         model.loaded = await run_in_thread(build, lambda loaded: loaded.backend.close())
         model.engine.swap(model.loaded.backend)
-        model.scheduler.adopt(choose_policy(self._settings, model.engine, model.config.limits))
+        model.scheduler.adopt(choose_policy(self._settings, model.engine, model.config))
         self._announce(model)
         self.start_upgrade(model)
 

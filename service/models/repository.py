@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.canvases import find_padding
 from pipeline.errors import ConfigError
 from pipeline.model_config import ModelConfig, Precision
 from pipeline.postprocess import Overlaps, TileCandidates, postprocess
@@ -118,7 +119,8 @@ class LoadedModel:
         asked = RequestOptions(
             overlaps=overlaps, object_size_px=object_size_px, um_per_px=um_per_px
         )
-        prepared = prepare(image, asked.adapt(self.config).input)
+        canvases = find_padding(self.config, self.backend.device)
+        prepared = prepare(image, asked.adapt(self.config).input, canvases=canvases)
         return postprocess(
             prepared,
             self._infer(prepared),
@@ -214,7 +216,8 @@ def read_config(folder: Path, version: int | None = None) -> ModelConfig:
 
 def warm_up(backend: Backend, config: ModelConfig) -> None:
     """Runs an engine once on a grey image, so that mismatches and slow first calls happen here."""
-    prepared = prepare(np.full((*WARM_IMAGE_HW, 3), 128, np.uint8), config.input)
+    image = np.full((*WARM_IMAGE_HW, 3), 128, np.uint8)
+    prepared = prepare(image, config.input, canvases=find_padding(config, backend.device))
     tiles = list(prepared.tiles)
     candidates = backend.infer(tiles)
     _check_output(tiles, candidates, config)

@@ -29,7 +29,7 @@ from service.models.folders import explain_refusal, find_folder, read_default
 from service.models.renewal import EngineRenewal
 from service.models.repository import LoadedModel, Repository, load_model
 from service.models.served import ServedModel
-from service.observe.metrics import Metrics
+from service.observe.metrics import PIXELS, Metrics
 from service.protocol import choose_default, find_model
 from service.settings import Settings
 from service.work.pixels import PixelBudget
@@ -291,10 +291,13 @@ class ModelStore:
 
         sizes = self._metrics.batch_size.labels(name)
         failures = self._metrics.engine_failures.labels(name)
+        shown, padding = (self._metrics.pixels.labels(name, kind) for kind in PIXELS)
 
         def count_call(stats: CallStats) -> None:
             sizes.observe(stats.size)
             failures.inc(stats.failed)
+            shown.inc(stats.shown_px)
+            padding.inc(stats.padding_px)
 
         engine = WatchedEngine(
             loaded.backend,
@@ -302,7 +305,7 @@ class ModelStore:
             timeout_s=self._settings.engine_timeout_s,
             on_death=lambda reason: self.renewal.report_death(model),
         )
-        policy = choose_policy(self._settings, engine, loaded.config.limits)
+        policy = choose_policy(self._settings, engine, loaded.config)
         scheduler = Scheduler(engine, policy, self._budget, count_call)
         model = ServedModel(loaded, engine, scheduler)
         self._announce(model)

@@ -40,6 +40,7 @@ WORK_ROUTES = (
     "/v2/models/{name}/versions/{version}/infer",
 )
 """The routes that segment; dashboard and alert rules count requests of these alone."""
+PIXELS = ("image", "padding")
 CANCELLATIONS = ("client_left", "deadline")
 REJECTIONS = (
     *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
@@ -134,6 +135,12 @@ class Metrics:
         )
         self.engine_failures = Counter(
             "solo_engine_failures_total", "Engine calls that raised", ["model"], registry=registry
+        )
+        self.pixels = Counter(
+            "solo_engine_pixels_total",
+            "Pixels in engine calls: of images, and padding of their canvases",
+            ["model", "kind"],
+            registry=registry,
         )
         self.engine_restarts = Counter(
             "solo_engine_restarts_total",
@@ -239,6 +246,8 @@ class Metrics:
             family.labels(name)
         for reason in CANCELLATIONS:
             self.cancelled_images.labels(name, reason)
+        for kind in PIXELS:
+            self.pixels.labels(name, kind)
         self.batch_size.labels(name)
 
     def remove_model(self, name: str, version: int) -> None:

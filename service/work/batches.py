@@ -18,6 +18,14 @@ Shape = tuple[int, ...]
 
 
 @dataclass(eq=False)
+class _Call:
+    """An engine call: its canvases, and how many of them are not post-processed."""
+
+    size: int
+    left: int
+
+
+@dataclass(eq=False)
 class Canvas:
     """A canvas from its creation to its post-processing.
 
@@ -25,6 +33,7 @@ class Canvas:
         ready_s: When it was created.
         candidates, call, share: Set by the engine call: what it found, when it ran, and one over
             the canvases in it.
+        batch: The engine call that it shares with others.
     """
 
     job: Job
@@ -35,6 +44,7 @@ class Canvas:
     candidates: TileCandidates | None = None
     call: Interval = (0.0, 0.0)
     share: float = 1.0
+    batch: _Call | None = None
 
 
 @dataclass(eq=False)
@@ -47,6 +57,7 @@ class Batches:
         retry: Of batches that failed; each runs alone.
         results: Not post-processed yet.
         calls: Engine calls in flight.
+        pinned: Canvases of calls in flight, and of those that are not wholly post-processed.
     """
 
     preparing: int = 0
@@ -54,6 +65,7 @@ class Batches:
     retry: deque[Canvas] = field(default_factory=deque)
     results: deque[Canvas] = field(default_factory=deque)
     calls: int = 0
+    pinned: int = 0
 
     @property
     def waiting(self) -> int:
@@ -68,12 +80,12 @@ class Batches:
         """The canvases of the next engine call, which is counted; empty if none may start.
 
         Args:
-            policy: Calls at once, batch size and delay.
+            policy: Calls at once, batch size, delay, and the most canvases that are pinned.
             at_once: Nothing waits for its delay.
         """
         if self.calls >= policy.calls:
             return []
-        if len(self.results) >= 2 * policy.max_batch * policy.calls:
+        if self.pinned >= policy.max_pinned:
             return []  # their memory must be released first
         batch: list[Canvas] = []
         while self.retry and not batch:
@@ -89,8 +101,34 @@ class Batches:
             if not bucket:
                 del self.buckets[taken[0].tile.image.shape]
             batch = _needed(taken)
-        self.calls += bool(batch)
+        if batch:
+            call = _Call(len(batch), len(batch))
+            for canvas in batch:
+                canvas.batch = call
+            self.calls += 1
+            self.pinned += call.size
         return batch
+
+    def returned(self, batch: Sequence[Canvas]) -> None:
+        """The engine call of a batch has returned."""
+        self.calls -= 1
+        self.results.extend(batch)
+
+    def failed(self, batch: Sequence[Canvas]) -> None:
+        """The engine call of a batch has failed; its canvases may be taken again."""
+        self.calls -= 1
+        self.pinned -= len(batch)
+        for canvas in batch:
+            canvas.batch = None
+
+    def searched(self, canvas: Canvas) -> None:
+        """A canvas of `results` has been post-processed, or nobody needs it."""
+        call, canvas.batch = canvas.batch, None
+        if call is None:
+            return
+        call.left -= 1
+        if call.left == 0:
+            self.pinned -= call.size
 
     def seconds_until_ripe(self, policy: Policy) -> float | None:
         """Seconds until a batch may start; None: only the end of a call allows another."""

@@ -17,7 +17,7 @@ from pipeline.decode import open_image, peek_hw, read_image_hw
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
 from pipeline.errors import CorruptImage
-from pipeline.model_config import InputSpec, ModelConfig, Task
+from pipeline.model_config import Canvas, InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
 from pipeline.types import Detection, Prepared, Tile, UInt8
@@ -122,8 +122,11 @@ class ImageWork:
         self._searches: list[Interval] = []
         self._engine_s = 0.0
 
-    def open(self) -> None:
+    def open(self, canvases: Sequence[Canvas] = ()) -> None:
         """Decodes the image.
+
+        Args:
+            canvases: What its canvases are padded to, see `prepare`.
 
         Raises:
             DecodeError: The image is refused.
@@ -138,7 +141,7 @@ class ImageWork:
         else:
             pixels = data
         self._file = ImageFile(self._file.file_name, b"")
-        prepared = prepare(pixels, spec, image_hw=image_hw)
+        prepared = prepare(pixels, spec, image_hw=image_hw, canvases=canvases)
         if len(prepared.tiles) > self.canvases:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)

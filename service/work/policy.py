@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.model_config import Limits
+from pipeline.canvases import find_padding
+from pipeline.model_config import Canvas, ModelConfig
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
 
@@ -23,6 +24,7 @@ class Policy:
             post-process.
         max_batch: Canvases in a call.
         max_delay_s: How long a canvas waits for others of its shape.
+        canvases: What canvases are padded to, so that more have one shape; empty: they are not.
     """
 
     threads: int
@@ -31,14 +33,32 @@ class Policy:
     batch: bool = False
     max_batch: int = 1
     max_delay_s: float = 0.0
+    canvases: tuple[Canvas, ...] = ()
 
     def __post_init__(self) -> None:
         least = min(self.threads, self.calls, self.max_batch)
         if least < 1 or self.helpers < 0 or self.max_delay_s < 0:
             raise ValueError(f"{self} is out of range")
 
+    @property
+    def max_ahead(self) -> int:
+        """Canvases that are created before the engine takes them.
 
-def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> Policy:
+        Several shapes need more of them for batches of one shape to be full.
+        """
+        return (4 if len(self.canvases) > 1 else 2) * self.max_batch * self.calls
+
+    @property
+    def max_pinned(self) -> int:
+        """Canvases of batches that are in flight or not wholly post-processed.
+
+        A batch on a GPU keeps its memory until the last of its canvases is post-processed. With two
+        calls at once these are four full batches.
+        """
+        return max(2 * self.max_batch * self.calls, self.threads + self.calls)
+
+
+def choose_policy(settings: Settings, engine: WatchedEngine, config: ModelConfig) -> Policy:
     """Batches on a GPU, and wherever a delay is set; on the CPU batches gain nothing.
 
     On the CPU an image keeps its thread, unless the engine takes one call at a time: then other
@@ -47,7 +67,7 @@ def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> 
     Args:
         settings: Threads, batch size and delay.
         engine: The model's.
-        limits: The model's, from config.json.
+        config: The model's; only a GPU needs its `canvases`, on the CPU an image's canvas is exact.
     """
     current = engine.current
     on_cpu, calls, threads = current.device == "cpu", current.concurrency, settings.pool_threads
@@ -61,6 +81,7 @@ def choose_policy(settings: Settings, engine: WatchedEngine, limits: Limits) -> 
         threads=max(threads, calls) if on_cpu else threads + calls,
         calls=calls,
         batch=True,
-        max_batch=min(settings.max_batch, limits.max_batch) if share_calls else 1,
+        max_batch=min(settings.max_batch, config.limits.max_batch) if share_calls else 1,
         max_delay_s=delay_ms / 1000,
+        canvases=find_padding(config, current.device),
     )

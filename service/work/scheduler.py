@@ -43,10 +43,21 @@ class CallStats:
     Attributes:
         size: Canvases in it.
         failed: Whether it raised or exceeded its time.
+        shown_px: Pixels of the images on its canvases.
+        padding_px: Other pixels of its canvases.
     """
 
     size: int
     failed: bool
+    shown_px: int
+    padding_px: int
+
+
+def _describe_call(canvases: Sequence[Canvas], *, failed: bool) -> CallStats:
+    tiles = [canvas.tile for canvas in canvases]
+    shown = sum(tile.valid_hw[0] * tile.valid_hw[1] for tile in tiles)
+    whole = sum(tile.image.shape[0] * tile.image.shape[1] for tile in tiles)
+    return CallStats(len(tiles), failed, shown, whole - shown)
 
 
 class Scheduler:
@@ -174,7 +185,7 @@ class Scheduler:
                 else partial(self._carry, *picked)
             )
         ahead = batches.waiting + batches.preparing
-        picked = self._queue.pick() if ahead < 2 * policy.max_batch * policy.calls else None
+        picked = self._queue.pick() if ahead < policy.max_ahead else None
         if picked is None:
             return batches.seconds_until_ripe(policy)
         batches.preparing += 1
@@ -213,7 +224,7 @@ class Scheduler:
     def _make_canvas(self, job: Job, image: ImageWork, index: int) -> Tile:
         if index == 0:
             admitted = image.canvases
-            image.open()
+            image.open(self.policy.canvases)
             with self._lock:
                 job.progress.canvases -= admitted - image.canvases
                 more = self._queue.opened(job, image)
@@ -236,12 +247,11 @@ class Scheduler:
             return  # `_give_up` has dealt with the canvases
         except BaseException as error:
             with self._lock:
-                self._batches.calls -= 1
+                self._batches.failed(batch)
             self._split(batch, error)
             return
         with self._lock:
-            self._batches.calls -= 1
-            self._batches.results.extend(batch)
+            self._batches.returned(batch)
             self._threads.wake(len(batch))
 
     def _infer(self, canvases: Sequence[Canvas], *, is_batch: bool) -> None:
@@ -260,22 +270,23 @@ class Scheduler:
         except EngineHung:
             raise
         except Exception as error:
-            self._on_call(CallStats(len(canvases), failed=True))
+            self._on_call(_describe_call(canvases, failed=True))
             if len(canvases) == 1:
                 raise _report(error) from error
             raise
         call = started_s, time.monotonic()
         for canvas, candidates in zip(canvases, results, strict=True):
             canvas.candidates, canvas.call, canvas.share = candidates, call, 1 / len(canvases)
-        self._on_call(CallStats(len(canvases), failed=False))
+        self._on_call(_describe_call(canvases, failed=False))
 
     def _give_up(
         self, canvases: Sequence[Canvas], thread: threading.Thread, is_batch: bool
     ) -> None:
         """A call has exceeded its time: its thread may never return. Any thread may call this."""
-        self._on_call(CallStats(len(canvases), failed=True))
-        with self._lock:
-            self._batches.calls -= is_batch
+        self._on_call(_describe_call(canvases, failed=True))
+        if is_batch:
+            with self._lock:
+                self._batches.failed(canvases)
         try:  # first, so that no thread takes further canvases of an image that has failed
             self._split(canvases, BackendError("the call exceeded its time"))
         finally:
@@ -305,6 +316,9 @@ class Scheduler:
             self._finish_canvas(canvas)
         except BaseException as error:
             self._fail(canvas.job, canvas.image, error)
+        finally:
+            with self._lock:
+                self._batches.searched(canvas)
 
     def _finish_canvas(self, canvas: Canvas) -> None:
         """Post-processes a canvas; after the last one of an image, writes the image's answer."""

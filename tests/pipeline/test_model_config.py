@@ -208,3 +208,42 @@ def test_a_model_may_name_its_precision() -> None:
 def test_a_name_is_one_of_a_folder(name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
         parse_model_config(json.dumps(_content(name=name)))
+
+
+TILES = {"resize": {"rule": "tile", "scale": 2, "tile_hw": [256, 128], "overlap_px": 64}}
+ALL_800 = [[800, 800], [800, 1344], [1344, 800]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"canvases": []},
+        {"canvases": ALL_800},
+        {"canvases": [[1344, 1344]]},
+        {"input": TILES, "canvases": [[512, 256]]},
+    ],
+)
+def test_canvases_hold_every_image(changes: dict[str, Any]) -> None:
+    found = parse_model_config(json.dumps(_content(**changes))).for_version(1).canvases
+    assert [list(canvas) for canvas in found] == changes.get("canvases", [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"canvases": [[800, 1344]]}, "no canvas holds the largest image, 1344x800 px"),
+        ({"canvases": [[1344, 800]]}, "no canvas holds the largest image, 800x1344 px"),
+        ({"canvases": [[1312, 1344], [1344, 768]]}, "1344x800"),
+        ({"canvases": [*ALL_800, [801, 1344]]}, r"canvas \(801, 1344\) is not in multiples of 32"),
+        ({"canvases": [*ALL_800, [0, 32]]}, "canvases.3.0: .*greater than 0"),
+        ({"canvases": [*ALL_800, [8192, 8192]]}, "the canvas would have 8192x8192 px"),
+        ({"canvases": [[800, 1344, 3]]}, "canvases.0"),
+        ({"canvases": [[1344, 1344]] * 17}, "canvases: .*at most 16"),
+        ({"input": TILES, "canvases": [[256, 256]]}, r"canvases must be \(512, 256\) alone"),
+        ({"input": TILES, "canvases": [[512, 256], [512, 512]]}, "alone, the tiles' canvas"),
+    ],
+)
+def test_canvases_that_cannot_be_served_are_named(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse_model_config(json.dumps(_content(**changes))).for_version(1)

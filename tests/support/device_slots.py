@@ -27,7 +27,7 @@ class PixelCall:
 
     Attributes:
         bound: Shapes, each time that one was bound.
-        closed: Shapes whose graphs were closed.
+        unbound, closed: Shapes whose runs, and whose graphs, were closed.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class PixelCall:
     ) -> None:
         self._cuda, self._device, self._stream, self._layout = cuda, device, stream, layout
         self.bound: list[BatchShape] = []
+        self.unbound: list[BatchShape] = []
         self.closed: list[BatchShape] = []
         self.runs = 0
         self.is_closed = False
@@ -62,7 +63,7 @@ class PixelCall:
 
             return EngineRun(replay, close=close)
 
-        return EngineRun(enqueue, record)
+        return EngineRun(enqueue, record, close=lambda: self.unbound.append(shape))
 
     def _compute(self, shape: BatchShape, memory: SlotMemory, outputs: EngineOutputs) -> None:
         self.runs += 1

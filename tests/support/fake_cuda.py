@@ -30,6 +30,14 @@ class Capability(NamedTuple):
     minor: int
 
 
+class StreamOptions(NamedTuple):
+    priority: int
+
+
+class EventOptions(NamedTuple):
+    blocking_sync: bool
+
+
 class Buffer:
     def __init__(self, address: int, size: int, owner: Any = None) -> None:
         self.handle = address
@@ -87,11 +95,14 @@ class Recorder:
 
 
 class Event:
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, options: EventOptions | None) -> None:
+        assert options is not None and options.blocking_sync, "waiting would keep a core busy"
         self.stream = stream
         self.marks: list[bool] = []
 
     def sync(self) -> None:
+        self.stream.check_wait()
+        self.stream.cuda.waits += 1
         while not self.marks[-1]:
             self.stream.run_next()
 
@@ -99,9 +110,10 @@ class Event:
 class Stream:
     """Keeps what is put on it until somebody waits, or records it."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
+    def __init__(self, cuda: FakeCuda, priority: int) -> None:
         self.cuda = cuda
         self.device: int = cuda.current_device
+        self.priority = priority
         self.handle = next(cuda.handles)
         self.recorder: Recorder | None = None
         self.closed = False
@@ -123,15 +135,19 @@ class Stream:
     def run_next(self) -> None:
         self._queued.popleft()()
 
-    def sync(self) -> None:
+    def check_wait(self) -> None:
         self.cuda.check_thread(self.device)
         assert not self.closed, "a closed stream is used"
         assert self.recorder is None, "a stream that is captured cannot be waited for"
+
+    def sync(self) -> None:
+        """Only for tests and right after an allocation: it keeps a core busy."""
+        self.check_wait()
         while self._queued:
             self.run_next()
 
-    def record(self, event: Event | None = None, options: None = None) -> Event:
-        event = event or Event(self)
+    def record(self, event: Event | None = None, options: EventOptions | None = None) -> Event:
+        event = event or Event(self, options)
         index = len(event.marks)
         event.marks.append(False)
         self.put(lambda: event.marks.__setitem__(index, True))
@@ -154,6 +170,7 @@ class FakeCuda:
         memory_bytes: What may be allocated.
         streams: By handle, closed ones too.
         buffers, graphs: All that there were.
+        waits: For events.
     """
 
     def __init__(self) -> None:
@@ -166,6 +183,7 @@ class FakeCuda:
         self.streams: dict[int, Stream] = {}
         self.buffers: list[Buffer] = []
         self.graphs: list[Graph] = []
+        self.waits = 0
         self.module = self._build_module()
 
     @property
@@ -226,8 +244,9 @@ class FakeCuda:
                 cuda._thread.device = self.device_id
                 cuda.check_works(self.device_id)
 
-            def create_stream(self) -> Stream:
-                return Stream(cuda)
+            def create_stream(self, *, options: StreamOptions) -> Stream:
+                assert -5 <= options.priority <= 0, "out of the range of CUDA"
+                return Stream(cuda, options.priority)
 
             def allocate(self, size: int, *, stream: Stream) -> Buffer:
                 assert not stream.closed
@@ -244,6 +263,8 @@ class FakeCuda:
             Device=Device,
             Buffer=Buffer,
             LegacyPinnedMemoryResource=LegacyPinnedMemoryResource,
+            EventOptions=EventOptions,
+            StreamOptions=StreamOptions,
             system=system,
         )
         return module

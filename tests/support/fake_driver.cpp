@@ -81,7 +81,8 @@ Status cuStreamIsCapturing(void*, int* answer) {
 }
 Status cuStreamSynchronize(void*) { return SUCCESS; }
 Status cuCtxGetStreamPriorityRange(int* least, int* greatest) {
-  *least = *greatest = 0;
+  *least = 0;
+  *greatest = -5;
   return SUCCESS;
 }
 Status cuDeviceGetName(char* name, int size, int) {

@@ -23,7 +23,13 @@ from service.engines.device import CudaDevice
 from service.engines.kernels.launcher import CudaLauncher, Launcher
 from service.engines.kernels.nvrtc import default_cache, load_cubins
 from service.engines.kernels.paste import MaskPlane, paste_masks
-from service.engines.kernels.select import DeviceBatch, Selection, read_ranking, select_batch
+from service.engines.kernels.select import (
+    DeviceBatch,
+    Selection,
+    queue_ranking,
+    read_ranking,
+    select_batch,
+)
 from service.engines.kernels.workspace import WorkspacePool
 
 logger = logging.getLogger(__name__)
@@ -238,9 +244,12 @@ class CudaPostprocessor:
         """
         with self.workspaces.borrow(stream) as workspace:
             selections: list[Selection] | list[None] = [None] * batch.batch
-            if self._spec.compare == "masks":
+            queue_ranking(self.launcher, workspace, batch, stream)
+            if self._spec.compare == "masks":  # waits for the stream, so for both
                 selections = select_batch(self.launcher, workspace, batch, self._spec, stream)
-            scores, labels = read_ranking(self.launcher, workspace, batch, stream)
+            else:
+                self.launcher.device.synchronize(stream)
+            scores, labels = read_ranking(workspace, batch)
         lease = _Lease(batch.batch, batch.release)
         results = []
         for image in range(batch.batch):

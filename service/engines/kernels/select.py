@@ -99,10 +99,18 @@ class _Layout:
                    counts + 6 * each)  # fmt: skip
 
 
-def read_ranking(
+def queue_ranking(
     launcher: Launcher, workspace: Workspace, batch: DeviceBatch, stream: int
-) -> tuple[Float32, Int64]:
-    """Copies scores and labels to the host and waits for them.
+) -> None:
+    """Queues the copies of scores and labels to the host, for `read_ranking`."""
+    total = batch.batch * batch.candidates
+    scores, labels = workspace.host("scores", 4 * total), workspace.host("labels", 8 * total)
+    launcher.device.copy(scores.pointer, batch.scores, 4 * total, stream)
+    launcher.device.copy(labels.pointer, batch.labels, 8 * total, stream)
+
+
+def read_ranking(workspace: Workspace, batch: DeviceBatch) -> tuple[Float32, Int64]:
+    """What `queue_ranking` copied, once the stream has been waited for.
 
     Returns:
         [B, K] scores and labels of the graph.
@@ -112,9 +120,6 @@ def read_ranking(
     """
     total = batch.batch * batch.candidates
     scores, labels = workspace.host("scores", 4 * total), workspace.host("labels", 8 * total)
-    launcher.device.copy(scores.pointer, batch.scores, 4 * total, stream)
-    launcher.device.copy(labels.pointer, batch.labels, 8 * total, stream)
-    launcher.device.synchronize(stream)
     shape = (batch.batch, batch.candidates)
     found = scores.array[: 4 * total].view(np.float32).reshape(shape).copy()
     if not np.isfinite(found).all():

@@ -11,6 +11,8 @@ from service.engines.base import BackendError
 from service.engines.device import CudaDevice, DeviceMemory, PinnedMemory
 
 LEAST_BYTES = 1 << 12
+PRIORITY = -1
+"""Of the streams: post-processing is short, and a thread and an engine's buffer wait for it."""
 
 
 def _rounded(size_bytes: int) -> int:
@@ -29,7 +31,7 @@ class Workspace:
         self._gpu = device
         self._device: dict[str, DeviceMemory] = {}
         self._host: dict[str, PinnedMemory] = {}
-        self.stream = device.open_stream()
+        self.stream = device.open_stream(PRIORITY)
 
     def device(self, name: str, size_bytes: int) -> int:
         """Address of at least `size_bytes` on the device."""

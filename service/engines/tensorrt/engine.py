@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.canvases import list_canvases
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendError, BackendOptions
 from service.engines.builder import Report, Upgrade
 from service.engines.device import CudaDevice, CudaError
-from service.engines.device_slot import DeviceSlot, build_device_slots
+from service.engines.device_slot import DeviceSlot, build_device_slots, list_shapes
 from service.engines.kernels.postprocessor import load_select
 from service.engines.slots import Slot, SlotBackend, build_on_each, describe_gpus
 from service.engines.tensorrt import build as trt_build
@@ -153,7 +152,7 @@ def _load(
                 device,
                 partial(TrtCall, device, loaded),
                 max_batch=build.max_batch,
-                canvases=list_canvases(config.input),
+                canvases=list_shapes(config),
                 select=None if isinstance(select, str) else select,
             )
 

@@ -161,6 +161,17 @@ class TestWithoutGpu:
         assert backend.precision == "int8"
         assert backend.reason == "CPU provider; device cpu was asked for"
 
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    def test_half_precision_is_for_gpus(
+        self, tmp_path: Path, precision: Literal["fp16", "bf16"]
+    ) -> None:
+        """The CPU computes it in float32; it is taken only where the CPU is asked for by name."""
+        version = Version(tmp_path, {f"model.{precision}.onnx": build_graph()})
+        options = replace(AUTO, precision=precision, precision_fallback=True)
+        assert version.build(options).precision == "fp32"
+        assert version.build(replace(options, device="cpu")).precision == precision
+        assert version.build(replace(options, precision_fallback=False)).precision == precision
+
     def test_a_damaged_file_is_refused_not_replaced(self, tmp_path: Path) -> None:
         version = Version(tmp_path, {"model.int8.onnx": build_graph()})
         (version.folder / "model.int8.onnx").write_bytes(b"damaged")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.canvases import choose_canvases
 from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates
 from service.engines.base import BackendError
@@ -28,9 +32,13 @@ from tests.support.fake_gpu import HostSelect
 
 
 @pytest.mark.parametrize(
-    ("max_batch", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
+    ("max_batch", "sizes"),
+    [
+        *((1, (1,)), (2, (1, 2)), (4, (1, 4)), (6, (1, 4, 6)), (8, (1, 4, 8))),
+        *((16, (1, 4, 8, 16)), (20, (1, 4, 8, 16, 20)), (32, (1, 4, 8, 16, 32))),
+    ],
 )
-def test_batch_sizes_are_powers_of_two_and_the_largest(
+def test_batch_sizes_are_few_and_the_largest_is_one_of_them(
     max_batch: int, sizes: tuple[int, ...]
 ) -> None:
     assert list_batch_sizes(max_batch) == sizes
@@ -38,9 +46,9 @@ def test_batch_sizes_are_powers_of_two_and_the_largest(
 
 @pytest.mark.parametrize("counts", [[2], [1, 3], [2, 0, 4], [1, 2, 3, 4]])
 def test_each_canvas_gets_its_own_candidates(either: Rig, counts: list[int]) -> None:
-    for _ in range(3):  # the first run, the recorded one, and that again
+    for _ in range(3):
         check(build_tiles(counts), either.slot.infer(build_tiles(counts)))
-    padded = {1: 1, 2: 2, 3: 4, 4: 4}[len(counts)]
+    padded = 1 if len(counts) == 1 else 4
     assert either.call.bound == [BatchShape(padded, CANVAS)]
 
 
@@ -112,7 +120,7 @@ def test_pinned_memory_is_not_written_before_its_copy_is_done(fake_cuda: FakeCud
         return []
 
     rig = Rig(fake_cuda, select=select)
-    rig.slot.infer(build_tiles([4, 4]))  # binds and records, for which it waits
+    rig.slot.infer(build_tiles([4, 4]))
     for count in (1, 3, 2):
         rig.slot.infer(build_tiles([count, count]))
     rig.device.synchronize(rig.slot._stream)
@@ -163,15 +171,26 @@ def test_outputs_that_are_held_are_not_written_again(fake_cuda: FakeCuda) -> Non
     assert len({batch.scores for batch in kept}) == 4
 
 
-def test_a_shape_is_recorded_once_and_the_least_recently_used_goes(fake_cuda: FakeCuda) -> None:
+def test_other_shapes_run_without_graphs_and_the_least_recently_used_goes(
+    fake_cuda: FakeCuda,
+) -> None:
     rig = Rig(fake_cuda, max_shapes=2)
+    rig.slot.warm_up((32, 32))
+    warm = [BatchShape(size, (32, 32)) for size in (4, 1)]
+    graphs = len(fake_cuda.graphs)
+    assert graphs == 2
     first, second, third = (BatchShape(1, canvas_hw) for canvas_hw in CANVASES)
-    for shape in (first, second, first, third, first, second):
+    for shape in (first, second, first, third, first, second, warm[1]):
         tiles = build_tiles([1], shape.canvas_hw)
         check(tiles, rig.slot.infer(tiles))
-    assert rig.call.bound == [first, second, third, second]
-    assert rig.call.closed == [second, third]
-    assert [graph.closed for graph in fake_cuda.graphs] == [False, True, True, False]
+    assert rig.call.bound == [*warm, first, second, third, second]
+    assert rig.call.unbound == [second, third]
+    assert len(fake_cuda.graphs) == graphs, "a graph was recorded in the path of a request"
+    assert not any(graph.closed for graph in fake_cuda.graphs), "what is warm stays"
+    rig.slot.close()
+    assert all(graph.closed for graph in fake_cuda.graphs)
+    assert set(rig.call.closed) == set(warm)
+    assert sorted(map(str, rig.call.unbound)) == sorted(map(str, rig.call.bound))
 
 
 def test_a_shape_that_cannot_be_bound_is_tried_again(
@@ -189,21 +208,50 @@ def test_a_shape_that_cannot_be_bound_is_tried_again(
 
 
 def test_a_run_is_recorded_after_one_run_and_then_replayed(rig: Rig) -> None:
+    rig.slot.warm_up(CANVAS)
+    assert rig.call.runs == 4  # each of two sizes once before it is recorded, and once as a graph
     for _ in range(10):
         rig.slot.infer(build_tiles([1]))
-    assert rig.call.runs == 11
-    assert len(rig.cuda.graphs) == 1
+    assert rig.call.runs == 14
+    assert len(rig.cuda.graphs) == 2
 
 
 def test_without_graphs_batches_run_one_by_one(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.cuda.graphs_work = False
+    rig.slot.warm_up(CANVAS)
+    assert not rig.slot.has_graphs
     for canvas_hw in (*CANVASES, *CANVASES):
         tiles = build_tiles([3, 1], canvas_hw)
         check(tiles, rig.slot.infer(tiles))
-    assert not rig.slot.has_graphs
-    assert caplog.text.count("no CUDA graphs, for images 2x32x64: this stream cannot be") == 1
+    assert caplog.text.count("no CUDA graphs, for images 4x32x64: this stream cannot be") == 1
     assert rig.cuda.graphs == []
-    assert rig.call.runs == 7  # only the first shape ran once more, to be recorded
+    assert rig.call.runs == 3 + 6  # the first shape ran once more, to be recorded
+    assert BatchShape(4, CANVAS) in rig.slot._warm, "what is warm is bound, with or without a graph"
+
+
+def test_one_slot_of_the_process_records_at_a_time(fake_cuda: FakeCuda) -> None:
+    """Slots of different engines, too: a new version is warmed up while another one is served."""
+    rigs = [Rig(fake_cuda), Rig(fake_cuda)]
+    recording: list[int] = []
+    most: list[int] = []
+
+    def watch(rig: Rig) -> None:
+        capture = rig.device.capture
+
+        def slow(stream: int, work: Callable[[], object]) -> Any:
+            recording.append(stream)
+            most.append(len(recording))
+            time.sleep(0.005)
+            recording.remove(stream)
+            return capture(stream, work)
+
+        rig.device.capture = slow  # type: ignore[method-assign]
+
+    for rig in rigs:
+        watch(rig)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rig: rig.slot.warm_up(CANVAS), rigs))
+    assert most == [1, 1, 1, 1]
 
 
 def test_a_canvas_larger_than_the_memory_is_refused(either: Rig) -> None:
@@ -234,14 +282,27 @@ class TestBuilding:
         slots, has_graphs, rigs = self.build(fake_cuda)
         assert len(slots) == GPU_SLOTS and has_graphs
         for rig in rigs:
-            assert rig.call.bound == [BatchShape(size, (128, 128)) for size in (1, 2, 4, 8)]
+            assert rig.call.bound == [BatchShape(size, (128, 128)) for size in (8, 4, 1)]
         slots[0].infer(build_tiles([1, 2, 3], (128, 128)))
-        assert len(fake_cuda.graphs) == 4 * GPU_SLOTS
+        assert len(fake_cuda.graphs) == 3 * GPU_SLOTS
 
-    def test_many_canvases_are_recorded_when_they_come(self, fake_cuda: FakeCuda) -> None:
+    def test_every_size_of_the_models_canvases_is_recorded(self, fake_cuda: FakeCuda) -> None:
+        canvases = choose_canvases(read_config(input=KEEP_RATIO_INPUT).input)
+        config = {"input": KEEP_RATIO_INPUT, "canvases": canvases}
+        slots, has_graphs, rigs = self.build(fake_cuda, 1, **config)
+        assert len(slots) == 1 and has_graphs
+        wanted = {BatchShape(size, canvas) for size in (1, 4, 8) for canvas in canvases}
+        assert set(rigs[0].call.bound) == wanted and len(rigs[0].call.bound) == len(wanted)
+        assert len(fake_cuda.graphs) == len(wanted) > 3
+        largest = max(canvas[0] * canvas[1] for canvas in canvases)
+        assert rigs[0].call.bound[0].pixels == largest, "libraries allocate for the largest first"
+
+    def test_canvases_that_are_not_listed_are_never_recorded(self, fake_cuda: FakeCuda) -> None:
         slots, has_graphs, rigs = self.build(fake_cuda, 1, input=KEEP_RATIO_INPUT)
         assert len(slots) == 1 and has_graphs
         assert rigs[0].call.bound == []
+        slots[0].infer(build_tiles([1], (64, 64)))
+        assert fake_cuda.graphs == []
 
     @pytest.mark.parametrize("threads", [False, True])
     def test_slots_have_a_thread_where_they_need_one(

@@ -29,7 +29,8 @@ def read_config(**changes: Any) -> ModelConfig:
     ("options", "changes"),
     [
         (BackendOptions(), {"use_tf32": "0"}),
-        (BackendOptions(precision="fp16"), {"use_tf32": "1"}),
+        (BackendOptions(precision="fp16"), {"use_tf32": "1", "prefer_nhwc": "1"}),
+        (BackendOptions(precision="bf16"), {"use_tf32": "1", "prefer_nhwc": "1"}),
         (BackendOptions(gpu_mem_limit_bytes=1 << 32), {"gpu_mem_limit": "4294967296"}),
     ],
 )
@@ -39,10 +40,11 @@ def test_options_of_cuda(options: BackendOptions, changes: dict[str, str]) -> No
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
+        "prefer_nhwc": "0",
     }
-    found = cuda_options(options, one_canvas=False, stream=None, has_graphs=False)
+    found = cuda_options(options, few_canvases=False, stream=None, has_graphs=False)
     assert found == {**plain, **changes}
-    found = cuda_options(options, one_canvas=True, stream=7, has_graphs=True)
+    found = cuda_options(options, few_canvases=True, stream=7, has_graphs=True)
     fixed = {"cudnn_conv_algo_search": "EXHAUSTIVE", "user_compute_stream": "7"}
     assert found == {**plain, **changes, **fixed, "enable_cuda_graph": "1"}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from service.engines.state import EngineBuild, EngineState
-from service.observe.metrics import STAGES, WORK_ROUTES, Metrics
+from service.observe.metrics import PIXELS, STAGES, WORK_ROUTES, Metrics
 from service.observe.timing import Timing
 from service.work.admission import Admission
 from service.work.request import ClientProfile, Outcome
@@ -26,6 +26,7 @@ NAMES = {
     "solo_instances_total",
     "solo_rejections_total",
     "solo_engine_failures_total",
+    "solo_engine_pixels_total",
     "solo_engine_restarts_total",
     "solo_engine_up",
     "solo_cancelled_images_total",
@@ -67,6 +68,8 @@ def test_a_models_series_exist_before_its_first_image() -> None:
     text = render(metrics)
     for family in ("images", "canvases", "instances", "engine_failures", "engine_restarts"):
         assert f'solo_{family}_total{{model="nuclei"}} 0.0' in text
+    for kind in PIXELS:
+        assert f'solo_engine_pixels_total{{kind="{kind}",model="nuclei"}} 0.0' in text
     for stage in STAGES:
         assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
     assert (

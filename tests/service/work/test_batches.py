@@ -58,7 +58,7 @@ async def test_canvases_of_different_requests_share_calls() -> None:
         jobs = await settle([bench.start(value) for value in range(1, 9)])
         assert all(errors_of(job) == [None] for job in jobs)
         assert [len(batch) for batch in bench.engine.batches] == [4, 4]
-        assert bench.stats == [CallStats(4, failed=False)] * 2
+        assert bench.stats == [CallStats(4, failed=False, shown_px=64, padding_px=0)] * 2
         assert sorted(bench.engine.values) == list(range(1, 9))
 
 
@@ -135,7 +135,7 @@ async def test_a_bad_canvas_harms_only_itself() -> None:
         found = [errors_of(job)[0] for job in jobs]
         assert isinstance(found[2], EngineError)
         assert [error for error in found if error is None] == [None] * 7
-        assert bench.stats[0] == CallStats(8, failed=True)
+        assert bench.stats[0] == CallStats(8, failed=True, shown_px=128, padding_px=0)
         assert sorted((s.size, s.failed) for s in bench.stats[1:]) == [(1, False)] * 7 + [(1, True)]
         jobs = await settle([bench.start(value) for value in range(1, 9)])
         assert all(errors_of(job) == [None] for job in jobs)
@@ -169,7 +169,7 @@ async def test_a_call_that_hangs_is_counted_as_failed() -> None:
     async with open_bench(batches(1, 0.0), timeout_s=0.05) as bench:
         bench.engine.go.clear()
         await settle([bench.start(1)])
-        assert bench.stats == [CallStats(1, failed=True)]
+        assert bench.stats == [CallStats(1, failed=True, shown_px=16, padding_px=0)]
 
 
 async def test_a_wrong_number_of_results_is_an_engine_error() -> None:

@@ -53,7 +53,10 @@ async def test_a_full_bucket_is_taken_oldest_first_and_the_rest_stays() -> None:
     assert batches.take(policy(max_batch=2), at_once=False) == canvases[:2]
     assert (batches.waiting, batches.calls) == (1, 1)
     assert batches.take(policy(max_batch=1), at_once=False) == []  # the only call is in flight
-    batches.calls = 0
+    batches.returned(canvases[:2])
+    assert list(batches.results) == canvases[:2]
+    for canvas in canvases[:2]:
+        batches.searched(canvas)
     assert batches.take(policy(max_batch=1), at_once=False) == canvases[2:]
     assert batches.buckets == {}
 
@@ -98,14 +101,33 @@ async def test_canvases_that_nobody_needs_take_no_call() -> None:
     assert batches.calls == 1
 
 
-@pytest.mark.parametrize("calls", [1, 3])
-async def test_results_of_two_rounds_of_calls_are_post_processed_before_more(calls: int) -> None:
-    canvas = build(9.0)
-    batches = fill(canvas)
-    batches.results.extend([canvas] * (2 * 2 * calls))
+@pytest.mark.parametrize("calls", [1, 2])
+async def test_two_rounds_of_calls_are_post_processed_before_more(calls: int) -> None:
+    """One canvas that is not post-processed keeps the memory of its whole batch."""
+    batches = fill(*(build(9.0) for _ in range(2 * (2 * calls + 1))))
+    taken = []
+    for _ in range(2 * calls):
+        taken.append(batches.take(policy(calls=calls), at_once=True))
+        batches.returned(taken[-1])
+    assert [len(batch) for batch in taken] == [2] * (2 * calls)
     assert batches.take(policy(calls=calls), at_once=True) == []
-    batches.results.pop()
-    assert batches.take(policy(calls=calls), at_once=True) == [canvas]
+    for batch in taken:
+        batches.searched(batch[0])
+        assert batches.take(policy(calls=calls), at_once=True) == []
+    batches.searched(taken[0][1])
+    assert len(batches.take(policy(calls=calls), at_once=True)) == 2
+    assert batches.pinned == 4 * calls
+
+
+async def test_batches_that_failed_pin_nothing() -> None:
+    batches = fill(*(build(9.0) for _ in range(4)))
+    for _ in range(2):
+        batch = batches.take(policy(calls=2), at_once=True)
+        assert len(batch) == 2
+        batches.failed(batch)
+        for canvas in batch:
+            batches.searched(canvas)  # as one that ran alone: it shared no call
+    assert (batches.pinned, batches.calls) == (0, 0)
 
 
 async def test_the_time_until_a_batch_may_start() -> None:

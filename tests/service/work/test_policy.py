@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pipeline.model_config import Limits
+from pipeline.canvases import choose_canvases
+from pipeline.model_config import Limits, ModelConfig
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
 from service.work.policy import Policy, choose_policy
+from tests.service.engines.test_ort_session import read_config
+from tests.support.blob_model import KEEP_RATIO_INPUT
 from tests.support.canvases import FakeEngine
 
 
-def choose(device: str, concurrency: int, limits: Limits | None = None, **settings: Any) -> Policy:
+def choose(
+    device: str,
+    concurrency: int,
+    limits: Limits | None = None,
+    config: ModelConfig | None = None,
+    **settings: Any,
+) -> Policy:
     engine = FakeEngine(concurrency)
     engine.device = device
     watched = WatchedEngine(engine, lambda backend: None, timeout_s=1)
     given = {"threads": 4, "pool_threads": 3, **settings}
-    return choose_policy(Settings(**given), watched, limits or Limits())
+    config = config or read_config(limits=(limits or Limits()).model_dump())
+    return choose_policy(Settings(**given), watched, config)
 
 
 def test_on_the_cpu_an_image_keeps_its_thread_where_calls_run_side_by_side() -> None:
@@ -61,3 +72,25 @@ def test_unless_told_otherwise_there_is_one_call_of_one_canvas_without_delay() -
     assert Policy(threads=1) == Policy(
         threads=1, helpers=0, calls=1, batch=False, max_batch=1, max_delay_s=0.0
     )
+
+
+def test_only_on_a_gpu_canvases_are_padded_to_those_of_the_model() -> None:
+    plain = read_config(input=KEEP_RATIO_INPUT)
+    config = plain.model_copy(update={"canvases": choose_canvases(plain.input)})
+    assert len(config.canvases) > 1
+    assert choose("cuda", 2, config=config).canvases == config.canvases
+    assert choose("cuda", 2, config=plain).canvases == ()
+    assert choose("cpu", 2, config=config, max_delay_ms=5).canvases == ()
+    assert choose("cpu", 1, config=config).canvases == ()
+
+
+def test_several_canvases_need_more_of_them_ahead() -> None:
+    policy = Policy(threads=18, calls=2, batch=True, max_batch=16)
+    assert (policy.max_ahead, policy.max_pinned) == (64, 64)
+    several = replace(policy, canvases=((32, 64), (64, 32)))
+    assert (several.max_ahead, several.max_pinned) == (128, 64)
+    assert replace(policy, canvases=((32, 64),)).max_ahead == 64
+
+
+def test_small_batches_keep_no_thread_from_post_processing() -> None:
+    assert Policy(threads=8, calls=1, batch=True, max_batch=1).max_pinned == 9

@@ -31,7 +31,7 @@ async def test_an_image_keeps_its_thread() -> None:
         (job,) = await settle([bench.start(7)])
         assert errors_of(job) == [None]
         assert bench.engine.batches == [[7]]
-        assert bench.stats == [CallStats(1, failed=False)]
+        assert bench.stats == [CallStats(1, failed=False, shown_px=16, padding_px=0)]
         (thread,) = set(bench.engine.threads)
         assert thread.name == "work" and thread is not threading.current_thread()
         outcome = job.images[0].outcome

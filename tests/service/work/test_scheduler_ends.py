@@ -103,7 +103,7 @@ async def test_a_wrong_number_of_results_is_an_engine_error(factor: int) -> None
         bench.engine.infer = lambda tiles: infer(tiles) * factor  # type: ignore[method-assign]
         (job,) = await settle([bench.start(7)])
         assert isinstance(errors_of(job)[0], EngineError)
-        assert bench.stats == [CallStats(1, failed=True)]
+        assert bench.stats == [CallStats(1, failed=True, shown_px=16, padding_px=0)]
 
 
 async def test_what_is_no_exception_ends_the_image_and_not_the_thread() -> None:

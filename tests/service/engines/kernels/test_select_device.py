@@ -16,6 +16,7 @@ from service.engines.kernels.select import (
     DeviceBatch,
     MaskType,
     Selection,
+    queue_ranking,
     read_ranking,
     select_batch,
 )
@@ -189,7 +190,10 @@ def test_scores_that_are_not_finite_are_refused(launcher: Launcher, uploads: Upl
     outputs.scores[0, 2] = np.nan
     pool = WorkspacePool(launcher.device)
     with pytest.raises(BackendError, match="not finite"), pool.borrow() as workspace:
-        read_ranking(launcher, workspace, outputs.upload(uploads), uploads.stream)
+        batch = outputs.upload(uploads)
+        queue_ranking(launcher, workspace, batch, uploads.stream)
+        launcher.device.synchronize(uploads.stream)
+        read_ranking(workspace, batch)
     pool.close()
 
 
