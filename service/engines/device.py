@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from cuda.core.graph import Graph
 
 
+RECORDING = threading.RLock()
+"""Held while any engine of the process records a graph, and while memory is allocated or freed.
+
+ONNX Runtime records in CUDA's global mode, in which an allocation in any thread makes the recording
+fail, and the allocation too: a new version is warmed up while another one is served.
+"""
+
+
 class CudaError(BackendError):
     """CUDA refuses or fails; the message says at what."""
 
@@ -147,7 +155,7 @@ class CudaDevice:
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
         """Memory on the device, usable on every stream at once."""
-        with cuda_errors(f"allocate {size_bytes} bytes on the device"):
+        with RECORDING, cuda_errors(f"allocate {size_bytes} bytes on the device"):
             stream = self._streams[self._allocating]
             buffer = self._device().allocate(size_bytes, stream=stream)
             stream.sync()  # only then may other streams use it
@@ -155,7 +163,7 @@ class CudaDevice:
 
     def allocate_pinned(self, size_bytes: int) -> PinnedMemory:
         """Pinned memory on the host."""
-        with cuda_errors(f"allocate {size_bytes} pinned bytes"):
+        with RECORDING, cuda_errors(f"allocate {size_bytes} pinned bytes"):
             buffer = self._pinned.allocate(size_bytes)
             pointer = int(buffer.handle)
             raw = (ctypes.c_uint8 * size_bytes).from_address(pointer)
@@ -163,7 +171,7 @@ class CudaDevice:
 
     def free(self, memory: DeviceMemory) -> None:
         """Frees memory that no stream uses any more."""
-        with cuda_errors(f"free {memory.size_bytes} bytes"):
+        with RECORDING, cuda_errors(f"free {memory.size_bytes} bytes"):
             memory.owner.close()
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
@@ -31,7 +30,13 @@ from service.engines.calls import (
     SlotMemory,
     widen,
 )
-from service.engines.device import CudaDevice, DeviceMemory, PinnedMemory, cuda_errors
+from service.engines.device import (
+    RECORDING,
+    CudaDevice,
+    DeviceMemory,
+    PinnedMemory,
+    cuda_errors,
+)
 from service.engines.kernels.postprocessor import Select
 from service.engines.kernels.select import ITEM_BYTES, DeviceBatch
 from service.engines.slots import Slot, ThreadSlot
@@ -46,10 +51,6 @@ MAX_SHAPES = 4
 """Shapes without a graph that a slot keeps bound."""
 KEPT_BUFFERS = 2
 """Free buffers of outputs that a slot keeps for the next batches."""
-
-_RECORDING = threading.Lock()
-"""Held while any slot of the process records: libraries record in CUDA's global mode, in which an
-allocation or a wait of another slot makes the recording fail."""
 
 
 def list_batch_sizes(max_batch: int) -> tuple[int, ...]:
@@ -189,7 +190,7 @@ class DeviceSlot:
         run.enqueue()  # what a library does only in its first run must not be recorded
         self._device.synchronize(self._stream)
         try:
-            with _RECORDING:
+            with RECORDING:
                 runs.append(run.record())
         except Exception as error:  # CUDA's errors have no common base
             self.has_graphs = False

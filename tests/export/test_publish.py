@@ -224,6 +224,7 @@ def test_shared_sections_are_written_once() -> None:
         "mask_stride",
         "postprocess",
         "limits",
+        "canvases",
         "versions",
     ]
 

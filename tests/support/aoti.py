@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from export.to_aoti import AotiOptions, describe_package
-from pipeline.model_config import InputSpec, KeepRatioResize, ModelConfig
+from pipeline.model_config import Canvas, InputSpec, KeepRatioResize, ModelConfig
 from pipeline.types import Tile, Window
 from service.engines.aoti_package import PackageInfo
 from service.engines.aotinductor import Runner, build_host_slot, serve_package
@@ -35,7 +35,7 @@ def build_tiles(batch: int, height: int, width: int) -> list[Tile]:
     return [Tile(i, hw, Window(0, 0, *hw)) for i, hw in zip(images, valid, strict=True)]
 
 
-def served_config(file: Path, max_batch: int = 3) -> ModelConfig:
+def served_config(file: Path, max_batch: int = 3, canvases: Sequence[Canvas] = ()) -> ModelConfig:
     """What config.json says of a version with this package."""
     data = file.read_bytes()
     spec = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -49,6 +49,7 @@ def served_config(file: Path, max_batch: int = 3) -> ModelConfig:
             "mask_stride": 4,
             "postprocess": {**CONFIG.postprocess.model_dump(), "score_threshold": 0.1},
             "limits": {"max_batch": max_batch},
+            "canvases": canvases,
             "files": {file.name: spec},
         }
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.model_config import Canvas
 from pipeline.types import Candidates
 from service.engines import aotinductor as aoti
 from service.engines.aoti_package import PackagePrecision
@@ -25,6 +26,9 @@ from tests.support.fake_cuda import FakeCuda, view_memory
 from tests.support.fake_gpu import HostSelect
 from tests.support.tiny_solo import tiny_network
 from training.model.solo import Solo
+
+CANVASES = ((96, 64), (96, 160), (160, 96))
+"""The batches of the tests are on the first of them, and on others."""
 
 
 class FakeTorchCuda:
@@ -120,6 +124,7 @@ def build_cuda_backend(
     folder: Path,
     runner: Runner,
     precision: PackagePrecision = "fp32",
+    canvases: Sequence[Canvas] = (),
     **options: Any,
 ) -> SlotBackend:
     monkeypatch.setattr(aoti, "load_runner", lambda data, device, gpu=0: runner)
@@ -127,7 +132,7 @@ def build_cuda_backend(
     file = folder / f"model.sm_90.{precision}.pt2"
     file.write_bytes(build_archive(info.to_metadata()))
     wanted = BackendOptions(device="cuda", precision=precision, **options)
-    return build_aoti_backend(file, wanted, served_config(file))
+    return build_aoti_backend(file, wanted, served_config(file, canvases=canvases))
 
 
 @pytest.mark.parametrize("on_device", [True, False])
@@ -154,7 +159,8 @@ def test_a_package_on_cuda_is_recorded_and_gives_each_canvas_its_candidates(
         monkeypatch.setattr(aoti, "load_select", lambda *arguments: "no kernels here")
     network = tiny_network(CONFIG)
     runner = torch_cuda.run(network, mask_type)
-    backend = build_cuda_backend(monkeypatch, tmp_path, runner, precision, slots=1)
+    backend = build_cuda_backend(monkeypatch, tmp_path, runner, precision, CANVASES, slots=1)
+    assert len(torch_cuda.pools) == 2 * 3  # batches of 1 and 3 on three canvases
     assert (backend.device, backend.precision, backend.concurrency) == ("cuda", precision, 1)
     place = "device" if on_device else "host: no kernels here"
     assert backend.reason.endswith(f"post-processed on the {place}")
@@ -166,9 +172,9 @@ def test_a_package_on_cuda_is_recorded_and_gives_each_canvas_its_candidates(
             np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
             assert found.mask_probs.dtype == np.float32
             np.testing.assert_allclose(found.mask_probs, wanted.mask_probs, atol=tolerance)
-    assert len(torch_cuda.pools) == 3 and len(set(torch_cuda.pools)) == 1
+    assert len(torch_cuda.pools) == 6 and len(set(torch_cuda.pools)) == 1
     backend.close()
-    assert len(torch_cuda.reset) == 3
+    assert len(torch_cuda.reset) == 6
     assert not torch_cuda.cuda.open_buffers
 
 
@@ -200,7 +206,8 @@ def test_a_package_that_cannot_be_recorded_runs_without(
     monkeypatch.setattr(aoti, "load_select", lambda device, *rest: HostSelect(device))
     torch_cuda.cuda.graphs_work = False
     network = tiny_network(CONFIG)
-    backend = build_cuda_backend(monkeypatch, tmp_path, torch_cuda.run(network, torch.float32))
+    runner = torch_cuda.run(network, torch.float32)
+    backend = build_cuda_backend(monkeypatch, tmp_path, runner, canvases=CANVASES)
     assert backend.concurrency == 2
     tiles = build_tiles(2, 64, 64)
     wanted = eager_backend(network).infer(tiles)

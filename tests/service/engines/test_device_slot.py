@@ -16,7 +16,7 @@ from pipeline.postprocess import TileCandidates
 from pipeline.types import Candidates
 from service.engines.base import BackendError
 from service.engines.calls import BatchShape, EngineRun, SlotMemory
-from service.engines.device import CudaError
+from service.engines.device import CudaDevice, CudaError
 from service.engines.device_slot import (
     GPU_SLOTS,
     DeviceSlot,
@@ -247,11 +247,29 @@ def test_one_slot_of_the_process_records_at_a_time(fake_cuda: FakeCuda) -> None:
 
         rig.device.capture = slow  # type: ignore[method-assign]
 
+    allocate = fake_cuda.allocate
+
+    def check_recording(size: int) -> Any:
+        assert not recording, "an allocation makes the recording fail, and the allocation too"
+        return allocate(size)
+
+    fake_cuda.allocate = check_recording  # type: ignore[method-assign]
+    other = CudaDevice()
+
+    def use_memory() -> None:
+        other.activate()
+        for _ in range(100):
+            other.free(other.allocate(8))
+            other.free(other.allocate_pinned(8))
+            time.sleep(0.0002)
+
     for rig in rigs:
         watch(rig)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
+        user = pool.submit(use_memory)
         list(pool.map(lambda rig: rig.slot.warm_up(CANVAS), rigs))
-    assert most == [1, 1, 1, 1]
+        user.result()
+    assert most == [1] * 4
 
 
 def test_a_canvas_larger_than_the_memory_is_refused(either: Rig) -> None:

@@ -104,7 +104,7 @@ def test_batches_are_padded_to_a_few_sizes(
 ) -> None:
     for batch in range(1, 7):
         backend.infer([build_tile(1, 1)] * batch)
-    assert set(fake_tensorrt.batches) == {1, 2, 4, 6}
+    assert set(fake_tensorrt.batches) == {1, 4, 6}
 
 
 def test_a_batch_that_is_too_large_is_cut(
@@ -129,14 +129,17 @@ def test_a_graph_is_captured_after_one_run_and_replayed(
     fake_tensorrt: FakeTensorrt, fake_cuda: FakeCuda, tmp_path: Path
 ) -> None:
     options = replace(OPTIONS, slots=1)
-    config = build_config(input=KEEP_RATIO_INPUT)
+    canvases = [[64, 128], [128, 64]]
+    config = build_config(input=KEEP_RATIO_INPUT, canvases=canvases, limits={"max_batch": 1})
     backend = build_trt_backend(GRAPH, options, config, tmp_path)
+    # Of each canvas one run to warm up and one replay; enqueued twice, once to be captured.
+    assert fake_tensorrt.runs == 4
+    assert fake_tensorrt.batches == [1, 1, 1, 1]
     for _ in range(10):
-        backend.infer([build_tile(1, 1)])
-    # One run to warm up, ten replays; enqueued twice, once to be captured.
-    assert len(fake_cuda.graphs) == 1
-    assert fake_tensorrt.runs == 11
-    assert fake_tensorrt.batches == [1, 1]
+        backend.infer([build_tile(1, 1, (64, 128))])
+    assert len(fake_cuda.graphs) == 2
+    assert fake_tensorrt.runs == 14
+    assert fake_tensorrt.batches == [1, 1, 1, 1]
 
 
 def test_the_only_canvas_is_captured_before_the_first_request(
@@ -144,28 +147,27 @@ def test_the_only_canvas_is_captured_before_the_first_request(
 ) -> None:
     backend = build_trt_backend(GRAPH, OPTIONS, build_config(), tmp_path)
     assert backend.concurrency == 2
-    assert fake_tensorrt.batches == 2 * [1, 1, 2, 2, 4, 4, 8, 8]
+    assert fake_tensorrt.batches == 2 * [8, 8, 4, 4, 1, 1]
     tile = build_tile(3, 4, (128, 128))
     check(tile, backend.infer([tile])[0])
-    assert len(fake_cuda.graphs) == 8
+    assert len(fake_cuda.graphs) == 6
 
 
-def test_graphs_that_are_not_used_any_more_go(
+def test_canvases_that_are_not_listed_run_without_graphs(
     fake_cuda: FakeCuda, fake_tensorrt: FakeTensorrt, tmp_path: Path
 ) -> None:
     config = build_config(input=KEEP_RATIO_INPUT, limits={"max_batch": 6})
     backend = build_trt_backend(GRAPH, replace(OPTIONS, slots=1), config, tmp_path)
     canvases = [(h, w) for h in (32, 64) for w in (128, 96) if (h, w) != (32, 96)]
     canvases += [(w, h) for h, w in canvases]
-    shapes = [(canvas, batch) for canvas in [*canvases, (64, 64)] for batch in (1, 2, 4, 6)]
+    shapes = [(canvas, batch) for canvas in [*canvases, (64, 64)] for batch in (1, 4, 6)]
     for canvas, batch in [*shapes, *shapes]:
         tiles = [build_tile(20 + i, 30 + i, canvas) for i in range(batch)]
         for tile, found in zip(tiles, backend.infer(tiles), strict=True):
             check(tile, found)
-    alive = [graph for graph in fake_cuda.graphs if not graph.closed]
-    assert len(shapes) == 28
-    assert len(alive) == 16
-    assert fake_tensorrt.contexts == 2 * 28  # all were made again, for the eldest goes first
+    assert fake_cuda.graphs == []
+    assert len(shapes) == 21
+    assert fake_tensorrt.contexts == 2 * 21  # all were made again, for the eldest goes first
 
 
 def test_without_graphs_batches_run_one_by_one(
