@@ -107,7 +107,8 @@ def test_variables_of_the_image_are_settings() -> None:
     from service.settings import Settings
 
     everywhere = {"host", "port", "model_repo"}
-    for name, more in zip(DOCKERFILES, (set(), {"engine_cache", "max_batch", "precision"}), strict=True):
+    gpu = {"engine_cache", "max_batch", "precision"}
+    for name, more in zip(DOCKERFILES, (set(), gpu), strict=True):
         variables = re.findall(r"SOLO_(\w+)=", " ".join(rest for _, rest in instructions(name)))
         assert {v.lower() for v in variables} == everywhere | more
         assert {v.lower() for v in variables} <= set(Settings.model_fields)

@@ -271,7 +271,7 @@ def test_an_engine_that_gives_other_shapes_is_refused(
     fake_tensorrt: FakeTensorrt, tmp_path: Path
 ) -> None:
     """Its outputs would not fit their memory."""
-    with pytest.raises(BackendError, match=r"mask_probs: the engine gives \(1, 4, 32, 32\), exp"):
+    with pytest.raises(BackendError, match=r"mask_probs: the engine gives \(8, 4, 32, 32\), exp"):
         build_trt_backend(GRAPH, OPTIONS, build_config(mask_stride=8), tmp_path)
 
 
