@@ -296,6 +296,12 @@ def build_device_slots(
         BackendError: The engine was not made for the model's canvases.
     """
     canvases = sorted(find_recorded(config), key=lambda hw: -hw[0] * hw[1])
+    if not canvases:
+        logger.warning(
+            "%s lists no canvases in config.json, so it runs without CUDA graphs and in small "
+            "batches; solo-export lists them",
+            config.name,
+        )
     slots: list[Slot] = []
     built: list[DeviceSlot] = []
 

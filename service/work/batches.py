@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(eq=False)
-class _Call:
+class _SharedCall:
     """An engine call: its canvases, and how many of them are not post-processed."""
 
     size: int
@@ -44,7 +44,7 @@ class Canvas:
     candidates: TileCandidates | None = None
     call: Interval = (0.0, 0.0)
     share: float = 1.0
-    batch: _Call | None = None
+    batch: _SharedCall | None = None
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class Batches:
                 del self.buckets[taken[0].tile.image.shape]
             batch = _needed(taken)
         if batch:
-            call = _Call(len(batch), len(batch))
+            call = _SharedCall(len(batch), len(batch))
             for canvas in batch:
                 canvas.batch = call
             self.calls += 1
@@ -131,8 +131,8 @@ class Batches:
             self.pinned -= call.size
 
     def seconds_until_ripe(self, policy: Policy) -> float | None:
-        """Seconds until a batch may start; None: only the end of a call allows another."""
-        if not self.buckets or self.calls >= policy.calls:
+        """Seconds until a batch may start; None: the end of a call or of a canvas comes first."""
+        if not self.buckets or self.calls >= policy.calls or self.pinned >= policy.max_pinned:
             return None
         first_s = min(bucket[0].ready_s for bucket in self.buckets.values())
         return max(0.0, first_s + policy.max_delay_s - time.monotonic())

@@ -315,10 +315,13 @@ class TestBuilding:
         largest = max(canvas[0] * canvas[1] for canvas in canvases)
         assert rigs[0].call.bound[0].pixels == largest, "libraries allocate for the largest first"
 
-    def test_canvases_that_are_not_listed_are_never_recorded(self, fake_cuda: FakeCuda) -> None:
+    def test_canvases_that_are_not_listed_are_never_recorded(
+        self, fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+    ) -> None:
         slots, has_graphs, rigs = self.build(fake_cuda, 1, input=KEEP_RATIO_INPUT)
         assert len(slots) == 1 and has_graphs
         assert rigs[0].call.bound == []
+        assert "blobs lists no canvases in config.json" in caplog.text
         slots[0].infer(build_tiles([1], (64, 64)))
         assert fake_cuda.graphs == []
 

@@ -114,6 +114,7 @@ async def test_two_rounds_of_calls_are_post_processed_before_more(calls: int) ->
     for batch in taken:
         batches.searched(batch[0])
         assert batches.take(policy(calls=calls), at_once=True) == []
+        assert batches.seconds_until_ripe(policy(calls=calls)) is None, "a thread would not sleep"
     batches.searched(taken[0][1])
     assert len(batches.take(policy(calls=calls), at_once=True)) == 2
     assert batches.pinned == 4 * calls
