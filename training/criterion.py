@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from training.configs.schema import LossConfig
@@ -125,6 +124,6 @@ def solo_loss(
     }
 
 
-def _send(array: NDArray[Any], device: torch.device) -> Tensor:
+def _send(array: ArrayLike, device: torch.device) -> Tensor:
     """A copy on the device; asynchronous if the array is page-locked."""
     return torch.from_numpy(np.asarray(array)).to(device, non_blocking=True)

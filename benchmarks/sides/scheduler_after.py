@@ -12,11 +12,13 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from pipeline.model_config import Canvas
 from pipeline.types import Candidates, Tile, Window
 from service.engines.watch import WatchedEngine
 from service.settings import Settings
@@ -54,7 +56,7 @@ class AfterImage(ImageWork):
         super().__init__(ImageFile(None, b""), (64, 64), canvases, no_config, RequestOptions())
         self._tile = tile
 
-    def open(self) -> None:
+    def open(self, canvases: Sequence[Canvas] = ()) -> None:
         pass
 
     def make_canvas(self, index: int) -> tuple[Tile, bool]:
