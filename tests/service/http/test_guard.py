@@ -4,11 +4,12 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from starlette.types import ASGIApp
 
-from service.http.guard import MAX_HEAD_BYTES, MAX_HEADERS
+from service.http.guard import MAX_HEAD_BYTES, MAX_HEADERS, GuardedProtocol
 from service.http.refusals import REFUSAL
 from tests.support.guarded import Client, Echo, GuardedServer
 from tests.support.metrics import render
@@ -309,6 +310,8 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         await complete.send(build_post(bytes(50_000)))
         await large.send(build_post(bytes(40_000), 60_000))
         await wait_until(lambda: server.bodies.held == 90_000)
+        connections = cast(set[GuardedProtocol], server.state.connections)
+        assert sorted(other.arriving_bytes for other in connections) == [0, 0, 40_000]
         await small.send(build_post(bytes(20_000)))
         await wait_until(lambda: server.bodies.held == 70_000)
         refusals = [scope["state"].get(REFUSAL) for scope in echo.requests]
