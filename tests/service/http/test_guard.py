@@ -95,6 +95,14 @@ async def test_a_large_head_after_another_request_is_refused() -> None:
         assert (await client.read_all()).startswith(b"HTTP/1.1 431 ")
 
 
+async def test_bytes_of_the_request_before_do_not_count() -> None:
+    async with GuardedServer(Echo()) as server:
+        client = await server.connect()
+        await client.send(build_post(bytes(MAX_HEAD_BYTES - 500)) + fill_head(MAX_HEAD_BYTES - 500))
+        assert await client.read_response() == (200, bytes(MAX_HEAD_BYTES - 500))
+        assert await client.read_response() == (200, b"")
+
+
 async def test_a_request_may_have_200_headers_and_no_more() -> None:
     async with GuardedServer(Echo()) as server:
         for count, status in ((MAX_HEADERS, b"200"), (MAX_HEADERS + 1, b"431")):
@@ -320,6 +328,9 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         echo.hold.set()
         for client, count in ((complete, 50_000), (small, 20_000)):
             assert await client.read_response() == (200, bytes(count))
+        assert server.bodies.held == 0
+        large.close()
+        await wait_until(lambda: len(server.state.connections) == 2)
         assert server.bodies.held == 0
 
 

@@ -320,6 +320,15 @@ def test_one_process_changes_a_repository_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_a_change_removes_what_an_interrupted_publication_has_left(tmp_path: Path) -> None:
+    folder = publish(tmp_path)
+    staged = folder / ".9.next"
+    staged.mkdir()
+    edit_config(folder, lambda content, _: content.update(description="new"))
+    assert not staged.exists()
+    assert read_config(folder, 1).description == "new"
+
+
 def test_a_change_that_would_break_config_json_is_refused(tmp_path: Path) -> None:
     folder = publish(tmp_path)
     before = (folder / "config.json").read_bytes()
