@@ -24,7 +24,8 @@ def explain_errors(errors: Sequence[Mapping[str, Any]], kind: str) -> str:
         if error["type"] == "extra_forbidden":
             parts.append(f"there is no {kind} {_SHORT.repr(name)}")
         else:
-            parts.append(f"{name}: {error['msg']}, not {_SHORT.repr(error['input'])}")
+            reason = error["msg"].removeprefix("Value error, ")
+            parts.append(f"{name}: {reason}, not {_SHORT.repr(error['input'])}")
     if len(errors) > _MOST_ERRORS:
         parts.append(f"and {len(errors) - _MOST_ERRORS} more")
     return "; ".join(parts)

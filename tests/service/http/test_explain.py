@@ -15,6 +15,8 @@ def test_each_value_is_named() -> None:
     nested = {**error("a"), "loc": ("a", 0, "b")}
     assert explain_errors([nested], "field") == "a.0.b: Wrong, not 1"
     assert explain_errors([{**error("a"), "loc": ()}], "field") == "the body: Wrong, not 1"
+    own = {**error("a"), "msg": "Value error, it is odd"}
+    assert explain_errors([own], "field") == "a: it is odd, not 1"
 
 
 def test_much_is_abbreviated() -> None:

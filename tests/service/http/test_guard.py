@@ -4,11 +4,12 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from starlette.types import ASGIApp
 
-from service.http.guard import MAX_HEAD_BYTES, MAX_HEADERS
+from service.http.guard import MAX_HEAD_BYTES, MAX_HEADERS, GuardedProtocol
 from service.http.refusals import REFUSAL
 from tests.support.guarded import Client, Echo, GuardedServer
 from tests.support.metrics import render
@@ -92,6 +93,14 @@ async def test_a_large_head_after_another_request_is_refused() -> None:
         await client.read_response()
         await client.send(fill_head(MAX_HEAD_BYTES + 1))
         assert (await client.read_all()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_bytes_of_the_request_before_do_not_count() -> None:
+    async with GuardedServer(Echo()) as server:
+        client = await server.connect()
+        await client.send(build_post(bytes(MAX_HEAD_BYTES - 500)) + fill_head(MAX_HEAD_BYTES - 500))
+        assert await client.read_response() == (200, bytes(MAX_HEAD_BYTES - 500))
+        assert await client.read_response() == (200, b"")
 
 
 async def test_a_request_may_have_200_headers_and_no_more() -> None:
@@ -309,6 +318,8 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         await complete.send(build_post(bytes(50_000)))
         await large.send(build_post(bytes(40_000), 60_000))
         await wait_until(lambda: server.bodies.held == 90_000)
+        connections = cast(set[GuardedProtocol], server.state.connections)
+        assert sorted(other.arriving_bytes for other in connections) == [0, 0, 40_000]
         await small.send(build_post(bytes(20_000)))
         await wait_until(lambda: server.bodies.held == 70_000)
         refusals = [scope["state"].get(REFUSAL) for scope in echo.requests]
@@ -317,6 +328,9 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         echo.hold.set()
         for client, count in ((complete, 50_000), (small, 20_000)):
             assert await client.read_response() == (200, bytes(count))
+        assert server.bodies.held == 0
+        large.close()
+        await wait_until(lambda: len(server.state.connections) == 2)
         assert server.bodies.held == 0
 
 

@@ -261,7 +261,7 @@ async def test_a_version_has_one_spelling(client: httpx.AsyncClient, version: st
     ):
         assert answer.status_code == 422
         assert "invalid_parameter" in answer.text
-        assert "version" in answer.text
+        assert "version: a version is a whole number from 1" in answer.text
 
 
 async def test_a_version_beyond_all_others_is_unknown(client: httpx.AsyncClient) -> None:
