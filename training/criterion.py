@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -101,4 +102,4 @@ def solo_loss(
 
 def _send(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy on the device; asynchronous if the array is page-locked."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return torch.from_numpy(np.asarray(array)).to(device, non_blocking=True)

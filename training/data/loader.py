@@ -50,7 +50,9 @@ class Batch:
 
 def _pin(target: LevelTargets) -> LevelTargets:
     arrays = (target.labels, target.cells, target.mask_index, target.masks)
-    return LevelTargets(*(torch.from_numpy(array).pin_memory().numpy() for array in arrays))
+    return LevelTargets(
+        *(torch.from_numpy(np.asarray(array)).pin_memory().numpy() for array in arrays)
+    )
 
 
 class TrainingSamples(Dataset[Sample]):
