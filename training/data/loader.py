@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,9 @@ class Batch:
 
 
 def _pin(target: LevelTargets) -> LevelTargets:
-    arrays = (target.labels, target.cells, target.mask_index, target.masks)
-    return LevelTargets(
-        *(torch.from_numpy(np.asarray(array)).pin_memory().numpy() for array in arrays)
-    )
+    names = ("labels", "cells", "mask_index", "masks")
+    arrays = {name: torch.from_numpy(np.asarray(getattr(target, name))) for name in names}
+    return replace(target, **{name: array.pin_memory().numpy() for name, array in arrays.items()})
 
 
 class TrainingSamples(Dataset[Sample]):
