@@ -284,6 +284,13 @@ class Settings(BaseSettings):
             gpus=tuple(range(len(self.device_names))) or (0,),
         )
 
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_named(cls, devices: str | None) -> str | None:
+        if devices is not None:
+            parse_devices(devices)
+        return devices
+
     @property
     def device_names(self) -> tuple[str, ...]:
         """The parts of `devices`."""
