@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from training import distributed
+from training.weights.formats import load_checkpoint
 
 ROLLBACK_FILE = "rollback.pt"
 MOST = 3
@@ -19,13 +23,53 @@ class Diverged(FloatingPointError):
     """The loss or the gradient of a step is not finite; the weights are still those before it."""
 
 
-def keep_for_rollback(last: Path) -> None:
-    """Makes the current content of the checkpoint `last` the one to go back to."""
-    target = last.with_name(ROLLBACK_FILE)
-    partial = target.with_name(f"{ROLLBACK_FILE}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(last, partial)  # no copy: `last` is replaced, not overwritten
-    except OSError:  # a file system without hard links
-        shutil.copyfile(last, partial)
-    os.replace(partial, target)
+class Rollback:
+    """The checkpoint to go back to.
+
+    Args:
+        folder: Output folder of the run.
+        every: Steps between regular checkpoints.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path = folder / ROLLBACK_FILE
+        self._last, self._every = folder / "last.pt", every
+
+    def keep(self, step: int) -> None:
+        """After the first step from a regular checkpoint, makes that one the one to go back to."""
+        regular = step > 1 and (step - 1) % self._every == 0
+        if not (regular and distributed.is_main()):
+            return
+        partial = self.path.with_name(f"{ROLLBACK_FILE}.partial")
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(self._last, partial)  # no copy: `last.pt` is replaced, not overwritten
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self._last, partial)
+        os.replace(partial, self.path)
+
+    def load(self, step: int, error: Diverged) -> dict[str, Any]:
+        """The content of the checkpoint.
+
+        Raises:
+            Diverged: `error`, if the checkpoint is of the step that failed: a lower learning rate
+                would not change that step.
+        """
+        distributed.from_main(None)  # until the first process has written it
+        content = load_checkpoint(self.path)[1]
+        if content["step"] == step:
+            raise error
+        return content
+
+
+def describe_rollback(error: Diverged, step: int, count: int) -> str:
+    """What a rollback to a step did, for the log."""
+    return f"{error}; went back to step {step} with half the learning rate ({count} of {MOST})"
+
+
+def give_up(error: Diverged, step: int) -> Diverged:
+    """The error after the last rollback, to a step."""
+    return Diverged(
+        f"{error}, with the learning rate halved {MOST} times; last.pt is that of step {step}, "
+        "and --resume-with schedule.lr=VALUE resumes it with another rate"
+    )

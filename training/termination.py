@@ -9,11 +9,17 @@ import multiprocessing.util  # registers its own exit handler
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
+from torch import distributed as dist
+
+_RECEIVED, _KNOWN = "received", "known"
+_LOOK_S = 0.2
+_LEAVE_S = 5.0
 
 
 class Terminated(Exception):
@@ -25,41 +31,48 @@ class Interrupted(BaseException):
 
 
 class TerminationRequest:
-    """Context manager in which the first SIGTERM only sets `received`, and a second one kills.
+    """Context manager in which the first SIGTERM sets `received`, and a second one kills.
+
+    Of several processes one that receives it is enough: a thread of each looks into a store that
+    they share, and sends SIGTERM to its own process once another has received it. Further signals
+    are then ignored, because job queues and torchrun may each send one; none of the processes
+    leaves before all know, or `_LEAVE_S` have passed.
 
     Python sets signal handlers only in the main thread; in any other, `received` stays false.
 
     Args:
-        alone: Whether there is only this process. Of several, which must agree on the step at which
-            they stop, no part is interruptible, and further signals are ignored: job queues and
-            torchrun may each send one.
+        store: Shared by the processes; None: there is only this one.
+        processes: Number of processes.
     """
 
-    def __init__(self, *, alone: bool = True) -> None:
+    def __init__(self, store: dist.Store | None = None, processes: int = 1) -> None:
         self.received = False
-        self._alone = alone
+        self._store, self._processes = store, processes
         self._interruptible = False
         self._process = os.getpid()
         self._before: Any = None
+        self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data loading process that has just been forked
             return
         self.received = True
-        if self._alone:
+        if self._store is None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._interruptible:
+            self._interruptible = False  # a further signal must not interrupt the way out
             raise Interrupted
 
     @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Context in which SIGTERM raises `Interrupted` at once.
+    def interruptible(self, enabled: bool = True) -> Iterator[None]:
+        """Context in which SIGTERM raises `Interrupted` at once, if it is enabled.
 
         What runs in it must not change the state of the run.
         """
-        if self._alone and self.received:
+        if enabled and self.received:
             raise Interrupted
-        self._interruptible = self._alone
+        self._interruptible = enabled
         try:
             yield
         finally:
@@ -68,11 +81,37 @@ class TerminationRequest:
     def __enter__(self) -> TerminationRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
+            if self._store is not None:
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._watcher is not None:
+            self._watcher.join()
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+
+    def _watch(self) -> None:
+        """Tells the other processes of a SIGTERM, or this process of theirs."""
+        assert self._store is not None
+        try:
+            while not (self.received or self._ended.wait(_LOOK_S)):
+                if self._store.check([_RECEIVED]):
+                    self.received = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            if self.received:
+                self._store.set(_RECEIVED, "1")
+                self._store.add(_KNOWN, 1)
+                self._ended.wait()
+                deadline = time.monotonic() + _LEAVE_S
+                while self._store.add(_KNOWN, 0) < self._processes:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(_LOOK_S)
+        except RuntimeError:  # the process that has the store has left
+            pass
 
 
 def interrupt_backward(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from training.report import Pictures, build_pictures
 from training.resume import CHANGEABLE, apply_resume_with
 from training.run_folder import BEST_FILE, claimed, export_command
 from training.run_options import RunOptions
+from training.speed import measure_step
 from training.table_command import TABLE_MAX_DETS, run_command
 from training.termination import Terminated
 from training.trainer import Trainer, Validate
@@ -307,7 +308,8 @@ def _measure_step(data: CocoDataset, options: argparse.Namespace, config: Config
     config = replace(config, schedule=schedule)
     with tempfile.TemporaryDirectory() as folder:
         run_options = _run_options(options, Path(folder), options.seed, init=None)
-        return Trainer(config, data, replace(run_options, resume=False), None).measure_step()
+        trainer = Trainer(config, data, replace(run_options, resume=False), None)
+        return measure_step(trainer)
 
 
 def _train(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from training import distributed
@@ -27,11 +26,18 @@ from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
 from training.data.sampling import plan_share
 from training.model.solo import Solo
-from training.objective import Objective
+from training.network import build_network, build_objective
 from training.optim import BackboneFreeze, MovingAverage, build_optimizer, learning_rate
 from training.report import Picture, Pictures, describe_left, write_report
 from training.resume import Change, find_changes, require_resumable
-from training.rollback import MOST, ROLLBACK_FILE, Diverged, keep_for_rollback
+from training.rollback import (
+    MOST,
+    ROLLBACK_FILE,
+    Diverged,
+    Rollback,
+    describe_rollback,
+    give_up,
+)
 from training.run_folder import BEST_FILE
 from training.run_log import RunLog
 from training.run_options import RunOptions
@@ -76,7 +82,7 @@ class Trainer:
             processes=distributed.world_size(),
             accumulate=options.accumulate,
         )
-        self.model = self._build_model()
+        self.model = build_network(config, options, self.share.processes)
         resumes = options.resume and (options.out / "last.pt").exists()
         if options.init is not None and not resumes:
             options.init(self.model)
@@ -93,7 +99,11 @@ class Trainer:
         self.rollbacks = 0
         self.unvalidated = False
         self._started = time.monotonic(), 0
-        self.termination = TerminationRequest(alone=distributed.world_size() == 1)
+        self.termination = TerminationRequest(distributed.shared_store(), self.share.processes)
+        # A process that leaves in the middle of a step ends the wait of the others on the CPU
+        # (gloo), but not on GPUs (NCCL): these stop between steps.
+        self._steps_interruptible = self.share.processes == 1 or device_type == "cpu"
+        self.rollback = Rollback(options.out, options.checkpoint_every)
         self.changes: list[Change] = []
         if resumes:
             self._resume(options.out / "last.pt")
@@ -102,29 +112,7 @@ class Trainer:
         frozen_steps = config.schedule.frozen_backbone_epochs * self.steps_per_epoch
         self.freeze = BackboneFreeze(self.model, frozen_steps)
         self.freeze.apply(self.step)
-        self.objective = self._build_objective()
-
-    def _build_model(self) -> Solo:
-        model = Solo(self.config.model, self.config.num_classes).to(self.options.device)
-        if self.options.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        on_gpus = self.options.device.startswith("cuda") and self.share.processes > 1
-        if on_gpus and self.config.model.backbone.norm == "bn":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return model
-
-    def _build_objective(self) -> nn.Module:
-        """The network and its loss as one module."""
-        options = self.options
-        objective = Objective(
-            self.model,
-            self.config.loss,
-            precision=options.precision,
-            channels_last=options.channels_last,
-        )
-        if options.compile:
-            self.model.compile()
-        return distributed.synchronised(objective)
+        self.objective = build_objective(self.model, config, options)
 
     def _resume(self, path: Path) -> None:
         config, content = load_checkpoint(path)
@@ -183,17 +171,19 @@ class Trainer:
         """
         schedule = self.config.schedule
         if self.freeze.apply(self.step):
-            self.objective = self._build_objective()  # exchanges the gradients of other parameters
+            # Processes exchange the gradients of other parameters from now on.
+            self.objective = build_objective(self.model, self.config, self.options)
         rate = learning_rate(schedule, self.step, self.steps_per_epoch) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            with self.termination.interruptible():
+            with self.termination.interruptible(self._steps_interruptible):
                 losses = self._backward(batches)
-        except Interrupted:
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)  # batch norm statistics
+        except (Interrupted, RuntimeError) as error:
+            if isinstance(error, Interrupted) or distributed.is_lost_peer(error):
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)  # batch norm statistics
             raise
         if not math.isfinite(losses["total"]):
             raise Diverged(f"loss is {losses['total']} at step {self.step}")
@@ -264,12 +254,21 @@ class Trainer:
                     note = self._roll_back(error)
                 except Interrupted:
                     self._stop()
+                except RuntimeError as error:
+                    if not (self.termination.received and distributed.is_lost_peer(error)):
+                        raise
+                    self._stop()
                 else:
                     return self.save()
 
     def _stop(self) -> NoReturn:
+        """Saves and ends; only the first process knows the step that is saved.
+
+        Another may have been interrupted a step before or after it.
+        """
         self.save()
-        raise Terminated(f"stopped by SIGTERM at step {self.step}")
+        where = f" at step {self.step}" if distributed.is_main() else ""
+        raise Terminated(f"stopped by SIGTERM{where}")
 
     def _roll_back(self, error: Diverged) -> str:
         """Returns to the checkpoint for rollbacks with half the learning rate; says so.
@@ -278,29 +277,19 @@ class Trainer:
             Diverged: It is of the same step, or this was done too often; last.pt is then that
                 checkpoint.
         """
-        path, count = self.options.out / ROLLBACK_FILE, self.rollbacks
-        distributed.from_main(None)  # until the first process has written it
-        content = load_checkpoint(path)[1]
-        if content["step"] == self.step:  # a lower rate would not change this step
-            raise error
-        self._restore(content, path)
+        content, count = self.rollback.load(self.step, error), self.rollbacks
+        self._restore(content, self.rollback.path)
         self.rollbacks = min(count + 1, MOST)
         if count == MOST:
             self.save()
-            raise Diverged(
-                f"{error}, with the learning rate halved {MOST} times; last.pt is that of step "
-                f"{self.step}, and --resume-with schedule.lr=VALUE resumes it with another rate"
-            )
-        return (
-            f"{error}; went back to step {self.step} with half the learning rate "
-            f"({self.rollbacks} of {MOST})"
-        )
+            raise give_up(error, self.step)
+        return describe_rollback(error, self.step, self.rollbacks)
 
     def _fit(self, note: str) -> None:
         """Trains from the current step; `note` says why it starts here, if it is not empty."""
         started, before = time.monotonic(), self.seconds
         self._started = started, self.step
-        steps = self._steps()
+        steps = self.batches()
         bar = tqdm(
             initial=self.step,
             total=self.total_steps,
@@ -319,7 +308,7 @@ class Trainer:
                 numbers = self.train_step(*batches)
                 self.seconds = before + time.monotonic() - started
                 bar.update()
-                self._keep_for_rollback()
+                self.rollback.keep(self.step)
                 if self.step % self.options.log_every == 0:
                     log.write(self.step, {**numbers, "seconds": self.seconds})
                     bar.set_postfix(loss=f"{numbers['total']:.3f}", mask=f"{numbers['mask']:.3f}")
@@ -331,15 +320,9 @@ class Trainer:
 
         The exchange with data loading processes is not interruptible: they would report an error.
         """
-        own = self.options.workers == 0
-        with self.termination.interruptible() if own else contextlib.nullcontext():
+        enabled = self.options.workers == 0 and self._steps_interruptible
+        with self.termination.interruptible(enabled):
             return next(steps, [])
-
-    def _keep_for_rollback(self) -> None:
-        """After the first step from a regular checkpoint, keeps that one for rollbacks."""
-        regular = self.step > 1 and (self.step - 1) % self.options.checkpoint_every == 0
-        if regular and distributed.is_main():
-            keep_for_rollback(self.options.out / "last.pt")
 
     def _finish_step(self, log: RunLog) -> bool:
         """Validates and saves if it is time; whether to stop because of the time limit.
@@ -349,8 +332,9 @@ class Trainer:
         """
         options = self.options
         late = options.max_seconds is not None and self.seconds > options.max_seconds
+        self.unvalidated = self._validation_due()
         stop, terminated = distributed.any_process(late, self.termination.received)
-        self.unvalidated = self._validation_due() or (stop and not terminated)
+        self.unvalidated |= stop and not terminated
         if terminated:
             self._stop()
         if self.unvalidated:
@@ -359,24 +343,7 @@ class Trainer:
             self.save()
         return stop
 
-    def measure_step(self, steps: int = 3) -> float:
-        """Median time of a step with its data, s, after one that is not counted.
-
-        Changes the weights.
-        """
-        times: list[float] = []
-        self.model.train()
-        with contextlib.closing(self._steps()) as batches:
-            while len(times) <= steps:
-                started = time.monotonic()
-                step = next(batches, None)
-                if step is None:
-                    break
-                self.train_step(*step)
-                times.append(time.monotonic() - started)
-        return statistics.median(times[1:] or times)
-
-    def _steps(self) -> Generator[list[Batch]]:
+    def batches(self) -> Generator[list[Batch]]:
         """Yields the batches of this process, one list per step."""
         loader = build_loader(
             self.data,
@@ -413,8 +380,8 @@ class Trainer:
             self.unvalidated = False
             return
         pictures: list[Picture] = []
+        model = self.averaged_model()
         with self.termination.interruptible():
-            model = self.averaged_model()
             numbers = self.validate(model, self.config)
             if self.pictures is not None and distributed.is_main():
                 pictures = self.pictures(model, self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from training.data.coco import CocoDataset
 from training.evaluate import CheckpointPredictor, evaluate_model, predict
 from training.model.solo import Solo
 from training.run_options import RunOptions
+from training.termination import Terminated
+from training.train import TERMINATED_STATUS
 from training.trainer import Trainer
 from training.weights.formats import load_checkpoint
 
@@ -64,6 +67,41 @@ def train_long(root: Path, out: Path) -> None:
         Trainer(config, data, options, None).fit()
 
 
+def train_stuck(root: Path, out: Path, where: str, stuck: int) -> None:
+    """The process `stuck` stays for ten minutes in the third step, or in the validation after it.
+
+    The others wait for it. Each process leaves a file when it comes to that place.
+    """
+
+    def stay() -> None:
+        (out / f"in_{distributed.rank()}").touch()
+        if distributed.rank() == stuck:
+            time.sleep(600)
+
+    def validate(model: Solo, config: Config) -> dict[str, float]:
+        if where == "validation":
+            stay()
+        return distributed.from_main({"AP": 0.5})
+
+    with distributed.joined("cpu"):
+        config = replace(TILES, schedule=replace(TILES.schedule, epochs=3))
+        data = CocoDataset(root, "train")
+        trainer = Trainer(config, data, RunOptions(out=out, workers=0), validate)
+        assert trainer.total_steps == 3
+        weight = trainer.model.head.category_out.weight
+
+        def hook(gradient: torch.Tensor) -> None:
+            if where == "step" and trainer.step == 2:
+                stay()
+
+        weight.register_hook(hook)  # type: ignore[no-untyped-call]
+        try:
+            trainer.fit()
+        except Terminated as stop:
+            print(stop)
+            sys.exit(TERMINATED_STATUS)
+
+
 def curve(folder: Path, name: str) -> list[float]:
     """One number of every step."""
     with (folder / "metrics.csv").open(newline="") as file:
@@ -107,5 +145,8 @@ def main(root: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    what = {"all": main, "long": train_long}[sys.argv[1]]
-    what(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] == "stuck":
+        train_stuck(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    else:
+        what = {"all": main, "long": train_long}[sys.argv[1]]
+        what(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from tests.support.tiny import annotation_of, disc, write_split
+from tests.support.tiny import annotation_of, disc, rle_of, write_image, write_split
 from training.coco_metrics import mask_ap
+from training.data.coco import CocoDataset
 
 SIDE = 200
 
@@ -85,3 +91,40 @@ def test_results_are_not_changed(tmp_path: Path) -> None:
     before = json.dumps(results)
     mask_ap(truth_of(tmp_path, masks), results)
     assert json.dumps(results) == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_score_is_that_of_pycocotools_on_the_file(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = [(f"{i}.png", 60, 80) for i in range(4)]
+    annotations, results = [], []
+    for _ in range(60):
+        image_id, category_id = int(rng.integers(1, 5)), int(rng.choice([3, 7]))
+        y, x, radius = rng.uniform(5, 55), rng.uniform(5, 75), rng.uniform(3, 20)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+        outline = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1).ravel()
+        truth = annotation_of(disc(60, 80, y, x, radius), image_id, category_id)
+        truth["area"] = float(rng.choice([truth["area"], 500, 2000, 20000]))
+        truth["iscrowd"] = int(rng.random() < 0.1)
+        if rng.random() < 0.5:
+            truth["segmentation"] = [outline.tolist()]
+        annotations.append(truth)
+        found = disc(60, 80, y + rng.normal(), x + rng.normal(), radius)
+        result = {"image_id": image_id, "category_id": category_id, "score": float(rng.random())}
+        results.append(result | {"segmentation": rle_of(found)})
+    for name, height, width in images:
+        write_image(tmp_path / "images" / name, np.zeros((height, width, 3), np.uint8))
+    path = write_split(tmp_path, "val", images, annotations)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            COCO(str(path)), COCO(str(path)).loadRes([dict(r) for r in results]), "segm"
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    data = CocoDataset(tmp_path, "val")
+    assert sum(len(r.crowds) for r in data.records) > 0
+    metrics = mask_ap(data.truth(), results)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert tuple(metrics[name] for name in names) == tuple(evaluation.stats[:6])
+    assert metrics["AR"] == evaluation.stats[8] and metrics["AP"] > 0.1

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import threading
@@ -15,20 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from pipeline.types import Detection
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.tiny import (
     CLASSES,
     TINY,
-    annotation_of,
     build_tiny_data,
     disc,
     rle_of,
-    write_image,
-    write_split,
 )
 from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset
@@ -248,43 +242,6 @@ def test_what_is_harmless_does_not_change_the_score(
     assert 0.5 < expected["AP"] < 1
     same = CocoDataset(changed(edit), "val")
     assert mask_ap(same.truth(), perfect(same)) == expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_score_is_that_of_pycocotools_on_the_file(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    images = [(f"{i}.png", 60, 80) for i in range(4)]
-    annotations, results = [], []
-    for _ in range(60):
-        image_id, category_id = int(rng.integers(1, 5)), int(rng.choice([3, 7]))
-        y, x, radius = rng.uniform(5, 55), rng.uniform(5, 75), rng.uniform(3, 20)
-        angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
-        outline = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1).ravel()
-        truth = annotation_of(disc(60, 80, y, x, radius), image_id, category_id)
-        truth["area"] = float(rng.choice([truth["area"], 500, 2000, 20000]))
-        truth["iscrowd"] = int(rng.random() < 0.1)
-        if rng.random() < 0.5:
-            truth["segmentation"] = [outline.tolist()]
-        annotations.append(truth)
-        found = disc(60, 80, y + rng.normal(), x + rng.normal(), radius)
-        result = {"image_id": image_id, "category_id": category_id, "score": float(rng.random())}
-        results.append(result | {"segmentation": rle_of(found)})
-    for name, height, width in images:
-        write_image(tmp_path / "images" / name, np.zeros((height, width, 3), np.uint8))
-    path = write_split(tmp_path, "val", images, annotations)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(
-            COCO(str(path)), COCO(str(path)).loadRes([dict(r) for r in results]), "segm"
-        )
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    data = CocoDataset(tmp_path, "val")
-    assert sum(len(r.crowds) for r in data.records) > 0
-    metrics = mask_ap(data.truth(), results)
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    assert tuple(metrics[name] for name in names) == tuple(evaluation.stats[:6])
-    assert metrics["AR"] == evaluation.stats[8] and metrics["AP"] > 0.1
 
 
 def test_classes_that_are_numbered_otherwise_are_refused(

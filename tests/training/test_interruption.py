@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,20 +112,47 @@ def test_kill_9_in_an_epoch_loses_an_interval_at_most(
     assert kept[0] == kept[1] and len(kept[0]) > 24
 
 
+def assert_stopped(ended: list[tuple[int, str]], step: int) -> None:
+    """Every process was stopped by SIGTERM; the first one names the step of its checkpoint."""
+    for rank, (status, text) in enumerate(ended):
+        assert status == TERMINATED_STATUS, text
+        where = "" if rank else f" at step {step}"
+        assert f"stopped by SIGTERM{where}" in text
+        assert "Traceback" not in text, text
+
+
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None:
     # To the whole group, data loading processes included, as a job queue sends it.
     processes = start_python([endless_run(root, tmp_path)] * count)
     wait_until((tmp_path / "last.pt").exists, processes)
     signal_groups(processes[:1], signal.SIGTERM)  # one process is enough to stop all
+    assert_stopped(finish(processes), content(tmp_path)["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "stuck", "signalled"),
+    [
+        *(("step", stuck, signalled) for stuck in (0, 1) for signalled in (0, 1)),
+        *(("validation", stuck, 1 - stuck) for stuck in (0, 1)),
+    ],
+)
+def test_sigterm_to_one_process_does_not_wait_for_a_long_step(
+    where: str, stuck: int, signalled: int, root: Path, tmp_path: Path
+) -> None:
+    """One process stays for ten minutes in a step or a validation, the other one waits for it."""
+    command = ["-m", "tests.support.shared_training", "stuck", str(root), str(tmp_path)]
+    processes = start_python([[*command, where, str(stuck)]] * 2)
+    wait_until(lambda: all((tmp_path / f"in_{rank}").exists() for rank in (0, 1)), processes)
+    started = time.monotonic()
+    processes[signalled].send_signal(signal.SIGTERM)
     ended = finish(processes)
-    steps = set()
-    for status, text in ended:
-        assert status == TERMINATED_STATUS, text
-        found = re.search(r"stopped by SIGTERM at step (\d+); the same command resumes it", text)
-        assert found and "Traceback" not in text, text
-        steps.add(int(found[1]))
-    assert steps == {content(tmp_path)["step"]}
+    assert time.monotonic() - started < 60
+    step = 2 if where == "step" else 3
+    assert_stopped(ended, step)
+    saved = content(tmp_path)
+    assert saved["step"] == step and saved["unvalidated"] == (where == "validation")
 
 
 @pytest.fixture

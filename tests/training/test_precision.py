@@ -85,7 +85,7 @@ def test_the_scale_of_fp16_gradients_is_resumed_and_an_overflow_leaves_a_step_ou
     trainer = Trainer(longer, data, options, None)
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**40})
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    numbers = trainer.train_step(*next(trainer._steps()))
+    numbers = trainer.train_step(*next(trainer.batches()))
     assert trainer.step == 1 and numbers["total"] < 10
     for key, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -103,7 +103,7 @@ def test_a_bf16_run_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
 
     build("unbroken").fit()
     first = build("broken")
-    first.train_step(*next(first._steps()))
+    first.train_step(*next(first.batches()))
     first.save()
     second = build("broken")
     assert second.step == 1

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import TINY, TINY_SGD, build_tiny_data
+from tests.support.trained import assert_same_run, build, column, longer
 from training.configs import get_config
-from training.configs.schema import Config, ScheduleConfig
+from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.data.loader import build_loader
 from training.model.solo import Solo
-from training.optim import MovingAverage, build_optimizer, learning_rate
-from training.rollback import Diverged
 from training.run_log import RunLog
-from training.run_options import RunOptions
 from training.termination import Terminated
-from training.trainer import Trainer, Validate
+from training.trainer import Trainer
 from training.weights.formats import CheckpointError, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,56 +36,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     return CocoDataset(build_tiny_data(tmp_path_factory.mktemp("data")), "train")
 
 
-def longer(config: Config, epochs: int) -> Config:
-    return replace(config, schedule=replace(config.schedule, epochs=epochs))
-
-
-def build(
-    config: Config, data: CocoDataset, out: Path, validate: Validate | None = None, **more: Any
-) -> Trainer:
-    options = {"workers": 0, "log_every": 1, "checkpoint_every": 2, **more}
-    return Trainer(config, data, RunOptions(out=out, **options), validate)
-
-
-def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Every tensor in nested containers by its path."""
-    if isinstance(value, Tensor):
-        return {path: value}
-    if isinstance(value, dict):
-        pairs: Any = value.items()
-    elif isinstance(value, list | tuple):
-        pairs = enumerate(value)
-    else:
-        return {path: torch.tensor(value)} if isinstance(value, int | float) else {}
-    found: dict[str, Tensor] = {}
-    for key, item in pairs:
-        found |= tensors(item, f"{path}.{key}")
-    return found
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, averages, optimizer and counters are equal bit for bit; the clock is not."""
-    first, second = load_checkpoint(a)[1], load_checkpoint(b)[1]
-    for content in (first, second):
-        del content["seconds"]
-    one, other = tensors(first), tensors(second)
-    assert one.keys() == other.keys() and len(one) > 100
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-
-
-def column(folder: Path, name: str) -> dict[str, float]:
-    """Values of one metric by step."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return {row[0]: float(row[2]) for row in csv.reader(file) if row[1] == name}
-
-
 def test_copies_to_the_device_do_not_wait(
     data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build(TINY, data, tmp_path)
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
-    (step,) = itertools.islice(trainer._steps(), 1)
+    (step,) = itertools.islice(trainer.batches(), 1)
     batches = [batch.pin_memory() for batch in step]
     levels = [level for batch in batches for image in batch.targets for level in image]
     loaded = {batch.images.data_ptr() for batch in batches}
@@ -178,101 +132,6 @@ def test_the_time_limit_stops_with_a_checkpoint(data: CocoDataset, tmp_path: Pat
     assert load_checkpoint(tmp_path / "last.pt")[1]["step"] == 1
     assert load_checkpoint(tmp_path / "best.pt")[1]["best"] == 0.5
     assert calls == [False]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(data: CocoDataset, tmp_path: Path) -> None:
-    trainer = build(TINY, data, tmp_path)
-    with torch.no_grad():
-        trainer.model.head.category_out.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="nan at step 0"):
-        trainer.fit()
-    assert not (tmp_path / "last.pt").exists()
-
-
-def poison(trainer: Trainer, step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the loss of a step not finite, the first times that it is computed."""
-    original, left = trainer._backward, [times]
-
-    def backward(batches: Any) -> dict[str, float]:
-        numbers = original(batches)
-        if trainer.step == step and left[0] > 0:
-            left[0] -= 1
-            numbers["total"] = math.inf
-        return numbers
-
-    monkeypatch.setattr(trainer, "_backward", backward)
-
-
-@pytest.mark.parametrize(("step", "to"), [(1, 0), (3, 2), (4, 2), (5, 4)])
-def test_a_loss_that_is_not_finite_goes_back_with_half_the_rate(
-    step: int, to: int, data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Step 4 fails from the checkpoint of step 4 itself, which may be the cause.
-    config = longer(TINY_SGD, 6)
-    trainer = build(config, data, tmp_path)
-    poison(trainer, step, 1, monkeypatch)
-    trainer.fit()
-    rates = list(column(tmp_path, "lr").values())
-    expected = [learning_rate(config.schedule, s, 1) for s in range(6)]
-    assert rates == pytest.approx(expected[:to] + [rate / 2 for rate in expected[to:]], rel=1e-5)
-    (note,) = [
-        line for line in (tmp_path / "metrics.csv").read_text().splitlines() if ",note," in line
-    ]
-    assert note.startswith(f"{to},note,loss is inf at step {step}; went back to step {to} with")
-    assert load_checkpoint(tmp_path / "last.pt")[1]["rollbacks"] == 1
-
-
-def test_a_rollback_does_not_depend_on_where_a_run_was_stopped(
-    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = []
-    for name, stops in (("a", []), ("b", [3, 4]), ("c", [1, 2, 3])):
-        for stop in stops:
-            trainer = build(longer(TINY_SGD, 6), data, tmp_path / name)
-            finish, wanted = trainer._finish_step, stop
-            monkeypatch.setattr(
-                trainer,
-                "_finish_step",
-                lambda log, t=trainer, f=finish, w=wanted: t._stop() if t.step == w else f(log),
-            )
-            with pytest.raises(Terminated, match=f"at step {stop}"):
-                trainer.fit()
-        trainer = build(longer(TINY_SGD, 6), data, tmp_path / name)
-        poison(trainer, 3 if name == "c" else 4, 1, monkeypatch)
-        results.append(trainer.fit())
-    reference = build(longer(TINY_SGD, 6), data, tmp_path / "d")
-    poison(reference, 3, 1, monkeypatch)
-    assert_same_run(results[0], results[1])
-    assert_same_run(results[2], reference.fit())
-
-
-def test_rollbacks_are_bounded_and_another_rate_begins_anew(
-    data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = build(longer(TINY_SGD, 6), data, tmp_path)
-    poison(trainer, 3, 100, monkeypatch)
-    with pytest.raises(
-        Diverged, match=r"inf at step 3, .*halved 3 times; .*resume-with schedule.lr"
-    ):
-        trainer.fit()
-    assert (tmp_path / "metrics.csv").read_text().count(",note,") == 3
-    content = load_checkpoint(tmp_path / "last.pt")[1]
-    assert (content["step"], content["rollbacks"]) == (2, 3)
-    lower = replace(TINY_SGD, schedule=replace(TINY_SGD.schedule, epochs=6, lr=0.001))
-    resumed = build(lower, data, tmp_path)
-    assert resumed.rollbacks == 0
-    resumed.fit()
-    assert column(tmp_path, "lr")["3"] == pytest.approx(learning_rate(lower.schedule, 2, 1))
-
-
-def test_a_gradient_that_is_not_finite_is_not_applied(data: CocoDataset, tmp_path: Path) -> None:
-    trainer = build(TINY_SGD, data, tmp_path)
-    weight = trainer.model.head.category_out.weight
-    weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
-    before = weight.detach().clone()
-    with pytest.raises(Diverged, match="gradient norm is nan at step 0"):
-        trainer.fit()
-    assert torch.equal(weight, before)
 
 
 def test_an_interrupted_step_leaves_the_state_before_it(
@@ -482,69 +341,6 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     with (out / "metrics.csv").open(newline="") as file:
         steps = [int(row[0]) for row in list(csv.reader(file))[1:]]
     assert max(steps) == resumed.step + 1
-
-
-def test_a_resumed_log_drops_later_and_broken_rows(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,name,value\n1,a,1\n2,a,2\n3,a,3\n4,")
-    with RunLog(tmp_path, 2) as log:
-        log.write(3, {"a": 7.0})
-    assert (tmp_path / "metrics.csv").read_text().split() == [
-        "step,name,value",
-        "1,a,1",
-        "2,a,2",
-        "3,a,7",
-    ]
-    with RunLog(tmp_path, 0):
-        pass
-    assert (tmp_path / "metrics.csv").read_text().split() == ["step,name,value"]
-
-
-def test_step_schedule() -> None:
-    schedule = ScheduleConfig(lr=1.0, epochs=10, milestones=(4, 8), warmup_steps=5)
-    rates = [learning_rate(schedule, step, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(1e-3)
-    assert rates[:6] == sorted(rates[:6]) and rates[5] == 1.0
-    assert rates[39] == 1.0
-    assert rates[40] == pytest.approx(0.1) and rates[79] == pytest.approx(0.1)
-    assert rates[80] == pytest.approx(0.01)
-
-
-def test_cosine_schedule() -> None:
-    schedule = ScheduleConfig(schedule="cosine", lr=2.0, epochs=10, warmup_steps=0)
-    rates = [learning_rate(schedule, step, 10) for step in range(101)]
-    assert rates[0] == 2 and rates[50] == pytest.approx(1) and rates[100] == pytest.approx(0)
-    assert rates == sorted(rates, reverse=True)
-
-
-def test_only_what_trains_is_optimised() -> None:
-    frozen = replace(
-        TINY.model, backbone=replace(TINY.model.backbone, norm="frozen_bn", frozen_stages=1)
-    )
-    model = Solo(frozen, 2)
-    sgd = build_optimizer(model, ScheduleConfig())
-    count = sum(len(g["params"]) for g in sgd.param_groups)
-    assert count == sum(p.requires_grad for p in model.parameters())
-    assert count < len(list(model.parameters()))
-    adamw = build_optimizer(model, TINY.schedule)
-    decayed, plain = adamw.param_groups
-    assert decayed["weight_decay"] == TINY.schedule.weight_decay and plain["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim <= 1 for p in plain["params"])
-    assert len(decayed["params"]) + len(plain["params"]) == count
-
-
-def test_moving_average_by_hand() -> None:
-    model = Solo(TINY.model, 2)
-    average = MovingAverage(model, 0.9)
-    key = "head.category_out.bias"
-    expected = average.state[key].clone()
-    for step in range(1, 30):
-        with torch.no_grad():
-            model.state_dict()[key].add_(0.1)
-        average.update(model, step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * model.state_dict()[key]
-    torch.testing.assert_close(average.state[key], expected)
-    assert average.state["backbone.bn1.num_batches_tracked"].dtype == torch.int64
 
 
 def test_gradients_are_clipped(data: CocoDataset, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import TINY, TINY_SGD, build_tiny_data
-from tests.training.test_trainer import Stop, assert_same_run, build, interrupt_at
+from tests.support.trained import assert_same_run, build
+from tests.training.test_trainer import Stop, interrupt_at
 from training.configs.io import apply_overrides
 from training.configs.schema import BackboneConfig, Config, ScheduleConfig
 from training.data.coco import CocoDataset
@@ -124,7 +125,7 @@ def test_a_rollback_over_the_boundary_freezes_again(
 def test_frozen_parameters_have_no_optimizer_state(data: CocoDataset, tmp_path: Path) -> None:
     trainer = build(staged(TINY), data, tmp_path)
     held = {id(p) for p in trainer.freeze.parameters}
-    steps = trainer._steps()
+    steps = trainer.batches()
     for step in range(3):
         trainer.model.train()
         trainer.train_step(*next(steps))

@@ -13,8 +13,9 @@ from pycocotools import mask as coco_mask
 from pipeline.model_config import KeepRatioResize, TileResize
 from pipeline.preprocess import keep_ratio_size
 from training.configs.schema import AugmentConfig
+from training.cropped_masks import CroppedMasks
 from training.data.records import Annotation
-from training.targets import CroppedMasks, Objects
+from training.targets import Objects
 
 UInt8 = NDArray[np.uint8]
 Rng = np.random.Generator

@@ -306,8 +306,9 @@ class TestBuilding:
 
     def test_every_size_of_the_models_canvases_is_recorded(self, fake_cuda: FakeCuda) -> None:
         canvases = choose_canvases(read_config(input=KEEP_RATIO_INPUT).input)
-        config = {"input": KEEP_RATIO_INPUT, "canvases": canvases}
-        slots, has_graphs, rigs = self.build(fake_cuda, 1, **config)
+        slots, has_graphs, rigs = self.build(
+            fake_cuda, 1, input=KEEP_RATIO_INPUT, canvases=canvases
+        )
         assert len(slots) == 1 and has_graphs
         wanted = {BatchShape(size, canvas) for size in (1, 4, 8) for canvas in canvases}
         assert set(rigs[0].call.bound) == wanted and len(rigs[0].call.bound) == len(wanted)
