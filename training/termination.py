@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 _RECEIVED, _KNOWN = "received", "known"
 _LOOK_S = 0.2
@@ -45,7 +45,7 @@ class TerminationRequest:
         processes: Number of processes.
     """
 
-    def __init__(self, store: dist.Store | None = None, processes: int = 1) -> None:
+    def __init__(self, store: Store | None = None, processes: int = 1) -> None:
         self.received = False
         self._store, self._processes = store, processes
         self._interruptible = False
