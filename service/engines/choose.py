@@ -168,11 +168,9 @@ def _list_routes(
     for precision in dict.fromkeys((options.precision, *fallbacks)):
         if isinstance(gpu, Gpu):
             yield from _list_gpu_routes(gpu, options.engine, precision)
-        if options.device == "cuda":
-            continue
-        if options.free_precision and options.engine in ("auto", "ort", "openvino"):
+        if options.device != "cuda" and options.free_precision and options.engine != "aoti":
             yield from _list_timed_routes(options, artefacts, config, refusals)
-        else:
+        elif options.device != "cuda":
             yield from _list_cpu_routes(options.engine, precision, artefacts)
 
 
@@ -220,7 +218,7 @@ def _list_timed_routes(
 ) -> Iterator[_Route]:
     """Engines and precisions that cost next to no AP, fastest first."""
     routes = []
-    if options.engine != "openvino":
+    if options.engine in ("auto", "ort"):
         routes.append(_on_cpu("ort", "fp32", artefacts))
         is_good = config.ap_cost.get("int8", math.inf) <= MAX_AP_COST
         if is_good and graph_file("int8") in artefacts:
@@ -228,7 +226,7 @@ def _list_timed_routes(
     if options.engine == "openvino" or (options.engine == "auto" and _has_openvino()):
         precision = _find_openvino_precision(config, refusals)
         routes.append(_on_cpu("openvino", precision, artefacts))
-    if len(routes) == 1:
+    if len(routes) <= 1:
         yield from routes
         return
     candidates = [
