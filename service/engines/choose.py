@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,6 +188,8 @@ def _list_gpu_routes(gpu: Gpu, engine: EngineKind, precision: Precision) -> Iter
         yield _Route("aoti", "cuda", precision, name_package(gpu.target, precision))
     if engine in ("auto", "ort"):
         yield _Route("ort", "cuda", precision, graph)
+    if engine == "openvino":  # which says that it cannot
+        yield _Route("openvino", "cuda", precision, graph)
 
 
 def _list_cpu_routes(
@@ -221,14 +224,15 @@ def _list_timed_routes(
 ) -> Iterator[_Route]:
     """Engines and precisions that cost next to no AP, fastest first."""
     routes = []
-    if options.engine != "openvino":
-        known = [p for p, cost in config.ap_cost.items() if cost <= MAX_AP_COST]
-        found = ("fp32", *(p for p in known if graph_file(p) in artefacts))
-        routes = [_on_cpu("ort", precision, artefacts) for precision in dict.fromkeys(found)]
+    if options.engine in ("auto", "ort"):
+        routes.append(_on_cpu("ort", "fp32", artefacts))
+        is_good = config.ap_cost.get("int8", math.inf) <= MAX_AP_COST
+        if is_good and graph_file("int8") in artefacts:
+            routes.append(_on_cpu("ort", "int8", artefacts))
     if options.engine == "openvino" or (options.engine == "auto" and _has_openvino()):
         precision = _find_openvino_precision(config, refusals)
         routes.append(_on_cpu("openvino", precision, artefacts))
-    if len(routes) == 1:
+    if len(routes) <= 1:
         yield from routes
         return
     candidates = [

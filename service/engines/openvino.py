@@ -48,6 +48,8 @@ def is_installed() -> bool:
 
 def find_obstacle(options: BackendOptions) -> str | None:
     """Why OpenVINO cannot run with the options, or None."""
+    if options.device == "cuda":
+        return "it runs on the CPU"
     if not is_installed():
         return "it is not installed (extra openvino)"
     if options.precision not in HINTS:

@@ -13,7 +13,7 @@ from service.engines import choose, openvino
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.slots import HostSlot, SlotBackend
 from service.engines.trial import Candidate
-from service.errors import ModelRefused
+from service.errors import DeviceError, ModelRefused
 from tests.service.engines.test_choose import Version
 from tests.support import fake_gpu
 from tests.support.blob_model import build_graph
@@ -92,7 +92,8 @@ def test_a_recorded_precision_is_a_candidate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any
 ) -> None:
     trials = set_trials(monkeypatch, onnxruntime_fp32=0.04, onnxruntime_int8=0.02)
-    version = with_ap_cost(Version(tmp_path, INT8_FILE), int8=0.002, fp32=0.0)
+    files = {**INT8_FILE, "model.bf16.onnx": b"not for this runtime"}
+    version = with_ap_cost(Version(tmp_path, files), int8=0.002, fp32=0.0, bf16=0.0)
     backend = version.build(replace(FREE, engine=engine))
     assert (backend.name, backend.precision) == ("onnxruntime", "int8")
     assert trials.asked == [{ORT: "model.onnx", "onnxruntime int8": "model.int8.onnx"}]
@@ -195,6 +196,35 @@ def test_openvino_that_is_asked_for_is_taken_or_named(
         with pytest.raises(BackendError, match="OpenVINO on the CPU: it is not installed"):
             Version(tmp_path).build(wanted)
     assert trials.asked == []
+
+
+@pytest.mark.parametrize("engine", ["trt", "aoti"])
+def test_an_engine_for_gpus_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    install_openvino(monkeypatch, "bf16")
+    trials = set_trials(monkeypatch, onnxruntime_fp32=0.04, openvino_bf16=0.02)
+    with pytest.raises(BackendError, match=f"engine {engine}, device cpu"):
+        Version(tmp_path).build(replace(FREE, engine=engine))
+    assert trials.asked == []
+
+
+@pytest.mark.parametrize(("device", "expected"), [("auto", "cpu"), ("cuda", None)])
+def test_openvino_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Any, expected: str | None
+) -> None:
+    fake_gpu.install(monkeypatch)
+    find_obstacle = openvino.find_obstacle
+    install_openvino(monkeypatch, "bf16")
+    monkeypatch.setattr(openvino, "find_obstacle", find_obstacle)
+    monkeypatch.setattr(openvino, "_list_capabilities", lambda: frozenset({"BF16"}))
+    wanted = replace(FREE, engine="openvino", device=device)
+    if expected is None:
+        with pytest.raises(DeviceError, match="OpenVINO on CUDA: it runs on the CPU"):
+            Version(tmp_path).build(wanted)
+    else:
+        backend = Version(tmp_path).build(wanted)
+        assert (backend.name, backend.device) == ("openvino", expected)
 
 
 @pytest.mark.parametrize("engine", ["auto", "openvino"])

@@ -153,6 +153,21 @@ def test_the_native_precision(
     assert find_native_precision() == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Exception from src/core.cpp:1:\n\nCheck 'a' failed at b\n No such \nfile",
+            "No such file",
+        ),
+        ("Exception from src/core.cpp:1:", "RuntimeError('Exception from src/core.cpp:1:')"),
+        ("x" * 500, "x" * 400),
+    ],
+)
+def test_errors_of_the_library_are_shortened(text: str, expected: str) -> None:
+    assert openvino._shorten(RuntimeError(text)) == expected
+
+
 @installed
 class TestInstalled:
     def test_the_library_sends_no_usage_data(self, options: BackendOptions) -> None:
@@ -241,7 +256,21 @@ print(telemetry_utils.tm.__name__, sorted(m for m in sys.modules if m.startswith
         assert backend.concurrency == expected[0]
         assert built[0]["NUM_STREAMS"] == expected[0]
         assert built[0]["INFERENCE_NUM_THREADS"] == expected[1]
+        assert built[0]["ENABLE_CPU_PINNING"] is False
         assert "CACHE_DIR" not in built[0]
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [({}, [1, 128, 128, 3]), ({"input": KEEP_RATIO_INPUT}, [1, None, None, 3])],
+        ids=["one canvas", "many"],
+    )
+    def test_one_canvas_is_compiled_for_its_shape(
+        self, content: dict[str, Any], expected: list[int | None]
+    ) -> None:
+        graph = openvino._read(build_graph(), read_config(**content))
+        shape = graph.input("images").partial_shape
+        assert [side.get_length() if side.is_static else None for side in shape] == expected
+        assert graph.input("valid_hw").partial_shape.to_shape() == [1, 2]
 
     def test_a_call_is_ended_between_two_operators(self, options: BackendOptions) -> None:
         side, count = 1024, 100
