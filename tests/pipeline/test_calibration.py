@@ -90,7 +90,7 @@ def test_answers_and_thresholds_are_calibrated() -> None:
     masks = np.zeros((3, 8, 8), np.float32)
     for number in range(3):
         masks[number, :, 2 * number] = 1
-    candidates = Candidates(np.float32([0.75, 0.5, 0.25]), np.zeros(3, np.int64), masks)
+    candidates = Candidates(np.array([0.75, 0.5, 0.25], np.float32), np.zeros(3, np.int64), masks)
     spec = PostprocessSpec(nms=MaskNms(), score_threshold=0.85)
     calibration = Calibration(network=(0, 0.5, 1), reported=(0, 0.8, 1))
 
