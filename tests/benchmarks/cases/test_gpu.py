@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import engines as gpu_engines
+from benchmarks.gpu.engines import EngineRecipe, find_package
 from benchmarks.gpu.subjects import MODELS, OBJECTS, build_subject, find_config
+from export.to_aoti import AotiOptions, describe_package
 from pipeline.types import Candidates
+from tests.service.engines.test_aoti_package import build_archive
 from training.configs.schema import Config
 
 RunCase = Callable[..., Any]
@@ -28,8 +34,10 @@ def test_it_runs_to_its_end_without_a_gpu(
     run_case: RunCase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = ("tiny_vanilla", "tiny_decoupled")
-    report = run_case(*COMMAND, *ONE_CORE, "--engines", "trt", "ort", "--models", *models)
-    assert [row["model"] for row in report["rows"]] == list(models)
+    engines = ("trt", "ort", "eager")
+    report = run_case(*COMMAND, *ONE_CORE, "--engines", *engines, "--models", *models)
+    assert [row["model"] for row in report["rows"]] == [models[0]] * 2 + [models[1]] * 2
+    assert [row["engine"] for row in report["rows"]] == ["onnxruntime", "eager"] * 2
     for row in report["rows"]:
         check_row(row)
     assert min(report["ceilings"].values()) > 0
@@ -47,6 +55,34 @@ def test_compiled_packages_run_too(run_case: RunCase) -> None:
     assert report["skipped"] == []
     for row in report["rows"]:
         check_row(row)
+
+
+def test_a_package_is_compiled_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as torch, machine and network are the same, and batches do not get larger."""
+    made: list[int] = []
+
+    def build(network: object, config: Config, options: AotiOptions) -> bytes:
+        made.append(options.max_batch)
+        return build_archive(describe_package(config, options).to_metadata())
+
+    monkeypatch.setattr(gpu_engines, "build_aoti", build)
+    recipe = EngineRecipe(device="cpu", precision="fp32")
+    small, large = (build_subject("tiny_vanilla", batch) for batch in (2, 4))
+    file = find_package(small, recipe, tmp_path)
+    assert file == tmp_path / "tiny_vanilla" / "model.cpu.fp32.pt2"
+    assert find_package(small, recipe, tmp_path) == file and made == [2]
+    find_package(large, recipe, tmp_path)
+    find_package(small, recipe, tmp_path)
+    assert made == [2, 4]
+    file.write_bytes(b"cut short")
+    find_package(small, recipe, tmp_path)
+    other = replace(describe_package(small.config, recipe.package_options(small.served)), torch="1")
+    file.write_bytes(build_archive(other.to_metadata()))
+    find_package(small, recipe, tmp_path)
+    assert made == [2, 4, 2, 2]
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
 
 
 def test_without_a_gpu_it_refuses(
