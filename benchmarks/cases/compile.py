@@ -25,12 +25,12 @@ def compile(
     precision: Annotated[PackagePrecision, "of the convolutions and masks"] = "bf16",
     max_batch: Annotated[int, "most canvases in a call"] = 32,
 ) -> Report:
-    recipe = EngineRecipe(device=device, precision=precision, packages=packages)
+    recipe = EngineRecipe(device=device, precision=precision)
     rows: list[Row] = []
     for name in models:
         began_s = time.perf_counter()
         try:
-            file = find_package(build_subject(name, max_batch), recipe)
+            file = find_package(build_subject(name, max_batch), recipe, packages)
         except ExportError as error:
             raise BenchmarkError(f"{name}: {error}") from error
         seconds = round(time.perf_counter() - began_s, 1)

@@ -99,8 +99,9 @@ def publish_subject(subject: GpuSubject, root: Path, recipe: EngineRecipe | None
     """
     files = {ONNX_FILE: build_onnx(subject.network)}
     if recipe is not None:
-        file = find_package(subject, recipe)
-        files[file.name] = file.read_bytes()
+        with tempfile.TemporaryDirectory() as scratch:
+            file = find_package(subject, recipe, recipe.packages or Path(scratch))
+            files[file.name] = file.read_bytes()
     specs = {file: FileSpec(**describe_file(data)) for file, data in files.items()}
     config = subject.served.model_copy(update={"files": specs})
     folder = root / config.name
@@ -112,15 +113,14 @@ def publish_subject(subject: GpuSubject, root: Path, recipe: EngineRecipe | None
     return folder
 
 
-def find_package(subject: GpuSubject, recipe: EngineRecipe) -> Path:
-    """The subject's package as solo-export makes it; compiled unless it was kept.
+def find_package(subject: GpuSubject, recipe: EngineRecipe, packages: Path) -> Path:
+    """The subject's package as solo-export makes it; compiled unless `packages` has it.
 
-    One that was kept for larger batches is taken too. It has the name of `name_package`.
+    One that was kept for larger batches is taken too.
     """
     options = recipe.package_options(subject.served)
     wanted = describe_package(subject.config, options)
-    root = recipe.packages or Path(tempfile.mkdtemp())
-    file = root / subject.config.name / name_package(wanted.target, wanted.precision)
+    file = packages / subject.config.name / name_package(wanted.target, wanted.precision)
     if file.exists():
         try:
             kept = read_info(file.read_bytes())

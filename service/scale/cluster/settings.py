@@ -11,6 +11,7 @@ from service.settings import PositiveInt, Settings
 
 _ONE_SERVER_ONLY = {
     "admin_port": "Serve has one port",
+    "devices": "Ray gives each worker its GPUs, see --num-gpus",
     "model_control": "it would change one worker; use --model-poll-s",
     "workers": "use --min-replicas",
     "worker_timeout_s": "Serve checks its replicas",
@@ -101,6 +102,8 @@ class ClusterSettings(Settings):
     def server_settings(self) -> dict[str, Any]:
         """What each process's `Settings` are made of; its current folder is another one."""
         settings = self.model_dump(include=set(Settings.model_fields))
+        if self.num_gpus >= 2:  # of those that Ray shows to the worker
+            settings["devices"] = ",".join(map(str, range(int(self.num_gpus))))
         return {
             name: value.absolute() if isinstance(value, Path) else value
             for name, value in settings.items()

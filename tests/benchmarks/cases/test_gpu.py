@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import engines as gpu_engines
+from benchmarks.gpu.engines import EngineRecipe, find_package
 from benchmarks.gpu.subjects import MODELS, OBJECTS, build_subject, find_config
+from export.to_aoti import AotiOptions, describe_package
 from pipeline.types import Candidates
+from tests.service.engines.test_aoti_package import build_archive
 from training.configs.schema import Config
 
 RunCase = Callable[..., Any]
@@ -42,11 +48,40 @@ def test_it_runs_to_its_end_without_a_gpu(
 
 @pytest.mark.slow
 def test_compiled_packages_run_too(run_case: RunCase) -> None:
-    flags = ("--engines", "aoti", "--models", "tiny_decoupled")
+    flags = ("--engines", "eager", "aoti", "--models", "tiny_decoupled")
     report = run_case(*COMMAND, *ONE_CORE, *flags)
     assert report["skipped"] == []
+    assert [row["engine"] for row in report["rows"]] == ["eager", "aotinductor"]
     for row in report["rows"]:
         check_row(row)
+
+
+def test_a_package_is_compiled_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as torch, machine and network are the same, and batches do not get larger."""
+    made: list[int] = []
+
+    def build(network: object, config: Config, options: AotiOptions) -> bytes:
+        made.append(options.max_batch)
+        return build_archive(describe_package(config, options).to_metadata())
+
+    monkeypatch.setattr(gpu_engines, "build_aoti", build)
+    recipe = EngineRecipe(device="cpu", precision="fp32")
+    small, large = (build_subject("tiny_vanilla", batch) for batch in (2, 4))
+    file = find_package(small, recipe, tmp_path)
+    assert file == tmp_path / "tiny_vanilla" / "model.cpu.fp32.pt2"
+    assert find_package(small, recipe, tmp_path) == file and made == [2]
+    find_package(large, recipe, tmp_path)
+    find_package(small, recipe, tmp_path)
+    assert made == [2, 4]
+    file.write_bytes(b"cut short")
+    find_package(small, recipe, tmp_path)
+    other = replace(describe_package(small.config, recipe.package_options(small.served)), torch="1")
+    file.write_bytes(build_archive(other.to_metadata()))
+    find_package(small, recipe, tmp_path)
+    assert made == [2, 4, 2, 2]
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
 
 
 def test_without_a_gpu_it_refuses(

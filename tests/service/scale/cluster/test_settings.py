@@ -40,3 +40,9 @@ def test_a_process_gets_the_servers_settings(tmp_path: Path) -> None:
     assert (settings.max_batch, settings.threads) == (3, 2)
     assert settings.model_repo == Path.cwd() / "models"
     assert (settings.keys_file, settings.engine_cache) == (tmp_path, None)
+
+
+@pytest.mark.parametrize(("num_gpus", "gpus"), [("0.5", (0,)), ("1", (0,)), ("2", (0, 1))])
+def test_a_worker_uses_the_gpus_that_ray_gives_it(num_gpus: str, gpus: tuple[int, ...]) -> None:
+    settings = ClusterSettings.model_validate({"num_gpus": num_gpus})
+    assert Settings(**settings.server_settings()).backend_options().gpus == gpus
