@@ -7,7 +7,9 @@ import contextlib
 import multiprocessing
 import multiprocessing.util  # registers its own exit handler
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
-_RECEIVED, _KNOWN = "received", "known"
+_RECEIVED, _KNOWN, _READY = "received", "known", "ready"
 _LOOK_S = 0.2
 _LEAVE_S = 5.0
 
@@ -34,8 +36,9 @@ class TerminationRequest:
     """Context manager in which the first SIGTERM sets `received`, and a second one kills.
 
     Of several processes one that receives it is enough: a thread of each looks into a store that
-    they share, and sends SIGTERM to its own process once another has received it. Further signals
-    are then ignored, because job queues and torchrun may each send one; none of the processes
+    they share, and sends SIGTERM to its own process once another has received it. The thread also
+    learns of the signal while the main thread waits for another process, where no Python runs.
+    Further signals are then ignored, because job queues and torchrun may each send one; no process
     leaves before all know, or `_LEAVE_S` have passed.
 
     Python sets signal handlers only in the main thread; in any other, `received` stays false.
@@ -43,16 +46,19 @@ class TerminationRequest:
     Args:
         store: Shared by the processes; None: there is only this one.
         processes: Number of processes.
+        rank: That of this process; the first one leaves last.
     """
 
-    def __init__(self, store: Store | None = None, processes: int = 1) -> None:
+    def __init__(self, store: Store | None = None, processes: int = 1, rank: int = 0) -> None:
         self.received = False
-        self._store, self._processes = store, processes
+        self._store, self._processes, self._rank = store, processes, rank
         self._interruptible = False
         self._process = os.getpid()
         self._before: Any = None
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup_before = -1
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data loading process that has just been forked
@@ -82,36 +88,47 @@ class TerminationRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
             if self._store is not None:
-                self._watcher = threading.Thread(target=self._watch, daemon=True)
-                self._watcher.start()
+                self._start_watching(self._store)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._watcher is not None:
+        if self._watcher is not None and self._wakeup is not None:
             self._watcher.join()
+            signal.set_wakeup_fd(self._wakeup_before)
+            for end in self._wakeup:
+                end.close()
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _watch(self) -> None:
+    def _start_watching(self, store: Store) -> None:
+        reader, writer = self._wakeup = socket.socketpair()
+        writer.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, args=(store, reader), daemon=True)
+        self._watcher.start()
+
+    def _watch(self, store: Store, wakeup: socket.socket) -> None:
         """Tells the other processes of a SIGTERM, or this process of theirs."""
-        assert self._store is not None
-        try:
-            while not (self.received or self._ended.wait(_LOOK_S)):
-                if self._store.check([_RECEIVED]):
+        with contextlib.suppress(RuntimeError):  # the process that has the store has left
+            while not (self.received or self._ended.is_set()):
+                if select.select([wakeup], [], [], _LOOK_S)[0]:
+                    self.received |= signal.SIGTERM in wakeup.recv(100)  # a byte for each signal
+                elif store.check([_RECEIVED]):
                     self.received = True
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if self.received:
-                self._store.set(_RECEIVED, "1")
-                self._store.add(_KNOWN, 1)
-                self._ended.wait()
-                deadline = time.monotonic() + _LEAVE_S
-                while self._store.add(_KNOWN, 0) < self._processes:
-                    if time.monotonic() > deadline:
-                        break
-                    time.sleep(_LOOK_S)
-        except RuntimeError:  # the process that has the store has left
-            pass
+                store.set(_RECEIVED, "1")
+                self._agree(store, _KNOWN)
+                self._agree(store, _READY, wait=self._rank == 0)  # the store may be its own
+
+    def _agree(self, store: Store, key: str, *, wait: bool = True) -> None:
+        """Counts this process; waits for the others, `_LEAVE_S` at most."""
+        count = store.add(key, 1)
+        deadline = time.monotonic() + _LEAVE_S
+        while wait and count < self._processes and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            count = store.add(key, 0)
 
 
 def interrupt_backward(model: nn.Module) -> None:

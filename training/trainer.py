@@ -99,7 +99,9 @@ class Trainer:
         self.rollbacks = 0
         self.unvalidated = False
         self._started = time.monotonic(), 0
-        self.termination = TerminationRequest(distributed.shared_store(), self.share.processes)
+        self.termination = TerminationRequest(
+            distributed.shared_store(), self.share.processes, self.share.rank
+        )
         # A process that leaves in the middle of a step ends the wait of the others on the CPU
         # (gloo), but not on GPUs (NCCL): these stop between steps.
         self._steps_interruptible = self.share.processes == 1 or device_type == "cpu"
