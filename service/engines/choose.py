@@ -174,7 +174,8 @@ def _list_routes(
     if options.free_precision and options.engine != "aoti":
         yield from _list_timed_routes(options, artefacts, config, refusals)
         return
-    if options.device == "auto":  # half precision is for GPUs, the CPU computes it in float32
+    computes_halves = options.engine in ("auto", "openvino") and _has_openvino()
+    if options.device == "auto" and not computes_halves:  # ONNX Runtime turns halves into float32
         precisions.sort(key=lambda precision: precision in ("fp16", "bf16"))
     for precision in precisions:
         yield from _list_cpu_routes(options.engine, precision, artefacts)
