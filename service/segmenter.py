@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from pipeline.decode import check_size
 from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec, ModelConfig
 from service.cores import count_cores
-from service.errors import ServiceError, describe_error
+from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
 from service.models.served import ServedModel
 from service.models.store import ModelStore
@@ -27,6 +28,8 @@ from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_
 from service.work.pixels import PixelBudget
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
+
+logger = logging.getLogger(__name__)
 
 
 class LocalSegmenter:
@@ -148,6 +151,9 @@ class LocalSegmenter:
         if outcome.timing is None:
             assert outcome.error is not None
             code = describe_error(outcome.error)[1]["code"]
+            if code == "internal_error":
+                logger.error("an image failed", exc_info=outcome.error)
+                drop_frames(outcome.error)
             metrics.image_errors.labels(name, code).inc()
         else:
             metrics.count_image(name, outcome)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ from pipeline.types import Detection, Prepared, Tile, UInt8
 from service.errors import TooManyCanvases, describe_error, drop_frames
 from service.observe.timing import Interval, attribute_time
 from service.work.request import ImageFile, Outcome, RequestOptions
-
-logger = logging.getLogger(__name__)
 
 HW = tuple[int, int]
 
@@ -286,9 +283,8 @@ def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -
 
 
 def fail(file_name: str | None, error: Exception) -> Outcome:
-    """The outcome of an image that failed; logs an error that nobody has foreseen."""
+    """The outcome of an image that failed; an error that is to be logged keeps its frames."""
     _, detail = describe_error(error)
-    if detail["code"] == "internal_error":
-        logger.error("an image failed", exc_info=error)
-    drop_frames(error)
+    if detail["code"] != "internal_error":
+        drop_frames(error)
     return Outcome(orjson.dumps({"file_name": file_name, "error": detail}), error=error)
