@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,13 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 """Timeout of a collective operation; long because the first process scores validations alone."""
-_store: dist.Store | None = None
+_store: Store | None = None
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
 
@@ -71,14 +74,14 @@ def joined(device: str) -> Iterator[str]:
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     global _store
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    _store = dist.PrefixStore("training", store)
+    _store = dist.PrefixStore("training", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     yield device
     # Not after an error: the other processes might never get here; the exit of this one tells them.
     dist.destroy_process_group()
 
 
-def shared_store() -> dist.Store | None:
+def shared_store() -> Store | None:
     """A store of keys and values that all processes share; None: there is only this process."""
     return _store if world_size() > 1 else None
 

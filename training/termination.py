@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _RECEIVED, _KNOWN, _READY = "received", "known", "ready"
 _LOOK_S = 0.2
@@ -49,7 +51,7 @@ class TerminationRequest:
         rank: That of this process; the first one leaves last.
     """
 
-    def __init__(self, store: dist.Store | None = None, processes: int = 1, rank: int = 0) -> None:
+    def __init__(self, store: Store | None = None, processes: int = 1, rank: int = 0) -> None:
         self.received = False
         self._store, self._processes, self._rank = store, processes, rank
         self._interruptible = False
@@ -101,14 +103,14 @@ class TerminationRequest:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _start_watching(self, store: dist.Store) -> None:
+    def _start_watching(self, store: Store) -> None:
         reader, writer = self._wakeup = socket.socketpair()
         writer.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(store, reader), daemon=True)
         self._watcher.start()
 
-    def _watch(self, store: dist.Store, wakeup: socket.socket) -> None:
+    def _watch(self, store: Store, wakeup: socket.socket) -> None:
         """Tells the other processes of a SIGTERM, or this process of theirs."""
         with contextlib.suppress(RuntimeError):  # the process that has the store has left
             while not (self.received or self._ended.is_set()):
@@ -122,7 +124,7 @@ class TerminationRequest:
                 self._agree(store, _KNOWN)
                 self._agree(store, _READY, wait=self._rank == 0)  # the store may be its own
 
-    def _agree(self, store: dist.Store, key: str, *, wait: bool = True) -> None:
+    def _agree(self, store: Store, key: str, *, wait: bool = True) -> None:
         """Counts this process; waits for the others, `_LEAVE_S` at most."""
         count = store.add(key, 1)
         deadline = time.monotonic() + _LEAVE_S
