@@ -35,8 +35,8 @@ def _node(op_type: str, inputs: str, outputs: str, **attributes: Any) -> NodePro
 
 def _nodes() -> list[NodeProto]:
     return [
-        _node("Transpose", "images", "planes", perm=[0, 3, 1, 2]),
-        _node("Cast", "planes", "pixels", to=TensorProto.FLOAT),
+        _node("Cast", "images", "values", to=TensorProto.FLOAT),
+        _node("Transpose", "values", "pixels", perm=[0, 3, 1, 2]),
         _node("Sub", "pixels mean", "centred"),
         _node("Div", "centred deviation", "normalised"),
         _node("Conv", "normalised stem_weight", "features", strides=[2, 2], pads=[1, 1, 1, 1]),
@@ -55,7 +55,8 @@ def _nodes() -> list[NodeProto]:
         _node("Squeeze", "width", "columns"),
         _node("Cast", "columns", "columns_float", to=TensorProto.FLOAT),
         _node("Range", "zero columns_float one", "steps"),
-        _node("Div", "steps columns_float", "coordinates"),
+        _node("ReduceMax", "steps", "last_step", keepdims=0),
+        _node("Div", "steps last_step", "coordinates"),
         _node("Shape", "active", "batch", start=0, end=1),
         _node("Shape", "active", "sides", start=2, end=4),
         _node("Concat", "batch single sides", "grid_shape", axis=0),
