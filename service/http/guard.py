@@ -54,7 +54,7 @@ _LINGER_S = 2.0
 """How long a client whose connection is being closed may send nothing. If it were closed while the
 client sends, a reset could overtake the response."""
 _MAX_LINGER_S = 30.0
-"""How long it may go on sending."""
+"""How long it may go on sending, and at most as many bytes as a body may have."""
 _EXCESS_HEAD_TIMEOUT_S = 2.0
 _UNSENT_BYTES = 131_072
 """Bytes that the system holds unsent. By default it takes megabytes at once, so that for a minute
@@ -100,6 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._response_timer = ResponseTimer(guard.settings)
         self._running: RequestResponseCycle | None = None  # not the newest of pipelined requests
         self._is_deaf = False  # what still arrives is dropped
+        self._dropped = 0  # bytes
         self._linger_since_s: float | None = None
         self._probe: asyncio.TimerHandle | None = None
 
@@ -142,6 +143,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """Parses, in pieces that end where the head must have ended."""
         if self._is_deaf:
             self._since_s = time.monotonic()
+            self._dropped += len(data)
+            if self._linger_since_s is not None and self._dropped > self._settings.max_body_bytes:
+                self.transport.abort()
             return
         self._unset_keepalive_if_required()
         start = 0

@@ -46,7 +46,8 @@ def test_copies_to_the_device_do_not_wait(
     levels = [level for batch in batches for image in batch.targets for level in image]
     loaded = {batch.images.data_ptr() for batch in batches}
     loaded |= {batch.valid_hw.data_ptr() for batch in batches}
-    loaded |= {getattr(x, n).ctypes.data for x in levels for n in vars(x) if getattr(x, n).size}
+    arrays = [value for level in levels for value in vars(level).values() if value is not None]
+    loaded |= {array.ctypes.data for array in arrays if array.size}
     sent: dict[int, bool] = {}
     send = Tensor.to
 

@@ -49,7 +49,7 @@ async def test_an_error_of_a_library_does_not_travel(
     class LocalError(Exception):
         """Cannot be pickled."""
 
-    def open_image(self: ImageWork) -> None:
+    def open_image(self: ImageWork, canvases: Any) -> None:
         raise LocalError("local")
 
     monkeypatch.setattr(ImageWork, "open", open_image)
@@ -67,7 +67,7 @@ async def test_a_call_counts_for_its_client(
     held: list[int] = []
     admission = worker._segmenter.admission
 
-    def open_image(self: ImageWork) -> None:
+    def open_image(self: ImageWork, canvases: Any) -> None:
         held.append(admission.held(ClientProfile(name="a")))
         raise UnsupportedFormat("enough")
 
