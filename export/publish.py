@@ -21,13 +21,8 @@ from typing import Any
 from export.errors import GraphError, PublishError
 from export.gpu_graph import GPU_FILES, require_gpu_graph
 from pipeline.errors import ConfigError
-from pipeline.model_config import (
-    SCHEMA_VERSION,
-    FileSpec,
-    ModelConfig,
-    RepositoryConfig,
-    parse_model_config,
-)
+from pipeline.model_config import FileSpec, ModelConfig
+from pipeline.repository_config import SCHEMA_VERSION, RepositoryConfig, parse_model_config
 from service.models.repository import (
     CONFIG_FILE,
     ONNX_FILE,
