@@ -27,8 +27,6 @@ def build_graph(name: str) -> bytes:
 
 
 GRAPH = build_graph("graph")
-
-
 OTHER = build_graph("other")
 
 
