@@ -24,8 +24,8 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.inputs import build_jpeg
 from benchmarks.ours import ONNX_FILE, load_model, open_session
 from pipeline.decode import decode_image
-from pipeline.encode import decode_counts
 from pipeline.nms import pairwise_iou
+from pipeline.overlaps import column_runs
 from pipeline.paste import paste_masks
 from pipeline.postprocess import postprocess, select
 from pipeline.preprocess import keep_ratio_size, prepare
@@ -233,7 +233,7 @@ def build_rle(prepared: Prepared, candidates: Candidates, count: int) -> Pipelin
     """Run lengths alone: ours of edges, as pasting gives them; pycocotools' of dense masks."""
     found = postprocess(prepared, [candidates], solo_spec(count))
     height, width = prepared.image_hw
-    edges = [find_edges(instance.rle["counts"], height) for instance in found]
+    edges = [column_runs(instance).ravel() for instance in found]
     splits = np.cumsum([0, *map(len, edges)])
     joined = np.concatenate(edges)
     masks: Bool = coco_mask.decode([instance.rle for instance in found])
@@ -248,22 +248,3 @@ def build_rle(prepared: Prepared, candidates: Candidates, count: int) -> Pipelin
         lambda ours, theirs: float(sum(a != b for a, b in zip(ours, theirs, strict=True))),
         {"pycocotools": 0},
     )
-
-
-def find_edges(counts: bytes, height: int) -> NDArray[np.int64]:
-    """Where the runs of a mask start and end, each within one column, of compressed run lengths.
-
-    Args:
-        counts: COCO's.
-        height: Of the image.
-    """
-    places = np.cumsum(decode_counts(counts), dtype=np.int64)
-    stops = places[1::2]
-    starts = places[0::2][: len(stops)]
-    first = starts // height
-    columns = (stops - 1) // height - first + 1
-    run = np.repeat(np.arange(len(starts)), columns)
-    column = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(columns) - columns, columns)
-    begins = np.maximum(starts[run], column * height)
-    ends = np.minimum(stops[run], (column + 1) * height)
-    return np.asarray(np.stack([begins, ends], axis=1).reshape(-1))

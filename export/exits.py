@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from export.config_json import describe_file
 from export.errors import ParityError
 from export.exit_graph import add_exits
 from export.parity import Case, run_onnx
-from export.publish import Artefact, describe_file
+from export.publish import Artefact
 from pipeline.model_config import ModelConfig
 from pipeline.types import Candidates
 from service.engines.artefacts import ONNX_FILE

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from export.config_json import describe_file, merge_config
 from export.errors import ExportError
 from export.parity import Case
-from export.publish import describe_file, merge_config
 from pipeline.model_config import FileSpec, InputSpec, ModelConfig
 from pipeline.preprocess import prepare
 from service.engines.base import BackendOptions

@@ -9,8 +9,6 @@ Servers, and whoever interrupts it, find the old or the new state, see `service.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.config_json import (
+    add_version,
+    describe_file,
+    read_repository,
+    read_version,
+    replace_files,
+)
 from export.errors import GraphError, PublishError
 from export.gpu_graph import GPU_FILES, require_gpu_graph
-from pipeline.errors import ConfigError
-from pipeline.model_config import (
-    SCHEMA_VERSION,
-    FileSpec,
-    ModelConfig,
-    RepositoryConfig,
-    parse_model_config,
-)
+from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import (
     CONFIG_FILE,
     ONNX_FILE,
@@ -35,7 +33,6 @@ from service.models.repository import (
     format_json,
     lock_repository,
     read_default,
-    read_repository_config,
     recover,
     write_default,
     write_version,
@@ -44,19 +41,6 @@ from training.weights.formats import WEIGHTS_FILE
 
 PARITY_FILE = "parity.json"
 ARTEFACT_NAME = re.compile(r"model(\.[a-z0-9_]+){2,}")
-SECTIONS = (
-    "task",
-    "description",
-    "input",
-    "card",
-    "classes",
-    "candidates",
-    "mask_stride",
-    "postprocess",
-    "limits",
-    "canvases",
-)
-"""Sections that versions can share at the top level of config.json, in its order."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +94,6 @@ class Release:
         return self.config.version
 
 
-def describe_file(data: bytes) -> dict[str, Any]:
-    """A file's entry in config.json."""
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-
-
-def read_repository(folder: Path) -> RepositoryConfig | None:
-    """Reads config.json of a model folder; None if it does not exist.
-
-    Raises:
-        PublishError: It is invalid, or belongs to another model.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        repository = read_repository_config(folder)
-    except FileNotFoundError:
-        return None
-    except (OSError, ConfigError) as error:
-        raise PublishError(f"{file} cannot be extended: {error}") from error
-    if repository.name != folder.name:
-        raise PublishError(f"{file} belongs to the model {repository.name!r}")
-    return repository
-
-
 def next_version(folder: Path) -> int:
     """One more than the highest version in config.json or as a folder."""
     repository = read_repository(folder)
@@ -153,59 +114,6 @@ def require_free(root: Path, name: str, version: int, *, force: bool = False) ->
     target = root / name / str(version)
     if (listed or target.exists()) and not force:
         raise PublishError(f"{target} already exists; choose another version or use --force")
-
-
-def merge_config(repository: RepositoryConfig | None, new: ModelConfig) -> dict[str, Any]:
-    """Returns config.json with a version added or replaced.
-
-    The new version's sections become the shared ones. Other versions with different sections get
-    their own in their entries, so their meaning does not change.
-
-    Raises:
-        PublishError: An existing version is invalid.
-    """
-    shared = _sections(new)
-    versions: dict[int, dict[str, Any]] = {}
-    for number in repository.version_numbers if repository else []:
-        if repository is None or number == new.version:
-            continue
-        try:
-            old = repository.for_version(number)
-        except ConfigError as error:
-            raise PublishError(f"config.json cannot be extended: {error}") from error
-        versions[number] = _entry(old, shared)
-    versions[new.version] = _entry(new, shared)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": new.name,
-        **shared,
-        **_policy(repository),
-        "versions": {str(number): versions[number] for number in sorted(versions)},
-    }
-
-
-def _policy(repository: RepositoryConfig | None) -> dict[str, Any]:
-    """The `serve` section, if config.json has one."""
-    if repository is None or "serve" not in repository.model_fields_set:
-        return {}
-    return {"serve": repository.serve.model_dump(mode="json")}
-
-
-def _sections(config: ModelConfig) -> dict[str, Any]:
-    content = config.model_dump(mode="json")
-    return {section: content[section] for section in SECTIONS}
-
-
-def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
-    content = config.model_dump(mode="json")
-    differing = {s: content[s] for s in SECTIONS if content[s] != shared[s]}
-    return {**differing, **_measured(config), "provenance": content["provenance"]}
-
-
-def _measured(config: ModelConfig) -> dict[str, Any]:
-    """A version's `files`, and its `ap_cost` and `calibration` if they were measured."""
-    content = config.model_dump(mode="json", include={"files", "ap_cost", "calibration"})
-    return {name: value for name, value in content.items() if name == "files" or value}
 
 
 def publish(root: Path, release: Release, *, force: bool = False) -> Path:
@@ -235,23 +143,15 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
         )
     _require_gpu_graphs(target, {ONNX_FILE: release.graph} | _name_files(release.artefacts))
     require_free(root, release.config.name, release.version, force=force)
-    _merge_listed(folder, release)
+    config = _list_artefacts(release.config, release.artefacts)
+    add_version(folder, config)  # an invalid config.json fails before anything is written
     root.mkdir(parents=True, exist_ok=True)
     with lock_repository(root):
         recover(folder)
         require_free(root, release.config.name, release.version, force=force)
-        config = _merge_listed(folder, release)
-        write_version(folder, release.version, _list_files(release), format_json(config))
+        content = format_json(add_version(folder, config))
+        write_version(folder, release.version, _list_files(release), content)
     return target
-
-
-def _merge_listed(folder: Path, release: Release) -> dict[str, Any]:
-    """config.json with the version and its additional files."""
-    repository = read_repository(folder)
-    listed = _list_artefacts(release.config, release.artefacts)
-    config = merge_config(repository, listed)
-    _check_unchanged(repository, config, listed)
-    return config
 
 
 def _list_files(release: Release) -> dict[str, bytes]:
@@ -354,23 +254,8 @@ def add_artefacts(
         listed = sorted({artefact.name for artefact in artefacts} & set(current.files))
         if listed and not force:
             raise PublishError(f"{target / listed[0]} already exists; --force replaces it")
-        config = _change_files(folder, _list_artefacts(current, artefacts))
+        config = replace_files(folder, _list_artefacts(current, artefacts))
         write_version(folder, version, _name_files(artefacts), format_json(config), keep=True)
-
-
-def read_version(folder: Path, version: int) -> ModelConfig:
-    """The configuration of a published version.
-
-    Raises:
-        PublishError: It does not exist or is invalid.
-    """
-    repository = read_repository(folder)
-    if repository is None:
-        raise PublishError(f"{folder} has no {CONFIG_FILE}; is it a model folder in model_repo?")
-    try:
-        return repository.for_version(version)
-    except ConfigError as error:
-        raise PublishError(f"{folder / CONFIG_FILE} cannot be extended: {error}") from error
 
 
 def _require_passed(file: Path, parity: dict[str, Any]) -> None:
@@ -397,24 +282,3 @@ def _list_artefacts(config: ModelConfig, artefacts: Sequence[Artefact]) -> Model
             if measured is not None:
                 ap_cost[precision] = round(measured["fp32"] - measured["variant"], 4)
     return config.model_copy(update={"files": {**config.files, **added}, "ap_cost": ap_cost})
-
-
-def _change_files(folder: Path, version: ModelConfig) -> dict[str, Any]:
-    """config.json with a version's `files` and `ap_cost` replaced, and nothing else."""
-    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
-    entry = content["versions"][str(version.version)]
-    entry.pop("ap_cost", None)
-    entry.update(_measured(version))
-    _check_unchanged(read_repository(folder), content, version)
-    return content
-
-
-def _check_unchanged(
-    repository: RepositoryConfig | None, config: dict[str, Any], version: ModelConfig
-) -> None:
-    """Asserts that a new config.json parses to `version` and to the other existing versions."""
-    merged = parse_model_config(json.dumps(config))
-    assert merged.for_version(version.version) == version
-    for number in repository.version_numbers if repository else []:
-        if repository is not None and number != version.version:
-            assert merged.for_version(number) == repository.for_version(number)

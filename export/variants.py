@@ -18,12 +18,13 @@ from typing import Any, Literal
 import onnxruntime as ort
 
 from export.agreement import INT8, TYPED, check_thresholds, compare_graphs
+from export.config_json import describe_file
 from export.emulate import emulate
 from export.errors import ExportError, ParityError
 from export.measure import data_cases, measure_ap
 from export.parity import Case, build_cases, canvas_sizes
 from export.precision import LowPrecision, lower_precision
-from export.publish import Artefact, describe_file
+from export.publish import Artefact
 from export.quantize import quantize, require_disjoint, sample_calibration
 from pipeline.model_config import ModelConfig
 from training.data.coco import CocoDataset

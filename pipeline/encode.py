@@ -12,34 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.model_config import ModelConfig
+from pipeline.runs import read_counts
 from pipeline.types import Detection, UInt8
 
 SCORE_DIGITS = 6
 
 
-def decode_counts(counts: bytes) -> NDArray[np.int64]:
-    """Run lengths of a compressed COCO RLE: zeros, ones, zeros, ... in column-major order.
-
-    Each run is stored as the difference to the run two before it, in groups of five bits, least
-    significant first; the sixth bit of a group is the continuation flag.
-    """
-    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((groups & 0x20) == 0)
-    first = np.concatenate([[0], last[:-1] + 1])
-    sizes = last - first + 1
-    place = np.arange(len(groups)) - np.repeat(first, sizes)
-    runs = np.add.reduceat((groups & 0x1F) << (5 * place), first)
-    runs -= np.where(groups[last] & 0x10, np.int64(1) << (5 * sizes), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
 def decode_box(instance: Detection) -> UInt8:
     """The mask's pixels inside its box: [h, w] uint8 0/1, without building the full mask."""
     x, y, box_w, box_h = instance.bbox_xywh
-    height = instance.rle["size"][0]
-    edges = np.cumsum(decode_counts(instance.rle["counts"]))
+    height, width = instance.rle["size"]
+    edges = np.cumsum(read_counts(instance.rle["counts"], height * width))
     column, row = np.divmod(edges, height)
     # Number of box pixels before each edge, in column-major order.
     before = (column - x) * box_h + np.clip(row - y, 0, box_h)

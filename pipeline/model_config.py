@@ -1,19 +1,12 @@
-"""config.json of a model: all that the service knows of it (DESIGN: the model_repo contract).
-
-Top-level sections hold for every version; a version's entry may replace any of them.
-"""
+"""One version of a model: all that the service knows of it."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.errors import ConfigError
-from pipeline.strict_json import parse_json
-
-SCHEMA_VERSION = 1
 MAX_INT = 2**31 - 1
 MAX_SIDE_PX = 16_384
 MAX_CANVAS_PX = 4096 * 4096
@@ -23,9 +16,6 @@ MAX_CLASSES = 10_000
 MAX_ZOOM = 4
 """Largest factor between the scale of a request and the model's own, either way."""
 MAX_CANVASES = 16
-_MOST_ERRORS = 5
-_LONGEST_REASON = 1000
-_LONGEST_NAME = 80
 Ordinal = Annotated[int, Field(ge=0, lt=1024)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
@@ -337,119 +327,3 @@ class ModelConfig(Spec):
             if not any(h >= height and w >= width for h, w in self.canvases):
                 raise ValueError(f"no canvas holds the largest image, {height}x{width} px")
         return self
-
-
-class LatestVersions(Spec):
-    """The highest versions, as many as asked for."""
-
-    policy: Literal["latest"] = "latest"
-    count: PositiveInt = 1
-
-
-class AllVersions(Spec):
-    """Every version."""
-
-    policy: Literal["all"] = "all"
-
-
-class SpecificVersions(Spec):
-    """The versions that are named."""
-
-    policy: Literal["specific"] = "specific"
-    versions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-
-
-VersionPolicy = Annotated[
-    LatestVersions | AllVersions | SpecificVersions, Field(discriminator="policy")
-]
-
-
-class RepositoryConfig(Spec):
-    """config.json: shared sections and the versions."""
-
-    schema_version: Literal[1] = 1
-    name: ModelName
-    task: str = "segmentation"
-    description: str = ""
-    input: dict[str, Any] | None = None
-    classes: Annotated[list[dict[str, Any]], Field(max_length=MAX_CLASSES)] | None = None
-    card: dict[str, Any] | None = None
-    candidates: int | None = None
-    mask_stride: int | None = None
-    postprocess: dict[str, Any] | None = None
-    limits: dict[str, Any] | None = None
-    canvases: list[Any] | None = None
-    serve: VersionPolicy = LatestVersions()
-    versions: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], dict[str, Any]]
-
-    @property
-    def version_numbers(self) -> list[int]:
-        """Ascending."""
-        return sorted(int(v) for v in self.versions)
-
-    @property
-    def served_versions(self) -> list[int]:
-        """Those that are to be served at once, ascending.
-
-        Raises:
-            ConfigError: There is no version, or one that is named is not there.
-        """
-        present = self.version_numbers
-        if not present:
-            raise ConfigError(f"model {self.name!r} names no version")
-        if isinstance(self.serve, AllVersions):
-            return present
-        if isinstance(self.serve, LatestVersions):
-            return present[-self.serve.count :]
-        missing = sorted(set(self.serve.versions) - set(present))
-        if missing:
-            raise ConfigError(
-                f"model {self.name!r} is to be served in {missing}, but has only {present}"
-            )
-        return sorted(set(self.serve.versions))
-
-    def for_version(self, version: int) -> ModelConfig:
-        """The shared sections with what the version replaces.
-
-        Raises:
-            ConfigError: No such version, or a section that is not valid.
-        """
-        if str(version) not in self.versions:
-            raise ConfigError(
-                f"model {self.name!r} has no version {version}, only {self.version_numbers}"
-            )
-        shared = self.model_dump(exclude={"schema_version", "serve", "versions"}, exclude_none=True)
-        content = {**shared, **self.versions[str(version)], "version": version}
-        try:
-            return ModelConfig.model_validate(content)
-        except ValidationError as error:
-            raise ConfigError(f"model {self.name!r} version {version}: {_reason(error)}") from error
-
-
-def _reason(error: ValidationError) -> str:
-    """The first faults, by field, abbreviated: a file may have any number, of any length."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [f"{_join(e['loc'])}: {e['msg']}" for e in found[:_MOST_ERRORS]]
-    if len(found) > _MOST_ERRORS:
-        parts.append(f"and {len(found) - _MOST_ERRORS} more")
-    text = "; ".join(parts)
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
-
-
-def _join(location: tuple[int | str, ...]) -> str:
-    names = map(str, location)
-    return ".".join(n if len(n) <= _LONGEST_NAME else f"{n[:_LONGEST_NAME]}..." for n in names)
-
-
-def parse_model_config(text: str | bytes) -> RepositoryConfig:
-    """Parses config.json.
-
-    Raises:
-        ConfigError: Not JSON, or a field is missing, unknown or wrong; the message names it.
-    """
-    try:
-        return RepositoryConfig.model_validate(parse_json(text))
-    except ValidationError as error:
-        raise ConfigError(f"config.json: {_reason(error)}") from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"config.json is not valid JSON: {error}") from error

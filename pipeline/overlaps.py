@@ -27,7 +27,7 @@ def resolve_overlaps(instances: Sequence[Detection]) -> list[Detection]:
 
     An instance that loses no pixel stays as it is. Of any other the pieces (8-connected) below
     `MIN_PIECE` of its pixels go, and all of it if less than `MIN_LEFT` is left; what goes is free
-    for worse instances. A worse instance has no say about a better one.
+    for worse instances. A better instance never loses pixels to a worse one.
 
     Args:
         instances: Of one image, best first.
@@ -37,8 +37,8 @@ def resolve_overlaps(instances: Sequence[Detection]) -> list[Detection]:
     """
     if len(instances) < 2:
         return list(instances)
-    height, width = instances[0].rle["size"]
-    runs = [_column_runs(i, height, width) for i in instances]
+    height = instances[0].rle["size"][0]
+    runs = [column_runs(i) for i in instances]
     bounds = np.unique(np.concatenate([r.ravel() for r in runs]))
     sizes = np.diff(bounds)
     taken = np.zeros(len(sizes), np.bool_)
@@ -57,8 +57,9 @@ def resolve_overlaps(instances: Sequence[Detection]) -> list[Detection]:
     return kept
 
 
-def _column_runs(instance: Detection, height: int, width: int) -> Int64:
+def column_runs(instance: Detection) -> Int64:
     """Runs [R, 2] of a mask, start and exclusive end; none spans two columns."""
+    height, width = instance.rle["size"]
     edges = np.cumsum(read_counts(instance.rle["counts"], height * width))
     starts, ends = edges[: len(edges) // 2 * 2].reshape(-1, 2).T
     columns = (ends - 1) // height - starts // height + 1

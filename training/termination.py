@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
+TERMINATED_STATUS = 143
+"""Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
 _RECEIVED, _KNOWN, _READY = "received", "known", "ready"
 _LOOK_S = 0.2
 _LEAVE_S = 5.0

@@ -19,8 +19,8 @@ from tests.support.tiny import TINY
 from training.configs import get_config
 from training.data.coco import CocoDataset
 from training.objective import Precision
+from training.options import MAX_WORKERS
 from training.run_options import RunOptions
-from training.train import MAX_WORKERS
 from training.trainer import Trainer
 
 

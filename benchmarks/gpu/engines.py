@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.gpu.subjects import GpuSubject
 from benchmarks.ours import ONNX_FILE, load_model
+from export.config_json import describe_file, merge_config
 from export.onnx_graph import build_onnx
-from export.publish import describe_file, merge_config
 from export.to_aoti import AotiOptions, TypedGraph, build_aoti, describe_package
 from pipeline.model_config import FileSpec, ModelConfig
 from service.engines.aoti_package import PackagePrecision, name_package, read_info

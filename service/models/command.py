@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.errors import ConfigError
-from pipeline.model_config import Precision, RepositoryConfig, parse_model_config
+from pipeline.model_config import Precision
+from pipeline.repository_config import RepositoryConfig, parse_model_config
 from service.engines.choose import graph_file
 from service.errors import ModelRefused, StartupError, make_printable
 from service.models.folders import (

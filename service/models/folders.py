@@ -18,13 +18,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
-from pipeline.model_config import (
-    ModelConfig,
-    ModelName,
-    RepositoryConfig,
-    Spec,
-    parse_model_config,
-)
+from pipeline.model_config import ModelConfig, ModelName, Spec
+from pipeline.repository_config import RepositoryConfig, parse_model_config
 from pipeline.strict_json import parse_json
 from service.engines.artefacts import Artefacts, read_file
 from service.engines.base import BackendError

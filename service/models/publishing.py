@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.model_config import RepositoryConfig, parse_model_config
+from pipeline.repository_config import RepositoryConfig, parse_model_config
 from pipeline.strict_json import parse_json
 from service.engines.artefacts import Artefacts, read_file
 from service.errors import ModelRefused

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from benchmarks.harness import BenchmarkError
-from benchmarks.pipeline_ways import build_stages, find_edges
+from benchmarks.pipeline_ways import build_stages
 
 
 @pytest.mark.parametrize("image_hw", [(60, 80), (1000, 1500)])
@@ -22,13 +21,3 @@ def test_a_way_that_comes_to_something_else_is_refused() -> None:
     other = {**stage.ways, "Pillow": lambda: np.zeros((60, 80, 3), np.uint8)}
     with pytest.raises(BenchmarkError, match=r"Pillow differs by .* grey levels"):
         replace(stage, ways=other).find_differences()
-
-
-def test_edges_are_those_of_the_columns() -> None:
-    mask = np.zeros((5, 4), np.uint8)
-    mask[2:, 1] = 1
-    mask[:, 2] = 1
-    mask[:2, 3] = 1
-    counts = coco_mask.encode(np.asfortranarray(mask))["counts"]
-    assert find_edges(counts, 5).tolist() == [7, 10, 10, 15, 15, 17]
-    assert find_edges(coco_mask.encode(np.zeros((5, 4), np.uint8, "F"))["counts"], 5).size == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.model_config import VersionPolicy
+from pipeline.repository_config import VersionPolicy
 from service.observe.metrics import CANCELLATIONS, REJECTIONS, STAGES
 from service.settings import Settings
 from tests.deploy.queries import dashboard_queries, load_rules, metric_names

@@ -12,7 +12,8 @@ from export import engines
 from export.engines import build_kernels, make_packages, parse_package
 from export.errors import ExportError
 from export.to_aoti import AotiArtefact, AotiOptions
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from service.engines.base import BackendError
 from service.engines.kernels.nvrtc import ARCHITECTURES, PREBUILT
 from tests.support.tiny_solo import tiny_config, tiny_network

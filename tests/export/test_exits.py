@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from export.config_json import describe_file
 from export.errors import ParityError
 from export.exits import PLAIN_FILES, build_exits, require_identical
 from export.parity import Case, build_cases
-from export.publish import describe_file
 from pipeline.decode import decode_image
 from pipeline.model_config import ModelConfig
 from pipeline.preprocess import prepare

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.__main__ import find_measured, main, read_card
+from export.__main__ import find_measured, main
+from export.new_version import read_card
 from export.parity import draw_blobs
 from export.publish import Artefact, Release, add_artefacts, publish
 from pipeline.model_config import ModelCard

@@ -5,62 +5,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
+from export.config_json import describe_file, read_repository
 from export.errors import PublishError
 from export.publish import (
     Artefact,
     Release,
     add_artefacts,
-    describe_file,
     describe_served,
     keep_default,
-    merge_config,
     next_version,
     publish,
-    read_repository,
     require_free,
 )
-from pipeline.model_config import ModelConfig
 from service.engines.base import BackendOptions
 from service.models.repository import find_default, load_version
 from tests.support import blob_model
+from tests.support.releases import GRAPH, OTHER, PASSED, build_release, files_under, read_config
 
-PASSED = {"passed": True, "cases": []}
-
-
-def build_graph(name: str) -> bytes:
-    """A graph of one node that any engine takes."""
-    make = onnx.helper.make_tensor_value_info
-    node = onnx.helper.make_node("Identity", ["x"], ["y"], name)
-    values = [make(value, onnx.TensorProto.FLOAT, ["n"]) for value in ("x", "y")]
-    graph = onnx.helper.make_graph([node], name, values[:1], values[1:])
-    opsets = [onnx.helper.make_opsetid("", 18)]
-    return bytes(onnx.helper.make_model(graph, opset_imports=opsets).SerializeToString())
-
-
-GRAPH, OTHER = build_graph("graph"), build_graph("other")
 UINT8 = GRAPH.replace(b"\x08\x01\x12", b"\x08\x02\x12")
 """The same with values of uint8."""
-
-
-def build_release(version: int = 1, graph: bytes = GRAPH, **changes: Any) -> Release:
-    content = blob_model.model_config(graph)
-    content.pop("versions")
-    content.pop("schema_version")
-    files = {"model.onnx": describe_file(graph)}
-    config = {**content, "version": version, "files": files, "provenance": {"run": version}}
-    return Release(ModelConfig.model_validate({**config, **changes}), graph, PASSED)
-
-
-def read_config(root: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((root / "blobs" / "config.json").read_text())
-    return content
-
-
-def files_under(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def test_the_first_version_can_be_loaded(tmp_path: Path) -> None:
@@ -80,39 +45,6 @@ def test_the_first_version_can_be_loaded(tmp_path: Path) -> None:
     loaded = load_version(target.parent, None, BackendOptions(device="cpu"))
     assert loaded.config == build_release(graph=graph).config
     assert len(loaded.segment(blob_model.draw_picture())) == 1
-
-
-def test_a_second_version_does_not_change_the_first(tmp_path: Path) -> None:
-    first, second = build_release(1), build_release(2, OTHER, candidates=7, mask_stride=8)
-    publish(tmp_path, first)
-    publish(tmp_path, second)
-    repository = read_repository(tmp_path / "blobs")
-    assert repository is not None
-    assert repository.for_version(1) == first.config
-    assert repository.for_version(2) == second.config
-    config = read_config(tmp_path)
-    assert config["candidates"] == 7
-    assert set(config["versions"]["1"]) == {"candidates", "mask_stride", "files", "provenance"}
-    assert set(config["versions"]["2"]) == {"files", "provenance"}
-    assert (tmp_path / "blobs" / "1" / "model.onnx").read_bytes() == GRAPH
-
-
-def test_versions_with_sections_of_their_own_stay_valid(tmp_path: Path) -> None:
-    """A hand-written config.json without shared sections."""
-    folder = tmp_path / "blobs"
-    publish(tmp_path, build_release(3))
-    config = read_config(tmp_path)
-    entry = config["versions"]["3"]
-    for section in ("input", "classes", "candidates", "mask_stride", "postprocess", "limits"):
-        entry[section] = config.pop(section)
-    (folder / "config.json").write_text(json.dumps(config))
-    before = read_repository(folder)
-    publish(tmp_path, build_release(1, limits={"max_batch": 2}))
-    after = read_repository(folder)
-    assert before is not None and after is not None
-    assert after.version_numbers == [1, 3]
-    assert after.for_version(3) == before.for_version(3)
-    assert after.for_version(1).limits.max_batch == 2
 
 
 def test_an_existing_version_is_rejected_and_nothing_changes(tmp_path: Path) -> None:
@@ -181,25 +113,6 @@ def test_a_graph_that_differs_from_its_config_entry_is_rejected(tmp_path: Path) 
         publish(tmp_path, Release(release.config, OTHER, PASSED))
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "not valid JSON"),
-        ('{"name": "blobs", "versions": {}, "colour": 1}', "colour"),
-        ('{"name": "discs", "versions": {}}', "belongs to the model 'discs'"),
-        ('{"name": "blobs", "versions": {"4": {}}}', "version 4"),
-    ],
-)
-def test_a_config_that_cannot_be_extended_is_rejected(
-    tmp_path: Path, text: str, reason: str
-) -> None:
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "config.json").write_text(text)
-    with pytest.raises(PublishError, match=reason):
-        publish(tmp_path, build_release())
-    assert list(files_under(tmp_path)) == ["blobs/config.json"]
-
-
 def test_the_next_version_follows_listed_versions_and_folders(tmp_path: Path) -> None:
     folder = tmp_path / "blobs"
     assert next_version(folder) == 1
@@ -208,25 +121,6 @@ def test_the_next_version_follows_listed_versions_and_folders(tmp_path: Path) ->
     (folder / "7").mkdir()
     (folder / "notes").mkdir()
     assert next_version(folder) == 8
-
-
-def test_shared_sections_are_written_once() -> None:
-    config = merge_config(None, build_release(1).config)
-    assert list(config) == [
-        "schema_version",
-        "name",
-        "task",
-        "description",
-        "input",
-        "card",
-        "classes",
-        "candidates",
-        "mask_stride",
-        "postprocess",
-        "limits",
-        "canvases",
-        "versions",
-    ]
 
 
 INT8 = Artefact("model.int8.onnx", b"int8", PASSED)
@@ -321,20 +215,6 @@ def test_files_without_a_passed_report_or_version_are_rejected(
     with pytest.raises(PublishError, match=r"'weights\.bin' does not have the form model"):
         add_artefacts(tmp_path / "blobs", 1, [Artefact("weights.bin", b"x", PASSED)])
     assert files_under(tmp_path) == before
-
-
-def test_the_version_policy_is_kept(tmp_path: Path) -> None:
-    publish(tmp_path, build_release(1))
-    file = tmp_path / "blobs" / "config.json"
-    content = read_config(tmp_path)
-    assert "serve" not in content
-    file.write_text(json.dumps({**content, "serve": {"policy": "latest", "count": 2}}))
-    target = publish(tmp_path, build_release(2))
-    assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
-    add_artefacts(target.parent, 2, [Artefact("model.fp16.onnx", GRAPH, PASSED)])
-    assert read_config(tmp_path)["serve"] == {"policy": "latest", "count": 2}
-    repository = read_repository(tmp_path / "blobs")
-    assert repository is not None and repository.served_versions == [1, 2]
 
 
 def serve(root: Path, **policy: Any) -> None:

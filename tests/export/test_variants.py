@@ -8,10 +8,10 @@ import pytest
 from onnx import numpy_helper
 
 from export import variants
+from export.config_json import describe_file
 from export.errors import ExportError, ParityError
 from export.measure import measure_ap
 from export.precision import LowPrecision, lower_precision
-from export.publish import describe_file
 from export.quantize import quantize
 from export.variants import VariantInputs, build_variants
 from tests.support.tiny import build_tiny_data

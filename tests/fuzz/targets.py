@@ -108,7 +108,7 @@ def check_oip(data: bytes) -> None:
 def check_config(data: bytes) -> None:
     """config.json of a model."""
     from pipeline.errors import ConfigError
-    from pipeline.model_config import parse_model_config
+    from pipeline.repository_config import parse_model_config
 
     try:
         config = parse_model_config(data)

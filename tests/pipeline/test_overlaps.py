@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from pipeline.overlaps import MIN_LEFT, MIN_PIECE, resolve_overlaps
+from pipeline.overlaps import MIN_LEFT, MIN_PIECE, column_runs, resolve_overlaps
 from pipeline.runs import BoxMask, build_instance
 from pipeline.types import Detection
 
@@ -131,3 +131,11 @@ def test_masks_of_a_very_large_image_are_not_decoded() -> None:
     found = [build_instance(BoxMask(50_000, x, box), hw, 0, 0.5) for x in range(0, 20_000, 10)]
     resolved = resolve_overlaps(found)
     assert [i.bbox_xywh[0] for i in resolved] == [0, *range(50, 20_011, 30)]
+
+
+def test_no_run_spans_two_columns() -> None:
+    mask = np.zeros((5, 4), np.bool_)
+    mask[2:, 1] = mask[:, 2] = mask[:2, 3] = True
+    assert column_runs(_instance(mask)).tolist() == [[7, 10], [10, 15], [15, 17]]
+    rle = coco_mask.encode(np.zeros((5, 4), np.uint8, "F"))
+    assert column_runs(Detection(0, 0.5, rle, (0, 0, 0, 0), 0)).shape == (0, 2)

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.model_config import MAX_ZOOM, ModelConfig, TileResize, parse_model_config
+from pipeline.model_config import MAX_ZOOM, ModelConfig, TileResize
 from pipeline.preprocess import count_canvases, prepare
+from pipeline.repository_config import parse_model_config
 from pipeline.scale import ScaleError, fit_scale
 from tests.support.blob_model import KEEP_RATIO_INPUT, build_graph, model_config
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.model_config import RepositoryConfig
+from pipeline.repository_config import RepositoryConfig
 from service.engines.state import EngineState
 from service.errors import AmbiguousModel, ModelUnavailable, UnknownModel, UnknownVersion
 from service.protocol import ModelState, Segmenter, choose_default, find_model

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from pipeline.types import Candidates, Tile, UInt8
 from service.engines.base import Precision, collate
 from service.work.image import ImageWork

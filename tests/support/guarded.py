@@ -25,6 +25,15 @@ LIMITS = {
     "min_rate": 0,
     "keep_alive_s": 60,
 }
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+LAST_GET = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+
+
+def build_post(body: bytes, length: int | None = None) -> bytes:
+    announced = len(body) if length is None else length
+    return POST + b"Content-Length: %d\r\n\r\n" % announced + body
 
 
 class Echo:
@@ -91,6 +100,11 @@ class Client:
             if line.startswith(b"content-length:")
         ]
         return int(head.split(b" ")[1]), await self.reader.readexactly(length)
+
+    async def end_sending(self) -> None:
+        """Closes the sending side alone, and lets the server see it."""
+        self.writer.write_eof()
+        await asyncio.sleep(0.1)
 
     def close(self) -> None:
         """Closes the connection."""

@@ -19,8 +19,7 @@ from training.data.coco import CocoDataset
 from training.evaluate import CheckpointPredictor, evaluate_model, predict
 from training.model.solo import Solo
 from training.run_options import RunOptions
-from training.termination import Terminated
-from training.train import TERMINATED_STATUS
+from training.termination import TERMINATED_STATUS, Terminated
 from training.trainer import Trainer
 from training.weights.formats import load_checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.publish import describe_file
+from export.config_json import describe_file
 from pipeline.model_config import ModelConfig
 
 CANDIDATES = 4

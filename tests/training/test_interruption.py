@@ -18,7 +18,7 @@ from PIL import Image
 from tests.support.processes import finish, signal_groups, start_python, wait_until
 from tests.support.shared_training import CHECKPOINT_EVERY, train_long
 from tests.support.tiny import build_tiny_data
-from training.train import TERMINATED_STATUS
+from training.termination import TERMINATED_STATUS
 from training.weights.formats import load_checkpoint
 
 SMALL = [

@@ -14,8 +14,8 @@ import pytest
 
 from export.options import parse_arguments
 from tests.support.processes import finish, signal_groups, start_python, wait_until
+from training.options import build_parser
 from training.run_folder import LOCK_FILE, FolderInUse, claimed, export_command, require_writable
-from training.train import build_parser
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
 

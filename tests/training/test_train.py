@@ -13,7 +13,8 @@ from tests.support.tiny import CLASSES, build_tiny_data
 from training.configs import get_config
 from training.configs.schema import Config
 from training.configs.tables import get_table
-from training.train import build_config, build_parser, choose_workers, main
+from training.options import build_parser, choose_workers
+from training.train import build_config, main
 from training.weights.formats import load_checkpoint
 
 SMALL = [

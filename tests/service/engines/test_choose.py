@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import pytest
 
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from service.engines import choose
 from service.engines.artefacts import Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.model_config import Precision, parse_model_config
+from pipeline.model_config import Precision
+from pipeline.repository_config import parse_model_config
 from service.engines import choose, openvino
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.slots import HostSlot, SlotBackend

@@ -7,7 +7,8 @@ from typing import Any
 import onnx
 import pytest
 
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from service.engines.base import BackendError, BackendOptions
 from service.engines.calls import OutputLayout
 from service.engines.ort_session import (

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +9,18 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from service.errors import (
-    Overloaded,
-    QuotaExceeded,
-    StartupError,
-    TooManyImages,
-    TooManyWrongKeys,
-)
+from service.errors import Overloaded, QuotaExceeded, TooManyImages, TooManyWrongKeys
 from service.http.app import create_app
-from service.http.keys import (
-    MAX_ADDRESSES,
-    WRONG_KEYS,
-    KeyRing,
-    KeySpec,
-    WrongKeys,
-    add_key,
-    main,
-)
+from service.http.keys import MAX_ADDRESSES, WRONG_KEYS, KeySpec, WrongKeys, add_key
 from service.models.repository import load_repository
 from service.settings import Settings
 from service.work.admission import Admission
 from service.work.request import ClientProfile
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.clock import SetClock
 
 PICTURE = encode_picture(draw_picture())
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def build_client(**bounds: Any) -> ClientProfile:
@@ -96,7 +70,7 @@ def test_more_than_a_key_may_ever_have_is_another_error() -> None:
 
 
 def test_the_rate_fills_up_again() -> None:
-    clock = Clock()
+    clock = SetClock()
     admission, shop = Admission(4096, clock), build_client(canvases_per_minute=60)
     send(admission, shop, 60)
     with pytest.raises(QuotaExceeded) as refused:
@@ -111,7 +85,7 @@ def test_the_rate_fills_up_again() -> None:
 
 
 def test_a_request_beyond_a_minutes_worth_is_served_once_and_paid_for() -> None:
-    clock = Clock()
+    clock = SetClock()
     admission, shop = Admission(4096, clock), build_client(canvases_per_minute=10)
     send(admission, shop, 30)
     clock.now_s += 120
@@ -125,7 +99,7 @@ def test_a_request_that_is_refused_costs_nothing() -> None:
     """Whatever refuses it: the key's bounds, the room of the server, or its end."""
     shop = build_client(max_canvases=50, canvases_per_minute=60)
     other = ClientProfile(name="other")
-    admission = Admission(128, Clock())
+    admission = Admission(128, SetClock())
     with admission.admit(shop, [10]):
         for canvases, error in ((45, QuotaExceeded), (51, TooManyImages)):
             with pytest.raises(error):
@@ -142,86 +116,18 @@ def test_a_request_that_is_refused_costs_nothing() -> None:
 
 
 def test_two_keys_do_not_share_what_they_may_send() -> None:
-    admission = Admission(4096, Clock())
+    admission = Admission(4096, SetClock())
     for name in ("shop", "lab"):
         send(admission, KeySpec(name=name, sha256="0" * 64, canvases_per_minute=10).client, 10)
 
 
 def test_a_key_that_pauses_is_not_given_its_minute_twice() -> None:
     """What a key has spent is remembered when nothing of it is in flight."""
-    admission, shop = Admission(4096, Clock()), build_client(canvases_per_minute=10)
+    admission, shop = Admission(4096, SetClock()), build_client(canvases_per_minute=10)
     send(admission, shop, 10)
     for _ in range(3):
         with pytest.raises(QuotaExceeded):
             send(admission, shop, 1)
-
-
-def test_the_file_holds_hashes_and_is_private(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    key, other = add_key(file, "shop", max_canvases=3), add_key(file, "lab", admin=True)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    text = file.read_text()
-    assert key not in text and other not in text
-    assert hashlib.sha256(key.encode()).hexdigest() in text
-    ring = KeyRing(file)
-    shop, lab = ring.find(key), ring.find(other)
-    assert shop is not None and lab is not None
-    assert (shop.name, shop.max_canvases, lab.admin) == ("shop", 3, True)
-    for wrong in ("", key[:-1], key + "x", "ключ"):
-        assert ring.find(wrong) is None
-
-
-def test_the_command_prints_a_key_that_works(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "keys.json"
-    bounds = ["--max-canvases", "2", "--canvases-per-minute", "60", "--weight", "0.5", "--admin"]
-    assert main(["shop", "--file", str(file), *bounds]) == 0
-    spec = KeyRing(file).find(capsys.readouterr().out.strip())
-    assert spec is not None
-    assert (spec.max_canvases, spec.canvases_per_minute, spec.weight) == (2, 60, 0.5)
-    assert spec.admin
-    assert main(["shop", "--file", str(file)]) == 1
-    assert "has a key for 'shop' already" in capsys.readouterr().err
-    assert main(["a b", "--file", str(file)]) == 1
-    with pytest.raises(SystemExit):
-        main(["shop"])
-    assert "--file" in capsys.readouterr().err
-
-
-def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file, clock = tmp_path / "keys.json", Clock()
-    first = add_key(file, "first")
-    ring = KeyRing(file, clock)
-    spec = ring.find(first)
-    assert spec is not None and spec.name == "first"
-    second = add_key(file, "second")
-    assert ring.find(second) is None  # not looked at yet
-    clock.now_s += 2
-    assert ring.find(second) is not None
-    assert ring.find(first) == spec
-    file.write_text('{"keys": [{"name": "x"}]}')
-    clock.now_s += 2
-    assert ring.find(first) == spec
-    assert "keys.0.sha256" in caplog.text and "stay valid" in caplog.text
-    file.unlink()
-    clock.now_s += 2
-    assert ring.find(first) == spec
-    add_key(file, "third")
-    clock.now_s += 2
-    assert ring.find(first) is None
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"keys": [{"name": "a", "sha256": "xyz"}]}'])
-def test_a_broken_file_stops_the_start(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "keys.json"
-    file.write_text(content)
-    with pytest.raises(StartupError, match=r"keys\.json"):
-        KeyRing(file)
-    with pytest.raises(StartupError, match="nowhere"):
-        KeyRing(tmp_path / "nowhere.json")
 
 
 @pytest.fixture
@@ -275,16 +181,6 @@ async def test_a_key_beyond_its_share_is_429_with_retry_after(
         assert refused.json()["error"]["code"] == "quota_exceeded"
         assert (await post(client, keys["free"])).status_code == 200
         assert 'reason="key_rate"} 1.0' in (await client.get("/metrics")).text
-
-
-def test_the_file_is_replaced_and_never_half_written(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    add_key(file, "a")
-    inode = os.stat(file).st_ino
-    add_key(file, "b")
-    assert os.stat(file).st_ino != inode
-    assert [k["name"] for k in json.loads(file.read_text())["keys"]] == ["a", "b"]
-    assert os.listdir(tmp_path) == ["keys.json"]
 
 
 async def test_a_503_leaves_the_key_its_canvases(
@@ -354,7 +250,7 @@ async def test_a_key_with_too_much_in_flight_is_429(
 
 
 def test_wrong_keys_are_slowed_and_then_refused() -> None:
-    clock = Clock()
+    clock = SetClock()
     wrong = WrongKeys(clock)
     assert [wrong.count("a") for _ in range(WRONG_KEYS)] == [0.0] * WRONG_KEYS
     assert [wrong.count("a"), wrong.count("a")] == [1.0, 2.0]
@@ -370,7 +266,7 @@ def test_wrong_keys_are_slowed_and_then_refused() -> None:
 
 
 def test_the_addresses_of_wrong_keys_are_bounded() -> None:
-    wrong = WrongKeys(Clock())
+    wrong = WrongKeys(SetClock())
     for _ in range(WRONG_KEYS + 2):
         wrong.count("old")
     for number in range(MAX_ADDRESSES - 1):

@@ -13,8 +13,8 @@ import pytest
 
 from service.models.command import main
 from service.models.folders import read_default, read_repository_config
-from tests.service.models.test_store import add_version, edit
 from tests.support.blob_model import publish
+from tests.support.model_folder import add_version, edit_config
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_precisions_and_sizes_are_listed(capsys: pytest.CaptureFixture[str], roo
         files["model.int8.onnx"] = files["model.onnx"]
         content["limits"] = {"precision": "int8"}
 
-    edit(root / "b", add)
+    edit_config(root / "b", add)
     entry = list_entries(capsys, root)[-1]
     assert (entry["precisions"], entry["wanted_precision"]) == (["fp32", "int8"], "int8")
     assert entry["size_bytes"] == 2 * len(graph)
@@ -183,7 +183,7 @@ def test_a_missing_version_that_was_pinned_can_be_corrected(
     capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     pinned = {"policy": "specific", "versions": [8]}
-    edit(root / "a", lambda content: content.update(serve=pinned))
+    edit_config(root / "a", lambda content: content.update(serve=pinned))
     status, text = run(capsys, root, "serve", "a", "2")
     assert (status, served(root)) == (0, [2])
     assert "before in none" in text

@@ -18,7 +18,8 @@ from service.models import renewal
 from service.models.repository import LoadedModel, Repository, load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
-from tests.service.models.test_store import add_version, edit, wait_for_retirement
+from tests.service.models.test_store import wait_for_retirement
+from tests.support.model_folder import add_version, edit_config
 from tests.support.stores import Controlled, FakeUpgrade, engine_of, infer, open_store, until
 
 
@@ -36,7 +37,7 @@ class TestDeadEngines:
         self, settings: Settings, model_repo: Path
     ) -> None:
         add_version(model_repo / "blobs", 2)
-        edit(model_repo / "blobs", lambda content: content.update(serve={"policy": "all"}))
+        edit_config(model_repo / "blobs", lambda content: content.update(serve={"policy": "all"}))
         async with open_store(settings) as store:
             one, two = store.find("blobs", 1), store.find("blobs", 2)
             dead = engine_of(one)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,9 @@ from service.models import repository as registry
 from service.models.repository import load_repository, load_version, read_config
 from tests.support import fake_gpu
 from tests.support.blob_model import build_graph, draw_picture, model_config, publish
+from tests.support.model_folder import edit_config
 
 OPTIONS = BackendOptions(device="cpu", threads=1)
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def add_version(folder: Path, version: int, graph: bytes) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,10 @@ from service.models.store import ModelStore
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import build_graph, draw_picture, encode_picture, publish
+from tests.support.memory import read_resident_bytes
+from tests.support.model_folder import add_version, edit_config
 
 PICTURE = encode_picture(draw_picture())
-
-
-def add_version(folder: Path, version: int, *, graph: bytes | None = None) -> None:
-    """Adds a version to a model as publishing does: config.json comes last, in one step."""
-    target = folder / str(version)
-    target.mkdir()
-    (target / "model.onnx").write_bytes(build_graph() if graph is None else graph)
-    edit(folder, lambda content: content["versions"].update({str(version): first_entry(content)}))
-
-
-def first_entry(content: dict[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = next(iter(content["versions"].values()))
-    return entry
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "config.json"
-    content = json.loads(file.read_text())
-    change(content)
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(content))
-    os.replace(partial, file)
 
 
 @pytest.fixture
@@ -161,7 +140,7 @@ async def test_several_versions_are_served_side_by_side(
 ) -> None:
     folder = model_repo / "blobs"
     add_version(folder, 2)
-    edit(folder, lambda content: content.update(serve={"policy": "all"}))
+    edit_config(folder, lambda content: content.update(serve={"policy": "all"}))
     kept = get_store(app).find("blobs", 1)
     assert (await load(client, "blobs")).status_code == 200
     assert get_store(app).find("blobs", 1) is kept  # it has not changed
@@ -184,7 +163,7 @@ async def test_a_changed_file_is_another_model(
     app: FastAPI, client: httpx.AsyncClient, model_repo: Path
 ) -> None:
     before = get_store(app).find("blobs", None)
-    edit(
+    edit_config(
         model_repo / "blobs",
         lambda c: c.update(postprocess={**c["postprocess"], "score_threshold": 0.9999}),
     )
@@ -289,21 +268,16 @@ async def test_errors_name_what_is_there(app: FastAPI) -> None:
         store.find("broken", None)
 
 
-def read_resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.usefixtures("client")
 async def test_reloading_twenty_times_does_not_grow(app: FastAPI, model_repo: Path) -> None:
     store = get_store(app)
     sizes = []
     for index in range(25):
-        edit(model_repo / "blobs", lambda c, i=index: c.update(description=f"take {i}"))  # type: ignore[misc]
+        edit_config(model_repo / "blobs", lambda c, i=index: c.update(description=f"take {i}"))  # type: ignore[misc]
         await store.load("blobs")
         await wait_for_retirement(store)
         gc.collect()
-        sizes.append(read_resident_bytes())
+        sizes.append(read_resident_bytes(os.getpid()))
     assert max(sizes[-5:]) - max(sizes[:5]) < 12_000_000
 
 
@@ -356,7 +330,7 @@ async def test_a_model_without_the_precision_is_served_in_fp32_and_says_so(
         files = content["versions"]["1"]["files"]
         files["model.int8.onnx"] = files["model.onnx"]
 
-    edit(model_repo / "blobs", add)
+    edit_config(model_repo / "blobs", add)
     publish(model_repo, "own", limits={"precision": "fp16"})
     changed = settings.model_copy(update={"precision": "int8"})
     app = create_app(changed, load_repository(model_repo, changed.backend_options()))

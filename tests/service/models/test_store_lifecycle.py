@@ -33,10 +33,11 @@ from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
 from service.work.request import ImageFile, Outcome, RequestOptions
 from tests.service.conftest import OPTIONS
-from tests.service.models.test_store import add_version, edit, wait_for_retirement
+from tests.service.models.test_store import wait_for_retirement
 from tests.support.blob_model import build_graph, draw_picture, publish
 from tests.support.canvases import build_job
 from tests.support.metrics import render
+from tests.support.model_folder import add_version, edit_config
 from tests.support.stores import Controlled, FakeUpgrade, engine_of, infer, open_store, until
 
 
@@ -79,7 +80,7 @@ class TestWhatIsShown:
         self, settings: Settings, model_repo: Path
     ) -> None:
         add_version(model_repo / "blobs", 2)
-        edit(model_repo / "blobs", lambda content: content.update(serve={"policy": "all"}))
+        edit_config(model_repo / "blobs", lambda content: content.update(serve={"policy": "all"}))
         publish(model_repo, "aaa")
         async with open_store(settings) as store:
             await store.unload("aaa")

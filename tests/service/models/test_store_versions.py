@@ -16,8 +16,9 @@ from service.models import repository as repository_module
 from service.models import store as store_module
 from service.models.repository import LoadedModel
 from service.settings import Settings
-from tests.service.models.test_store import add_version, edit, wait_for_retirement
+from tests.service.models.test_store import wait_for_retirement
 from tests.support.blob_model import publish
+from tests.support.model_folder import add_version, edit_config
 from tests.support.stores import Controlled, FakeUpgrade, engine_of, infer, open_store, until
 
 
@@ -103,7 +104,7 @@ async def test_engines_of_a_load_that_fails_are_closed(
         add_version(model_repo / "blobs", 2)
         add_version(model_repo / "blobs", 3, graph=b"broken")
         wanted = {"policy": "specific", "versions": [2, 3]}
-        edit(model_repo / "blobs", lambda content: content.update(serve=wanted))
+        edit_config(model_repo / "blobs", lambda content: content.update(serve=wanted))
         with pytest.raises(ModelUnavailable, match=r"blobs/3/model\.onnx"):
             await store.load("blobs")
         assert [engine.closed for engine in built] == [True]

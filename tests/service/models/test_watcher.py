@@ -22,9 +22,9 @@ from service.models.watcher import RepositoryWatcher
 from service.observe.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import OPTIONS
-from tests.service.models.test_store import add_version, edit
 from tests.support.blob_model import build_graph, publish
 from tests.support.metrics import render
+from tests.support.model_folder import add_version, edit_config
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +329,7 @@ async def test_a_store_without_models_is_filled(settings: Settings, tmp_path: Pa
     publish(root, "first")
     await watched.watcher.check()
     assert watched.store.find(None, None).name == "first"
-    edit(root / "first", lambda content: content.update(description="changed"))
+    edit_config(root / "first", lambda content: content.update(description="changed"))
     await watched.watcher.check()
     assert watched.store.find(None, None).config.description == "changed"
     await watched.store.close(finished=False)

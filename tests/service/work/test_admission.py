@@ -10,16 +10,9 @@ import pytest
 from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
 from service.work.admission import Admission
 from service.work.request import ClientProfile
+from tests.support.clock import SetClock
 
 ANN, BOB, CAT = (ClientProfile(name=name) for name in ("ann", "bob", "cat"))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def refuse(admission: Admission, client: ClientProfile, *costs: int) -> Exception:
@@ -161,7 +154,7 @@ class TestQuotas:
         assert isinstance(error, TooManyImages) and "at most 8" in str(error)
 
     def test_a_minutes_worth_may_come_at_once_and_then_the_rate_holds(self) -> None:
-        clock = Clock()
+        clock = SetClock()
         admission = Admission(1000, clock)
         with admission.admit(self.RATE, [60]):
             pass
@@ -180,7 +173,7 @@ class TestQuotas:
         assert isinstance(refuse(admission, self.RATE, 1), QuotaExceeded)
 
     def test_a_request_of_more_than_a_minutes_worth_leaves_a_debt(self) -> None:
-        clock = Clock()
+        clock = SetClock()
         admission = Admission(1000, clock)
         with admission.admit(self.RATE, [90]):
             pass
@@ -188,7 +181,7 @@ class TestQuotas:
         assert isinstance(error, QuotaExceeded) and error.retry_after_s == 31
 
     def test_what_is_refused_costs_nothing(self) -> None:
-        clock = Clock()
+        clock = SetClock()
         admission = Admission(100, clock)
         with admission.admit(ANN, [50]), admission.admit(BOB, [25]):
             for _ in range(50):
@@ -209,7 +202,7 @@ class TestQuotas:
             assert isinstance(refuse(admission, smaller, 1), QuotaExceeded)
 
     def test_a_rate_that_is_new_counts_from_the_clients_first_canvas_in_flight(self) -> None:
-        clock = Clock()
+        clock = SetClock()
         admission = Admission(100, clock)
         free, bounded = (
             ClientProfile(name="key shop"),

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import CorruptImage, ImageTooLarge, UnsupportedFormat
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from pipeline.types import Candidates, Tile, UInt8
 from service.errors import EngineError, TooManyCanvases
 from service.work.image import Dropped, ImageWork, count_cost, fail, peek_size, read_size

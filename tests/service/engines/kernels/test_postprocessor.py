@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from pipeline.decode import decode_image
-from pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec, parse_model_config
+from pipeline.model_config import MaskNms, MatrixNms, PostprocessSpec
 from pipeline.postprocess import postprocess, postprocess_tile
 from pipeline.preprocess import prepare
+from pipeline.repository_config import parse_model_config
 from pipeline.types import Candidates, Detection, Tile, Window
 from service.engines.base import BackendError, BackendOptions
 from service.engines.kernels.launcher import Launcher

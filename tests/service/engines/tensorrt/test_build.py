@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.canvases import Bucket, list_canvases
-from pipeline.model_config import ModelConfig, parse_model_config
+from pipeline.model_config import ModelConfig
+from pipeline.repository_config import parse_model_config
 from service.engines.base import BackendError
 from service.engines.tensorrt.build import (
     build_plan,
