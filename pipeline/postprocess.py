@@ -298,7 +298,8 @@ class Collector:
             self._image_hw,
             self._spec,
             score_threshold=self._threshold,
-            max_instances=self._bound,
+            # Resolving drops some: only `merge` knows how many are left.
+            max_instances=len(candidates.scores) if self._overlaps == "resolve" else self._bound,
         )
         entries = []
         if detections.instances:
