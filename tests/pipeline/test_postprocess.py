@@ -15,7 +15,7 @@ from pipeline.model_config import (
     PostprocessSpec,
     TileResize,
 )
-from pipeline.postprocess import Collector, postprocess, select
+from pipeline.postprocess import Collector, Overlaps, postprocess, select
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Prepared, Tile, Window
 from tests.support.kernel_cases import draw_masks
@@ -59,8 +59,10 @@ def test_empty_slots_and_empty_masks_are_dropped() -> None:
     assert [i.score for i in found] == [pytest.approx(0.9)]
 
 
-def test_no_candidates() -> None:
-    assert postprocess(_whole(32), [_candidates([], [], [])], MATRIX) == []
+@pytest.mark.parametrize("overlaps", ["keep", "resolve"])
+def test_no_candidates(overlaps: Overlaps) -> None:
+    found = postprocess(_whole(32), [_candidates([], [], [])], MATRIX, overlaps=overlaps)
+    assert found == []
 
 
 def test_thresholds_and_bound() -> None:
