@@ -136,15 +136,17 @@ class TileResize(Spec):
 
 
 class ZoomedTiles(TileResize):
-    """Tiles for one request; not in config.json.
+    """Tiles for one request; not in config.json, whose bounds they may exceed.
 
     Attributes:
         zoom: Size of the image on the canvas, relative to the model's own scale.
         whole_canvas_hw: The model's canvas; a tile may leave a margin of 1 px on it.
     """
 
+    scale: Annotated[float, Field(gt=0)]
+    tile_hw: tuple[PositiveInt, PositiveInt]
     zoom: float
-    whole_canvas_hw: tuple[Side, Side]
+    whole_canvas_hw: tuple[PositiveInt, PositiveInt]
 
     @property
     def canvas_hw(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.calibration import to_network, to_reported
 from pipeline.contour import fill_contours
 from pipeline.merge import TileInstance, merge_tiles
-from pipeline.model_config import Calibration, MatrixNms, PostprocessSpec
+from pipeline.model_config import MAX_INT, Calibration, MatrixNms, PostprocessSpec
 from pipeline.nms import mask_nms, matrix_nms
 from pipeline.overlaps import resolve_overlaps
 from pipeline.paste import paste_masks
@@ -298,7 +298,8 @@ class Collector:
             self._image_hw,
             self._spec,
             score_threshold=self._threshold,
-            max_instances=self._bound,
+            # Resolving drops some: only `merge` knows how many are left.
+            max_instances=MAX_INT if self._overlaps == "resolve" else self._bound,
         )
         entries = []
         if detections.instances:

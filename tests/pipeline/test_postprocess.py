@@ -15,7 +15,7 @@ from pipeline.model_config import (
     PostprocessSpec,
     TileResize,
 )
-from pipeline.postprocess import postprocess, select
+from pipeline.postprocess import Collector, Overlaps, postprocess, select
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Prepared, Tile, Window
 from tests.support.kernel_cases import draw_masks
@@ -59,8 +59,10 @@ def test_empty_slots_and_empty_masks_are_dropped() -> None:
     assert [i.score for i in found] == [pytest.approx(0.9)]
 
 
-def test_no_candidates() -> None:
-    assert postprocess(_whole(32), [_candidates([], [], [])], MATRIX) == []
+@pytest.mark.parametrize("overlaps", ["keep", "resolve"])
+def test_no_candidates(overlaps: Overlaps) -> None:
+    found = postprocess(_whole(32), [_candidates([], [], [])], MATRIX, overlaps=overlaps)
+    assert found == []
 
 
 def test_thresholds_and_bound() -> None:
@@ -227,3 +229,16 @@ def test_leaving_out_candidates_below_the_least_score_changes_no_other(
         stays = all_scores >= least_score
         np.testing.assert_array_equal(kept_scores, all_scores[stays])
         np.testing.assert_array_equal(kept_indices, all_indices[stays])
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3, 4])
+def test_masks_that_are_dropped_for_overlaps_make_room_for_others(bound: int) -> None:
+    """The best instances of an image do not depend on how many are asked for."""
+    masks = [_square(0, 0, 8), _square(0, 1, 7), _square(1, 0, 7), _square(10, 10, 4)]
+    candidates = _candidates(masks, [0.9, 0.8, 0.7, 0.6], [0, 1, 2, 3])
+    prepared = _whole()
+    collector = Collector((64, 64), 1, MASK, max_instances=bound, overlaps="resolve")
+    collector.add(0, collector.search(prepared.tiles[0], candidates))
+    found = collector.merge()
+    assert [i.label for i in found.instances] == [0, 3][:bound]
+    assert found.found == 2

@@ -106,3 +106,21 @@ def test_an_impossible_scale_is_named(
 @pytest.mark.parametrize("edge", [4.0, 64.0])
 def test_the_bounds_are_allowed(edge: float) -> None:
     assert fit_scale(CONFIG, object_size_px=edge).input.zoom in (4, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "asked"),
+    [
+        (_tiles(0.01, 16_384, 10_000, 64), {"object_size_px": 64.0}),
+        (_tiles(8.0, 3000, 7, 2), {"um_per_px": 0.3}),
+    ],
+)
+def test_tiles_of_a_request_may_exceed_the_bounds_of_a_configuration(
+    tiles: dict[str, Any], asked: dict[str, float]
+) -> None:
+    config = _config(tiles)
+    resize = fit_scale(config, **asked).input.resize
+    usual = config.input.resize
+    assert isinstance(resize, TileResize) and isinstance(usual, TileResize)
+    assert resize.canvas_hw == usual.canvas_hw
+    assert resize.tile_hw != usual.tile_hw
