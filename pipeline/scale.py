@@ -35,19 +35,19 @@ def fit_scale(
     if not asked:
         return config
     if len(asked) > 1:
-        raise ScaleError("object_size_px and um_per_px are two ways to say one thing; give one")
+        raise ScaleError("object_size_px and um_per_px cannot be combined; give one")
     ((name, value),) = asked
     resize, model = config.input.resize, f"model {config.name!r}"
     if not isinstance(resize, TileResize):
-        raise ScaleError(f"{name}: {model} resizes every image to one size, it has no fixed scale")
+        raise ScaleError(f"{name}: {model} has no fixed scale, it resizes every image")
     own = getattr(config.card, name)
     if own is None:
-        raise ScaleError(f"{name}: the configuration of {model} does not state its own")
+        raise ScaleError(f"{name}: the card of {model} states no {name}")
     zoom = own / value if name == "object_size_px" else value / own
     if not 1 / MAX_ZOOM <= zoom <= MAX_ZOOM:
         raise ScaleError(
-            f"{name} {value:g} is beyond {own / MAX_ZOOM:g} to {own * MAX_ZOOM:g}, which {model} "
-            f"allows; its own is {own:g}"
+            f"{name} {value:g} is not in {own / MAX_ZOOM:g} to {own * MAX_ZOOM:g}; "
+            f"{model} has {own:g}"
         )
     scaled = config.input.model_copy(update={"resize": resize.zoomed(zoom)})
     return config.model_copy(update={"input": scaled})

@@ -183,7 +183,7 @@ def build_tracer(endpoint: str | None, version: str) -> Tracer | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        reason = f"tracing requires pip install 'solo-serve[tracing]': {error}"
+        reason = f"tracing requires the extra 'tracing' of solo-serve: {error}"
         if endpoint is not None:
             raise StartupError(reason) from error
         # Only a warning: OTEL_* variables may be set for other processes.

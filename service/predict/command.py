@@ -311,6 +311,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
             disable=arguments.quiet,
         ) as canvases.bar:
             failed.update(_process(start(notes), open_items, canvases.bar))
+            canvases.bar.set_postfix_str("")
         _write(arguments.out, outputs, [item for item in items if item.file not in failed], notes)
         problems = _describe_problems(listing, failed)
         if not problems:

@@ -216,7 +216,7 @@ def _open_store(root: str) -> tuple[FileSystem, str]:
         from pyarrow import ArrowInvalid
         from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
     except ImportError as error:
-        raise StartupError(f"{root} needs pyarrow: pip install 'solo-serve[ray]'") from error
+        raise StartupError(f"{root} requires pyarrow, in the extra 'ray' of solo-serve") from error
     try:
         store, base = FileSystem.from_uri(root)
     except ArrowInvalid as unknown:

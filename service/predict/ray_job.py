@@ -35,7 +35,7 @@ try:
     import ray
     import ray.data
 except ImportError as error:
-    raise StartupError(f"--ray needs Ray Data: pip install 'solo-serve[ray]' ({error})") from error
+    raise StartupError(f"--ray requires the extra 'ray' of solo-serve: {error}") from error
 
 MOST_IMAGES_A_TASK = 32
 _TASKS_AN_ACTOR = 8

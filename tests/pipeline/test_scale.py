@@ -89,11 +89,15 @@ def test_canvases_keep_their_shape_and_cover_the_image(
     ("config", "asked", "match"),
     [
         (CONFIG, {"object_size_px": 8.0, "um_per_px": 1.0}, "give one"),
-        (CONFIG, {"object_size_px": 3.9}, r"object_size_px 3.9 is beyond 4 to 64,.*own is 16"),
-        (CONFIG, {"um_per_px": 2.1}, r"um_per_px 2.1 is beyond 0.125 to 2,"),
-        (_config(card={}), {"object_size_px": 8.0}, "'blobs' does not state its own"),
-        (_config(card={"object_size_px": 8}), {"um_per_px": 1.0}, "um_per_px: .*does not state"),
-        (_config(KEEP_RATIO_INPUT["resize"]), {"object_size_px": 16.0}, "to one size"),
+        (CONFIG, {"object_size_px": 3.9}, r"object_size_px 3.9 is not in 4 to 64;.*has 16$"),
+        (CONFIG, {"um_per_px": 2.1}, r"um_per_px 2.1 is not in 0.125 to 2;"),
+        (_config(card={}), {"object_size_px": 8.0}, "'blobs' states no object_size_px"),
+        (
+            _config(card={"object_size_px": 8}),
+            {"um_per_px": 1.0},
+            "um_per_px: .*states no",
+        ),
+        (_config(KEEP_RATIO_INPUT["resize"]), {"object_size_px": 16.0}, "no fixed scale"),
     ],
 )
 def test_an_impossible_scale_is_named(

@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 200_000_000
 def skip_without_ray() -> None:
     """Skips the test where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is not installed: pip install 'solo-serve[ray]'")
+        pytest.skip("Ray is not installed: pip install '.[ray]'")
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def run(settings: ClusterSettings) -> None:
 
         from service.scale.cluster import app as application
     except ImportError as error:
-        raise StartupError(f"pip install 'solo-serve[service,ray]': {error}") from error
+        raise StartupError(f"requires the extra 'ray' of solo-serve: {error}") from error
     is_local = settings.ray_address is None
     ray_options: dict[str, Any] = {"logging_level": logging.WARNING}
     if is_local:

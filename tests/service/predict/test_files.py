@@ -158,7 +158,7 @@ def test_what_cannot_be_opened_is_named(given: str, reason: str) -> None:
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(StartupError, match=r"s3://none/ needs pyarrow.*solo-serve\[ray\]"):
+    with pytest.raises(StartupError, match=r"s3://none/ requires pyarrow, in the extra 'ray'"):
         find_files(["s3://none/x.png"])
 
 

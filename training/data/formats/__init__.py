@@ -19,7 +19,7 @@ from training.data.formats.source import NAMES, Entry, Source, split_name
 from training.data.formats.splits import divide_given
 from training.data.records import DatasetError
 
-__all__ = ["FORMATS", "add_format_options", "find_format", "list_splits", "open_dataset"]
+__all__ = ["FORMATS", "add_format_options", "choose_format", "list_splits", "open_dataset"]
 
 FORMATS: dict[str, ModuleType] = {
     "coco": coco,
@@ -44,18 +44,24 @@ def add_format_options(parser: argparse._ActionsContainer) -> None:
         type=float,
         metavar="F",
         help="share of the images for validation if the data set has no split for it (0.2 if it "
-        "has no splits); images whose names differ only in their last number stay together",
+        "has no splits); images named alike but for a number at the end (a_1, a_2) stay together",
     )
 
 
-def find_format(root: Path) -> str:
-    """The format of the labels in a folder.
+def choose_format(root: Path, format: str | None) -> str:
+    """The format that is asked for, or else that of the labels in a folder.
 
     Raises:
-        DatasetError: There are none of a known format, or of several.
+        DatasetError: The folder, the format or its labels are missing, or several formats fit.
     """
+    if root.is_file():
+        raise DatasetError(f"{root} is a file; give the folder that holds it and its images")
     if not root.is_dir():
         raise DatasetError(f"{root} is not a folder")
+    if format is not None and format not in FORMATS:
+        raise DatasetError(f"the format {format!r} is not one of {', '.join(FORMATS)}")
+    if format is not None:
+        return format
     found = {name: why for name, module in FORMATS.items() if (why := module.find(root))}
     if not found:
         formats = ", ".join(FORMATS)
@@ -80,7 +86,7 @@ def _list_kinds(root: Path) -> str:
 
 def list_splits(root: Path, format: str | None = None) -> list[str]:
     """The splits that are given in a folder; [""] if its pictures are not divided."""
-    name = format or find_format(root)
+    name = choose_format(root, format)
     if name == "coco":
         return coco.list_splits(root)
     source: Source = FORMATS[name].open_source(root)
@@ -105,9 +111,7 @@ def open_dataset(
     Raises:
         DatasetError: One line that names the file and the value.
     """
-    name = format or find_format(data)
-    if name not in FORMATS:
-        raise DatasetError(f"the format {name!r} is not one of {', '.join(FORMATS)}")
+    name = choose_format(data, format)
     if name == "coco":
         return coco.open_coco(data, split, val_fraction)
     source: Source = FORMATS[name].open_source(data)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data.content import CocoContent
-from training.data.formats import find_format, labelme, list_splits, open_dataset
+from training.data.formats import choose_format, labelme, list_splits, open_dataset
 from training.data.records import DatasetError
 
 
@@ -92,7 +92,7 @@ def copy_images(
 
 def _single_split(data: Path, splits: Sequence[str], format: str | None) -> str:
     """The split to write into one file; "" for all images."""
-    if splits or (format or find_format(data)) != "coco":
+    if splits or choose_format(data, format) != "coco":
         return splits[0] if splits else ""
     given = list_splits(data, "coco")
     if len(given) > 1:

@@ -49,11 +49,11 @@ def divide(
         raise DatasetError(f"{len(items)} images cannot be divided into training and validation")
     scenes = [scene_of(stem_of(item)) for item in items]
     sizes = Counter(scenes)
-    how = "pictures whose names differ only in their last number stay together"
+    how = "images whose names differ only in a number at the end, as a_1 and a_2, stay together"
     wanted = max(1, round(len(items) * fraction))
     if len(sizes) < _FEWEST_GROUPS or max(sizes.values()) > max(wanted, len(items) // 5):
         scenes = [_AUGMENTED.sub("", stem_of(item)) for item in items]
-        how = "each picture by itself; their names show no scenes"
+        how = "each image by itself"
         sizes = Counter(scenes)
     held_back: set[str] = set()
     count = 0

@@ -92,13 +92,13 @@ async def test_admission_counts_the_scaled_canvases(blobs: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("object_size_px=3", "object_size_px 3 is beyond 4 to 64"),
+        ("object_size_px=3", "object_size_px 3 is not in 4 to 64"),
         ("object_size_px=0", "greater than 0"),
         ("object_size_px=nan", "not 'nan'"),
         ("object_size_px=inf", "less than or equal"),
-        ("um_per_px=0.5", "um_per_px: the configuration of model 'blobs' does not state"),
+        ("um_per_px=0.5", "um_per_px: the card of model 'blobs' states no"),
         ("um_per_px=1&object_size_px=16", "give one"),
-        ("model=whole&object_size_px=16", "model 'whole' resizes every image to one size"),
+        ("model=whole&object_size_px=16", "model 'whole' has no fixed scale"),
         ("model=lines&overlaps=resolve", "model 'lines' finds contours"),
         ("overlaps=drop", "'keep' or 'resolve'"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from service.errors import StartupError
 from service.scale.cluster.settings import ClusterSettings
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'solo-serve[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 
 def test_workers_have_reserved_what_the_settings_say() -> None:

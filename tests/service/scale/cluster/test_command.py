@@ -37,7 +37,7 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
 
 def test_without_ray_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'solo-serve[service,ray]'" in fail()
+    assert "requires the extra 'ray'" in fail()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])

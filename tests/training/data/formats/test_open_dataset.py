@@ -24,7 +24,7 @@ from tests.support.label_formats import (
 )
 from tests.support.tiny import TINY
 from training.data.coco import CocoDataset
-from training.data.formats import find_format, open_dataset
+from training.data.formats import choose_format, list_splits, open_dataset
 from training.data.formats.convert import convert
 from training.data.records import DatasetError
 from training.run_options import RunOptions
@@ -144,7 +144,7 @@ def test_six_formats_train_to_the_same_weights(tmp_path: Path) -> None:
 )
 def test_the_format_is_found(tmp_path: Path, write: Write, name: str) -> None:
     write(tmp_path, build_scenes())
-    assert find_format(tmp_path) == name
+    assert choose_format(tmp_path, None) == name
 
 
 def test_two_formats_are_ambiguous_until_one_is_chosen(tmp_path: Path) -> None:
@@ -167,6 +167,11 @@ def test_no_format_and_an_unknown_one(tmp_path: Path) -> None:
         open_dataset(tmp_path, "train", "pickle")
     with pytest.raises(DatasetError, match="is not a folder"):
         open_dataset(tmp_path / "none", "train")
+    for format in (None, "coco", "labelme"):
+        with pytest.raises(DatasetError, match=r"a\.JPG is a file; give the folder"):
+            open_dataset(tmp_path / "a.JPG", "train", format)
+        with pytest.raises(DatasetError, match=r"a\.JPG is a file; give the folder"):
+            list_splits(tmp_path / "a.JPG", format)
 
 
 @pytest.mark.parametrize("name", NAMES)
