@@ -245,6 +245,25 @@ async def test_a_client_that_sends_for_long_reads_an_early_answer() -> None:
         assert client.reader.exception() is None
 
 
+@pytest.mark.parametrize(("pieces", "is_open"), [(4, True), (5, False)])
+async def test_a_client_that_sends_more_than_a_body_may_have_is_cut(
+    monkeypatch: pytest.MonkeyPatch, pieces: int, is_open: bool
+) -> None:
+    for name in ("_LINGER_S", "_MAX_LINGER_S"):
+        monkeypatch.setattr(f"service.http.guard.{name}", 60)
+    async with GuardedServer(refuse_at_once, max_body_bytes=400) as server:
+        client = await server.connect()
+        await client.send(build_post(b"", 1000))
+        assert (await client.read_response())[0] == 401
+        for _ in range(pieces):
+            await client.send(bytes(100))
+            await asyncio.sleep(0.02)
+        if is_open:
+            assert server.state.connections
+        else:
+            await wait_until(lambda: not server.state.connections)
+
+
 async def test_held_bytes_are_those_of_bodies_without_a_response() -> None:
     echo = Echo()
     echo.hold.clear()
