@@ -43,9 +43,9 @@ BASELINE = "onnxruntime fp32"
 GAIN = 0.95
 """Of the baseline's time; a candidate that takes more does not replace it."""
 SECONDS = 1.0
-"""That each candidate is timed."""
+"""For which each candidate is timed."""
 MIN_ROUNDS, MAX_ROUNDS = 1, 200
-"""That count, after one that warms up."""
+"""Rounds that count; one before them warms up."""
 TILES = 2
 PICTURE_HW = (480, 640)
 MAX_RECORD_BYTES = 1 << 16
@@ -162,7 +162,7 @@ def draw_picture(height: int, width: int) -> UInt8:
 
 
 def _measure(candidates: Sequence[Candidate], config: ModelConfig) -> dict[str, float]:
-    """Least seconds of a canvas in rounds in which each candidate has its turn."""
+    """Least seconds of a canvas; every round times each candidate once."""
     tiles = list(prepare(draw_picture(*PICTURE_HW), config.input).tiles)[:TILES]
     running: dict[str, Backend] = {}
     try:
