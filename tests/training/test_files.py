@@ -26,6 +26,12 @@ def test_after_an_error_the_file_before_stays(tmp_path: Path, error: type[BaseEx
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
 
 
+def test_an_error_before_anything_is_written_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early"), replaced(tmp_path / "a"):
+        raise ValueError("early")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "a.partial").write_text("half")
     with replaced(tmp_path / "a") as partial:
