@@ -142,7 +142,7 @@ def find_canvases(spec: InputSpec) -> tuple[tuple[int, int], bool]:
 def describe_package(
     config: Config, options: AotiOptions, onnx_sha256: str | None = None
 ) -> PackageInfo:
-    """What the package will say of itself.
+    """The description that the package will contain.
 
     Raises:
         GraphError: An option has a wrong value, or there is no CUDA device to compile for.

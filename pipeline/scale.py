@@ -1,7 +1,7 @@
-"""A request's scale: a model of one magnification sees images of others at its own.
+"""A request's scale: images of another magnification are brought to the model's own.
 
-Tiles become smaller or larger windows of the image on the same canvas, so that masks come back at
-the image's size and no resized image exists.
+Tiles become smaller or larger windows of the image on the same canvas, so that masks have the
+image's size and the image is never resized as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class ScaleError(ValueError):
 def fit_scale(
     config: ModelConfig, *, object_size_px: float | None = None, um_per_px: float | None = None
 ) -> ModelConfig:
-    """The model as it has to see an image of this scale.
+    """The model's configuration for an image of this scale.
 
     Args:
         config: The model.

@@ -17,6 +17,7 @@ from training.configs.statistics import Machine
 from training.configs.toml_files import format_config, load_config
 from training.data.coco import CocoDataset
 from training.data.statistics import measure_statistics
+from training.files import replace_text
 from training.weights.initial import read_network
 from training.weights.sources import has_efficientnet
 
@@ -97,9 +98,6 @@ def configure(
 def write_configuration(plan: ConfigPlan, out: Path) -> Path:
     """Writes config.toml with the reasons as comments."""
     path = out / CONFIG_FILE
-    out.mkdir(parents=True, exist_ok=True)
     comments = "".join(f"# {reason}\n" for reason in plan.reasons)
-    partial = path.with_name(f".{CONFIG_FILE}.partial")
-    partial.write_text(f"{comments}\n{format_config(plan.config)}", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, f"{comments}\n{format_config(plan.config)}")
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.types import Detection
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.evaluate import CheckpointPredictor
+from training.files import replace_text
 from training.model.solo import Solo
 from training.run_log import NOTE
 
@@ -187,7 +187,5 @@ def write_report(folder: Path, title: str, state: str, pictures: Sequence[Pictur
         + "</html>\n"
     )
     path = folder / REPORT_FILE
-    partial = path.with_name(f"{REPORT_FILE}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, content)
     return path

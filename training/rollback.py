@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training import distributed
+from training.files import replaced
 from training.weights.formats import load_checkpoint
 
 ROLLBACK_FILE = "rollback.pt"
@@ -40,13 +41,11 @@ class Rollback:
         regular = step > 1 and (step - 1) % self._every == 0
         if not (regular and distributed.is_main()):
             return
-        partial = self.path.with_name(f"{ROLLBACK_FILE}.partial")
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(self._last, partial)  # no copy: `last.pt` is replaced, not overwritten
-        except OSError:  # a file system without hard links
-            shutil.copyfile(self._last, partial)
-        os.replace(partial, self.path)
+        with replaced(self.path) as partial:
+            try:
+                os.link(self._last, partial)  # no copy: `last.pt` is replaced, not overwritten
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self._last, partial)
 
     def load(self, step: int, error: Diverged) -> dict[str, Any]:
         """The content of the checkpoint.

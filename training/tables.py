@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from training import distributed
 from training.configs.io import config_to_dict
 from training.configs.schema import Config
 from training.configs.tables import Change, Table, TableRow
+from training.files import replace_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 FPS = "fps"
@@ -116,7 +116,7 @@ def run_row(table: Table, row: TableRow, out: Path, seed: int, plan: TablePlan) 
             **asdict(result),
         }
         if distributed.is_main():
-            _write(path, content)
+            replace_text(path, json.dumps(content, indent=2))
     return result
 
 
@@ -128,13 +128,6 @@ def _read(path: Path, evaluation: Mapping[str, Any]) -> RunResult | None:
     if content["evaluation"] != evaluation:
         return None
     return RunResult(content["metrics"], content["fps"], content["device"])
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)
 
 
 def _cell(values: Sequence[float], factor: float = 100) -> str:

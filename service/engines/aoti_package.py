@@ -19,12 +19,12 @@ from typing import Any, Literal, get_args
 from pipeline.model_config import FileSpec
 from service.engines.artefacts import read_file
 from service.engines.base import BackendError, Precision
+from service.engines.cpu import CPU_INFO, read_cpu
 
 PackagePrecision = Literal["fp32", "fp16", "bf16"]
 METADATA_KEY = "solo_serve"
 METADATA_SUFFIX = "wrapper_metadata.json"
 CPU_TARGET = "cpu"
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,10 @@ def name_target(capability: tuple[int, int] | None) -> str:
     return CPU_TARGET if capability is None else f"sm_{capability[0]}{capability[1]}"
 
 
-def describe_cpu() -> str:
+def describe_cpu(file: Path = CPU_INFO) -> str:
     """The host's CPU with a digest of its instruction sets."""
-    try:
-        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
-    sets = " ".join(sorted(fields.get("flags", fields.get("Features", "")).split()))
-    return f"{fields.get('model name', '')} {hashlib.sha256(sets.encode()).hexdigest()[:12]}"
+    name, sets = read_cpu(file)
+    return f"{name} {hashlib.sha256(sets.encode()).hexdigest()[:12]}"
 
 
 def read_verified(package: Path, files: Mapping[str, FileSpec]) -> bytes:

@@ -8,7 +8,6 @@ can be written, times are remembered until the process ends.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import math
@@ -31,6 +30,7 @@ from pipeline.preprocess import prepare
 from pipeline.types import Tile, UInt8
 from service.engines.artefacts import read_file
 from service.engines.base import Backend, BackendOptions
+from service.engines.cpu import read_cpu
 from service.engines.local_cache import find_local_cache
 from service.engines.tensorrt.cache import replace_file
 
@@ -43,9 +43,9 @@ BASELINE = "onnxruntime fp32"
 GAIN = 0.95
 """Of the baseline's time; a candidate that takes more does not replace it."""
 SECONDS = 1.0
-"""That each candidate is timed."""
+"""For which each candidate is timed."""
 MIN_ROUNDS, MAX_ROUNDS = 1, 200
-"""That count, after one that warms up."""
+"""Rounds that count; one before them warms up."""
 TILES = 2
 PICTURE_HW = (480, 640)
 MAX_RECORD_BYTES = 1 << 16
@@ -105,7 +105,7 @@ def measure_candidates(
     key = build_key(candidates, options, config)
     folder = find_local_cache(options.cache)
     file = None if folder is None else folder / "engine-times" / f"{key.digest}.json"
-    with _locked(file):  # worker processes that start together: one measures, undisturbed
+    with _locked(file):  # of worker processes that start together, one measures
         record = _remembered.get(key.digest) or _read(file, key)
         if record is None:
             record = TrialRecord(key=key, seconds=_measure(candidates, config))
@@ -126,10 +126,10 @@ def build_key(
     candidates: Sequence[Candidate], options: BackendOptions, config: ModelConfig
 ) -> TrialKey:
     """The key of a trial on this machine."""
-    cpu, flags = describe_cpu()
+    name, flags = read_cpu()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     return TrialKey(
-        cpu=cpu,
+        cpu=f"{platform.machine()} {name}".strip(),
         isa=hashlib.sha256(f"{flags} {limit}".encode()).hexdigest(),
         packages={name: found for name in PACKAGES if (found := _find_version(name))},
         graphs={c.name: config.files[c.file].sha256 for c in candidates},
@@ -138,21 +138,6 @@ def build_key(
         slots=options.slots,
         divide=options.divide,
     )
-
-
-@functools.cache
-def describe_cpu(file: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
-    """Name of the processor and its instruction sets, as far as the system tells."""
-    found = {"model name": "", "flags": "", "Features": "", "CPU part": ""}
-    with suppress(OSError):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in found:
-                found[name.strip()] = value.strip()
-            elif not line and found["model name"]:
-                break
-    name = found["model name"] or found["CPU part"] or platform.processor()
-    return f"{platform.machine()} {name}".strip(), found["flags"] or found["Features"]
 
 
 def _find_version(package: str) -> str | None:
@@ -177,7 +162,7 @@ def draw_picture(height: int, width: int) -> UInt8:
 
 
 def _measure(candidates: Sequence[Candidate], config: ModelConfig) -> dict[str, float]:
-    """Least seconds of a canvas in rounds in which each candidate has its turn."""
+    """Least seconds of a canvas; every round times each candidate once."""
     tiles = list(prepare(draw_picture(*PICTURE_HW), config.input).tiles)[:TILES]
     running: dict[str, Backend] = {}
     try:

@@ -97,7 +97,7 @@ class EngineRenewal:
             except TimeoutError:
                 self._give_up(model, f"an attempt to replace it hangs for {REBUILD_S:g} s")
                 return
-            except Exception as error:  # whatever stands in the way may pass
+            except Exception as error:  # the cause may be temporary
                 failures += not _is_of_files(error)
                 if failures == self._settings.max_rebuilds:
                     self._give_up(model, f"{failures} attempts to replace it failed: {error!r}")

@@ -42,7 +42,7 @@ def _rles(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_batch_of_mixed_sizes_equals_one_at_a_time(server: ServerProcess) -> None:
-    """DESIGN: a result does not depend on its batch, mask IoU >= 0.999."""
+    """A result does not depend on its batch: mask IoU >= 0.999."""
     together = _post(server, IMAGES)
     assert [entry["file_name"] for entry in together] == [path.name for path in IMAGES]
     for path, entry in zip(IMAGES, together, strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from training.configs.io import config_from_dict, config_to_dict
 from training.configs.schema import Config
+from training.files import replaced
 from training.model.solo import Solo
 
 FORMAT = "solo-serve checkpoint"
@@ -97,19 +98,15 @@ def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
         "config": config_to_dict(config),
         **state,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     data = io.BytesIO()
     torch.save(content, data)  # to memory: on a full disk its own writer hides the cause
     try:
-        with partial.open("wb") as file:
+        with replaced(path) as partial, partial.open("wb") as file:
             file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
         _flush(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         stays = "; the one before stays" if path.exists() else ""
         raise OSError(
             f"the checkpoint {path} ({len(data.getbuffer()) / 1e6:.0f} MB) cannot be written: "

@@ -24,31 +24,21 @@ from service.engines.trial import (
     Candidate,
     TrialRecord,
     build_key,
-    describe_cpu,
     draw_picture,
     measure_candidates,
     rank,
 )
 from tests.service.engines.test_ort_session import read_config
 from tests.support.blob_model import KEEP_RATIO_INPUT
+from tests.support.clock import SetClock
 
 OTHER = "fast bf16"
-
-
-class Clock:
-    """A clock that only engines advance."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class TimedEngine:
     """An engine whose calls take the seconds given, one after the other, then the last for ever."""
 
-    def __init__(self, clock: Clock, *seconds: float | Exception) -> None:
+    def __init__(self, clock: SetClock, *seconds: float | Exception) -> None:
         self._clock = clock
         self._seconds = list(seconds)
         self.calls: list[Sequence[Tile]] = []
@@ -67,8 +57,8 @@ class TimedEngine:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetClock]:
+    clock = SetClock()
     monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     trial._remembered.clear()
     yield clock
@@ -96,7 +86,7 @@ def measure(options: BackendOptions, config: ModelConfig | None = None, **engine
 
 
 def test_the_least_time_of_each_counts_and_the_first_round_does_not(
-    clock: Clock, options: BackendOptions
+    clock: SetClock, options: BackendOptions
 ) -> None:
     baseline = TimedEngine(clock, 0.01, 0.01, 0.09, 0.05, 0.04, 0.06, 0.07)
     other = TimedEngine(clock, 0.6, 0.6, 0.03, 0.03, 0.02, 0.04, 0.07)
@@ -107,7 +97,7 @@ def test_the_least_time_of_each_counts_and_the_first_round_does_not(
 
 
 def test_candidates_have_their_turns_until_the_time_is_over(
-    clock: Clock, options: BackendOptions
+    clock: SetClock, options: BackendOptions
 ) -> None:
     baseline, other = TimedEngine(clock, 0.05), TimedEngine(clock, 0.05)
     measure(options, baseline=baseline, other=other)
@@ -116,7 +106,7 @@ def test_candidates_have_their_turns_until_the_time_is_over(
     assert {len(tiles) for tiles in baseline.calls} == {1}
 
 
-def test_slow_engines_are_timed_once(clock: Clock, options: BackendOptions) -> None:
+def test_slow_engines_are_timed_once(clock: SetClock, options: BackendOptions) -> None:
     baseline, other = TimedEngine(clock, 100.0), TimedEngine(clock, 90.0)
     assert measure(options, baseline=baseline, other=other) == {BASELINE: 100.0, OTHER: 90.0}
     assert len(baseline.calls) == 2 * 2  # two canvases; the first round warms up
@@ -128,7 +118,7 @@ def test_slow_engines_are_timed_once(clock: Clock, options: BackendOptions) -> N
     ids=["cannot be built", "first run", "later run"],
 )
 def test_a_candidate_that_fails_is_left_out(
-    clock: Clock, options: BackendOptions, broken: Any
+    clock: SetClock, options: BackendOptions, broken: Any
 ) -> None:
     baseline = TimedEngine(clock, 0.5)
     other = broken if isinstance(broken, Exception) else TimedEngine(clock, *broken)
@@ -137,7 +127,7 @@ def test_a_candidate_that_fails_is_left_out(
     assert not isinstance(other, TimedEngine) or other.is_closed
 
 
-def test_times_are_read_by_other_processes(clock: Clock, options: BackendOptions) -> None:
+def test_times_are_read_by_other_processes(clock: SetClock, options: BackendOptions) -> None:
     baseline, other = TimedEngine(clock, 0.5), TimedEngine(clock, 0.25)
     first = measure(options, baseline=baseline, other=other)
     trial._remembered.clear()
@@ -149,7 +139,7 @@ def test_times_are_read_by_other_processes(clock: Clock, options: BackendOptions
 
 
 def test_without_a_folder_times_are_kept_in_the_process(
-    clock: Clock, options: BackendOptions, tmp_path: Path
+    clock: SetClock, options: BackendOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     nowhere = replace(options, cache=tmp_path / "file")
@@ -157,7 +147,9 @@ def test_without_a_folder_times_are_kept_in_the_process(
     assert measure(nowhere, baseline=RuntimeError("must not be built")) == first
 
 
-def test_a_trial_without_its_baseline_is_not_stored(clock: Clock, options: BackendOptions) -> None:
+def test_a_trial_without_its_baseline_is_not_stored(
+    clock: SetClock, options: BackendOptions
+) -> None:
     fails = MemoryError("for now")
     assert measure(options, baseline=fails, other=TimedEngine(clock, 0.5)) == {OTHER: 0.5}
     assert options.cache is not None
@@ -170,7 +162,7 @@ def test_a_trial_without_its_baseline_is_not_stored(clock: Clock, options: Backe
     ids=["empty", "cut", "deep", "huge", "of another kind", "binary"],
 )
 def test_a_damaged_record_is_measured_again(
-    clock: Clock, options: BackendOptions, content: bytes, caplog: pytest.LogCaptureFixture
+    clock: SetClock, options: BackendOptions, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     measure(options, baseline=TimedEngine(clock, 0.5))
     assert options.cache is not None
@@ -183,7 +175,7 @@ def test_a_damaged_record_is_measured_again(
     assert measure(options, baseline=RuntimeError("must not be built")) == {BASELINE: 0.25}
 
 
-def test_a_record_with_another_key_is_not_taken(clock: Clock, options: BackendOptions) -> None:
+def test_a_record_with_another_key_is_not_taken(clock: SetClock, options: BackendOptions) -> None:
     measure(options, baseline=TimedEngine(clock, 0.5))
     assert options.cache is not None
     (file,) = (options.cache / "engine-times").glob("*.json")
@@ -214,9 +206,9 @@ def test_what_decides_the_times_is_in_the_key(
     ]
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     keys.append(build_key(candidates, options, config))
-    monkeypatch.setattr(trial, "describe_cpu", lambda: ("another processor", "avx2"))
+    monkeypatch.setattr(trial, "read_cpu", lambda: ("another processor", "avx2"))
     keys.append(build_key(candidates, options, config))
-    monkeypatch.setattr(trial, "describe_cpu", lambda: ("another processor", "avx2 avx512f"))
+    monkeypatch.setattr(trial, "read_cpu", lambda: ("another processor", "avx2 avx512f"))
     keys.append(build_key(candidates, options, config))
     monkeypatch.setattr(trial, "_find_version", lambda name: "99.0")
     keys.append(build_key(candidates, options, config))
@@ -284,21 +276,7 @@ def test_the_picture_is_full_of_objects_of_two_greys_and_is_always_the_same() ->
     np.testing.assert_array_equal(picture, draw_picture(96, 128))
 
 
-def test_the_processor_is_described(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    cores = "processor: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2\n\nprocessor: 1\nflags: other\n"
-    file.write_text(cores)
-    name, flags = describe_cpu(file)
-    assert name.endswith(" A CPU") and flags == "fpu avx2"
-    arm = tmp_path / "arm"
-    arm.write_text("processor: 0\nFeatures\t: asimd bf16\nCPU part\t: 0xd40\n")
-    name, flags = describe_cpu(arm)
-    assert name.endswith(" 0xd40") and flags == "asimd bf16"
-    name, flags = describe_cpu(tmp_path / "missing")
-    assert name and flags == ""
-
-
-def test_threads_of_a_process_may_measure_at_once(clock: Clock, options: BackendOptions) -> None:
+def test_threads_of_a_process_may_measure_at_once(clock: SetClock, options: BackendOptions) -> None:
     built = threading.Semaphore(0)
 
     def build() -> Any:

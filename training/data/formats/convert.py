@@ -12,6 +12,7 @@ from typing import Any
 from training.data.content import CocoContent
 from training.data.formats import choose_format, labelme, list_splits, open_dataset
 from training.data.records import DatasetError
+from training.files import replace_text
 
 
 def convert(
@@ -126,8 +127,5 @@ def write_content(content: CocoContent, names: dict[str, str], path: Path) -> st
     if content.annotations is not None:
         written["annotations"] = list(content.annotations)
         count = f"{len(written['annotations'])} objects"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(written, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(written, allow_nan=False))
     return f"{path}: {len(images)} images, {count}, {len(content.categories)} classes"
