@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def find_local_cache(wanted: Path | None = None) -> Path | None:
@@ -21,3 +26,21 @@ def find_local_cache(wanted: Path | None = None) -> Path | None:
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
     return None
+
+
+@contextmanager
+def lock_file(file: Path | None) -> Iterator[None]:
+    """Excludes other processes that want the same file, where the system can do that."""
+    if file is None or sys.platform == "win32":
+        yield
+        return
+    descriptor = None
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

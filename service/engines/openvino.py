@@ -29,7 +29,7 @@ from service.engines.base import (
     divide_calls,
     split_batch,
 )
-from service.engines.local_cache import find_local_cache
+from service.engines.local_cache import find_local_cache, lock_file
 from service.engines.ort_session import OUTPUTS, check_signature
 from service.engines.slots import SlotBackend
 
@@ -142,8 +142,10 @@ def _compile(graph: Any, options: BackendOptions, count: int) -> Any:
     folder = find_local_cache(options.cache)
     error: Exception | None = None
     if folder is not None:
+        cache = folder / "openvino"
         try:
-            return _compile_with(graph, wanted | {"CACHE_DIR": str(folder / "openvino")})
+            with lock_file(cache):  # one that reads a file while another writes it dies of SIGBUS
+                return _compile_with(graph, wanted | {"CACHE_DIR": str(cache)})
         except Exception as of_cache:  # perhaps a file of it is damaged, or the disk is full
             error = of_cache
     try:

@@ -13,10 +13,9 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +30,8 @@ from pipeline.types import Tile, UInt8
 from service.engines.artefacts import read_file
 from service.engines.base import Backend, BackendOptions
 from service.engines.cpu import read_cpu
-from service.engines.local_cache import find_local_cache
+from service.engines.local_cache import find_local_cache, lock_file
 from service.engines.tensorrt.cache import replace_file
-
-if sys.platform != "win32":
-    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +101,7 @@ def measure_candidates(
     key = build_key(candidates, options, config)
     folder = find_local_cache(options.cache)
     file = None if folder is None else folder / "engine-times" / f"{key.digest}.json"
-    with _locked(file):  # of worker processes that start together, one measures
+    with lock_file(file):  # worker processes that start together: one measures, undisturbed
         record = _remembered.get(key.digest) or _read(file, key)
         if record is None:
             record = TrialRecord(key=key, seconds=_measure(candidates, config))
@@ -202,24 +198,6 @@ def _time(backend: Backend, tiles: Sequence[Tile]) -> float:
     for tile in tiles:
         backend.infer([tile])
     return (time.perf_counter() - start_s) / len(tiles)
-
-
-@contextmanager
-def _locked(file: Path | None) -> Iterator[None]:
-    """Excludes other processes that want the same record, where the system can do that."""
-    if file is None or sys.platform == "win32":
-        yield
-        return
-    descriptor = None
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _read(file: Path | None, key: TrialKey) -> TrialRecord | None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from service.engines.local_cache import find_local_cache
+from service.engines.local_cache import find_local_cache, lock_file
 
 
 def test_the_folder_that_was_named_is_made(tmp_path: Path) -> None:
@@ -27,3 +28,28 @@ def test_none_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.M
     assert find_local_cache(tmp_path / "file") is None
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert find_local_cache(tmp_path / "read-only") is None
+
+
+def test_a_locked_file_is_waited_for_and_another_is_not(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def enter(file: Path) -> None:
+        with lock_file(file):
+            entered.set()
+
+    waiting = threading.Thread(target=enter, args=(tmp_path / "a",))
+    with lock_file(tmp_path / "a"):
+        enter(tmp_path / "b")
+        assert entered.is_set()
+        entered.clear()
+        waiting.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(30)
+    waiting.join()
+
+
+def test_where_no_lock_is_possible_work_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for file in (None, tmp_path / "file" / "cache"):
+        with lock_file(file):
+            pass

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import logging
 import platform
 import subprocess
@@ -332,6 +333,25 @@ print(telemetry_utils.tm.__name__, sorted(m for m in sys.modules if m.startswith
             file.chmod(0o600)
             file.write_bytes(b"damaged")
         assert run() == first
+
+
+def test_one_process_at_a_time_uses_the_cache(
+    options: BackendOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once: one maps a file into memory that the other truncates, and dies of SIGBUS."""
+    assert options.cache is not None
+    lock = options.cache / "openvino.lock"
+
+    def compile_with(graph: object, properties: dict[str, str]) -> str:
+        assert properties["CACHE_DIR"] == str(options.cache / "openvino")  # type: ignore[operator]
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "compiled"
+
+    monkeypatch.setattr(openvino, "_compile_with", compile_with)
+    assert openvino._compile(None, options, 1) == "compiled"
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def build_chain(nodes: list[str], count: int) -> str:

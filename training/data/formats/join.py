@@ -77,7 +77,7 @@ def join(
 def _open_splits(
     folder: Path, format: str | None, val_fraction: float | None
 ) -> dict[str, CocoContent]:
-    """The labelled splits of a data set that was checked."""
+    """The labelled splits of a checked data set, without the categories that were skipped."""
     given = list_splits(folder, format)
     if given == [""] or (val_fraction is not None and "val" not in given):
         given = ["train", "val"]
@@ -87,10 +87,11 @@ def _open_splits(
         if content.annotations is None:
             continue
         content = replace(content, annotations=list(content.annotations))
-        report = check_content(content, read_sizes).report
-        if report.refusal:
-            raise DatasetError(report.refusal)
-        contents[split] = content
+        checked = check_content(content, read_sizes)
+        if checked.report.refusal:
+            raise DatasetError(checked.report.refusal)
+        classes = [{"id": c.category_id, "name": c.name} for c in checked.classes]
+        contents[split] = replace(content, categories=classes)
     if not contents:
         raise DatasetError(f"{folder} has no annotations")
     return contents
@@ -98,7 +99,7 @@ def _open_splits(
 
 def _add(joined: _Joined, content: CocoContent, names: dict[str, str], ids: dict[str, int]) -> None:
     """Appends the images and objects of a checked split."""
-    new_ids = {read_whole(c["id"]): ids[c["name"]] for c in content.categories}
+    new_ids = {c["id"]: ids[c["name"]] for c in content.categories}
     present: dict[Any, set[int]] = defaultdict(set)
     image_ids = {
         read_image_id(image["id"]): len(joined.images) + n

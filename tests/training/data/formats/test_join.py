@@ -114,3 +114,17 @@ def test_what_is_refused(tmp_path: Path, capsys: Any) -> None:
         join([good], good)
     assert main(["join", str(good), "--to", str(tmp_path / "new")]) == 0
     assert "1 images, 1 objects, 1 classes" in capsys.readouterr().out
+
+
+def test_categories_that_only_group_others_do_not_become_classes(tmp_path: Path) -> None:
+    grouped = write_set(tmp_path / "a", {0: "pets", 1: "cat", 2: "dog"}, [{"objects": [1]}])
+    path = grouped / "annotations/train.json"
+    content = json.loads(path.read_text())
+    for category in content["categories"][1:]:
+        category["supercategory"] = "pets"
+    path.write_text(json.dumps(content))
+    other = write_set(tmp_path / "b", {1: "dog", 2: "cat"}, [{"objects": [2]}])
+    join([grouped, other], tmp_path / "both")
+    data = CocoDataset(tmp_path / "both", "train")
+    assert [c.name for c in data.classes] == ["cat", "dog"]
+    assert known_of(data) == [None, None] and objects_of(data) == [["cat"], ["cat"]]
