@@ -84,6 +84,11 @@ def mask_ap(
     }
 
 
+def describe_metrics(metrics: Mapping[str, float]) -> str:
+    """One line, as "AP 0.4853 APl -"; "-" for what the ground truth has no object for."""
+    return " ".join(f"{k} {v:.4f}" if v >= 0 else f"{k} -" for k, v in metrics.items())
+
+
 def _number_images(truth: Mapping[str, Any]) -> dict[int | str, int]:
     """A number for each image id, in the order of the ids; pycocotools takes no text for an id."""
     ids = sorted((i["id"] for i in truth["images"]), key=lambda i: (isinstance(i, str), i))

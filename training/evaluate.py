@@ -28,7 +28,7 @@ from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from pipeline.types import Candidates, Detection
 from training import distributed
-from training.coco_metrics import mask_ap
+from training.coco_metrics import describe_metrics, mask_ap
 from training.configs.schema import Config
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
@@ -374,7 +374,7 @@ def run(options: argparse.Namespace) -> None:
     for name, ids in sorted(groups.items()):
         numbers[name] = mask_ap(truth, results, max_dets=options.max_dets, image_ids=ids)
     for name, row in numbers.items():
-        print(f"{name:>20} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        print(f"{name:>20} " + describe_metrics(row))
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
 

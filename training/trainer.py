@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training import distributed
+from training.coco_metrics import describe_metrics
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
 from training.data.loader import Batch, build_loader
@@ -390,7 +391,7 @@ class Trainer:
         self.unvalidated = False
         log.write(self.step, {f"val/{k}": v for k, v in numbers.items()})
         if distributed.is_main():
-            found = " ".join(f"{k} {v:.4f}" for k, v in numbers.items())
+            found = describe_metrics(numbers)
             state = f"step {self.step} of {self.total_steps}, {describe_left(self._seconds_left())}"
             tqdm.write(f"{state}: {found}")
             write_report(self.options.out, self.config.name, f"{state}: {found}", pictures)

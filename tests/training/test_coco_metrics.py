@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.support.tiny import annotation_of, disc, rle_of, write_image, write_split
-from training.coco_metrics import mask_ap
+from training.coco_metrics import describe_metrics, mask_ap
 from training.data.coco import CocoDataset
 
 SIDE = 200
@@ -47,6 +47,9 @@ def test_perfect_results(tmp_path: Path) -> None:
     assert found["AP"] == found["AP50"] == found["AP75"] == found["APs"] == pytest.approx(1)
     assert found["AR"] == pytest.approx(1)
     assert found["APm"] == found["APl"] == -1
+    assert describe_metrics(found).startswith("AP 1.0000 AP50 1.0000 ")
+    assert describe_metrics(found).endswith(" APm - APl - AR 1.0000")
+    assert describe_metrics({"AP": 0.0}) == "AP 0.0000"
 
 
 def test_dense_images_need_more_detections(tmp_path: Path) -> None:

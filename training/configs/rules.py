@@ -70,7 +70,7 @@ class ConfigPlan:
 
 
 def default_init(config: Config) -> Literal["imagenet"] | None:
-    """Initial weights of a self-configured network: frozen statistics have to come from some."""
+    """Initial weights of a self-configured network: frozen statistics require trained ones."""
     return "imagenet" if config.model.backbone.norm == "frozen_bn" else None
 
 
@@ -143,8 +143,7 @@ def _explain_network(
     device = "a GPU" if machine.gpu else f"{machine.cores} CPU cores"
     weights = "ImageNet weights"
     if default_init(config) is None:
-        grey = data.grey and machine.efficientnet
-        cause = "the images are grey" if grey else "EfficientNet-Lite0's are not installed"
+        cause = "the images are grey" if data.grey else "those of EfficientNet-Lite0 are missing"
         weights = f"random weights, because {cause}"
     return f"{network}, for {device}; {weights}"
 
