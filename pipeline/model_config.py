@@ -16,7 +16,7 @@ MAX_CLASSES = 10_000
 MAX_ZOOM = 4
 """Largest factor between the scale of a request and the model's own, either way."""
 MAX_CANVASES = 16
-Ordinal = Annotated[int, Field(ge=0, lt=1024)]
+Ordinal = Annotated[int, Field(ge=0, lt=1024, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

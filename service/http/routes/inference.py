@@ -26,7 +26,7 @@ from service.http.oip.schemas import (
     inline_schema,
 )
 from service.http.oip.write import build_body, build_tensors
-from service.http.routes.segment import MAX_FILES, segment_in_time
+from service.http.routes.segment import MAX_FILES, get_timeout_header, segment_in_time
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs, VersionNumber
 from service.protocol import ModelState, Segmenter
@@ -141,6 +141,7 @@ async def _get_sent(
     header_length: HeaderLength = None,
     x_timeout_ms: Annotated[TimeoutMs, Header()] = None,
 ) -> Sent:
+    get_timeout_header(request)  # FastAPI takes the last of several
     return Sent(request, segmenter, client, header_length, x_timeout_ms)
 
 

@@ -178,7 +178,7 @@ def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
             query = SegmentQuery.model_validate(_split_query(request.scope["query_string"]))
         except ValidationError as error:
             wrong += _locate(error, "query")
-    header = request.headers.get(_TIMEOUT_HEADER)
+    header = get_timeout_header(request)
     if header is not None:
         try:
             timeout_ms = _TIMEOUT.validate_python(header)
@@ -187,6 +187,17 @@ def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
     if wrong:
         raise RequestValidationError(wrong)
     return query, timeout_ms
+
+
+def get_timeout_header(request: Request) -> str | None:
+    """The header X-Timeout-Ms as sent.
+
+    Raises:
+        InvalidParameter: It is given more than once.
+    """
+    values = request.headers.getlist(_TIMEOUT_HEADER)
+    _refuse_repeated([_TIMEOUT_HEADER] * len(values))
+    return values[0] if values else None
 
 
 def _split_query(text: bytes) -> dict[str, str]:

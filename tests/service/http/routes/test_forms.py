@@ -88,6 +88,14 @@ async def test_a_parameter_is_given_once(
     assert named in message and len(message) < 2000
 
 
+async def test_a_timeout_is_given_once(client: httpx.AsyncClient) -> None:
+    headers = [("x-timeout-ms", "60000"), ("X-Timeout-Ms", "5")]
+    for path in ("/segment", "/v2/models/blobs/infer"):
+        response = await client.post(path, headers=headers, json={})
+        assert response.status_code == 422
+        assert "'x-timeout-ms' is given more than once" in response.text
+
+
 async def test_several_wrong_fields_are_all_named(client: httpx.AsyncClient) -> None:
     fields = {"masks": "svg", "score_threshold": "2"}
     _, _, message = error_of(await client.post("/segment", files=FILES, data=fields))
