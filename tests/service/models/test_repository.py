@@ -262,7 +262,7 @@ def test_a_model_is_placed_on_some_of_the_processs_gpus(
     load_version(folder, None, OPTIONS).backend.close()  # on the CPU it says nothing
 
 
-@pytest.mark.parametrize("gpus", [[], [0, 0], [-1], [1024], "0"])
+@pytest.mark.parametrize("gpus", [[], [0, 0], [-1], [1024], [True], "0"])
 def test_a_placement_that_makes_no_sense_is_refused(tmp_path: Path, gpus: object) -> None:
     folder = publish(tmp_path, limits={"gpus": gpus})
     with pytest.raises(ModelRefused, match="gpus"):
