@@ -61,7 +61,7 @@ def build_request(
         )
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise TypeError(f"several images are a list or another iterable, not {images!r:.100}")
-    given = {name: options.get(name) for name in Options.__annotations__.keys() - _ENCODED}
+    given = {name: options.get(name) for name in Options.__annotations__ if name not in _ENCODED}
     query = {name: str(value) for name, value in given.items() if value is not None}
     if not options.get("masks", True):
         query["masks"] = "none"

@@ -41,7 +41,7 @@ class EchoPredictor:
         self.seen.append(data)
         if data in self.failures:
             raise self.failures[data]
-        rle = {"size": [8, 8], "counts": "088"}
+        rle = {"size": [8, 8], "counts": "08h1"}
         found = {"category_id": 1, "segmentation": rle, "bbox": [0, 0, 1, 8], "area": 8}
         return Prediction([{**found, "score": 0.5}], "segmentation", "m:1")
 

@@ -55,7 +55,7 @@ def test_a_busy_server_is_asked_again() -> None:
     answer = predictor.predict(b"data")
     assert (answer.results, answer.task, answer.served) == ([], "contour", "blobs:1")
     assert [str(request.url) for request in requests] == [
-        "http://test/segment?score_threshold=0.5&model=blobs"
+        "http://test/segment?model=blobs&score_threshold=0.5"
     ] * 3
 
 
