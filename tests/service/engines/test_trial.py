@@ -189,6 +189,7 @@ def test_a_record_with_another_key_is_not_taken(clock: SetClock, options: Backen
 def test_what_decides_the_times_is_in_the_key(
     monkeypatch: pytest.MonkeyPatch, options: BackendOptions
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     config = read_config()
     candidates = [Candidate(BASELINE, "model.onnx", lambda: None)]  # type: ignore[arg-type, return-value]
     more = [*candidates, Candidate(OTHER, "model.onnx", lambda: None)]  # type: ignore[arg-type, return-value]
