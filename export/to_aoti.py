@@ -134,9 +134,9 @@ def find_canvases(spec: InputSpec) -> tuple[tuple[int, int], bool]:
     """The largest canvas that an image can get, and whether it is the only one."""
     if isinstance(spec.resize, TileResize):
         return spec.resize.canvas_hw, True
-    multiple = spec.resize.pad_multiple
-    side = -(-max(spec.resize.short_side, spec.resize.long_side) // multiple) * multiple
-    return (side, side), side <= STRIDE
+    longest = max(spec.resize.short_side, spec.resize.long_side)
+    canvas_hw = spec.resize.pad(longest, longest)
+    return canvas_hw, canvas_hw[0] <= STRIDE
 
 
 def describe_package(

@@ -5,7 +5,7 @@ Symbols: H W canvas.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -49,8 +49,7 @@ def list_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
     """
     if isinstance(spec.resize, TileResize):
         return (spec.resize.canvas_hw,)
-    landscape = {_pad(short, long, spec.resize) for short, long in _list_sides(spec.resize)}
-    return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
+    return _turn({spec.resize.pad(short, long) for short, long in _list_sides(spec.resize)})
 
 
 def choose_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
@@ -64,8 +63,7 @@ def choose_canvases(spec: InputSpec) -> tuple[Canvas, ...]:
     resize = spec.resize
     images = [(RATIO_PX, round(RATIO_PX * ratio)) for ratio in RATIOS]
     sizes = [keep_ratio_size(hw, resize.short_side, resize.long_side) for hw in images]
-    landscape = {_pad(height, width, resize) for height, width in sizes} | {resize.largest_sides}
-    return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
+    return _turn({resize.pad(height, width) for height, width in sizes} | {resize.largest_sides})
 
 
 def find_padding(config: ModelConfig, device: str) -> tuple[Canvas, ...]:
@@ -89,9 +87,9 @@ def _list_sides(resize: KeepRatioResize) -> list[tuple[int, int]]:
     return reached + bounded
 
 
-def _pad(height: int, width: int, resize: KeepRatioResize) -> Canvas:
-    multiple = resize.pad_multiple
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+def _turn(landscape: Set[Canvas]) -> tuple[Canvas, ...]:
+    """The canvases and their transposes, ascending."""
+    return tuple(sorted(landscape | {(width, height) for height, width in landscape}))
 
 
 def cover_canvases(canvases: Collection[Canvas], max_buckets: int = 8) -> tuple[Bucket, ...]:

@@ -88,11 +88,12 @@ class KeepRatioResize(Spec):
     @property
     def largest_sides(self) -> tuple[int, int]:
         """Short and long side of the largest canvas, px."""
-        short, long = (
-            -(-side // self.pad_multiple) * self.pad_multiple
-            for side in (min(self.short_side, self.long_side), self.long_side)
-        )
-        return short, long
+        return self.pad(min(self.short_side, self.long_side), self.long_side)
+
+    def pad(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the canvas of an image that is resized to a size, px."""
+        multiple = self.pad_multiple
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
 class TileResize(Spec):

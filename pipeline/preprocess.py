@@ -193,8 +193,7 @@ class _Canvases(Sequence[Tile]):
 
     def _shrink(self, resize: KeepRatioResize) -> Tile:
         size = keep_ratio_size(self._image_hw, resize.short_side, resize.long_side)
-        multiple = resize.pad_multiple
-        canvas_hw = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+        canvas_hw = resize.pad(*size)
         if self._canvases:
             canvas_hw = round_canvas(canvas_hw, self._canvases)
         canvas = _canvas(self._stretch(self._image), size, canvas_hw)
