@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.harness.memory import reset_peak
 from benchmarks.load import Load, run_at_rate, run_closed_loop
 from tests.support.blob_model import draw_picture, encode_picture
-from tests.support.memory import read_peak_bytes, read_resident_bytes, reset_peak
+from tests.support.memory import read_peak_bytes, read_resident_bytes
 from tests.support.server import CPU_FLAGS, run_server
 from tests.support.slow_model import ONE_CANVAS, build_slow_graph, publish_graph
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.harness.memory import reset_peak
 from tests.reliability.conftest import Report
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
-from tests.support.memory import read_peak_bytes, read_resident_bytes, reset_peak
+from tests.support.memory import read_peak_bytes, read_resident_bytes
 from tests.support.pictures import build_jpeg_of_scans, build_png_header
 from tests.support.server import CPU_FLAGS, ServerProcess, run_server
 

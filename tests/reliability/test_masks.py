@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from benchmarks.harness.memory import reset_peak
 from tests.reliability.conftest import Report
 from tests.support.blob_model import draw_picture, encode_picture
-from tests.support.memory import read_peak_bytes, read_resident_bytes, reset_peak
+from tests.support.memory import read_peak_bytes, read_resident_bytes
 from tests.support.server import CPU_FLAGS, run_server
 from tests.support.slow_model import build_full_graph, full_config, publish_graph
 
