@@ -30,8 +30,7 @@ from pipeline.types import Tile, UInt8
 from service.engines.artefacts import read_file
 from service.engines.base import Backend, BackendOptions
 from service.engines.cpu import read_cpu
-from service.engines.local_cache import find_local_cache, lock_file
-from service.engines.tensorrt.cache import replace_file
+from service.engines.local_cache import find_local_cache, lock_file, replace_file
 
 logger = logging.getLogger(__name__)
 

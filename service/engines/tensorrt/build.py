@@ -22,13 +22,13 @@ from pipeline.canvases import cover_canvases, list_canvases
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendError
 from service.engines.builder import Report
+from service.engines.local_cache import replace_file
 from service.engines.tensorrt.cache import (
     BuildOptions,
     EngineCache,
     EngineKey,
     Environment,
     build_key,
-    replace_file,
 )
 from service.engines.tensorrt.log import Messages, PhaseProgress, build_logger, build_monitor
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.canvases import Bucket
 from service.engines.base import Precision
+from service.engines.local_cache import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -199,26 +200,6 @@ class EngineCache:
         """File of the timings of this TensorRT on this GPU."""
         gpu = "".join(c if c.isalnum() else "-" for c in environment.gpu)
         return self.folder / f"{environment.tensorrt}-{environment.sm}-{gpu}.timing"
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Writes and syncs a file atomically.
-
-    Raises:
-        OSError: It cannot be written; the previous file is unchanged.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as partial:
-            partial.write(data)
-            partial.flush()
-            os.fsync(partial.fileno())
-        os.replace(name, file)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _sweep(folder: Path) -> None:
