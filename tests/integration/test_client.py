@@ -217,7 +217,8 @@ def test_predict_killed_and_started_again_gives_what_one_run_gives(
     served = read_images(server)
     predict_main([*inputs, "--jobs", "3"])
     assert not journal.exists()
-    assert read_images(server) - served == 40 - done
+    # The server may still have answered the two requests that were in flight when it was killed.
+    assert 40 - done <= read_images(server) - served <= 40 - done + 2
     local = ["--model-repo", str(repo), "--device", "cpu", "--out", str(tmp_path / "local.json")]
     predict_main([str(tmp_path / "images"), "--quiet", *local])
     remote: list[dict[str, Any]] = json.loads(out.read_bytes())
