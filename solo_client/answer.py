@@ -262,6 +262,19 @@ def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     return models
 
 
+def read_model(content: Any, url: str) -> dict[str, Any]:
+    """The description of GET /v2/models/{name}.
+
+    Raises:
+        UnexpectedAnswer: It is not one.
+    """
+    try:
+        model: dict[str, Any] = {**content, "name": str(content["name"])}
+    except _MISFITS as error:
+        raise _not_ours(url, content, error) from error
+    return model
+
+
 def _not_ours(url: str, content: Any, error: Exception) -> UnexpectedAnswer:
     start = json.dumps(content)[:100]
     return UnexpectedAnswer(f"{url}: not an answer of solo-serve ({error!r}): {start!r}")

@@ -15,13 +15,14 @@ from solo_client.answer import (
     AnswerParser,
     OnProgress,
     blame_image,
+    read_model,
     read_models,
     read_results,
 )
 from solo_client.connections import FAILURES, ConnectionPool, Connections
 from solo_client.errors import ImageFailed, ServerError
 from solo_client.images import ImageInput
-from solo_client.request import Options, build_request
+from solo_client.request import Options, build_description, build_request
 from solo_client.result import Result
 
 _READY: dict[str, Any] = {"method": "GET", "url": "/v2/health/ready"}
@@ -105,6 +106,14 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
     def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(self._ask(_MODELS), self.url)
+
+    def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}.
+
+        Raises:
+            SoloError: The server has no such model or version, or the request failed.
+        """
+        return read_model(self._ask(build_description(name, version)), self.url)
 
     def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
@@ -200,6 +209,10 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
     async def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(await self._ask(_MODELS), self.url)
+
+    async def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}."""
+        return read_model(await self._ask(build_description(name, version)), self.url)
 
     async def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""

@@ -336,3 +336,23 @@ def test_a_base_path_is_kept() -> None:
     with Client("http://test/solo/", transport=script.transport) as client:
         client.segment(b"file")
     assert script.requests[0].url.path == "/solo/segment"
+
+
+def test_a_model_is_described() -> None:
+    model = {"name": "a/b", "classes": [{"category_id": 1, "name": "cell"}]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.raw_path in (b"/v2/models/a%2Fb", b"/v2/models/a%2Fb/versions/2")
+        return httpx.Response(200, json=model if b"versions" in request.url.raw_path else [1])
+
+    transport = httpx.MockTransport(answer)
+    with Client(URL, transport=transport) as client:
+        assert client.describe_model("a/b", 2) == model
+        with pytest.raises(UnexpectedAnswer):
+            client.describe_model("a/b")
+
+    async def ask() -> None:
+        async with AsyncClient(URL, transport=transport) as client:
+            assert await client.describe_model("a/b", 2) == model
+
+    asyncio.run(ask())
