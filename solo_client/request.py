@@ -81,6 +81,21 @@ def build_request(
     return names, {**request, "files": parts, "headers": _HEADERS}
 
 
+def build_file_request(
+    images: Iterable[ImageInput], format: str, options: Options
+) -> dict[str, Any]:
+    """Httpx' arguments for POST /segment with an output format.
+
+    Raises:
+        TypeError, OSError, ValueError: As of `build_request`, or there are no images.
+    """
+    query = {**options.get("query", {}), "format": format}
+    names, request = build_request(images, {**options, "query": query})
+    if not names:
+        raise ValueError("there are no images")
+    return request
+
+
 def build_description(name: str, version: int | None) -> dict[str, Any]:
     """Httpx' arguments for GET /v2/models/{name} or one of its versions."""
     path = f"/v2/models/{quote(name, safe='')}"

@@ -356,3 +356,29 @@ def test_a_model_is_described() -> None:
             assert await client.describe_model("a/b", 2) == model
 
     asyncio.run(ask())
+
+
+def test_images_become_a_file() -> None:
+    file = {"file_name": "a.csv", "media_type": "text/csv", "base64": "YSxi"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"format": "csv", "priority": "batch", "model": "m"}
+        return httpx.Response(200, json=file)
+
+    query = {"priority": "batch"}
+    with Client(URL, transport=httpx.MockTransport(answer)) as client:
+        found = client.segment_to_file([b"image"], "csv", model="m", query=query)
+        assert (found.name, found.media_type, found.data) == ("a.csv", "text/csv", b"a,b")
+        file["base64"] = "?"
+        with pytest.raises(UnexpectedAnswer):
+            client.segment_to_file([b"image"], "csv", model="m", query=query)
+        with pytest.raises(ValueError, match="there are no images"):
+            client.segment_to_file([], "csv")
+    file["base64"] = "YSxi"
+
+    async def ask() -> None:
+        async with AsyncClient(URL, transport=httpx.MockTransport(answer)) as client:
+            found = await client.segment_to_file([b"image"], "csv", model="m", query=query)
+            assert found.data == b"a,b"
+
+    asyncio.run(ask())
