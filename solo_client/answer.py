@@ -21,7 +21,7 @@ from solo_client.errors import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.result import Instance, Result
+from solo_client.result import Instance, Result, ResultWarning
 from solo_client.retry import read_retry_after
 
 IMAGE_CODES = frozenset(
@@ -230,6 +230,10 @@ def _read_result(
         instances_found=entry.get("instances_found"),
         truncated=bool(entry.get("truncated", False)),
         scale=entry.get("scale"),
+        warnings=tuple(
+            ResultWarning(str(warning["code"]), str(warning["message"]))
+            for warning in entry.get("warnings") or ()
+        ),
     )
 
 
