@@ -61,7 +61,8 @@ def count_cost(image_hw: HW, spec: InputSpec, max_canvases: int) -> int:
     if canvases > max_canvases:
         raise TooManyCanvases(
             f"the image of {image_hw[1]}x{image_hw[0]} px needs {canvases} canvases, the server "
-            f"allows {max_canvases}; crop it, or send it in parts"
+            f"allows {max_canvases}; crop it, send it in parts, or, if the model has a scale, show "
+            "it smaller (a larger object_size_px, a smaller um_per_px)"
         )
     return canvases
 
