@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
 }
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
+    "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",
     "service/engines/kernels/postprocessor.py",

@@ -115,7 +115,8 @@ class ShadowRun:
         self, images: Sequence[ImageFile], options: RequestOptions, outcomes: Sequence[Outcome]
     ) -> None:
         """Takes the share of a request's images, if their masks can be compared; never waits."""
-        if options.masks != "rle" or options.overlay:
+        is_plain = options.masks == "rle" and options.scale == "own" and options.format is None
+        if options.overlay or not is_plain:
             return
         for file, outcome in zip(images, outcomes, strict=True):
             if outcome.error is not None or outcome.instances > MAX_INSTANCES:

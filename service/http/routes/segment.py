@@ -22,6 +22,7 @@ from service.errors import (
 )
 from service.http.body import check_encoding, read_body
 from service.http.form import PART_NAME, read_form
+from service.http.routes.documents import FILE_TYPES, choose_document
 from service.http.routes.progress import ProgressResponse
 from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
@@ -74,8 +75,9 @@ router = APIRouter(tags=["segment"])
     responses={
         200: {
             "model": SegmentResponse,
-            "content": {PNG: _BINARY, NDJSON: _BINARY},
-            "description": "Instances; for Accept: image/png the picture with its masks; for "
+            "content": dict.fromkeys((PNG, NDJSON, *FILE_TYPES), _BINARY),
+            "description": "Instances; with `format` a file, of several images a ZIP unless the "
+            "format holds them all; for Accept: image/png the picture with its masks; for "
             "Accept: application/x-ndjson a progress line at least every 5 s, then a line with the "
             "result or the error",
         },
@@ -114,6 +116,7 @@ async def segment(
     curl --fail-with-body -F images=@$image -F images=@$image localhost:8000/segment
     curl --fail-with-body --data-binary @$image 'localhost:8000/segment?masks=polygon'
     curl --fail-with-body -H 'Accept: image/png' -F images=@$image localhost:8000/segment -o out.png
+    curl --fail-with-body -F images=@$image 'localhost:8000/segment?format=geojson' -o out.geojson
     curl --fail-with-body -H 'Accept: application/x-ndjson' -F images=@$image localhost:8000/segment
     ```
     """
@@ -124,6 +127,9 @@ async def segment(
         max_images = min(MAX_FILES, segmenter.admission.max_canvases)
         images, fields = await read_images(request, max_images)
         query = add_fields(query, fields)
+        document = choose_document(query, images)
+        if document is not None and media_type == PNG:
+            media_type = JSON  # the format decides
         if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
         options = RequestOptions(
@@ -132,8 +138,11 @@ async def segment(
             overlaps=query.overlaps,
             object_size_px=query.object_size_px,
             um_per_px=query.um_per_px,
+            scale=query.scale,
             masks=query.masks,
             overlay=media_type == PNG,
+            format=query.format,
+            simplify_px=query.simplify_px,
             priority=query.priority,
         )
         timeout_ms = query.timeout_ms or x_timeout_ms
@@ -141,11 +150,14 @@ async def segment(
             request, segmenter, model, images, options, client, progress, timeout_ms
         )
         if media_type == NDJSON:
-            response = ProgressResponse(work, build_body, progress, request.url.path)
+            build = build_body if document is None else document.build_line
+            response = ProgressResponse(work, build, progress, request.url.path)
             await response.admitted()
             response.closes(stack.pop_all())
             return response
         segmented = await work
+    if document is not None:
+        return document.respond(segmented)
     if media_type == PNG:
         outcome = only_success(segmented)
         return Response(outcome.payload, media_type=PNG, headers={"vary": "accept"})
