@@ -53,6 +53,8 @@ def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> No
         ("SOLO_GPU_MEM_LIMIT_BYTES", "4GB"),
         ("SOLO_ADMIN_PORT", "70000"),
         ("SOLO_OTLP_ENDPOINT", "localhost:4318"),
+        ("SOLO_TRUSTED_PROXIES", "10.0.0.1,caddy"),
+        ("SOLO_TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(
