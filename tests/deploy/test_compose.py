@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ def test_the_example_names_what_the_compose_file_reads() -> None:
     assert len(named) > 20
     assert len(set(named)) == len(named)
     assert set(named) <= read
+
+
+def test_the_servers_images_have_the_projects_version(compose: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for name in SERVERS:
+        tag = compose["services"][name]["image"].split(":")[-1].rstrip("}")
+        assert tag.removesuffix("-gpu") == project["version"]
 
 
 def test_images_are_pinned(compose: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def wait_for(what: str, holds: Callable[[], bool], seconds: float = READY_S) -> 
 
 @contextmanager
 def load(stack: Stack, client: httpx.Client, body: bytes) -> Iterator[Counter[int | str]]:
-    """Requests through the proxy from four threads; counts statuses and errors."""
+    """Requests through the proxy from two threads; counts statuses and errors."""
     counts: Counter[int | str] = Counter()
     stop = threading.Event()
     url = stack.url("HTTPS_PORT", "https")
@@ -153,7 +153,7 @@ def load(stack: Stack, client: httpx.Client, body: bytes) -> Iterator[Counter[in
             except httpx.HTTPError as error:
                 counts[repr(error)] += 1
 
-    threads = [threading.Thread(target=send, daemon=True) for _ in range(4)]
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
