@@ -4,13 +4,12 @@ from importlib import metadata
 
 import pytest
 
-from service import version
 from service.__main__ import main
 from service.version import read_version
 
 
 def test_the_version_is_that_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(version.metadata, "version", {"solo-serve": "1.2.3"}.__getitem__)
+    monkeypatch.setattr(metadata, "version", {"solo-serve": "1.2.3"}.__getitem__)
     assert read_version() == "1.2.3"
 
 
@@ -18,7 +17,7 @@ def test_a_source_tree_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(version.metadata, "version", find)
+    monkeypatch.setattr(metadata, "version", find)
     assert read_version() == "0"
 
 
