@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import cv2
 
+from pipeline.auto_scale import count_probes
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec, ModelConfig
@@ -26,6 +27,7 @@ from service.settings import Settings
 from service.work.admission import Admission
 from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_size
 from service.work.pixels import PixelBudget
+from service.work.probe import ProbeWork
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
@@ -116,7 +118,25 @@ class LocalSegmenter:
     ) -> Segmented:
         """Segments a request's images; cancelling it stops the work within one canvas."""
         config = options.adapt(model.config)
-        works = await self._prepare(config, images, options)
+        probes: list[ImageWork | Outcome | None] = [None] * len(images)
+        if options.scale == "auto":
+            build_probe = partial(_build_probe, config, settings=self._settings)
+            probes = [*await self._prepare(images, build_probe)]
+            await self._process(model, probes, options, client, progress)
+        build = partial(_build_work, config, options=options, settings=self._settings)
+        works = await self._prepare(images, build, probes)
+        await self._process(model, works, options, client, progress)
+        return Segmented(model.state, [self._count(model, work) for work in works])
+
+    async def _process(
+        self,
+        model: ServedModel,
+        works: Sequence[ImageWork | Outcome | None],
+        options: RequestOptions,
+        client: ClientProfile,
+        progress: RequestProgress,
+    ) -> None:
+        """Has those images that are not refused admitted and processed."""
         admitted = [work for work in works if isinstance(work, ImageWork)]
         costs = [work.canvases for work in admitted]
         with self.admission.admit(client, costs):
@@ -130,18 +150,24 @@ class LocalSegmenter:
                     done=asyncio.get_running_loop().create_future(),
                 )
                 await model.scheduler.run(job)
-        return Segmented(model.state, [self._count(model, work) for work in works])
 
     async def _prepare(
-        self, config: ModelConfig, images: Sequence[ImageFile], options: RequestOptions
+        self,
+        images: Sequence[ImageFile],
+        build: Callable[..., ImageWork | Outcome],
+        *more: Sequence[object],
     ) -> list[ImageWork | Outcome]:
-        """Reads the headers: the work of each image, or why it is refused."""
-        settings = self._settings
+        """Reads the headers: the work of each image, or why it is refused.
+
+        Args:
+            images: The request's.
+            build: Called with an image, its size if that is known, and its entries of `more`.
+            more: Each has an entry for each image.
+        """
         sizes = [peek_size(image.data) for image in images]
-        build = partial(_build_work, config, options=options, settings=settings)
         if None in sizes:  # an unusual header takes milliseconds
-            return await asyncio.to_thread(lambda: [*map(build, images, sizes)])
-        return [*map(build, images, sizes)]
+            return await asyncio.to_thread(lambda: [*map(build, images, sizes, *more)])
+        return [*map(build, images, sizes, *more)]
 
     def _count(self, model: ServedModel, work: ImageWork | Outcome) -> Outcome:
         """Counts a finished image."""
@@ -192,16 +218,34 @@ def _build_work(
     config: ModelConfig,
     file: ImageFile,
     size: HW | None,
+    probe: ImageWork | Outcome | None,
     *,
     options: RequestOptions,
     settings: Settings,
 ) -> ImageWork | Outcome:
+    if isinstance(probe, Outcome):  # its header was refused
+        return probe
+    if isinstance(probe, ProbeWork):
+        config = probe.scaled
+        if probe.outcome is not None and probe.outcome.error is not None:
+            return probe.outcome
     try:
         size, canvases = measure(file, size, config.input, settings)
     except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
     scaled = settings.scaled_decode
-    return ImageWork(file, size, canvases, config, options, scaled=scaled)
+    return ImageWork(file, size, canvases, config, options, scaled=scaled, probe=probe)
+
+
+def _build_probe(
+    config: ModelConfig, file: ImageFile, size: HW | None, *, settings: Settings
+) -> ImageWork | Outcome:
+    try:
+        size, _ = measure(file, size, config.input, settings)
+    except (DecodeError, ServiceError) as error:
+        return fail(file.file_name, error)
+    canvases = max(count_probes(hw, config.input) for hw in (size, size[::-1]))
+    return ProbeWork(file, size, canvases, config)
 
 
 def measure(

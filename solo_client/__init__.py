@@ -15,7 +15,7 @@ from solo_client.errors import (
 )
 from solo_client.images import ImageInput
 from solo_client.request import Options
-from solo_client.result import Instance, Result
+from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import Retry
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "Progress",
     "RequestRefused",
     "Result",
+    "ResultFile",
+    "ResultWarning",
     "Retry",
     "ServerError",
     "ServerFailed",

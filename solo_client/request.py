@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 from solo_client.images import ImageInput, read_input
 
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
         overlaps: "resolve" gives pixels of several masks to the best instance.
         object_size_px: Typical diameter of the objects in the images, px.
         um_per_px: Size of the images' pixels in micrometres, instead of `object_size_px`.
+        scale: "auto" finds the scale from the objects of each image.
         masks: False leaves the masks out.
         query: Other parameters of POST /segment, e.g. {"timeout_ms": 500, "priority": "batch"}.
     """
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
     overlaps: str | None
     object_size_px: float | None
     um_per_px: float | None
+    scale: str | None
     masks: bool
     query: Mapping[str, str | int | float]
 
@@ -78,6 +81,27 @@ def build_request(
         for index, (name, data) in enumerate(read)
     ]
     return names, {**request, "files": parts, "headers": _HEADERS}
+
+
+def build_file_request(
+    images: Iterable[ImageInput], format: str, options: Options
+) -> dict[str, Any]:
+    """Httpx' arguments for POST /segment with an output format.
+
+    Raises:
+        TypeError, OSError, ValueError: As of `build_request`, or there are no images.
+    """
+    query = {**options.get("query", {}), "format": format}
+    names, request = build_request(images, {**options, "query": query})
+    if not names:
+        raise ValueError("there are no images")
+    return request
+
+
+def build_description(name: str, version: int | None) -> dict[str, Any]:
+    """Httpx' arguments for GET /v2/models/{name} or one of its versions."""
+    path = f"/v2/models/{quote(name, safe='')}"
+    return {"method": "GET", "url": path if version is None else f"{path}/versions/{version}"}
 
 
 def _as_utf8(name: str) -> str:

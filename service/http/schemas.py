@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
+from pipeline.writers import FormatName
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
@@ -77,6 +79,13 @@ class SegmentQuery(BaseModel):
     ] = "keep"
     object_size_px: ObjectSizePx = None
     um_per_px: UmPerPx = None
+    scale: Annotated[
+        Scale,
+        Field(
+            description="auto: the scale is found from the objects in some parts of the image, at "
+            "the cost of at most 6 more canvases; instead of object_size_px"
+        ),
+    ] = "own"
     masks: Annotated[
         Masks,
         Field(
@@ -84,6 +93,14 @@ class SegmentQuery(BaseModel):
             "image for all instances; or boxes and scores alone"
         ),
     ] = "rle"
+    format: Annotated[
+        FormatName | None,
+        Field(description="the answer is a file of this format; default: JSON with `results`"),
+    ] = None
+    simplify_px: Annotated[
+        float,
+        Field(ge=0, le=100, description="outlines of the format may be off so far; 0 is exact"),
+    ] = 0
     priority: Annotated[
         Priority,
         Field(description="a client's interactive requests go before its batch requests"),
@@ -129,6 +146,13 @@ class InstanceModel(BaseModel):
     ] = None
 
 
+class WarningModel(BaseModel):
+    """Why a result may be worthless although nothing failed."""
+
+    code: Annotated[str, Field(examples=["unusual_image"])]
+    message: str
+
+
 class ImageResult(BaseModel):
     """One image: width, height and instances, or an error."""
 
@@ -144,7 +168,7 @@ class ImageResult(BaseModel):
         float | None,
         Field(
             description="scale at which the model saw the image, relative to its usual one; 1 "
-            "unless object_size_px or um_per_px asks for another"
+            "unless object_size_px, um_per_px or scale asks for another"
         ),
     ] = None
     canvases: Annotated[
@@ -156,6 +180,7 @@ class ImageResult(BaseModel):
     truncated: Annotated[
         bool | None, Field(description="whether max_instances left instances out")
     ] = None
+    warnings: list[WarningModel] | None = None
     index_png: Annotated[
         str | None,
         Field(
@@ -278,6 +303,12 @@ class IndexQuery(BaseModel):
     """Body of POST /v2/repository/index."""
 
     ready: Annotated[bool, Field(description="only what is served")] = False
+
+
+class LoadQuery(BaseModel):
+    """Body of POST /v2/repository/models/{name}/load and unload; none is needed."""
+
+    parameters: dict[str, Any] = {}
 
 
 class ModelList(BaseModel):

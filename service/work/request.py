@@ -10,8 +10,9 @@ from typing import Literal
 
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import ScaleError, fit_scale
+from pipeline.scale import Scale, ScaleError, fit_scale
 from pipeline.types import UInt8
+from pipeline.writers import FormatName
 from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
 
@@ -42,8 +43,11 @@ class RequestOptions:
         overlaps: `resolve` gives pixels of several masks to the best one.
         object_size_px: Typical diameter of the objects; None: as the model expects it.
         um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
+        scale: `auto` finds the scale from the objects of the image.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
+        format: Output format of the answer; None: JSON of this service.
+        simplify_px: Outlines of the format may be off so far.
         priority: Interactive requests of a client are scheduled before its batch requests.
     """
 
@@ -52,8 +56,11 @@ class RequestOptions:
     overlaps: Overlaps = "keep"
     object_size_px: float | None = None
     um_per_px: float | None = None
+    scale: Scale = "own"
     masks: Masks = "rle"
     overlay: bool = False
+    format: FormatName | None = None
+    simplify_px: float = 0.0
     priority: Priority = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
@@ -68,7 +75,12 @@ class RequestOptions:
                 "'keep' is possible"
             )
         try:
-            return fit_scale(config, object_size_px=self.object_size_px, um_per_px=self.um_per_px)
+            return fit_scale(
+                config,
+                object_size_px=self.object_size_px,
+                um_per_px=self.um_per_px,
+                scale=self.scale,
+            )
         except ScaleError as error:
             raise InvalidParameter(str(error)) from error
 
@@ -107,8 +119,8 @@ class RequestProgress:
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def admit(self, canvases: int) -> None:
-        """The request's images have been admitted."""
-        self.canvases = canvases
+        """Images have been admitted, in one of the passes of the request."""
+        self.canvases += canvases
         self.admitted.set()
 
 
@@ -117,8 +129,8 @@ class Outcome:
     """What became of one image.
 
     Attributes:
-        payload: Its entry of `results` as JSON, or a PNG if an overlay was asked for and nothing
-            failed.
+        payload: Its entry of `results` as JSON; if nothing failed, and an overlay or a format was
+            asked for, a PNG or what the format's writer gives for a page.
         timing: None if it failed.
         error: Why it failed.
         canvases: Canvases that the engine processed.

@@ -2,6 +2,7 @@
 
 import {
   describeModel,
+  exportFile,
   fetchSample,
   leastScore,
   listModels,
@@ -15,7 +16,7 @@ import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
 import { decodePicture, turnPicture } from "./orient.js";
-import { savePicture, saveResult } from "./save.js";
+import { save, savePicture, saveResult } from "./save.js";
 import {
   announce,
   byId,
@@ -23,10 +24,13 @@ import {
   describeEstimate,
   describeHidden,
   formatCount,
+  showCard,
   showFacts,
   showNotes,
+  showSamples,
   showTime,
   showTruncation,
+  showWarnings,
 } from "./text.js";
 import { Viewer } from "./viewer.js";
 
@@ -72,8 +76,8 @@ async function chooseModel(name) {
   state.model = model;
   byId("model").value = name;
   byId("model-about").textContent = `${model.name} version ${model.version} on ${model.device}`;
-  byId("model-domain").hidden = !model.card.domain;
-  byId("model-domain").textContent = `${model.name}: ${model.card.domain}.`;
+  showCard(model);
+  showSamples(model);
   threshold.min = leastScore(model);
   threshold.max = 1;
   threshold.value = model.postprocess.score_threshold;
@@ -166,12 +170,13 @@ async function show(file, signal) {
   list.fill(state.instances, model.task);
   threshold.value = model.postprocess.score_threshold;
   showNotes(answer, model, pictureNote);
+  const warnings = showWarnings(answer.result);
   showFacts(file, answer, model);
   showTime(answer);
   document.body.dataset.state = "done";
   filter();
   const truncation = byId("truncation").firstElementChild.textContent;
-  announce(`${describeCount(state)} in ${name}. ${truncation}`.trimEnd());
+  announce([`${describeCount(state)} in ${name}.`, truncation, ...warnings].join(" ").trimEnd());
 }
 
 /** Asks before a large image is sent; returns the expected seconds, null if not known. */
@@ -183,6 +188,16 @@ async function confirmCost(size, model, signal) {
   if (!send) cancel();
   signal.throwIfAborted();
   return seconds;
+}
+
+/** Saves what is shown in another format, which the server writes. */
+function saveInFormat(format) {
+  return run(async (signal) => {
+    announce("The server writes the file.");
+    const asked = { format, threshold: threshold.value, signal };
+    const { blob, name } = await exportFile(state.file, state.model, asked);
+    save(blob, name);
+  }, () => saveInFormat(format));
 }
 
 function clearResult() {
@@ -311,6 +326,7 @@ function wireResult() {
   byId("brighten").addEventListener("change", ({ target }) => viewer.setBrighten(target.checked));
   byId("save-json").addEventListener("click", () => saveResult(state));
   byId("save-png").addEventListener("click", () => savePicture(viewer, state.file.name));
+  byId("export").addEventListener("click", () => saveInFormat(byId("export-format").value));
   byId("model").addEventListener("change", ({ target }) => {
     const again = document.body.dataset.state !== "empty";
     const change = async (signal) => {
