@@ -150,7 +150,10 @@ _APPLICATION = ("service.http", "service.grpc", "service.scale", *_ABOVE_ALL)
 _SERVING = ("service.protocol", "service.segmenter", *_APPLICATION)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("service.errors", "service.cores", "service.settings", "service.flags", "service.observe"),
+        (
+            *("service.errors", "service.cores", "service.settings", "service.flags"),
+            *("service.memory", "service.version", "service.observe"),
+        ),
         ("service.work", "service.models", *_SERVING),
     ),
     "service.engines": ("service.settings", "service.work", "service.models", *_SERVING),
