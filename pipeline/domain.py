@@ -1,8 +1,8 @@
 """Whether an image looks like those that a model was trained on; from simple statistics of it.
 
 The statistics are of a thumbnail, so that they cost little however large the image is, and of
-patches at full resolution, which show its texture. Of the hues only yellow counts (brown, orange and
-green contain it): that photographs have it sets them apart, while stains differ in their hues.
+patches at full resolution, which show its texture. Of the hues only yellow counts (brown, orange
+and green contain it): that photographs have it sets them apart, while stains differ in hue.
 """
 
 from __future__ import annotations
