@@ -17,6 +17,8 @@
     ├── Forbidden                 the API key lacks the permission
     ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
     │   └── TooManyWrongKeys      of an address, not of a key
+    ├── NotFound                  no such service of gRPC
+    ├── NotOffered                a part of a protocol that this server does not have
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          in model_repo, but not loaded
@@ -155,6 +157,18 @@ class TooManyWrongKeys(QuotaExceeded):
     code = "too_many_wrong_keys"
 
 
+class NotFound(ServiceError):
+    """What is asked for does not exist."""
+
+    code = "not_found"
+
+
+class NotOffered(ServiceError):
+    """A part of a protocol that this server does not have."""
+
+    code = "not_offered"
+
+
 class UnknownModel(ServiceError):
     """No model has this name."""
 
@@ -281,6 +295,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "head_too_large": 431,
     "internal_error": 500,
     "engine_error": 500,
+    "not_offered": 501,
     "overloaded": 503,
     "draining": 503,
     "model_unavailable": 503,

@@ -289,6 +289,12 @@ class IndexQuery(BaseModel):
     ready: Annotated[bool, Field(description="only what is served")] = False
 
 
+class LoadQuery(BaseModel):
+    """Body of POST /v2/repository/models/{name}/load and unload; none is needed."""
+
+    parameters: dict[str, Any] = {}
+
+
 class ModelList(BaseModel):
     """Answer of GET /v2/models."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -16,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from service.errors import (
-    DeadlineExceeded,
     EmptyBody,
     InvalidMultipart,
     InvalidParameter,
@@ -30,6 +28,7 @@ from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
 from service.protocol import Segmented, Segmenter
+from service.work.in_time import Stopped, describe_deadline, run_in_time
 from service.work.request import ClientProfile, ImageFile, RequestOptions, RequestProgress
 
 PATH = "/segment"
@@ -283,41 +282,21 @@ async def segment_in_time(
         DeadlineExceeded: The deadline has passed.
     """
     timeout_ms = timeout_ms or request.app.state.settings.request_timeout_ms
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    cancelled_before = task.cancelling()
-    stopped: str | None = None
-
-    def stop(reason: str) -> None:
-        nonlocal stopped
-        if stopped is None:
-            stopped = reason
-            task.cancel()
-
-    timer = loop.call_at(request.state.began_s + timeout_ms / 1e3, stop, "deadline")
-    watcher = asyncio.ensure_future(_watch_client(request, stop))
+    deadline_s = request.state.began_s + timeout_ms / 1e3
+    work = segmenter.segment(model, images, options, client, progress)
     try:
-        return await segmenter.segment(model, images, options, client, progress)
-    except asyncio.CancelledError as error:
-        if stopped is None or task.uncancel() > cancelled_before:
-            raise  # it was cancelled from outside, too
-        segmenter.metrics.cancelled_images.labels(model.name, stopped).inc(len(images))
-        if stopped == "client_left":
+        return await run_in_time(work, deadline_s, _wait_for_leaving(request))
+    except Stopped as stopped:
+        segmenter.metrics.cancelled_images.labels(model.name, stopped.reason).inc(len(images))
+        if stopped.reason == "client_left":
             raise ClientDisconnect from None
-        raise DeadlineExceeded(
-            f"the request was not done within {timeout_ms} ms; {progress.done} of "
-            f"{progress.canvases} canvases were done"
-        ) from error
-    finally:
-        timer.cancel()
-        watcher.cancel()
+        raise describe_deadline(timeout_ms, progress) from stopped
 
 
-async def _watch_client(request: Request, stop: Callable[[str], None]) -> None:
-    """Calls `stop` when the client closes the connection; the body must have been read."""
+async def _wait_for_leaving(request: Request) -> None:
+    """Returns when the client closes the connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    stop("client_left")
 
 
 def only_success(segmented: Segmented) -> Any:
