@@ -29,7 +29,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
 PIP = -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
-LINTED := $(wildcard pipeline service solo_client training export tests benchmarks)
+LINTED := $(wildcard pipeline service solo_client training export tests integrations benchmarks)
 
 .PHONY: help serve install install-training install-test test test-all test-deploy lint format bench clean
 

@@ -263,6 +263,13 @@ def test_the_client_needs_little() -> None:
     assert [item for item in foreign if not item.endswith("imports supervision")] == []
 
 
+def test_integrations_know_the_server_by_its_client_alone() -> None:
+    imports = imports_of("integrations")
+    assert imports
+    own = ("integrations", "solo_client")
+    assert [str(item) for item in imports if item.root in ROOMS and item.root not in own] == []
+
+
 def test_configs_import_no_torch() -> None:
     configs = [item for item in imports_of("training") if item.file.startswith("training/configs/")]
     assert [str(item) for item in configs if item.root in ("torch", "torchvision")] == []
