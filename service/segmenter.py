@@ -130,7 +130,7 @@ class LocalSegmenter:
                     done=asyncio.get_running_loop().create_future(),
                 )
                 await model.scheduler.run(job)
-        return Segmented(model.state, [self._count(model, work) for work in works])
+        return Segmented(model.state, [self._count(model, work, options) for work in works])
 
     async def _prepare(
         self, config: ModelConfig, images: Sequence[ImageFile], options: RequestOptions
@@ -143,7 +143,9 @@ class LocalSegmenter:
             return await asyncio.to_thread(lambda: [*map(build, images, sizes)])
         return [*map(build, images, sizes)]
 
-    def _count(self, model: ServedModel, work: ImageWork | Outcome) -> Outcome:
+    def _count(
+        self, model: ServedModel, work: ImageWork | Outcome, options: RequestOptions
+    ) -> Outcome:
         """Counts a finished image."""
         outcome = work.outcome if isinstance(work, ImageWork) else work
         assert outcome is not None
@@ -156,7 +158,7 @@ class LocalSegmenter:
                 drop_frames(outcome.error)
             metrics.image_errors.labels(name, code).inc()
         else:
-            metrics.count_image(name, outcome)
+            metrics.count_image(name, outcome, timed=options.priority != "background")
             note_image(name, outcome.whole, outcome.stages)
         return outcome
 

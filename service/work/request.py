@@ -17,6 +17,8 @@ from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
+Rank = Priority | Literal["background"]
+"""`background` is the work that nobody waits for: it yields to that of all clients."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class RequestOptions:
         um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
-        priority: Interactive requests of a client are scheduled before its batch requests.
+        priority: Interactive requests of a client are scheduled before its batch requests, and
+            background work after both of all clients.
     """
 
     score_threshold: float | None = None
@@ -54,7 +57,7 @@ class RequestOptions:
     um_per_px: float | None = None
     masks: Masks = "rle"
     overlay: bool = False
-    priority: Priority = "interactive"
+    priority: Rank = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.
