@@ -15,6 +15,7 @@ from service.engines.choose import check_device
 from service.engines.visible import resolve_devices, show_devices
 from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
+from service.grpc.front import build_front_ends
 from service.http.servers import build_server, freeze_imports
 from service.http.signals import EXIT_FAILED, hold_reloads
 from service.models.repository import load_repository
@@ -47,7 +48,7 @@ def serve(settings: Settings) -> int:
     freeze_imports()
     may_be_empty = settings.models_may_change
     repository = load_repository(settings.model_repo, options, may_be_empty=may_be_empty)
-    server = build_server(settings, repository)
+    server = build_server(settings, repository, fronts=build_front_ends(settings))
     server.run()
     if server.failure is None:
         return 0

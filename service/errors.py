@@ -18,6 +18,8 @@
     ├── Forbidden                 the API key lacks the permission
     ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
     │   └── TooManyWrongKeys      of an address, not of a key
+    ├── NotFound                  no such service of gRPC
+    ├── NotOffered                a part of a protocol that this server does not have
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          in model_repo, but not loaded
@@ -168,6 +170,18 @@ class TooManyWrongKeys(QuotaExceeded):
     """An address has sent too many wrong API keys."""
 
     code = "too_many_wrong_keys"
+
+
+class NotFound(ServiceError):
+    """What is asked for does not exist."""
+
+    code = "not_found"
+
+
+class NotOffered(ServiceError):
+    """A part of a protocol that this server does not have."""
+
+    code = "not_offered"
 
 
 class UnknownModel(ServiceError):
@@ -351,6 +365,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "engine_error": 500,
     "process_lost": 500,
     "jobs_disabled": 501,
+    "not_offered": 501,
     "overloaded": 503,
     "draining": 503,
     "model_unavailable": 503,

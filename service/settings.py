@@ -52,6 +52,15 @@ class Settings(BaseSettings):
     admin_host: Annotated[
         str, Field(min_length=1, description="address to listen on for the admin port")
     ] = "127.0.0.1"
+    grpc_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="port of the Open Inference Protocol over gRPC, on the same host; 0 takes "
+            "a free one; needs the extra grpc (default: none)",
+        ),
+    ] = None
     model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
         "model_repo"
     )

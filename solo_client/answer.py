@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from solo_client.errors import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.result import Instance, Result
+from solo_client.result import Instance, Result, ResultFile
 from solo_client.retry import read_retry_after
 
 IMAGE_CODES = frozenset(
@@ -270,6 +271,32 @@ def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     except MISFITS as error:
         raise not_ours(url, content, error) from error
     return models
+
+
+def read_file(content: Any, url: str) -> ResultFile:
+    """The file of POST /segment with an output format.
+
+    Raises:
+        UnexpectedAnswer: It is not one, e.g. of a server that has no formats.
+    """
+    try:
+        data = base64.b64decode(content["base64"], validate=True)
+        return ResultFile(str(content["file_name"]), str(content["media_type"]), data)
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
+
+
+def read_model(content: Any, url: str) -> dict[str, Any]:
+    """The description of GET /v2/models/{name}.
+
+    Raises:
+        UnexpectedAnswer: It is not one.
+    """
+    try:
+        model: dict[str, Any] = {**content, "name": str(content["name"])}
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
+    return model
 
 
 def not_ours(url: str, content: Any, error: Exception) -> UnexpectedAnswer:

@@ -15,6 +15,8 @@ from solo_client.answer import (
     AnswerParser,
     OnProgress,
     blame_image,
+    read_file,
+    read_model,
     read_models,
     read_results,
 )
@@ -30,8 +32,13 @@ from solo_client.jobs import (
     read_status,
     read_statuses,
 )
-from solo_client.request import Options, build_request
-from solo_client.result import Result
+from solo_client.request import (
+    Options,
+    build_description,
+    build_file_request,
+    build_request,
+)
+from solo_client.result import Result, ResultFile
 
 _READY: dict[str, Any] = {"method": "GET", "url": "/v2/health/ready"}
 _MODELS: dict[str, Any] = {"method": "GET", "url": "/v2/models"}
@@ -111,6 +118,30 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
             except ServerError as error:
                 return blame_image(error, names)
 
+    def segment_to_file(
+        self,
+        images: Iterable[ImageInput],
+        format: str,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[Options],
+    ) -> ResultFile:
+        """Segments images into a file of another program, which the server writes.
+
+        Args:
+            images: Of several some formats make a ZIP.
+            format: E.g. "geojson" or "csv".
+            on_progress: As of `segment`.
+            **options: Fields of `Options`.
+
+        Raises:
+            SoloError: The request failed, or one of its images.
+            OSError, TypeError, ValueError: An image cannot be sent.
+        """
+        with self._open().slots:
+            request = build_file_request(images, format, options)
+            return read_file(self._ask(request, on_progress), self.url)
+
     def submit_job(
         self,
         images: Iterable[ImageInput] = (),
@@ -182,6 +213,14 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
     def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(self._ask(_MODELS), self.url)
+
+    def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}.
+
+        Raises:
+            SoloError: The server has no such model or version, or the request failed.
+        """
+        return read_model(self._ask(build_description(name, version)), self.url)
 
     def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
@@ -274,6 +313,19 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
             except ServerError as error:
                 return blame_image(error, names)
 
+    async def segment_to_file(
+        self,
+        images: Iterable[ImageInput],
+        format: str,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[Options],
+    ) -> ResultFile:
+        """Segments images into a file of another program, which the server writes."""
+        async with self._open_here().slots:
+            request = await asyncio.to_thread(build_file_request, images, format, options)
+            return read_file(await self._ask(request, on_progress), self.url)
+
     async def submit_job(
         self,
         images: Iterable[ImageInput] = (),
@@ -324,6 +376,10 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
     async def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(await self._ask(_MODELS), self.url)
+
+    async def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}."""
+        return read_model(await self._ask(build_description(name, version)), self.url)
 
     async def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""

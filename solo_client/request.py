@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 from solo_client.images import ImageInput, read_input
 
@@ -100,6 +101,27 @@ def build_request(
         headers = {**_HEADERS, "content-type": "application/octet-stream"}
         return names, {**request, "content": parts[0][1][1], "headers": headers}
     return names, {**request, "files": parts, "headers": _HEADERS}
+
+
+def build_file_request(
+    images: Iterable[ImageInput], format: str, options: Options
+) -> dict[str, Any]:
+    """Httpx' arguments for POST /segment with an output format.
+
+    Raises:
+        TypeError, OSError, ValueError: As of `build_request`, or there are no images.
+    """
+    query = {**options.get("query", {}), "format": format}
+    names, request = build_request(images, {**options, "query": query})
+    if not names:
+        raise ValueError("there are no images")
+    return request
+
+
+def build_description(name: str, version: int | None) -> dict[str, Any]:
+    """Httpx' arguments for GET /v2/models/{name} or one of its versions."""
+    path = f"/v2/models/{quote(name, safe='')}"
+    return {"method": "GET", "url": path if version is None else f"{path}/versions/{version}"}
 
 
 def _as_utf8(name: str) -> str:

@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
 }
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
+    "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",
     "service/engines/kernels/postprocessor.py",
@@ -38,6 +39,10 @@ OPTIONAL_IMPORTS = {
     "service/engines/tensorrt/build.py",
     "service/engines/tensorrt/call.py",
     "service/engines/tensorrt/log.py",
+    *(
+        f"service/grpc/{name}.py"
+        for name in ("calls", "handler", "messages", "read", "server", "status")
+    ),
     "service/scale/cluster/app.py",
     "service/scale/cluster/command.py",
     "service/jobs/files.py",
@@ -141,7 +146,7 @@ def _is_allowed(item: Import) -> bool:
 
 
 _ABOVE_ALL = ("service.predict", "service.__main__")
-_APPLICATION = ("service.http", "service.scale", *_ABOVE_ALL)
+_APPLICATION = ("service.http", "service.grpc", "service.scale", *_ABOVE_ALL)
 _SERVING = ("service.protocol", "service.segmenter", "service.jobs", *_APPLICATION)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -154,9 +159,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "service.protocol": ("service.models", "service.segmenter", "service.jobs", *_APPLICATION),
     "service.segmenter": ("service.jobs", *_APPLICATION),
     "service.jobs": ("service.models", "service.segmenter", *_APPLICATION),
-    "service.http": ("service.scale", *_ABOVE_ALL),
+    "service.http": ("service.grpc", "service.scale", *_ABOVE_ALL),
+    "service.grpc": ("service.scale", *_ABOVE_ALL),
     "service.scale": _ABOVE_ALL,
-    "service.predict": ("service.http", "service.scale", "service.__main__"),
+    "service.predict": ("service.http", "service.grpc", "service.scale", "service.__main__"),
 }
 """What the parts of the service must not import: the layers above them. The engines' probes and
 the metrics name types of `service.work` in `if TYPE_CHECKING` blocks."""

@@ -140,9 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
-        choices=list(DTYPES),
-        default="fp32",
-        help="precision of the convolutions; weights, masks and losses are always fp32 (fp32)",
+        choices=["auto", *DTYPES],
+        help="precision of the convolutions; weights, masks and losses are always fp32; auto: bf16 "
+        "with --channels-last if that is faster here, which a resumed run keeps (fp32; without "
+        "CONFIG auto)",
     )
     group.add_argument(
         "--accumulate",

@@ -16,11 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.errors import DecodeError
 from service.errors import (
-    Draining,
-    EngineRestarting,
     InvalidParameter,
-    Overloaded,
-    QuotaExceeded,
     ServiceError,
     Unauthorized,
     UnsupportedEncoding,
@@ -33,7 +29,8 @@ from service.http.exchange import CLIENT_LEFT
 from service.http.explain import explain_errors
 from service.http.keys import KeyRing
 from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
-from service.http.routes import health, inference, jobs, models, segment, web
+from service.http.refusals import count_refusal
+from service.http.routes import health, inference, jobs, models, segment, triton, web
 from service.http.routes import metrics as metrics_routes
 from service.http.routes import repository as repository_routes
 from service.jobs.runner import JobRunner
@@ -51,7 +48,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
 _FIXED_PATHS = (
     *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/v2/repository/index", "/v2/jobs", "/metrics", "/docs", "/openapi.json"),
+    *("/v2/models/stats", "/v2/repository/index", "/v2/jobs", "/metrics"),
+    *("/docs", "/openapi.json"),
 )
 _HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException, ClientDisconnect)
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
@@ -118,8 +116,10 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.jobs = JobService(settings, metrics) if settings.jobs_dir is not None else None
+    app.state.tracer = tracer
+    app.state.version = app.version
     app.router.routes.append(segment.ROUTE)
-    for module in (segment, inference, jobs, models, health, web):
+    for module in (segment, inference, triton, jobs, models, health, web):
         app.include_router(module.router)
     if settings.admin_port is None:
         _include_admin_routes(app)
@@ -208,15 +208,10 @@ def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
         elif isinstance(error, HTTPException):
             return _answer_http(request, error)
         headers = {}
-        if isinstance(error, (Overloaded, Draining, EngineRestarting)):
-            reason = error.reason if isinstance(error, Overloaded) else error.code
-            metrics.rejections.labels(reason).inc()
-            headers["retry-after"] = str(settings.retry_after_s)
-        elif isinstance(error, QuotaExceeded):
-            metrics.rejections.labels(error.reason).inc()
-            headers["retry-after"] = str(error.retry_after_s)
+        retry_after_s = count_refusal(error, metrics, settings.retry_after_s)
+        if retry_after_s is not None:
+            headers["retry-after"] = str(retry_after_s)
         elif isinstance(error, Unauthorized):
-            metrics.rejections.labels("unauthorized").inc()
             headers["www-authenticate"] = "Bearer"
         elif isinstance(error, UnsupportedEncoding):
             headers["accept-encoding"] = "identity"

@@ -11,13 +11,14 @@ from service.http.schemas import SegmentQuery
 from service.jobs.records import JobRecord, State, WebhookState
 from service.jobs.results import Format
 
-_NOT_OF_JOBS = ("priority", "timeout_ms")
+NOT_OF_JOBS = ("priority", "timeout_ms", "format", "simplify_px")
+"""The results are read later, in a format that is chosen then."""
 _MOST_INPUTS = 1000
 _MOST_URI = 4096
 
 
 class JobParameters(SegmentQuery):
-    """Parameters of POST /v2/jobs: those of POST /segment but for its priority and deadline."""
+    """Parameters of POST /v2/jobs: those of POST /segment but for priority, deadline and format."""
 
     webhook: Annotated[
         str | None,
@@ -26,7 +27,7 @@ class JobParameters(SegmentQuery):
 
     @model_validator(mode="after")
     def _has_what_jobs_have(self) -> Self:
-        for name in _NOT_OF_JOBS:
+        for name in NOT_OF_JOBS:
             if name in self.model_fields_set:
                 raise ValueError(f"a job has no {name}")
         return self

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
+from pipeline.writers import FormatName
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
@@ -84,6 +85,14 @@ class SegmentQuery(BaseModel):
             "image for all instances; or boxes and scores alone"
         ),
     ] = "rle"
+    format: Annotated[
+        FormatName | None,
+        Field(description="the answer is a file of this format; default: JSON with `results`"),
+    ] = None
+    simplify_px: Annotated[
+        float,
+        Field(ge=0, le=100, description="outlines of the format may be off so far; 0 is exact"),
+    ] = 0
     priority: Annotated[
         Priority,
         Field(description="a client's interactive requests go before its batch requests"),
@@ -278,6 +287,12 @@ class IndexQuery(BaseModel):
     """Body of POST /v2/repository/index."""
 
     ready: Annotated[bool, Field(description="only what is served")] = False
+
+
+class LoadQuery(BaseModel):
+    """Body of POST /v2/repository/models/{name}/load and unload; none is needed."""
+
+    parameters: dict[str, Any] = {}
 
 
 class ModelList(BaseModel):

@@ -170,15 +170,15 @@ class _Finder:
         """A folder that has files of the run.
 
         Raises:
-            StartupError: It is the folder of the pictures.
+            StartupError: It is a folder that the run writes.
         """
         if given not in self._folders:
             folder = build_folder(given)
             identity = _identify(folder.absolute, _read_status(folder.absolute))
             if identity in self._own:
                 raise StartupError(
-                    f"the pictures (--overlays) would be written into {folder.absolute!r}, among "
-                    "the images; give them a folder of their own"
+                    f"this command would write into {folder.absolute!r}, among the images; give "
+                    "--overlays and --out folders of their own"
                 )
             self.listing.cover(folder.address)
             self._folders[given] = folder

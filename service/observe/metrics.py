@@ -38,6 +38,7 @@ STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 WORK_ROUTES = (
     *("/segment", "/v2/models/{name}/infer"),
     "/v2/models/{name}/versions/{version}/infer",
+    *(f"/inference.GRPCInferenceService/Model{kind}" for kind in ("Infer", "StreamInfer")),
 )
 """The routes that segment; dashboard and alert rules count requests of these alone."""
 PIXELS = ("image", "padding")
@@ -86,7 +87,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "solo_request_duration_seconds",
-            "Time of one HTTP request, the upload of its body included",
+            "Time of one request, the upload of its body included",
             ["route", "method"],
             buckets=_SECONDS,
             registry=registry,
@@ -115,7 +116,7 @@ class Metrics:
     def _build_counters(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "solo_requests_total",
-            "HTTP requests answered",
+            "Requests answered",
             ["route", "method", "status"],
             registry=registry,
         )
@@ -376,6 +377,11 @@ class Metrics:
             for gauge, read in self._followed.items():
                 gauge.set(read())
             return await asyncio.to_thread(lambda: list(self._registry.collect()))
+
+    async def collect_all_processes(self) -> list[Metric]:
+        """The metrics of all processes that one answer shows, as objects."""
+        shown = await self._collect_shown()
+        return await asyncio.to_thread(lambda: list(shown()))
 
     async def answer(self, accept: str) -> tuple[bytes, str]:
         """All metrics as of now; requests that come at once share an answer.

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.decode import decode_image
 from pipeline.draw import draw_instances
+from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
-from pipeline.types import Detection
 from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
 from service.jobs.files import ImageFile, as_line, as_text
 from service.jobs.journal import Journal
@@ -252,16 +252,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     Raises:
         ImageUnusable: It cannot be decoded here, e.g. because the server accepts larger images.
     """
-    instances = [
-        Detection(
-            label=0,
-            score=result["score"],
-            rle={**result["segmentation"], "counts": result["segmentation"]["counts"].encode()},
-            bbox_xywh=tuple(result["bbox"]),
-            area=result["area"],
-        )
-        for result in answer.results
-    ]
+    instances = [instance_from_coco(result, 0) for result in answer.results]
     try:
         picture = decode_image(data)
     except DecodeError as error:

@@ -12,6 +12,7 @@ from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
 from pipeline.scale import ScaleError, fit_scale
 from pipeline.types import UInt8
+from pipeline.writers import FormatName
 from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
 
@@ -46,6 +47,8 @@ class RequestOptions:
         um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
+        format: Output format of the answer; None: JSON of this service.
+        simplify_px: Outlines of the format may be off so far.
         priority: Interactive requests of a client are scheduled before its batch requests, and
             background work after both of all clients.
     """
@@ -57,6 +60,8 @@ class RequestOptions:
     um_per_px: float | None = None
     masks: Masks = "rle"
     overlay: bool = False
+    format: FormatName | None = None
+    simplify_px: float = 0.0
     priority: Rank = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
@@ -120,8 +125,8 @@ class Outcome:
     """What became of one image.
 
     Attributes:
-        payload: Its entry of `results` as JSON, or a PNG if an overlay was asked for and nothing
-            failed.
+        payload: Its entry of `results` as JSON; if nothing failed, and an overlay or a format was
+            asked for, a PNG or what the format's writer gives for a page.
         timing: None if it failed.
         error: Why it failed.
         canvases: Canvases that the engine processed.

@@ -20,6 +20,7 @@ from service.http.body import check_encoding, read_body
 from service.http.explain import explain_errors
 from service.http.form import PART_NAME, read_form
 from service.http.job_schemas import (
+    NOT_OF_JOBS,
     JobBody,
     JobList,
     JobListQuery,
@@ -41,9 +42,13 @@ router = APIRouter(tags=["jobs"])
 
 _MAX_JSON_BYTES = 4 * 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_OPTIONS = {field.name for field in fields(RequestOptions)} - {"priority", "overlay"}
+_OPTIONS = {field.name for field in fields(RequestOptions)} - {"overlay", *NOT_OF_JOBS}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
-_SCHEMA = JobParameters.model_json_schema()["properties"]
+_SCHEMA = {
+    name: schema
+    for name, schema in JobParameters.model_json_schema()["properties"].items()
+    if name not in NOT_OF_JOBS
+}
 _REQUEST_BODY = {
     "requestBody": {
         "required": True,

@@ -2,6 +2,7 @@
 
 import {
   describeModel,
+  exportFile,
   fetchSample,
   leastScore,
   listModels,
@@ -15,7 +16,7 @@ import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
 import { decodePicture, turnPicture } from "./orient.js";
-import { savePicture, saveResult } from "./save.js";
+import { save, savePicture, saveResult } from "./save.js";
 import {
   announce,
   byId,
@@ -185,6 +186,16 @@ async function confirmCost(size, model, signal) {
   return seconds;
 }
 
+/** Saves what is shown in another format, which the server writes. */
+function saveInFormat(format) {
+  return run(async (signal) => {
+    announce("The server writes the file.");
+    const asked = { format, threshold: threshold.value, signal };
+    const { blob, name } = await exportFile(state.file, state.model, asked);
+    save(blob, name);
+  }, () => saveInFormat(format));
+}
+
 function clearResult() {
   state.answer = null;
   state.instances = [];
@@ -311,6 +322,7 @@ function wireResult() {
   byId("brighten").addEventListener("change", ({ target }) => viewer.setBrighten(target.checked));
   byId("save-json").addEventListener("click", () => saveResult(state));
   byId("save-png").addEventListener("click", () => savePicture(viewer, state.file.name));
+  byId("export").addEventListener("click", () => saveInFormat(byId("export-format").value));
   byId("model").addEventListener("change", ({ target }) => {
     const again = document.body.dataset.state !== "empty";
     const change = async (signal) => {

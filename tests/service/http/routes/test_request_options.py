@@ -87,6 +87,7 @@ async def test_admission_counts_the_scaled_canvases(blobs: httpx.AsyncClient) ->
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "too_many_canvases"
     assert "needs 40 canvases, the server allows 16" in answer.json()["error"]["message"]
+    assert "a larger object_size_px" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
