@@ -7,7 +7,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.cores import count_cores
@@ -264,6 +264,55 @@ class Settings(BaseSettings):
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="how long accepted work may take after SIGTERM, s")
     ] = 30.0
+    jobs_dir: Annotated[
+        Path | None,
+        Field(
+            description="folder for jobs (POST /v2/jobs), which outlast the process; all workers "
+            "share it (default: no jobs)"
+        ),
+    ] = None
+    jobs_roots: Annotated[
+        str,
+        Field(
+            description="folders, and URIs such as s3://bucket/prefix, whose files jobs may name, "
+            "comma-separated (default: none, only uploads)"
+        ),
+    ] = ""
+    jobs_max_files: Annotated[PositiveInt, Field(description="files of one job")] = 100_000
+    jobs_max_bytes: Annotated[
+        PositiveInt,
+        Field(
+            description="uploads and results of all jobs, bytes; beyond it jobs that are done are "
+            "deleted, and if none can be, new ones are answered 507"
+        ),
+    ] = 10 * 1024 * MIB
+    jobs_keep_s: Annotated[
+        float, Field(gt=0, description="how long a job is kept after it is done, s")
+    ] = 604_800.0
+    jobs_in_flight: Annotated[
+        PositiveInt | None,
+        Field(
+            description="images of jobs that a process works on at once (default: one more than "
+            "pool_threads)"
+        ),
+    ] = None
+    jobs_webhook_hosts: Annotated[
+        str,
+        Field(
+            description="hosts that webhooks may go to, comma-separated, such as *.example.com "
+            "(default: none)"
+        ),
+    ] = ""
+    jobs_webhook_secret: Annotated[
+        SecretStr,
+        Field(
+            description="key that signs webhooks: whsec_ and base64 of 24 bytes or more "
+            "(default: no webhooks)"
+        ),
+    ] = SecretStr("")
+    jobs_webhook_private: Annotated[
+        bool, Field(description="webhooks may go to addresses that are not public")
+    ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Field(description="least level that is logged"),
