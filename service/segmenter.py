@@ -143,7 +143,7 @@ class LocalSegmenter:
         build = partial(_build_work, config, options=options, settings=self._settings)
         works = await self._prepare(images, build, probes)
         await self._process(model, works, options, client, progress)
-        outcomes = [self._count(model, work) for work in works]
+        outcomes = [self._count(model, work, options) for work in works]
         self._shadows.offer(model.name, model.config.version, images, options, outcomes)
         return Segmented(model.state, outcomes)
 
@@ -188,7 +188,9 @@ class LocalSegmenter:
             return await asyncio.to_thread(lambda: [*map(build, images, sizes, *more)])
         return [*map(build, images, sizes, *more)]
 
-    def _count(self, model: ServedModel, work: ImageWork | Outcome) -> Outcome:
+    def _count(
+        self, model: ServedModel, work: ImageWork | Outcome, options: RequestOptions
+    ) -> Outcome:
         """Counts a finished image."""
         outcome = work.outcome if isinstance(work, ImageWork) else work
         assert outcome is not None
@@ -201,7 +203,7 @@ class LocalSegmenter:
                 drop_frames(outcome.error)
             metrics.image_errors.labels(name, code).inc()
         else:
-            metrics.count_image(name, outcome)
+            metrics.count_image(name, outcome, timed=options.priority != "background")
             note_image(name, outcome.whole, outcome.stages)
         return outcome
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.predict.files import InputFolder, LocalFile, RemoteFile
-from service.predict.listing import MOST_NAMED, Listing
+from service.jobs.files import InputFolder, LocalFile, RemoteFile
+from service.jobs.listing import MOST_NAMED, Listing
 
 
 def name_of(address: str, *covered: str) -> str:

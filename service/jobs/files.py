@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 from urllib.request import url2pathname
 
 from service.errors import StartupError
-from service.predict.patterns import EVERYTHING, Pattern
+from service.jobs.patterns import EVERYTHING, Pattern
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -206,7 +207,8 @@ def as_local(text: str) -> str:
         return text
     if parts["host"] not in ("", "localhost"):
         raise StartupError(f"{text!r} names the host {parts['host']!r}: write file:///PATH")
-    return url2pathname(f"/{parts['path']}")
+    path = f"/{parts['path']}"
+    return url2pathname(path) if os.name == "nt" else unquote(path, errors="surrogateescape")
 
 
 @cache
@@ -216,7 +218,7 @@ def _open_store(root: str) -> tuple[FileSystem, str]:
         from pyarrow import ArrowInvalid
         from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
     except ImportError as error:
-        raise StartupError(f"{root} requires pyarrow, in the extra 'ray' of solo-serve") from error
+        raise StartupError(f"{root} requires pyarrow, in the extra 's3' of solo-serve") from error
     try:
         store, base = FileSystem.from_uri(root)
     except ArrowInvalid as unknown:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from service.predict.files import ImageFile, as_line
+from service.jobs.files import ImageFile, as_line
 
 MOST_NAMED = 100
 """Entries that are named for each reason to leave them out; the others are counted."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.predict.patterns import EVERYTHING, Pattern
+from service.jobs.patterns import EVERYTHING, Pattern
 
 
 def matches(pattern: Pattern, path: str) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from service.predict.journal import Journal, JournalDiffers, JournalError, JournalInUse
+from service.jobs.database import JournalDiffers, JournalError, JournalInUse
+from service.jobs.journal import Journal
 
 OPTIONS: dict[str, Any] = {"url": None, "score_threshold": 0.5}
 KEYS = [f"{index}.png" for index in range(6)]
@@ -92,7 +93,7 @@ def test_a_cut_log_keeps_its_first_entries_and_can_be_continued(path: Path, tmp_
 WRITER = """
 import sys
 from pathlib import Path
-from service.predict.journal import Journal
+from service.jobs.journal import Journal
 with Journal(Path(sys.argv[1]), {}) as journal:
     while True:
         for number in range(int(sys.argv[2]), 10**9):
@@ -165,7 +166,7 @@ def make_newer_journal(path: Path) -> None:
     with Journal(path, OPTIONS) as journal:
         append(journal, "0.png")
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from service.errors import StartupError
-from service.predict.errors import describe
-from service.predict.files import (
+from service.jobs.errors import describe
+from service.jobs.files import (
     ImageFile,
     InputFolder,
     LocalFile,
@@ -21,9 +21,9 @@ from service.predict.files import (
     is_uri,
     list_store,
 )
-from service.predict.listing import Listing
-from service.predict.outputs import Outputs, is_picture
-from service.predict.patterns import EVERYTHING, Pattern, States
+from service.jobs.listing import Listing
+from service.jobs.patterns import EVERYTHING, Pattern, States
+from service.jobs.pictures import is_picture
 
 _MOST_DETAILS = 3
 Identity = int | str
@@ -52,13 +52,17 @@ class _Finder:
     """Lists the inputs one after the other; each file once.
 
     Args:
-        outputs: What the run writes, which is left out; None: nothing.
+        own: Paths that the run writes, which are left out, and what they are.
+        is_allowed: Whether a local path may be used, after its links are followed.
     """
 
-    def __init__(self, outputs: Outputs | None) -> None:
+    def __init__(
+        self, own: Mapping[Path, str], is_allowed: Callable[[str], bool] | None = None
+    ) -> None:
         self.listing = Listing()
+        self.is_allowed = is_allowed or (lambda path: True)
         self._own: dict[Identity, str] = {}
-        for path, what in outputs.name_own().items() if outputs is not None else ():
+        for path, what in own.items():
             if (status := _read_status(str(path))) is not None:
                 self._own[_identify(str(path), status)] = what
         self._seen: set[Identity] = set()
@@ -245,6 +249,10 @@ class _Walk:
             reason = self._pattern.refuse_name(states, name)
             status = _read_status(self._path_of(path), os.lstat)
             if status is not None and stat.S_ISLNK(status.st_mode):
+                if not self._finder.is_allowed(self._path_of(path)):
+                    reason = reason or "a link to a place that is not allowed"
+                    self._finder.listing.leave_out(self._name_of(path), reason)
+                    continue
                 self._links.append((path, after, reason))
             else:
                 self._visit(path, after, status, reason)
@@ -283,20 +291,25 @@ class _Walk:
 
 
 def find_files(
-    inputs: Sequence[str], listed: Iterable[str] = (), outputs: Outputs | None = None
+    inputs: Sequence[str],
+    listed: Iterable[str] = (),
+    own: Mapping[Path, str] | None = None,
+    is_allowed: Callable[[str], bool] | None = None,
 ) -> Listing:
     """Files, images in folders (recursively), matches of globs and URIs; each file once.
 
     Args:
         inputs: Paths, globs and URIs.
         listed: Paths of files and folders, and URIs, from a list.
-        outputs: What the run writes; it is left out.
+        own: Paths that the run writes, and what they are; they are left out.
+        is_allowed: Whether a local path may be used, after its links are followed. Links to
+            others are left out; the inputs themselves must have been checked. None: all may.
 
     Raises:
         StartupError: An input gives no file, or pictures would be written among the images.
         OSError: An object store cannot be read.
     """
-    finder = _Finder(outputs)
+    finder = _Finder(own or {}, is_allowed)
     for given in inputs:
         finder.add(given)
     finder.add_listed(listed)

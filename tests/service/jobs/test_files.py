@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartupError
-from service.predict import files
-from service.predict.files import (
+from service.jobs import files
+from service.jobs.files import (
     LocalFile,
     RemoteFile,
     as_line,
@@ -19,7 +19,7 @@ from service.predict.files import (
     is_uri,
     list_store,
 )
-from service.predict.inputs import find_files
+from service.jobs.inputs import find_files
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_what_cannot_be_opened_is_named(given: str, reason: str) -> None:
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(StartupError, match=r"s3://none/ requires pyarrow, in the extra 'ray'"):
+    with pytest.raises(StartupError, match=r"s3://none/ requires pyarrow, in the extra 's3'"):
         find_files(["s3://none/x.png"])
 
 

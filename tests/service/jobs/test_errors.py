@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
+from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
 
 
 def test_a_reason_is_the_systems_text_or_the_kind_of_the_exception() -> None:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from service.errors import StartupError
-from service.predict.inputs import find_files, read_list
-from service.predict.listing import Listing
+from service.jobs.inputs import find_files, read_list
+from service.jobs.listing import Listing
 from service.predict.outputs import Outputs
 
 NAMES = ("a.png", "deeper/b.JPG", "deeper/more/c.jfif", "notes.txt")
@@ -248,7 +248,7 @@ def test_own_outputs_are_left_out(images: Path) -> None:
     outputs = Outputs(images / "out.png", images / "drawn")
     for path in (*outputs.name_own(), images / "out.png.partial.png"):
         make(path) if path != outputs.overlays else make(path / "00001_a.png")
-    found = find_files([str(images)], outputs=outputs)
+    found = find_files([str(images)], own=outputs.name_own())
     assert below(found, images)[0] == "a.png"
     assert len(found) == 4
     skipped = left_out(found, images)
@@ -256,26 +256,26 @@ def test_own_outputs_are_left_out(images: Path) -> None:
     assert skipped["out.png"] == "a file that this command writes"
     expanded = [str(path) for path in images.glob("*.png")]
     assert len(expanded) == 3
-    assert len(find_files(expanded, outputs=outputs)) == 2
+    assert len(find_files(expanded, own=outputs.name_own())) == 2
     expanded = [str(path) for path in images.iterdir()]
     assert str(images / "drawn") in expanded
-    assert {*below(find_files(expanded, outputs=outputs), images)} == {
+    assert {*below(find_files(expanded, own=outputs.name_own()), images)} == {
         *NAMES,
         "out.png.partial.png",
     }
     linked = images.parent / "linked"
     linked.symlink_to(images)
-    assert len(find_files([str(linked)], outputs=outputs)) == 4
+    assert len(find_files([str(linked)], own=outputs.name_own())) == 4
 
 
 @pytest.mark.parametrize("given", ["*.png", "a.png", "../images/a.png"])
 def test_pictures_are_not_written_among_the_images(images: Path, given: str) -> None:
     outputs = Outputs(images.parent / "out.json", images)
     with pytest.raises(StartupError, match=r"give --overlays and --out folders of their own"):
-        find_files([str(images / given)], outputs=outputs)
+        find_files([str(images / given)], own=outputs.name_own())
     for inputs, listed in (([str(images)], []), ([], [str(images)])):
         with pytest.raises(StartupError, match=r"there are no images \(.*: the folder of --over"):
-            find_files(inputs, listed, outputs)
+            find_files(inputs, listed, outputs.name_own())
 
 
 def test_equal_names_are_distinguished(images: Path) -> None:
