@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.grpc.places import Places
 from service.grpc.status import find_status, shorten
-from service.http.clients import client_at, find_spec
+from service.http.clients import client_at, find_origin, find_spec
 from service.http.exchange import CLIENT_LEFT, REQUEST_ID
 from service.http.keys import KeySpec
 from service.http.limits import BODY_BYTES, RequestBodies
@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 ERROR_CODE = "solo-error-code"
 """Trailing metadata with the code that HTTP has in its answer."""
 MAX_ARRIVING = 32
-"""Messages that may be incomplete at once, of streams and of other RPCs each: grpc does not say how
-much of them is in memory."""
+"""Messages that may be incomplete at once, of streams and of other RPCs each."""
+_ARRIVING_PER_BODY = 4
+"""For each body of the largest size for which there is memory. grpc does not say how much of a
+message has arrived, and most are small."""
 MAX_HEALTH_CALLS = 100
 _METHOD = "POST"  # gRPC is HTTP/2
 
@@ -68,9 +70,10 @@ class RpcState:
         self.version: str = application.version
         self._application = application
         self.calls = Places(self.settings.max_connections)
-        self.streams = Places(MAX_ARRIVING)
+        bodies = self.settings.max_bodies_bytes // self.settings.max_body_bytes
+        arriving = min(MAX_ARRIVING, _ARRIVING_PER_BODY * bodies)
+        self.streams, self.readers = Places(arriving), Places(arriving)
         self.health = Places(MAX_HEALTH_CALLS)
-        self.readers = Places(MAX_ARRIVING)
 
     @property
     def keys(self) -> Any:
@@ -118,7 +121,9 @@ class Rpc:
             for key, value in reversed(context.invocation_metadata() or ())
             if isinstance(value, str)
         }
-        self.address = read_address(context.peer())
+        forwarded = self.headers.get("x-forwarded-for", "")
+        peer = read_address(context.peer())
+        self.address = find_origin(peer, forwarded, state.settings.trusted_proxies)
         self.request_id = choose_id(self.headers.get(REQUEST_ID, ""))
         self.began_s = time.monotonic()
         self.client = ClientProfile()
