@@ -46,6 +46,8 @@ _ARRIVING_PER_BODY = 4
 """For each body of the largest size for which there is memory. grpc does not say how much of a
 message has arrived, and most are small."""
 MAX_HEALTH_CALLS = 100
+MAX_HEALTH_READERS = 8
+"""Health checks whose message may be incomplete at once: no other RPC can hold them up."""
 _METHOD = "POST"  # gRPC is HTTP/2
 
 
@@ -59,7 +61,7 @@ class RpcState:
         calls: Places of RPCs but those of `streams` and `health`.
         streams: Places of streams.
         health: Places of health checks.
-        readers: Places of RPCs whose message is arriving.
+        readers: Places of RPCs whose message is arriving, but those of `health_readers`.
     """
 
     def __init__(self, application: State) -> None:
@@ -73,7 +75,7 @@ class RpcState:
         bodies = self.settings.max_bodies_bytes // self.settings.max_body_bytes
         arriving = min(MAX_ARRIVING, _ARRIVING_PER_BODY * bodies)
         self.streams, self.readers = Places(arriving), Places(arriving)
-        self.health = Places(MAX_HEALTH_CALLS)
+        self.health, self.health_readers = Places(MAX_HEALTH_CALLS), Places(MAX_HEALTH_READERS)
 
     @property
     def keys(self) -> Any:
@@ -153,15 +155,18 @@ class Rpc:
         message = await self.context.read()
         return None if message is aio.EOF else message
 
-    async def read_only(self) -> bytes:
+    async def read_only(self, readers: Places) -> bytes:
         """The message of an RPC that has one.
+
+        Args:
+            readers: Where its place is while it arrives.
 
         Raises:
             BodyTimeout: It was not complete in time.
             InvalidRequest: There is none.
         """
         limit_s = self.state.settings.body_timeout_s
-        async with self.state.readers.wait(self.address_name):
+        async with readers.wait(self.address_name):
             try:
                 async with asyncio.timeout(limit_s):
                     message = await self.read()
