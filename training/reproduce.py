@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model_config import ModelConfig
+from service.files import replace_text
 from service.models.repository import edit_config
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError
 from training.evaluation_report import ALL, EvaluationReport
-from training.files import replace_text
 from training.provenance import describe_data
 
 TOLERANCE = 0.002
