@@ -270,7 +270,7 @@ class Calibration(Spec):
         return self
 
 
-STATISTICS = ("mean", "std", "low", "high", "saturation", "detail", "direction")
+STATISTICS = ("mean", "std", "low", "high", "saturation", "yellow", "detail", "direction")
 """Of an image, in `pipeline.domain`."""
 
 

@@ -14,6 +14,7 @@ from solo_client.errors import (
     UnexpectedAnswer,
 )
 from solo_client.images import ImageInput
+from solo_client.jobs import JobStatus
 from solo_client.request import Options
 from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import Retry
@@ -26,6 +27,7 @@ __all__ = [
     "ImageFailed",
     "ImageInput",
     "Instance",
+    "JobStatus",
     "Options",
     "Progress",
     "RequestRefused",

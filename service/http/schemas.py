@@ -332,6 +332,23 @@ class LoadResponse(BaseModel):
     ] = None
 
 
+class ShadowModel(BaseModel):
+    """A version that is, or was, compared with the served one."""
+
+    version: int
+    status: Literal["running", "promoted", "rejected", "failed"]
+    reason: Annotated[str, Field(description="of the status")]
+    share: Annotated[float, Field(description="of the images that it segments too")]
+    images: Annotated[int, Field(description="that were compared")]
+    failures: Annotated[int, Field(description="images that it failed on")]
+    dropped: Annotated[int, Field(description="images that it had no time for")]
+    agreement: Annotated[float | None, Field(description="mean panoptic quality, 0..1")]
+    mean_iou: Annotated[float | None, Field(description="of the masks of matched instances")]
+    unmatched_share: Annotated[float | None, Field(description="instances without a partner")]
+    score_difference: Annotated[float | None, Field(description="mean, of matched instances")]
+    slowdown: Annotated[float | None, Field(description="engine time over the served version's")]
+
+
 class ModelDetail(BaseModel):
     """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
 
@@ -351,6 +368,9 @@ class ModelDetail(BaseModel):
         Precision, Field(description="of config.json or else the server; the model may lack it")
     ]
     max_batch: int
+    shadow: Annotated[
+        ShadowModel | None, Field(description="the version that is compared with this one")
+    ] = None
     input: dict[str, Any]
     card: Annotated[ModelCard, Field(description="what the model is for")]
     classes: list[dict[str, Any]]

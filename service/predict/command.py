@@ -17,14 +17,15 @@ from pipeline.postprocess import Overlaps
 from pipeline.scale import Scale
 from service.engines.base import BackendOptions
 from service.errors import InvalidParameter, StartupError
+from service.jobs.database import JournalDiffers, JournalInUse
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.files import ImageFile, as_line, as_text
+from service.jobs.inputs import find_files, read_list
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
 from service.models.repository import load_version, read_config
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_line, as_text
 from service.predict.image_ids import assign_ids, read_image_ids
-from service.predict.inputs import find_files, read_list
 from service.predict.job import Item, Notes, PredictJob, Run, build_items, write_results
-from service.predict.journal import Journal, JournalDiffers, JournalInUse
-from service.predict.listing import Listing
 from service.predict.output_options import add_format_options, build_plan, choose_outputs
 from service.predict.predictors import (
     LocalPredictor,
@@ -279,7 +280,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     outputs = choose_outputs(arguments, plan)
     known = read_image_ids(arguments.annotations) if arguments.annotations is not None else None
     listed = read_list(arguments.files_from) if arguments.files_from is not None else []
-    listing = find_files(arguments.inputs, listed, outputs)
+    listing = find_files(arguments.inputs, listed, outputs.name_own())
     ids = assign_ids(listing, known)
     failed = {
         file: why for file, why in zip(listing.files, ids, strict=True) if not isinstance(why, int)

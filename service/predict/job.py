@@ -19,11 +19,12 @@ from pipeline.decode import decode_image
 from pipeline.draw import draw_instances
 from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
-from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
-from service.predict.files import ImageFile, as_line, as_text
-from service.predict.journal import Journal
-from service.predict.listing import Listing
-from service.predict.outputs import START, mark_picture, replace_file
+from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
+from service.jobs.files import ImageFile, as_line, as_text
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
+from service.jobs.pictures import mark_picture
+from service.predict.outputs import START, replace_file
 from service.predict.predictors import Prediction, Predictor
 
 MOST_BYTES = 2**30

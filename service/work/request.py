@@ -18,6 +18,8 @@ from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
+Rank = Priority | Literal["background"]
+"""`background` is the work that nobody waits for: it yields to that of all clients."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class RequestOptions:
         overlay: The answer is a PNG with the masks drawn on the image.
         format: Output format of the answer; None: JSON of this service.
         simplify_px: Outlines of the format may be off so far.
-        priority: Interactive requests of a client are scheduled before its batch requests.
+        priority: Interactive requests of a client are scheduled before its batch requests, and
+            background work after both of all clients.
     """
 
     score_threshold: float | None = None
@@ -61,7 +64,7 @@ class RequestOptions:
     overlay: bool = False
     format: FormatName | None = None
     simplify_px: float = 0.0
-    priority: Priority = "interactive"
+    priority: Rank = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.

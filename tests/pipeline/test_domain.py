@@ -87,14 +87,18 @@ def test_what_cannot_be_judged_is_said_and_not_called_unusual(image: UInt8) -> N
     assert warning.code == NOT_JUDGED and "too small or too uniform" in warning.message
 
 
-def test_hue_does_not_count_and_saturation_does() -> None:
-    red = np.stack([_discs()[..., 0], _discs()[..., 0] // 2, _discs()[..., 0] // 2], axis=2)
-    first, second = describe_image(red), describe_image(np.ascontiguousarray(red[..., [0, 2, 1]]))
-    grey = describe_image(_discs())
-    assert first is not None and second is not None and grey is not None
-    np.testing.assert_allclose(first, second)
-    place = STATISTICS.index("saturation")
-    assert grey[place] == 0 < first[place]
+def test_of_the_hues_only_yellow_counts() -> None:
+    bright, dim = _discs()[..., 0], _discs()[..., 0] // 2
+
+    def describe(*channels: UInt8) -> dict[str, float]:
+        statistics = describe_image(np.stack(channels, axis=2))
+        assert statistics is not None
+        return dict(zip(STATISTICS, statistics.tolist(), strict=True))
+
+    grey, red = describe(bright, bright, bright), describe(bright, dim, dim)
+    purple, yellow = describe(bright, dim, bright), describe(bright, bright, dim)
+    assert grey["saturation"] == 0 < red["saturation"] == purple["saturation"]
+    assert yellow["yellow"] > 0 == red["yellow"] == purple["yellow"] == grey["yellow"]
 
 
 @pytest.mark.parametrize("hw", [(24, 24), (25, 3000), (63, 65), (1000, 24)])
@@ -137,11 +141,11 @@ def test_the_distance_is_to_the_nearest_centre_in_spreads() -> None:
     ("change", "message"),
     [
         ({"statistics": ["mean", "hue"]}, "this version has"),
-        ({"spreads": [0.1]}, "has not 7 values"),
-        ({"spreads": [0.0] * 7}, "greater than 0"),
+        ({"spreads": [0.1]}, "has not 8 values"),
+        ({"spreads": [0.0] * 8}, "greater than 0"),
         ({"centres": []}, "at least 1"),
-        ({"centres": [[0.0] * 7, [0.0] * 6]}, "centre .* has not 7 values"),
-        ({"centres": [[float("nan")] * 7]}, "finite"),
+        ({"centres": [[0.0] * 8, [0.0] * 7]}, "centre .* has not 8 values"),
+        ({"centres": [[float("nan")] * 8]}, "finite"),
         ({"threshold": 0}, "greater than 0"),
         ({"kind": "gaussian"}, "Extra inputs"),
     ],

@@ -12,6 +12,7 @@ import {
 } from "./api.js";
 import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
+import { Editor } from "./edit.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
@@ -51,6 +52,10 @@ const viewer = new Viewer(byId("viewer"), { onHover: hover, onPick: togglePin })
 const list = new InstanceList(byId("list"), { onHover: hover, onPick: togglePin, onMove: pin });
 const threshold = byId("threshold");
 const pace = new Pace();
+const editor = new Editor({
+  read: () => ({ ...state, size: viewer.size }),
+  onChange: replaceInstances,
+});
 
 // --- models -------------------------------------------------------------------------------------
 
@@ -200,7 +205,20 @@ function saveInFormat(format) {
   }, () => saveInFormat(format));
 }
 
+/** Shows what the editor made of the instances. */
+function replaceInstances(instances) {
+  state.instances = prepareInstances(instances);
+  state.pinned = state.hovered = null;
+  list.fill(state.instances, state.model.task);
+  byId("export").disabled = true;
+  byId("export").title = "A result that was corrected is saved as COCO.";
+  filter();
+}
+
 function clearResult() {
+  editor.stop();
+  byId("export").disabled = false;
+  byId("export").title = "";
   state.answer = null;
   state.instances = [];
   state.shown = [];
@@ -279,6 +297,7 @@ function light() {
   const lit = state.hovered ?? state.pinned;
   viewer.light(lit);
   list.light(lit, state.pinned);
+  if (state.answer) editor.update();
 }
 
 // --- wiring -------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.journal import Journal
 from service.models.publishing import write_default
 from service.predict import command, main
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.journal import Journal
 from service.predict.predictors import Prediction
 from service.predict.sources import find_model
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
