@@ -7,6 +7,7 @@ PipelineError
         UnsupportedFormat  not JPEG, PNG, WebP or BMP, or of a kind that is not read
         ImageTooLarge      more pixels than allowed
         CorruptImage       damaged or truncated
+    WriteError             an output format cannot be written
 """
 
 from __future__ import annotations
@@ -48,3 +49,7 @@ class CorruptImage(DecodeError):
     """The image is damaged or truncated."""
 
     code = "corrupt_image"
+
+
+class WriteError(PipelineError):
+    """An output format is not known, or cannot hold what was found."""

@@ -88,7 +88,7 @@ def select(
         return candidates.scores[:0], slots
     count = int(slots[-1]) + 1  # empty slots come last: no copy of them
     masks = candidates.mask_probs[:count] > spec.mask_threshold
-    filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
+    filled = np.flatnonzero(used[:count] & masks.reshape(count, -1).any(axis=1))
     if filled.size < count:
         masks = masks[filled]
     if spec.compare == "enclosed":

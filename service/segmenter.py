@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import cv2
@@ -19,6 +20,7 @@ from service.cores import count_cores
 from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
 from service.models.served import ServedModel
+from service.models.shadows import Shadows
 from service.models.store import ModelStore
 from service.models.watcher import RepositoryWatcher
 from service.observe.metrics import Metrics
@@ -56,6 +58,16 @@ class LocalSegmenter:
             settings, repository, metrics, PixelBudget(settings.max_decoded_pixels)
         )
         self._settings = settings
+        self._shadows = Shadows(
+            settings,
+            repository.root,
+            repository.options,
+            metrics.shadow,
+            is_served=lambda name: name in self.store.served,
+            is_idle=lambda: not self.admission.requests,
+            reload=self.store.load,
+        )
+        self.store.on_change = self._shadows.follow
         self._watcher = RepositoryWatcher(self.store, repository.stamps, metrics)
         self._polling: asyncio.Task[None] | None = None
         # OpenCV knows no quotas of cgroup v2, and counts hyper-threads.
@@ -77,7 +89,10 @@ class LocalSegmenter:
     @property
     def models(self) -> list[ModelState]:
         """What is served, by name and version."""
-        return [model.state for model in self.store.all_models]
+        return [self._state_of(model) for model in self.store.all_models]
+
+    def _state_of(self, model: ServedModel) -> ModelState:
+        return replace(model.state, shadow=self._shadows.state_of(model.name))
 
     @property
     def unavailable(self) -> dict[str, str]:
@@ -92,6 +107,8 @@ class LocalSegmenter:
     def start(self) -> None:
         """Starts rebuilding engines and, if asked for, watching the repository."""
         self.store.start()
+        for name in self.store.served:
+            self._shadows.follow(name)
         if self._settings.model_poll_s:
             poll = self._watcher.poll(self._settings.model_poll_s)
             self._polling = asyncio.get_running_loop().create_task(poll, name="poll")
@@ -99,7 +116,7 @@ class LocalSegmenter:
 
     def find(self, name: str | None, version: int | None) -> ModelState:
         """The model that a request means."""
-        return self.store.find(name, version).state
+        return self._state_of(self.store.find(name, version))
 
     @contextmanager
     def use(
@@ -127,7 +144,9 @@ class LocalSegmenter:
         build = partial(_build_work, config, options=options, settings=self._settings)
         works = await self._prepare(images, build, probes)
         await self._process(model, works, options, client, progress)
-        return Segmented(model.state, [self._count(model, work) for work in works])
+        outcomes = [self._count(model, work, options) for work in works]
+        self._shadows.offer(model.name, model.config.version, images, options, outcomes)
+        return Segmented(model.state, outcomes)
 
     async def _process(
         self,
@@ -170,7 +189,9 @@ class LocalSegmenter:
             return await asyncio.to_thread(lambda: [*map(build, images, sizes, *more)])
         return [*map(build, images, sizes, *more)]
 
-    def _count(self, model: ServedModel, work: ImageWork | Outcome) -> Outcome:
+    def _count(
+        self, model: ServedModel, work: ImageWork | Outcome, options: RequestOptions
+    ) -> Outcome:
         """Counts a finished image."""
         outcome = work.outcome if isinstance(work, ImageWork) else work
         assert outcome is not None
@@ -183,7 +204,7 @@ class LocalSegmenter:
                 drop_frames(outcome.error)
             metrics.image_errors.labels(name, code).inc()
         else:
-            metrics.count_image(name, outcome)
+            metrics.count_image(name, outcome, timed=options.priority != "background")
             note_image(name, outcome.whole, outcome.stages)
         return outcome
 
@@ -212,6 +233,7 @@ class LocalSegmenter:
         finished = await self.finish_accepted()
         if self._polling is not None:
             self._polling.cancel()
+        await self._shadows.close()
         await self.store.close(finished=finished)
 
 

@@ -62,6 +62,21 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class ResultFile:
+    """What was found, as a file of another program.
+
+    Attributes:
+        name: File name that the server proposes.
+        media_type: E.g. "application/geo+json".
+        data: The content.
+    """
+
+    name: str
+    media_type: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class ResultWarning:
     """Why a result may be worthless although nothing failed.
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
 from pipeline.scale import Scale
+from pipeline.writers import FormatName
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
@@ -92,6 +93,14 @@ class SegmentQuery(BaseModel):
             "image for all instances; or boxes and scores alone"
         ),
     ] = "rle"
+    format: Annotated[
+        FormatName | None,
+        Field(description="the answer is a file of this format; default: JSON with `results`"),
+    ] = None
+    simplify_px: Annotated[
+        float,
+        Field(ge=0, le=100, description="outlines of the format may be off so far; 0 is exact"),
+    ] = 0
     priority: Annotated[
         Priority,
         Field(description="a client's interactive requests go before its batch requests"),
@@ -296,6 +305,12 @@ class IndexQuery(BaseModel):
     ready: Annotated[bool, Field(description="only what is served")] = False
 
 
+class LoadQuery(BaseModel):
+    """Body of POST /v2/repository/models/{name}/load and unload; none is needed."""
+
+    parameters: dict[str, Any] = {}
+
+
 class ModelList(BaseModel):
     """Answer of GET /v2/models."""
 
@@ -317,6 +332,23 @@ class LoadResponse(BaseModel):
     ] = None
 
 
+class ShadowModel(BaseModel):
+    """A version that is, or was, compared with the served one."""
+
+    version: int
+    status: Literal["running", "promoted", "rejected", "failed"]
+    reason: Annotated[str, Field(description="of the status")]
+    share: Annotated[float, Field(description="of the images that it segments too")]
+    images: Annotated[int, Field(description="that were compared")]
+    failures: Annotated[int, Field(description="images that it failed on")]
+    dropped: Annotated[int, Field(description="images that it had no time for")]
+    agreement: Annotated[float | None, Field(description="mean panoptic quality, 0..1")]
+    mean_iou: Annotated[float | None, Field(description="of the masks of matched instances")]
+    unmatched_share: Annotated[float | None, Field(description="instances without a partner")]
+    score_difference: Annotated[float | None, Field(description="mean, of matched instances")]
+    slowdown: Annotated[float | None, Field(description="engine time over the served version's")]
+
+
 class ModelDetail(BaseModel):
     """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
 
@@ -336,6 +368,9 @@ class ModelDetail(BaseModel):
         Precision, Field(description="of config.json or else the server; the model may lack it")
     ]
     max_batch: int
+    shadow: Annotated[
+        ShadowModel | None, Field(description="the version that is compared with this one")
+    ] = None
     input: dict[str, Any]
     card: Annotated[ModelCard, Field(description="what the model is for")]
     classes: list[dict[str, Any]]

@@ -17,13 +17,14 @@ from PIL import Image
 
 from pipeline.decode import decode_image
 from pipeline.draw import draw_instances
+from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
-from pipeline.types import Detection
-from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
-from service.predict.files import ImageFile, as_line, as_text
-from service.predict.journal import Journal
-from service.predict.listing import Listing
-from service.predict.outputs import START, mark_picture, replace_file
+from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
+from service.jobs.files import ImageFile, as_line, as_text
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
+from service.jobs.pictures import mark_picture
+from service.predict.outputs import START, replace_file
 from service.predict.predictors import Prediction, Predictor
 
 MOST_BYTES = 2**30
@@ -267,16 +268,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     Raises:
         ImageUnusable: It cannot be decoded here, e.g. because the server accepts larger images.
     """
-    instances = [
-        Detection(
-            label=0,
-            score=result["score"],
-            rle={**result["segmentation"], "counts": result["segmentation"]["counts"].encode()},
-            bbox_xywh=tuple(result["bbox"]),
-            area=result["area"],
-        )
-        for result in answer.results
-    ]
+    instances = [instance_from_coco(result, 0) for result in answer.results]
     try:
         picture = decode_image(data)
     except DecodeError as error:

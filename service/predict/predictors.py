@@ -11,8 +11,8 @@ from pipeline.decode import decode_image
 from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.model_config import Task
+from service.jobs.errors import ImageUnusable, RunFailed
 from service.models.repository import LoadedModel
-from service.predict.errors import ImageUnusable, RunFailed
 from service.work.request import RequestOptions
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)

@@ -23,9 +23,9 @@ import orjson
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendOptions
 from service.errors import StartupError
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.files import ImageFile, as_text
 from service.models.repository import load_version
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_text
 from service.predict.job import Found, Item, Notes, find, read_data, read_stamp
 from service.predict.predictors import LocalPredictor
 from service.work.request import RequestOptions

@@ -16,12 +16,13 @@ from pipeline.decode import open_image, peek_hw, read_image_hw
 from pipeline.domain import check_domain
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
-from pipeline.errors import CorruptImage
+from pipeline.errors import CorruptImage, WriteError
 from pipeline.model_config import Canvas, InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
 from pipeline.types import AnswerWarning, Detection, Prepared, Tile, UInt8
-from service.errors import TooManyCanvases, describe_error, drop_frames
+from pipeline.writers import FORMATS, Page
+from service.errors import InvalidParameter, TooManyCanvases, describe_error, drop_frames
 from service.observe.timing import Interval, attribute_time
 from service.work.request import ImageFile, Outcome, RequestOptions
 
@@ -228,7 +229,11 @@ class ImageWork:
         started_s = time.monotonic()
         detections = collector.merge()
         merged_s = time.monotonic()
-        if self._picture is None:
+        if options.format is not None:
+            payload = encode_page(
+                self._file.file_name, prepared.image_hw, detections, self._config, options
+            )
+        elif self._picture is None:
             payload = encode_entry(
                 self._file.file_name,
                 prepared.image_hw,
@@ -296,6 +301,33 @@ def encode_entry(
     if options.masks == "png":
         entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_page(
+    file_name: str | None,
+    image_hw: HW,
+    detections: Detections,
+    config: ModelConfig,
+    options: RequestOptions,
+) -> bytes:
+    """An image as the writer of the format gives it.
+
+    Raises:
+        InvalidParameter: The format cannot hold it.
+    """
+    assert options.format is not None
+    page = Page(
+        name=file_name or "image",
+        image_hw=image_hw,
+        instances=detections.instances,
+        classes=config.classes,
+        simplify_px=options.simplify_px,
+        um_per_px=options.um_per_px,
+    )
+    try:
+        return FORMATS[options.format].encode(page)
+    except WriteError as error:
+        raise InvalidParameter(f"format: {error}") from error
 
 
 def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:

@@ -12,11 +12,14 @@ from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
 from pipeline.scale import Scale, ScaleError, fit_scale
 from pipeline.types import UInt8
+from pipeline.writers import FormatName
 from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
+Rank = Priority | Literal["background"]
+"""`background` is the work that nobody waits for: it yields to that of all clients."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class RequestOptions:
         scale: `auto` finds the scale from the objects of the image.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
-        priority: Interactive requests of a client are scheduled before its batch requests.
+        format: Output format of the answer; None: JSON of this service.
+        simplify_px: Outlines of the format may be off so far.
+        priority: Interactive requests of a client are scheduled before its batch requests, and
+            background work after both of all clients.
     """
 
     score_threshold: float | None = None
@@ -56,7 +62,9 @@ class RequestOptions:
     scale: Scale = "own"
     masks: Masks = "rle"
     overlay: bool = False
-    priority: Priority = "interactive"
+    format: FormatName | None = None
+    simplify_px: float = 0.0
+    priority: Rank = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.
@@ -124,8 +132,8 @@ class Outcome:
     """What became of one image.
 
     Attributes:
-        payload: Its entry of `results` as JSON, or a PNG if an overlay was asked for and nothing
-            failed.
+        payload: Its entry of `results` as JSON; if nothing failed, and an overlay or a format was
+            asked for, a PNG or what the format's writer gives for a page.
         timing: None if it failed.
         error: Why it failed.
         canvases: Canvases that the engine processed.

@@ -27,7 +27,8 @@ def results_of(data: CocoDataset, scores: list[float]) -> list[dict[str, Any]]:
 
 def measure(results: list[dict[str, Any]], data: CocoDataset, threshold: float) -> dict[str, Any]:
     report = evaluate_results(data, results, max_dets=100, score_threshold=threshold)
-    return describe_measured(report, data, "val", 100)
+    described: dict[str, Any] = describe_measured(report, data, "val", 100)
+    return described
 
 
 def test_the_quality_tells_how_many_objects_the_threshold_leaves(data: CocoDataset) -> None:

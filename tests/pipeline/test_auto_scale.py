@@ -109,7 +109,7 @@ def test_objects_that_the_border_of_a_tile_cuts_are_left_out() -> None:
     masks = np.zeros((2, 32, 32), np.float32)
     masks[0, 12:20, 12:20] = 1  # 16 px
     masks[1, 12:20] = 1  # from the left to the right border
-    candidates = Candidates(np.float32([0.9, 0.8]), np.array([0, 1]), masks)
+    candidates = Candidates(np.array([0.9, 0.8], np.float32), np.array([0, 1]), masks)
     (found,) = probe.find(index, candidates, CONFIG)
     assert found.zoom == 1 and found.score == pytest.approx(0.9)
     assert found.diameter_px == pytest.approx(math.sqrt(4 * 16 * 16 / math.pi), rel=0.1)

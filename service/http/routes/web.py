@@ -26,7 +26,7 @@ _MEDIA_TYPES = {
     "svg": "image/svg+xml",
 }
 _SCRIPTS = (
-    *("api", "app", "busy", "docs", "draw", "estimate", "files"),
+    *("api", "app", "busy", "docs", "draw", "edit", "estimate", "files"),
     *("list", "orient", "rle", "save", "text", "viewer"),
 )
 _SAMPLES = ("cat", "crowded", "sparse", "tissue")

@@ -2,6 +2,7 @@
 
 import {
   describeModel,
+  exportFile,
   fetchSample,
   leastScore,
   listModels,
@@ -11,11 +12,12 @@ import {
 } from "./api.js";
 import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
+import { Editor } from "./edit.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
 import { decodePicture, turnPicture } from "./orient.js";
-import { savePicture, saveResult } from "./save.js";
+import { save, savePicture, saveResult } from "./save.js";
 import {
   announce,
   byId,
@@ -50,6 +52,10 @@ const viewer = new Viewer(byId("viewer"), { onHover: hover, onPick: togglePin })
 const list = new InstanceList(byId("list"), { onHover: hover, onPick: togglePin, onMove: pin });
 const threshold = byId("threshold");
 const pace = new Pace();
+const editor = new Editor({
+  read: () => ({ ...state, size: viewer.size }),
+  onChange: replaceInstances,
+});
 
 // --- models -------------------------------------------------------------------------------------
 
@@ -189,7 +195,30 @@ async function confirmCost(size, model, signal) {
   return seconds;
 }
 
+/** Saves what is shown in another format, which the server writes. */
+function saveInFormat(format) {
+  return run(async (signal) => {
+    announce("The server writes the file.");
+    const asked = { format, threshold: threshold.value, signal };
+    const { blob, name } = await exportFile(state.file, state.model, asked);
+    save(blob, name);
+  }, () => saveInFormat(format));
+}
+
+/** Shows what the editor made of the instances. */
+function replaceInstances(instances) {
+  state.instances = prepareInstances(instances);
+  state.pinned = state.hovered = null;
+  list.fill(state.instances, state.model.task);
+  byId("export").disabled = true;
+  byId("export").title = "A result that was corrected is saved as COCO.";
+  filter();
+}
+
 function clearResult() {
+  editor.stop();
+  byId("export").disabled = false;
+  byId("export").title = "";
   state.answer = null;
   state.instances = [];
   state.shown = [];
@@ -268,6 +297,7 @@ function light() {
   const lit = state.hovered ?? state.pinned;
   viewer.light(lit);
   list.light(lit, state.pinned);
+  if (state.answer) editor.update();
 }
 
 // --- wiring -------------------------------------------------------------------------------------
@@ -315,6 +345,7 @@ function wireResult() {
   byId("brighten").addEventListener("change", ({ target }) => viewer.setBrighten(target.checked));
   byId("save-json").addEventListener("click", () => saveResult(state));
   byId("save-png").addEventListener("click", () => savePicture(viewer, state.file.name));
+  byId("export").addEventListener("click", () => saveInFormat(byId("export-format").value));
   byId("model").addEventListener("change", ({ target }) => {
     const again = document.body.dataset.state !== "empty";
     const change = async (signal) => {

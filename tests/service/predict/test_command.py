@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.journal import Journal
 from service.models.publishing import write_default
 from service.predict import command, main
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.journal import Journal
 from service.predict.predictors import Prediction
+from service.predict.sources import find_model
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
@@ -120,7 +121,7 @@ def test_one_of_several_models_is_named_or_is_the_default(tmp_path: Path, images
         predict(tmp_path, str(images))
     assert predict(tmp_path, str(images), "--model", "b")
     write_default(tmp_path / "repo", "a")
-    assert command.find_model(tmp_path / "repo", None).name == "a"
+    assert find_model(tmp_path / "repo", None).name == "a"
     assert predict(tmp_path, str(images), "--restart")
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import solo_client
 from service.engines.base import BackendOptions
+from service.jobs.errors import ImageUnusable, RunFailed
 from service.models.repository import load_version
-from service.predict.errors import ImageUnusable, RunFailed
 from service.predict.predictors import LocalPredictor, RemotePredictor
 from service.work.request import RequestOptions
 from tests.service.http.routes.test_warnings import STRIPES, USUAL, add_domain

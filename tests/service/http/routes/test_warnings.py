@@ -20,7 +20,7 @@ from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
 USUAL = draw_picture(64, 64)
-STRIPES = np.repeat(np.tile(np.uint8([0, 255]), (64, 32))[..., None], 3, axis=2)
+STRIPES = np.repeat(np.tile(np.array([0, 255], np.uint8), (64, 32))[..., None], 3, axis=2)
 BLANK = np.zeros((64, 64, 3), np.uint8)
 
 
