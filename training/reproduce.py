@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.model_config import ModelConfig
 from service.files import replace_text
-from service.models.repository import edit_config
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError
 from training.evaluation_report import ALL, EvaluationReport
@@ -126,6 +125,7 @@ def record(folder: Path, version: int, measured: Mapping[str, Any], images: str)
     Raises:
         OSError, ValueError: It cannot be changed.
     """
+    from service.models.repository import edit_config
 
     def change(content: dict[str, Any], _: object) -> None:
         entry = content["versions"][str(version)]
