@@ -45,7 +45,7 @@ OPTIONAL_IMPORTS = {
     ),
     "service/scale/cluster/app.py",
     "service/scale/cluster/command.py",
-    "service/predict/files.py",
+    "service/jobs/files.py",
     "service/predict/ray_job.py",
     "service/observe/tracing.py",
     "solo_client/result.py",  # supervision
@@ -147,17 +147,21 @@ def _is_allowed(item: Import) -> bool:
 
 _ABOVE_ALL = ("service.predict", "service.__main__")
 _APPLICATION = ("service.http", "service.grpc", "service.scale", *_ABOVE_ALL)
-_SERVING = ("service.protocol", "service.segmenter", *_APPLICATION)
+_SERVING = ("service.protocol", "service.segmenter", "service.jobs", *_APPLICATION)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("service.errors", "service.cores", "service.settings", "service.flags", "service.observe"),
+        (
+            *("service.errors", "service.cores", "service.settings", "service.flags"),
+            *("service.memory", "service.version", "service.observe"),
+        ),
         ("service.work", "service.models", *_SERVING),
     ),
     "service.engines": ("service.settings", "service.work", "service.models", *_SERVING),
     "service.work": ("service.models", *_SERVING),
-    "service.models": ("service.segmenter", *_APPLICATION),
-    "service.protocol": ("service.models", "service.segmenter", *_APPLICATION),
-    "service.segmenter": _APPLICATION,
+    "service.models": ("service.segmenter", "service.jobs", *_APPLICATION),
+    "service.protocol": ("service.models", "service.segmenter", "service.jobs", *_APPLICATION),
+    "service.segmenter": ("service.jobs", *_APPLICATION),
+    "service.jobs": ("service.models", "service.segmenter", *_APPLICATION),
     "service.http": ("service.grpc", "service.scale", *_ABOVE_ALL),
     "service.grpc": ("service.scale", *_ABOVE_ALL),
     "service.scale": _ABOVE_ALL,

@@ -14,10 +14,10 @@ from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError, WriteError
 from pipeline.writers import Classes, OutputFormat, Page, name_files
 from service.errors import StartupError
-from service.predict.errors import ImageUnusable, RunFailed, describe
-from service.predict.files import as_line, as_text
+from service.jobs.errors import ImageUnusable, RunFailed, describe
+from service.jobs.files import as_line, as_text
+from service.jobs.journal import Journal
 from service.predict.job import Item, read_data
-from service.predict.journal import Journal
 from service.predict.outputs import UNFINISHED, replace_file
 
 MARK = ".solo-predict"

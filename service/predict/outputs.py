@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -13,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL.PngImagePlugin import PngInfo
-
 from service.errors import StartupError
-from service.predict.errors import describe
+from service.jobs.errors import describe
 
 START = b"[\n"
 """Of a file with results; the first result or the end of the list follows."""
 _JOURNAL = ".partial"
 UNFINISHED = ".partial-new"
 RESULT_STARTS = (START + b'{"image_id":', START + b"]")
-_SOFTWARE = ("Software", "solo-predict")
-_MARK_END = 100
-_PICTURE_NAME = re.compile(r"\d{5,}_.*\.png", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -67,24 +61,6 @@ class Outputs:
             tempfile.TemporaryFile(dir=self.overlays).close()
         if self.out.is_dir() and not self.is_folder:
             raise StartupError(f"--out {self.out} is a folder")
-
-
-def mark_picture() -> PngInfo:
-    """What tells a picture with masks from an image."""
-    info = PngInfo()
-    info.add_text(*_SOFTWARE)
-    return info
-
-
-def is_picture(path: str) -> bool:
-    """Whether a file is a picture that an earlier run has drawn; False if it cannot be read."""
-    if not _PICTURE_NAME.fullmatch(os.path.basename(path)):
-        return False
-    try:
-        with open(path, "rb") as file:
-            return "\0".join(_SOFTWARE).encode() in file.read(_MARK_END)
-    except OSError:
-        return False
 
 
 @contextmanager

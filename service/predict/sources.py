@@ -9,8 +9,8 @@ import solo_client
 from pipeline.model_config import ClassSpec
 from pipeline.writers import Classes
 from service.errors import StartupError
+from service.jobs.errors import RunFailed
 from service.models.repository import find_default, find_models, read_config
-from service.predict.errors import RunFailed
 from service.predict.predictors import RETRY
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import ScaleError, fit_scale
+from pipeline.scale import Scale, ScaleError, fit_scale
 from pipeline.types import UInt8
 from pipeline.writers import FormatName
 from service.errors import InvalidParameter
@@ -18,6 +18,8 @@ from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
+Rank = Priority | Literal["background"]
+"""`background` is the work that nobody waits for: it yields to that of all clients."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class RequestOptions:
         overlaps: `resolve` gives pixels of several masks to the best one.
         object_size_px: Typical diameter of the objects; None: as the model expects it.
         um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
+        scale: `auto` finds the scale from the objects of the image.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
         format: Output format of the answer; None: JSON of this service.
         simplify_px: Outlines of the format may be off so far.
-        priority: Interactive requests of a client are scheduled before its batch requests.
+        priority: Interactive requests of a client are scheduled before its batch requests, and
+            background work after both of all clients.
     """
 
     score_threshold: float | None = None
@@ -55,11 +59,12 @@ class RequestOptions:
     overlaps: Overlaps = "keep"
     object_size_px: float | None = None
     um_per_px: float | None = None
+    scale: Scale = "own"
     masks: Masks = "rle"
     overlay: bool = False
     format: FormatName | None = None
     simplify_px: float = 0.0
-    priority: Priority = "interactive"
+    priority: Rank = "interactive"
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.
@@ -73,7 +78,12 @@ class RequestOptions:
                 "'keep' is possible"
             )
         try:
-            return fit_scale(config, object_size_px=self.object_size_px, um_per_px=self.um_per_px)
+            return fit_scale(
+                config,
+                object_size_px=self.object_size_px,
+                um_per_px=self.um_per_px,
+                scale=self.scale,
+            )
         except ScaleError as error:
             raise InvalidParameter(str(error)) from error
 
@@ -112,8 +122,8 @@ class RequestProgress:
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def admit(self, canvases: int) -> None:
-        """The request's images have been admitted."""
-        self.canvases = canvases
+        """Images have been admitted, in one of the passes of the request."""
+        self.canvases += canvases
         self.admitted.set()
 
 

@@ -138,6 +138,7 @@ async def segment(
             overlaps=query.overlaps,
             object_size_px=query.object_size_px,
             um_per_px=query.um_per_px,
+            scale=query.scale,
             masks=query.masks,
             overlay=media_type == PNG,
             format=query.format,
@@ -185,7 +186,7 @@ def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
     wrong: list[dict[str, Any]] = []
     if request.scope["query_string"]:
         try:
-            query = SegmentQuery.model_validate(_split_query(request.scope["query_string"]))
+            query = SegmentQuery.model_validate(split_query(request.scope["query_string"]))
         except ValidationError as error:
             wrong += _locate(error, "query")
     header = get_timeout_header(request)
@@ -210,7 +211,7 @@ def get_timeout_header(request: Request) -> str | None:
     return values[0] if values else None
 
 
-def _split_query(text: bytes) -> dict[str, str]:
+def split_query(text: bytes) -> dict[str, str]:
     """Names and values of a query, decoded."""
     try:
         pairs = parse_qsl(

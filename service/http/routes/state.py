@@ -30,6 +30,9 @@ async def find_key(request: Request) -> KeySpec | None:
     return await find_spec(ring, request.headers, _address_of(request))
 
 
+KeyDep = Annotated[KeySpec | None, Depends(find_key)]
+
+
 async def find_client(request: Request) -> ClientProfile:
     """Client of a request: the holder of its API key, or else its peer address.
 

@@ -25,10 +25,13 @@ import {
   describeEstimate,
   describeHidden,
   formatCount,
+  showCard,
   showFacts,
   showNotes,
+  showSamples,
   showTime,
   showTruncation,
+  showWarnings,
 } from "./text.js";
 import { Viewer } from "./viewer.js";
 
@@ -78,8 +81,8 @@ async function chooseModel(name) {
   state.model = model;
   byId("model").value = name;
   byId("model-about").textContent = `${model.name} version ${model.version} on ${model.device}`;
-  byId("model-domain").hidden = !model.card.domain;
-  byId("model-domain").textContent = `${model.name}: ${model.card.domain}.`;
+  showCard(model);
+  showSamples(model);
   threshold.min = leastScore(model);
   threshold.max = 1;
   threshold.value = model.postprocess.score_threshold;
@@ -172,12 +175,13 @@ async function show(file, signal) {
   list.fill(state.instances, model.task);
   threshold.value = model.postprocess.score_threshold;
   showNotes(answer, model, pictureNote);
+  const warnings = showWarnings(answer.result);
   showFacts(file, answer, model);
   showTime(answer);
   document.body.dataset.state = "done";
   filter();
   const truncation = byId("truncation").firstElementChild.textContent;
-  announce(`${describeCount(state)} in ${name}. ${truncation}`.trimEnd());
+  announce([`${describeCount(state)} in ${name}.`, truncation, ...warnings].join(" ").trimEnd());
 }
 
 /** Asks before a large image is sent; returns the expected seconds, null if not known. */

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.jobs.errors import ImageUnusable
 from service.predict import command, main, sources
-from service.predict.errors import ImageUnusable
 from service.predict.predictors import Prediction
 from solo_client import Retry
 from tests.solo_client.fake_server import FakeServer, line, stream

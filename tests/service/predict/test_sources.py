@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartupError
-from service.predict.errors import RunFailed
+from service.jobs.errors import RunFailed
 from service.predict.sources import build_client, find_classes
 from tests.solo_client.fake_server import FakeServer
 from tests.support.blob_model import publish
