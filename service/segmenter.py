@@ -15,6 +15,7 @@ from pipeline.auto_scale import count_probes
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec, ModelConfig
+from pipeline.scale import Scale
 from service.cores import count_cores
 from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
@@ -263,15 +264,14 @@ def _build_probe(
     config: ModelConfig, file: ImageFile, size: HW | None, *, settings: Settings
 ) -> ImageWork | Outcome:
     try:
-        size, _ = measure(file, size, config.input, settings)
-    except (DecodeError, ServiceError) as error:
+        size, canvases = measure(file, size, config.input, settings, scale="auto")
+    except DecodeError as error:
         return fail(file.file_name, error)
-    canvases = max(count_probes(hw, config.input) for hw in (size, size[::-1]))
     return ProbeWork(file, size, canvases, config)
 
 
 def measure(
-    file: ImageFile, size: HW | None, spec: InputSpec, settings: Settings
+    file: ImageFile, size: HW | None, spec: InputSpec, settings: Settings, *, scale: Scale = "own"
 ) -> tuple[HW, int]:
     """Height and width of an image, and the canvases that it needs.
 
@@ -280,6 +280,7 @@ def measure(
         size: As `peek_size` found it; None if the header has to be parsed.
         spec: The model's input.
         settings: Bounds of both.
+        scale: `auto` counts the canvases by which the scale is chosen.
 
     Raises:
         DecodeError, TooManyCanvases: The image is refused.
@@ -287,4 +288,6 @@ def measure(
     if size is None:
         size = read_size(file.data, settings.max_image_pixels)
     check_size(*size, settings.max_image_pixels)
+    if scale == "auto":  # the orientation is not known yet
+        return size, max(count_probes(hw, spec) for hw in (size, size[::-1]))
     return size, count_cost(size, spec, settings.max_image_canvases)

@@ -138,6 +138,8 @@ def _is_allowed(item: Import) -> bool:
         "pipeline",
         "service.models.repository",
         "service.engines",
+        "service.cores",
+        "service.files",
     )
     served = any(is_in(item.name, allowed) for allowed in measured)
     if room == "training":
@@ -152,7 +154,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("service.errors", "service.cores", "service.settings", "service.flags"),
-            *("service.memory", "service.version", "service.observe"),
+            *("service.memory", "service.version", "service.files", "service.observe"),
         ),
         ("service.work", "service.models", *_SERVING),
     ),

@@ -18,7 +18,7 @@ from service.jobs.errors import ImageUnusable, RunFailed, describe
 from service.jobs.files import as_line, as_text
 from service.jobs.journal import Journal
 from service.predict.job import Item, read_data
-from service.predict.outputs import UNFINISHED, replace_file
+from service.predict.outputs import REPLACED, UNFINISHED, replace_file
 
 MARK = ".solo-predict"
 """A file in each folder that is written here, so that a later run may replace it."""
@@ -181,7 +181,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        before = path.with_name(f"{path.name}.partial-old")
+        before = path.with_name(path.name + REPLACED)
         shutil.rmtree(before, ignore_errors=True)
         if path.exists():
             path.rename(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -10,11 +11,12 @@ import orjson
 import pytest
 from PIL import Image
 
-from pipeline.errors import CorruptImage, ImageTooLarge, UnsupportedFormat
+from pipeline.errors import CorruptImage, ImageTooLarge, UnsupportedFormat, WriteError
 from pipeline.model_config import ModelConfig
 from pipeline.repository_config import parse_model_config
 from pipeline.types import Candidates, Tile, UInt8
-from service.errors import EngineError, TooManyCanvases
+from pipeline.writers import FORMATS, Page
+from service.errors import EngineError, InvalidParameter, TooManyCanvases
 from service.work.image import Dropped, ImageWork, count_cost, fail, peek_size, read_size
 from service.work.request import ImageFile, Outcome, RequestOptions
 from tests.support.blob_model import (
@@ -233,6 +235,20 @@ class TestAnswer:
 
 
 class TestFailures:
+    def test_a_format_that_cannot_hold_the_instances_is_an_invalid_parameter(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        picture = draw_picture(48, 64, {"red": (4, 8, 12, 16)})
+        assert run(build(picture, format="labels")).payload.startswith(b"\x89PNG")
+
+        def refuse(page: Page) -> bytes:
+            raise WriteError(f"{len(page.instances)} instances of {page.name} do not fit")
+
+        chosen = dataclasses.replace(FORMATS["labels"], encode=refuse)
+        monkeypatch.setitem(FORMATS, "labels", chosen)
+        with pytest.raises(InvalidParameter, match=r"format: 1 instances of a\.png do not fit"):
+            run(build(picture, format="labels"))
+
     def test_an_image_that_failed_has_an_error_as_its_answer(self) -> None:
         outcome = build(draw_picture(30, 40)).fail(EngineError("the engine failed"))
         assert orjson.loads(outcome.payload) == {
