@@ -6,6 +6,7 @@ image's size and the image is never resized as a whole.
 
 from __future__ import annotations
 
+from pipeline.errors import PixelSizeError
 from pipeline.model_config import MAX_ZOOM, ModelConfig, TileResize
 
 
@@ -51,3 +52,24 @@ def fit_scale(
         )
     scaled = config.input.model_copy(update={"resize": resize.zoomed(zoom)})
     return config.model_copy(update={"input": scaled})
+
+
+def fit_stated(config: ModelConfig, um_per_px: float | None) -> ModelConfig:
+    """The model's configuration for an image whose file states the size of its pixels.
+
+    Returns:
+        The same model; unchanged if nothing is stated, or the model has no such scale.
+
+    Raises:
+        PixelSizeError: The size differs from the model's by more than a factor of `MAX_ZOOM`.
+    """
+    is_scaled = isinstance(config.input.resize, TileResize) and config.card.um_per_px is not None
+    if um_per_px is None or not is_scaled:
+        return config
+    try:
+        return fit_scale(config, um_per_px=um_per_px)
+    except ScaleError as error:
+        raise PixelSizeError(
+            f"the file states this size of a pixel: {error}; um_per_px or object_size_px in the "
+            "request replaces it"
+        ) from error

@@ -12,7 +12,7 @@ import cv2
 
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
-from pipeline.model_config import InputSpec, ModelConfig
+from pipeline.model_config import ModelConfig
 from service.cores import count_cores
 from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
@@ -24,7 +24,7 @@ from service.observe.tracing import note_image
 from service.protocol import ModelState, Segmented
 from service.settings import Settings
 from service.work.admission import Admission
-from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_size
+from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_image_header
 from service.work.pixels import PixelBudget
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
@@ -197,7 +197,7 @@ def _build_work(
     settings: Settings,
 ) -> ImageWork | Outcome:
     try:
-        size, canvases = measure(file, size, config.input, settings)
+        size, canvases, config = measure(file, size, config, options, settings)
     except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
     scaled = settings.scaled_decode
@@ -205,20 +205,26 @@ def _build_work(
 
 
 def measure(
-    file: ImageFile, size: HW | None, spec: InputSpec, settings: Settings
-) -> tuple[HW, int]:
-    """Height and width of an image, and the canvases that it needs.
+    file: ImageFile,
+    size: HW | None,
+    config: ModelConfig,
+    options: RequestOptions,
+    settings: Settings,
+) -> tuple[HW, int, ModelConfig]:
+    """Height and width of an image, the canvases that it needs, and the configuration for it.
 
     Args:
         file: The image.
         size: As `peek_size` found it; None if the header has to be parsed.
-        spec: The model's input.
-        settings: Bounds of both.
+        config: The model's, as the request's options adapt it.
+        options: The request's.
+        settings: Bounds of size and canvases.
 
     Raises:
         DecodeError, TooManyCanvases: The image is refused.
     """
     if size is None:
-        size = read_size(file.data, settings.max_image_pixels)
+        header = read_image_header(file.data, settings.max_image_pixels)
+        size, config = header.hw, options.adapt_to(config, header.um_per_px)
     check_size(*size, settings.max_image_pixels)
-    return size, count_cost(size, spec, settings.max_image_canvases)
+    return size, count_cost(size, config.input, settings.max_image_canvases), config

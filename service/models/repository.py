@@ -102,6 +102,8 @@ class LoadedModel:
         overlaps: Overlaps = "keep",
         object_size_px: float | None = None,
         um_per_px: float | None = None,
+        stated_um_per_px: float | None = None,
+        is_stretched: bool = False,
     ) -> list[Detection]:
         """Segments one image in the calling thread, with the server's results.
 
@@ -112,15 +114,21 @@ class LoadedModel:
             overlaps: As in `RequestOptions`, like the next two.
             object_size_px: The objects' typical diameter in this image.
             um_per_px: Size of a pixel, instead of that.
+            stated_um_per_px: The same as the image's file states it; used if neither is given.
+            is_stretched: The contrast rule has been applied already.
 
         Raises:
             InvalidParameter: The model cannot do what is asked for.
+            PixelSizeError: The stated size of a pixel is too far from the model's.
         """
         asked = RequestOptions(
             overlaps=overlaps, object_size_px=object_size_px, um_per_px=um_per_px
         )
         canvases = find_padding(self.config, self.backend.device)
-        prepared = prepare(image, asked.adapt(self.config).input, canvases=canvases)
+        spec = asked.adapt_to(asked.adapt(self.config), stated_um_per_px).input
+        if is_stretched:
+            spec = spec.model_copy(update={"contrast": None})
+        prepared = prepare(image, spec, canvases=canvases)
         return postprocess(
             prepared,
             self._infer(prepared),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -15,16 +15,17 @@ from typing import Any, Protocol
 import orjson
 from PIL import Image
 
-from pipeline.decode import decode_image
+from pipeline.decode import open_image
 from pipeline.draw import draw_instances
 from pipeline.errors import DecodeError
 from pipeline.types import Detection
 from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
-from service.predict.files import ImageFile, as_line, as_text
+from service.predict.files import ImageFile, LocalFile, as_line, as_text
 from service.predict.journal import Journal
 from service.predict.listing import Listing
 from service.predict.outputs import START, mark_picture, replace_file
 from service.predict.predictors import Prediction, Predictor
+from service.predict.slides import SlideJob, name_part
 
 MOST_BYTES = 2**30
 """Size of an image file; the largest that can be decoded is far smaller."""
@@ -209,11 +210,13 @@ class PredictJob:
         predictor: Segments the images.
         notes: Stores the results.
         jobs: Number of threads: images in progress at once.
+        slides: Processes images that are too large to be decoded at once; None: they fail.
     """
 
     predictor: Predictor
     notes: Notes
     jobs: int
+    slides: SlideJob | None = None
 
     def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageUnusable | None]]:
         """Processes the images in threads; images in progress are completed on closing."""
@@ -234,6 +237,10 @@ class PredictJob:
 
     def _do(self, item: Item) -> ImageUnusable | None:
         try:
+            if self.slides is not None and self.slides.takes(item.file):
+                assert isinstance(item.file, LocalFile)
+                self.slides.run(item.file, item.overlay, self.notes.journal)
+                return None
             stamp = read_stamp(item.file)
             data = read_data(item.file)
             self.notes.note(item, stamp, find(self.predictor, data, draw=item.overlay is not None))
@@ -262,7 +269,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
         for result in answer.results
     ]
     try:
-        picture = decode_image(data)
+        picture = open_image(data, choice=answer.planes).decode()
     except DecodeError as error:
         raise ImageUnusable(f"no overlay: {error}") from error
     file = io.BytesIO()
@@ -270,6 +277,14 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
         file, "PNG", pnginfo=mark_picture()
     )
     return file.getvalue()
+
+
+def _read_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
+    """The results of a file; those of a slide are in parts."""
+    yield from journal.read_results(key)
+    entry = journal.find(key)
+    for number in range(0 if entry is None else entry.get("parts", 0)):
+        yield from journal.read_results(name_part(key, number))
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
@@ -292,7 +307,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
         with replace_file(out) as file:
             file.write(START)
             for item in items:
-                for result in journal.read_results(item.file.key):
+                for result in _read_results(journal, item.file.key):
                     named = {"image_id": item.image_id, "file_name": as_text(item.name)}
                     file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
                     count += 1

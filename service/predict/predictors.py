@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import solo_client
-from pipeline.decode import decode_image
+from pipeline.decode import open_image
 from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
+from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import Task
 from service.models.repository import LoadedModel
 from service.predict.errors import ImageUnusable, RunFailed
@@ -37,12 +38,14 @@ class Prediction:
         task: What the masks are.
         served: Model and version that were used, "name:version".
         truncated: Whether max_instances cut the results.
+        planes: The planes of the file that were asked for.
     """
 
     results: list[dict[str, Any]]
     task: Task
     served: str
     truncated: bool = False
+    planes: PlaneChoice = field(default_factory=PlaneChoice)
 
 
 class Predictor(Protocol):
@@ -68,25 +71,31 @@ class LocalPredictor:
     def predict(self, data: bytes) -> Prediction:
         """Decodes the image and runs the model; any error is the image's."""
         try:
-            image = decode_image(data)
+            image = open_image(data, choice=self.asked.planes)
+            pixels = image.decode(contrast=self.model.config.input.contrast)
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error
         try:
             instances = self.model.segment(
-                image,
+                pixels,
                 score_threshold=self.asked.score_threshold,
                 max_instances=self.asked.max_instances,
                 overlaps=self.asked.overlaps,
                 object_size_px=self.asked.object_size_px,
                 um_per_px=self.asked.um_per_px,
+                stated_um_per_px=image.um_per_px,
+                is_stretched=image.is_deep,
             )
+        except DecodeError as error:
+            raise ImageUnusable(f"{error.code}: {error}") from error
         except Exception as error:  # an engine's exceptions have no common base
             raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
         results = [instance_to_coco(i, config) for i in instances]
         limit = self.asked.max_instances or config.postprocess.max_instances
         served = f"{config.name}:{self.model.version}"
-        return Prediction(results, config.task, served, truncated=len(results) == limit)
+        truncated = len(results) == limit
+        return Prediction(results, config.task, served, truncated, self.asked.planes)
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ class RemotePredictor:
                 overlaps=None if self.asked.overlaps == "keep" else self.asked.overlaps,
                 object_size_px=self.asked.object_size_px,
                 um_per_px=self.asked.um_per_px,
+                query=self.asked.planes.named(),
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
@@ -135,4 +145,5 @@ class RemotePredictor:
             for found in result.to_coco(0)
         ]
         served = f"{result.model}:{result.version}"
-        return Prediction(results, cast(Task, result.task), served, truncated=result.truncated)
+        task = cast(Task, result.task)
+        return Prediction(results, task, served, result.truncated, self.asked.planes)

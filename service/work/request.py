@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import ScaleError, fit_scale
+from pipeline.scale import ScaleError, fit_scale, fit_stated
 from pipeline.types import UInt8
 from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
@@ -41,9 +42,12 @@ class RequestOptions:
         max_instances: Most instances of an image; None uses the model's.
         overlaps: `resolve` gives pixels of several masks to the best one.
         object_size_px: Typical diameter of the objects; None: as the model expects it.
-        um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
+        um_per_px: Size of a pixel, in micrometres; None: as the file states it, or else as the
+            model expects it.
+        channel, z, t: Which planes of a file with several are taken, see `PlaneChoice`.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
+        picture: The answer has the decoded image.
         priority: Interactive requests of a client are scheduled before its batch requests.
     """
 
@@ -52,9 +56,27 @@ class RequestOptions:
     overlaps: Overlaps = "keep"
     object_size_px: float | None = None
     um_per_px: float | None = None
+    channel: str | None = None
+    z: int | Literal["max"] | None = None
+    t: int | None = None
     masks: Masks = "rle"
     overlay: bool = False
+    picture: bool = False
     priority: Priority = "interactive"
+
+    @property
+    def planes(self) -> PlaneChoice:
+        """Which planes are taken."""
+        return PlaneChoice(self.channel, self.z, self.t)
+
+    def adapt_to(self, config: ModelConfig, stated_um_per_px: float | None) -> ModelConfig:
+        """An adapted configuration for an image whose file states the size of its pixels.
+
+        Raises:
+            PixelSizeError: The stated size counts, and is too far from the model's.
+        """
+        is_asked = self.object_size_px is not None or self.um_per_px is not None
+        return config if is_asked else fit_stated(config, stated_um_per_px)
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.
