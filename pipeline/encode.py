@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.model_config import ModelConfig
+from pipeline.polygons import trace_outlines
 from pipeline.runs import read_counts
 from pipeline.types import Detection, UInt8
 
@@ -32,31 +32,14 @@ def decode_box(instance: Detection) -> UInt8:
     return np.ascontiguousarray(np.repeat(values, lengths).reshape(box_w, box_h).T)
 
 
-def _drop_collinear(points: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Drops repeated vertices and those on the line between their neighbours; [n, 2]."""
-    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
-    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
-    keep = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    return np.asarray(points[keep])
-
-
 def encode_polygons(instance: Detection) -> list[list[float]]:
     """Outlines as COCO polygons, one flat [x0, y0, x1, y1, ...] per connected component.
 
     Vertices are pixel corners, so pycocotools rasterises them to the same mask; only holes are
     lost, because COCO polygons cannot represent them.
     """
-    x, y, _, _ = instance.bbox_xywh
-    # In the doubled mask a contour runs along the first and the last row and column of each
-    # pixel; (v + 1) // 2 maps these to the pixel's two edges.
-    doubled = decode_box(instance).repeat(2, axis=0).repeat(2, axis=1)
-    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    polygons = []
-    for contour in contours:
-        corners = (contour.reshape(-1, 2).astype(np.int64) + 1) // 2
-        points = _drop_collinear(corners) + np.array([x, y])
-        polygons.append([float(v) for v in points.reshape(-1)])
-    return polygons
+    rings = trace_outlines(decode_box(instance), instance.bbox_xywh[:2])
+    return [ring.reshape(-1).astype(float).tolist() for ring in rings]
 
 
 def count_holes(instance: Detection) -> int:
@@ -93,6 +76,19 @@ def encode_index_png(instances: Sequence[Detection], image_hw: tuple[int, int]) 
 def encode_rle(instance: Detection) -> dict[str, Any]:
     """COCO compressed RLE with `counts` as text, for JSON."""
     return {"size": list(instance.rle["size"]), "counts": instance.rle["counts"].decode("ascii")}
+
+
+def instance_from_coco(result: Mapping[str, Any], label: int) -> Detection:
+    """An instance of a COCO result with run lengths, as `instance_to_coco` gives it."""
+    rle = result["segmentation"]
+    x, y, width, height = (int(side) for side in result["bbox"])
+    return Detection(
+        label=label,
+        score=result["score"],
+        rle={"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")},
+        bbox_xywh=(x, y, width, height),
+        area=result["area"],
+    )
 
 
 def instance_to_coco(

@@ -9,6 +9,7 @@ PipelineError
         CorruptImage       damaged or truncated
         PixelSizeError     the file states a size of pixels that the model cannot be scaled to
         PlaneError         the request names no plane of a stack, or one that it has not
+    WriteError             an output format cannot be written
 """
 
 from __future__ import annotations
@@ -62,3 +63,7 @@ class PlaneError(DecodeError):
     """The file has several planes and none is chosen, or it has no such plane."""
 
     code = "invalid_plane"
+
+
+class WriteError(PipelineError):
+    """An output format is not known, or cannot hold what was found."""

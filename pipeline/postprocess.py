@@ -88,7 +88,7 @@ def select(
         return candidates.scores[:0], slots
     count = int(slots[-1]) + 1  # empty slots come last: no copy of them
     masks = candidates.mask_probs[:count] > spec.mask_threshold
-    filled = np.flatnonzero(used[:count] & masks.any(axis=(1, 2)))
+    filled = np.flatnonzero(used[:count] & masks.reshape(count, -1).any(axis=1))
     if filled.size < count:
         masks = masks[filled]
     if spec.compare == "enclosed":
@@ -283,6 +283,7 @@ class Collector:
         threshold, self._bound = _bounds(spec, score_threshold, max_instances)
         self._threshold, self._calibration = to_network(calibration, threshold), calibration
         self._overlaps = overlaps
+        self._is_final = tiles == 1 and overlaps == "keep"
         self._found: dict[int, list[TileInstance]] = {}
         self._dropped = 0
 
@@ -298,8 +299,8 @@ class Collector:
             self._image_hw,
             self._spec,
             score_threshold=self._threshold,
-            # Resolving drops some: only `merge` knows how many are left.
-            max_instances=MAX_INT if self._overlaps == "resolve" else self._bound,
+            # Merging and resolving drop some: only `merge` knows which are left.
+            max_instances=self._bound if self._is_final else MAX_INT,
         )
         entries = []
         if detections.instances:

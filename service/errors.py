@@ -7,7 +7,8 @@
     │   ├── InvalidParameter      an invalid parameter or field
     │   ├── AmbiguousModel        names no model where there is no default
     │   ├── TooManyImages         more images than the server can ever admit
-    │   └── TooManyCanvases       an image that needs more canvases than allowed
+    │   ├── TooManyCanvases       an image that needs more canvases than allowed
+    │   └── IdempotencyKeyReused  the key of another job
     ├── BodyTooLarge              more bytes than allowed, counted before parsing
     ├── BodyTimeout               the body arrives too slowly
     ├── UnsupportedEncoding       a compressed body
@@ -17,11 +18,21 @@
     ├── Forbidden                 the API key lacks the permission
     ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
     │   └── TooManyWrongKeys      of an address, not of a key
+    ├── NotFound                  no such service of gRPC
+    ├── NotOffered                a part of a protocol that this server does not have
     ├── UnknownModel
     ├── UnknownVersion
     ├── ModelUnavailable          in model_repo, but not loaded
     │   └── RepositoryUnreadable  model_repo itself cannot be read
     ├── Overloaded                a limit of the server is reached; has `reason`
+    ├── JobsDisabled              the server has no folder for jobs
+    ├── JobsUnavailable           the folder for jobs cannot be used
+    ├── StorageFull               no room for another job
+    ├── UnknownJob
+    ├── JobNotFinished            its results are asked for
+    ├── SourceForbidden           a file or webhook that the settings do not allow
+    ├── SourceUnavailable         a file of a job cannot be read
+    ├── ProcessLost               processing a file has ended the server's process again and again
     ├── Draining                  the server is shutting down
     ├── EngineRestarting          the engine has failed and is being rebuilt
     ├── DeadlineExceeded          the request's deadline has passed
@@ -91,6 +102,12 @@ class TooManyCanvases(InvalidRequest):
     code = "too_many_canvases"
 
 
+class IdempotencyKeyReused(InvalidRequest):
+    """The request's idempotency key is that of a job with other files or parameters."""
+
+    code = "idempotency_key_reused"
+
+
 class BodyTooLarge(ServiceError):
     """The body exceeds the size limit."""
 
@@ -137,7 +154,7 @@ class QuotaExceeded(ServiceError):
     """A limit of the API key is reached.
 
     Attributes:
-        reason: The limit: "key_canvases", "key_rate" or "wrong_keys".
+        reason: The limit: "key_canvases", "key_rate", "key_job_files" or "wrong_keys".
         retry_after_s: Value of the Retry-After header, seconds.
     """
 
@@ -153,6 +170,18 @@ class TooManyWrongKeys(QuotaExceeded):
     """An address has sent too many wrong API keys."""
 
     code = "too_many_wrong_keys"
+
+
+class NotFound(ServiceError):
+    """What is asked for does not exist."""
+
+    code = "not_found"
+
+
+class NotOffered(ServiceError):
+    """A part of a protocol that this server does not have."""
+
+    code = "not_offered"
 
 
 class UnknownModel(ServiceError):
@@ -193,6 +222,54 @@ class Overloaded(ServiceError):
     def __reduce__(self) -> tuple[type[Overloaded], tuple[str, str]]:
         """Makes the error picklable, with its `reason`, between processes of a cluster."""
         return type(self), (str(self), self.reason)
+
+
+class JobsDisabled(ServiceError):
+    """The server has no folder for jobs."""
+
+    code = "jobs_disabled"
+
+
+class JobsUnavailable(ServiceError):
+    """The folder for jobs, or a store with files of a job, cannot be used."""
+
+    code = "jobs_unavailable"
+
+
+class StorageFull(ServiceError):
+    """There is no room for another job."""
+
+    code = "storage_full"
+
+
+class UnknownJob(ServiceError):
+    """The client has no job of this id."""
+
+    code = "unknown_job"
+
+
+class JobNotFinished(ServiceError):
+    """The results of a job are asked for before it is done."""
+
+    code = "job_not_finished"
+
+
+class SourceForbidden(ServiceError):
+    """The server's settings do not allow a file, folder or webhook."""
+
+    code = "source_forbidden"
+
+
+class SourceUnavailable(ServiceError):
+    """A file of a job cannot be read."""
+
+    code = "source_unavailable"
+
+
+class ProcessLost(ServiceError):
+    """The server's process has ended again and again while it processed a file."""
+
+    code = "process_lost"
 
 
 class Draining(ServiceError):
@@ -262,12 +339,15 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "empty_image": 400,
     "unauthorized": 401,
     "forbidden": 403,
+    "source_forbidden": 403,
     "not_found": 404,
     "unknown_model": 404,
     "unknown_version": 404,
+    "unknown_job": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
     "head_timeout": 408,
+    "job_not_finished": 409,
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,
@@ -278,16 +358,23 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "invalid_plane": 422,
     "pixel_size": 422,
     "invalid_parameter": 422,
+    "idempotency_key_reused": 422,
+    "source_unavailable": 422,
     "quota_exceeded": 429,
     "too_many_wrong_keys": 429,
     "head_too_large": 431,
     "internal_error": 500,
     "engine_error": 500,
+    "process_lost": 500,
+    "jobs_disabled": 501,
+    "not_offered": 501,
     "overloaded": 503,
     "draining": 503,
     "model_unavailable": 503,
     "engine_restarting": 503,
+    "jobs_unavailable": 503,
     "deadline_exceeded": 504,
+    "storage_full": 507,
 }
 """Every error code that a response can contain."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.cores import count_cores
@@ -15,7 +16,15 @@ from service.engines.visible import check_shares, parse_devices
 
 MIB = 1024 * 1024
 Device = Literal["auto", "cpu", "cuda"]
+BUNDLED = Path(__file__).with_name("bundled_models")
+"""In a wheel; see pyproject.toml."""
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def find_model_repo() -> Path:
+    """./model_repo, or the bundled models where only they exist."""
+    here = Path("model_repo")
+    return BUNDLED if BUNDLED.is_dir() and not here.exists() else here
 
 
 class Settings(BaseSettings):
@@ -36,6 +45,13 @@ class Settings(BaseSettings):
             "limits of work in flight, and /metrics"
         ),
     ] = 1
+    trusted_proxies: Annotated[
+        str,
+        Field(
+            description="addresses and networks, comma-separated, whose X-Forwarded-For names the "
+            "client; * trusts all"
+        ),
+    ] = "127.0.0.1"
     worker_timeout_s: Annotated[
         float,
         Field(ge=2, description="longest silence of a worker, s; then it is killed and replaced"),
@@ -52,9 +68,22 @@ class Settings(BaseSettings):
     admin_host: Annotated[
         str, Field(min_length=1, description="address to listen on for the admin port")
     ] = "127.0.0.1"
-    model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
-        "model_repo"
-    )
+    grpc_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="port of the Open Inference Protocol over gRPC, on the same host; 0 takes "
+            "a free one; needs the extra grpc (default: none)",
+        ),
+    ] = None
+    model_repo: Annotated[
+        Path,
+        Field(
+            description="folder with <model>/config.json (default: ./model_repo, or, where there "
+            "is none, the bundled model of an installed package)"
+        ),
+    ] = Field(default_factory=find_model_repo)
     model_control: Annotated[
         bool,
         Field(description="POST /v2/repository/models/{name}/load and unload may change models"),
@@ -235,6 +264,55 @@ class Settings(BaseSettings):
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="how long accepted work may take after SIGTERM, s")
     ] = 30.0
+    jobs_dir: Annotated[
+        Path | None,
+        Field(
+            description="folder for jobs (POST /v2/jobs), which outlast the process; all workers "
+            "share it (default: no jobs)"
+        ),
+    ] = None
+    jobs_roots: Annotated[
+        str,
+        Field(
+            description="folders, and URIs such as s3://bucket/prefix, whose files jobs may name, "
+            "comma-separated (default: none, only uploads)"
+        ),
+    ] = ""
+    jobs_max_files: Annotated[PositiveInt, Field(description="files of one job")] = 100_000
+    jobs_max_bytes: Annotated[
+        PositiveInt,
+        Field(
+            description="uploads and results of all jobs, bytes; beyond it jobs that are done are "
+            "deleted, and if none can be, new ones are answered 507"
+        ),
+    ] = 10 * 1024 * MIB
+    jobs_keep_s: Annotated[
+        float, Field(gt=0, description="how long a job is kept after it is done, s")
+    ] = 604_800.0
+    jobs_in_flight: Annotated[
+        PositiveInt | None,
+        Field(
+            description="images of jobs that a process works on at once (default: one more than "
+            "pool_threads)"
+        ),
+    ] = None
+    jobs_webhook_hosts: Annotated[
+        str,
+        Field(
+            description="hosts that webhooks may go to, comma-separated, such as *.example.com "
+            "(default: none)"
+        ),
+    ] = ""
+    jobs_webhook_secret: Annotated[
+        SecretStr,
+        Field(
+            description="key that signs webhooks: whsec_ and base64 of 24 bytes or more "
+            "(default: no webhooks)"
+        ),
+    ] = SecretStr("")
+    jobs_webhook_private: Annotated[
+        bool, Field(description="webhooks may go to addresses that are not public")
+    ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Field(description="least level that is logged"),
@@ -283,6 +361,14 @@ class Settings(BaseSettings):
             gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
             gpus=tuple(range(len(self.device_names))) or (0,),
         )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, proxies: str) -> str:
+        if proxies.strip() != "*":
+            for proxy in proxies.split(","):
+                ip_network(proxy.strip())
+        return proxies.strip()
 
     @field_validator("devices")
     @classmethod

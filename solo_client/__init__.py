@@ -14,8 +14,9 @@ from solo_client.errors import (
     UnexpectedAnswer,
 )
 from solo_client.images import ImageInput
+from solo_client.jobs import JobStatus
 from solo_client.request import Options
-from solo_client.result import Instance, Result
+from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import Retry
 
 __all__ = [
@@ -26,10 +27,13 @@ __all__ = [
     "ImageFailed",
     "ImageInput",
     "Instance",
+    "JobStatus",
     "Options",
     "Progress",
     "RequestRefused",
     "Result",
+    "ResultFile",
+    "ResultWarning",
     "Retry",
     "ServerError",
     "ServerFailed",

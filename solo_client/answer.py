@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from solo_client.errors import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.result import Instance, Result
+from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import read_retry_after
 
 IMAGE_CODES = frozenset(
@@ -31,7 +32,7 @@ IMAGE_CODES = frozenset(
     )
 )
 """Errors of a single image, not of the request; a request with one empty file has an empty body."""
-_MISFITS = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+MISFITS = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 """What reading a field raises that is missing or of another type."""
 _MAX_ANSWER_BYTES = 2**30
 _MAX_ERROR_BYTES = 2**20
@@ -108,6 +109,8 @@ class AnswerParser:
         data = b"".join(self._pieces)
         if not self._response.is_success:
             raise read_failure(self._response, data)
+        if self._response.status_code == httpx.codes.NO_CONTENT:
+            return None
         if not self._is_stream:
             try:
                 return _load_json(data)
@@ -129,7 +132,7 @@ class AnswerParser:
             progress = self._read_progress(content["progress"]) if "progress" in content else None
             if progress is None and not content.keys() & {"result", "error"}:
                 raise ValueError("an unknown kind of line")
-        except _MISFITS as error:
+        except MISFITS as error:
             raise self._unexpected(line) from error
         if progress is None:
             self._last = content
@@ -162,7 +165,7 @@ class AnswerParser:
                 request_id=self._response.headers.get("x-request-id"),
                 retry_after_s=float(line.get("retry_after_s", 0)),
             )
-        except _MISFITS as error:
+        except MISFITS as error:
             raise self._unexpected(json.dumps(line).encode()) from error
 
     def _unexpected(self, data: bytes, reason: str = "") -> UnexpectedAnswer:
@@ -196,16 +199,24 @@ def read_results(content: Any, names: Sequence[str | None], url: str) -> list[Re
             "timing_ms": content.get("timing_ms", {}),
         }
         return [
-            _read_result(index, name, entry, common)
+            read_result(index, name, entry, common)
             for index, (name, entry) in enumerate(zip(names, content["results"], strict=True))
         ]
-    except _MISFITS as error:
-        raise _not_ours(url, content, error) from error
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
 
 
-def _read_result(
+def read_result(
     index: int, name: str | None, entry: Mapping[str, Any], common: Mapping[str, Any]
 ) -> Result | ImageFailed:
+    """The result of an image, or its error.
+
+    Args:
+        index: Of the image.
+        name: Its file name.
+        entry: What the answer says of it.
+        common: Further fields of the result.
+    """
     if entry.get("error") is not None:
         error = entry["error"]
         return ImageFailed(index, name, str(error["code"]), str(error["message"]))
@@ -230,6 +241,10 @@ def _read_result(
         instances_found=entry.get("instances_found"),
         truncated=bool(entry.get("truncated", False)),
         scale=entry.get("scale"),
+        warnings=tuple(
+            ResultWarning(str(warning["code"]), str(warning["message"]))
+            for warning in entry.get("warnings") or ()
+        ),
     )
 
 
@@ -257,12 +272,39 @@ def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     """
     try:
         models: list[dict[str, Any]] = content["models"]
-    except _MISFITS as error:
-        raise _not_ours(url, content, error) from error
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
     return models
 
 
-def _not_ours(url: str, content: Any, error: Exception) -> UnexpectedAnswer:
+def read_file(content: Any, url: str) -> ResultFile:
+    """The file of POST /segment with an output format.
+
+    Raises:
+        UnexpectedAnswer: It is not one, e.g. of a server that has no formats.
+    """
+    try:
+        data = base64.b64decode(content["base64"], validate=True)
+        return ResultFile(str(content["file_name"]), str(content["media_type"]), data)
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
+
+
+def read_model(content: Any, url: str) -> dict[str, Any]:
+    """The description of GET /v2/models/{name}.
+
+    Raises:
+        UnexpectedAnswer: It is not one.
+    """
+    try:
+        model: dict[str, Any] = {**content, "name": str(content["name"])}
+    except MISFITS as error:
+        raise not_ours(url, content, error) from error
+    return model
+
+
+def not_ours(url: str, content: Any, error: Exception) -> UnexpectedAnswer:
+    """The error for an answer that does not fit, with its beginning."""
     start = json.dumps(content)[:100]
     return UnexpectedAnswer(f"{url}: not an answer of solo-serve ({error!r}): {start!r}")
 
@@ -285,7 +327,7 @@ def read_failure(response: httpx.Response, data: bytes) -> ServerError:
             code, message = str(error["code"]), str(error["message"])
         else:  # under /v2: the Open Inference Protocol's format
             code, message = str(body.get("code", "")), str(error)
-    except _MISFITS:
+    except MISFITS:
         pass  # the answer of a proxy
     return build_error(
         response.status_code,

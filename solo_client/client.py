@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -15,14 +15,30 @@ from solo_client.answer import (
     AnswerParser,
     OnProgress,
     blame_image,
+    read_file,
+    read_model,
     read_models,
     read_results,
 )
 from solo_client.connections import FAILURES, ConnectionPool, Connections
 from solo_client.errors import ImageFailed, ServerError
 from solo_client.images import ImageInput
-from solo_client.request import Options, build_request
-from solo_client.result import Result
+from solo_client.jobs import (
+    POLL_S,
+    JobStatus,
+    build_job_request,
+    build_submission,
+    read_job_results,
+    read_status,
+    read_statuses,
+)
+from solo_client.request import (
+    Options,
+    build_description,
+    build_file_request,
+    build_request,
+)
+from solo_client.result import Result, ResultFile
 
 _READY: dict[str, Any] = {"method": "GET", "url": "/v2/health/ready"}
 _MODELS: dict[str, Any] = {"method": "GET", "url": "/v2/models"}
@@ -102,9 +118,109 @@ class Client(Connections[httpx.Client, threading.Semaphore, httpx.BaseTransport]
             except ServerError as error:
                 return blame_image(error, names)
 
+    def segment_to_file(
+        self,
+        images: Iterable[ImageInput],
+        format: str,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[Options],
+    ) -> ResultFile:
+        """Segments images into a file of another program, which the server writes.
+
+        Args:
+            images: Of several some formats make a ZIP.
+            format: E.g. "geojson" or "csv".
+            on_progress: As of `segment`.
+            **options: Fields of `Options`.
+
+        Raises:
+            SoloError: The request failed, or one of its images.
+            OSError, TypeError, ValueError: An image cannot be sent.
+        """
+        with self._open().slots:
+            request = build_file_request(images, format, options)
+            return read_file(self._ask(request, on_progress), self.url)
+
+    def submit_job(
+        self,
+        images: Iterable[ImageInput] = (),
+        *,
+        inputs: Sequence[str] = (),
+        webhook: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[Options],
+    ) -> JobStatus:
+        """Makes a job, whose results are read later.
+
+        Args:
+            images: They are sent.
+            inputs: URIs of files, folders and globs that the server reads, in place of images.
+            webhook: URL that gets a signed POST when the job is done.
+            idempotency_key: Names the job, if another call may submit it again; default: a
+                random one, so that retries of this call make one job.
+            **options: Fields of `Options`.
+
+        Raises:
+            SoloError: The job was not accepted.
+            OSError, TypeError, ValueError: An image cannot be sent.
+        """
+        with self._open().slots:
+            request = build_submission(images, inputs, webhook, idempotency_key, options)
+            return read_status(self._ask(request), self.url)
+
+    def show_job(self, job_id: str) -> JobStatus:
+        """How far a job is."""
+        return read_status(self._ask(build_job_request(job_id)), self.url)
+
+    def list_jobs(self) -> list[JobStatus]:
+        """All jobs of this client, the latest first."""
+        jobs, params = list[JobStatus](), dict[str, str]()
+        while True:
+            request = {"method": "GET", "url": "/v2/jobs", "params": params}
+            page, after = read_statuses(self._ask(request), self.url)
+            jobs += page
+            if after is None:
+                return jobs
+            params = {"before": after}
+
+    def wait_for_job(self, job_id: str, *, timeout_s: float | None = None) -> JobStatus:
+        """Waits until a job is done.
+
+        Args:
+            job_id: The job.
+            timeout_s: Longest wait; None: no bound.
+
+        Raises:
+            TimeoutError: It is not done in time.
+            SoloError: The server cannot be asked, or has no such job.
+        """
+        began_s, pause_s = time.monotonic(), POLL_S / 16
+        while not (job := self.show_job(job_id)).is_done:
+            _check_time(job, began_s, timeout_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
+        return job
+
+    def read_job(self, job_id: str) -> list[Result | ImageFailed]:
+        """The results of a job that is done: for each file its result or its error."""
+        return read_job_results(self._ask(build_job_request(job_id, "/results")), self.url)
+
+    def delete_job(self, job_id: str) -> None:
+        """Stops a job and deletes it."""
+        self._ask(build_job_request(job_id, method="DELETE"))
+
     def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(self._ask(_MODELS), self.url)
+
+    def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}.
+
+        Raises:
+            SoloError: The server has no such model or version, or the request failed.
+        """
+        return read_model(self._ask(build_description(name, version)), self.url)
 
     def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
@@ -197,9 +313,73 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
             except ServerError as error:
                 return blame_image(error, names)
 
+    async def segment_to_file(
+        self,
+        images: Iterable[ImageInput],
+        format: str,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[Options],
+    ) -> ResultFile:
+        """Segments images into a file of another program, which the server writes."""
+        async with self._open_here().slots:
+            request = await asyncio.to_thread(build_file_request, images, format, options)
+            return read_file(await self._ask(request, on_progress), self.url)
+
+    async def submit_job(
+        self,
+        images: Iterable[ImageInput] = (),
+        *,
+        inputs: Sequence[str] = (),
+        webhook: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[Options],
+    ) -> JobStatus:
+        """Makes a job, whose results are read later."""
+        async with self._open_here().slots:
+            arguments = (images, inputs, webhook, idempotency_key, options)
+            request = await asyncio.to_thread(build_submission, *arguments)
+            return read_status(await self._ask(request), self.url)
+
+    async def show_job(self, job_id: str) -> JobStatus:
+        """How far a job is."""
+        return read_status(await self._ask(build_job_request(job_id)), self.url)
+
+    async def list_jobs(self) -> list[JobStatus]:
+        """All jobs of this client, the latest first."""
+        jobs, params = list[JobStatus](), dict[str, str]()
+        while True:
+            request = {"method": "GET", "url": "/v2/jobs", "params": params}
+            page, after = read_statuses(await self._ask(request), self.url)
+            jobs += page
+            if after is None:
+                return jobs
+            params = {"before": after}
+
+    async def wait_for_job(self, job_id: str, *, timeout_s: float | None = None) -> JobStatus:
+        """Waits until a job is done; raises TimeoutError if it is not in time."""
+        began_s, pause_s = time.monotonic(), POLL_S / 16
+        while not (job := await self.show_job(job_id)).is_done:
+            _check_time(job, began_s, timeout_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
+        return job
+
+    async def read_job(self, job_id: str) -> list[Result | ImageFailed]:
+        """The results of a job that is done: for each file its result or its error."""
+        return read_job_results(await self._ask(build_job_request(job_id, "/results")), self.url)
+
+    async def delete_job(self, job_id: str) -> None:
+        """Stops a job and deletes it."""
+        await self._ask(build_job_request(job_id, method="DELETE"))
+
     async def list_models(self) -> list[dict[str, Any]]:
         """Name, state and version of every model of the server."""
         return read_models(await self._ask(_MODELS), self.url)
+
+    async def describe_model(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """A model's card, classes and settings: the answer of GET /v2/models/{name}."""
+        return read_model(await self._ask(build_description(name, version)), self.url)
 
     async def is_ready(self) -> bool:
         """Whether the server accepts work; False if it cannot be reached. Does not retry."""
@@ -240,6 +420,14 @@ class AsyncClient(Connections[httpx.AsyncClient, asyncio.Semaphore, httpx.AsyncB
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _check_time(job: JobStatus, began_s: float, timeout_s: float | None) -> None:
+    if timeout_s is not None and time.monotonic() - began_s >= timeout_s:
+        finished = job.done + job.failed
+        raise TimeoutError(
+            f"job {job.id} is not done after {timeout_s:g} s: {finished} of {job.total} files"
+        )
 
 
 def _only(results: list[Result | ImageFailed]) -> Result:

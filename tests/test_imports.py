@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
 OPTIONAL_IMPORTS = {
     "pipeline/formats/tiff_file.py",
     "pipeline/formats/tiff_plane.py",
+    "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",
     "service/engines/kernels/postprocessor.py",
@@ -40,9 +41,13 @@ OPTIONAL_IMPORTS = {
     "service/engines/tensorrt/build.py",
     "service/engines/tensorrt/call.py",
     "service/engines/tensorrt/log.py",
+    *(
+        f"service/grpc/{name}.py"
+        for name in ("calls", "handler", "messages", "read", "server", "status")
+    ),
     "service/scale/cluster/app.py",
     "service/scale/cluster/command.py",
-    "service/predict/files.py",
+    "service/jobs/files.py",
     "service/predict/ray_job.py",
     "service/observe/tracing.py",
     "solo_client/result.py",  # supervision
@@ -143,21 +148,26 @@ def _is_allowed(item: Import) -> bool:
 
 
 _ABOVE_ALL = ("service.predict", "service.__main__")
-_APPLICATION = ("service.http", "service.scale", *_ABOVE_ALL)
-_SERVING = ("service.protocol", "service.segmenter", *_APPLICATION)
+_APPLICATION = ("service.http", "service.grpc", "service.scale", *_ABOVE_ALL)
+_SERVING = ("service.protocol", "service.segmenter", "service.jobs", *_APPLICATION)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("service.errors", "service.cores", "service.settings", "service.flags", "service.observe"),
+        (
+            *("service.errors", "service.cores", "service.settings", "service.flags"),
+            *("service.memory", "service.version", "service.observe"),
+        ),
         ("service.work", "service.models", *_SERVING),
     ),
     "service.engines": ("service.settings", "service.work", "service.models", *_SERVING),
     "service.work": ("service.models", *_SERVING),
-    "service.models": ("service.segmenter", *_APPLICATION),
-    "service.protocol": ("service.models", "service.segmenter", *_APPLICATION),
-    "service.segmenter": _APPLICATION,
-    "service.http": ("service.scale", *_ABOVE_ALL),
+    "service.models": ("service.segmenter", "service.jobs", *_APPLICATION),
+    "service.protocol": ("service.models", "service.segmenter", "service.jobs", *_APPLICATION),
+    "service.segmenter": ("service.jobs", *_APPLICATION),
+    "service.jobs": ("service.models", "service.segmenter", *_APPLICATION),
+    "service.http": ("service.grpc", "service.scale", *_ABOVE_ALL),
+    "service.grpc": ("service.scale", *_ABOVE_ALL),
     "service.scale": _ABOVE_ALL,
-    "service.predict": ("service.http", "service.scale", "service.__main__"),
+    "service.predict": ("service.http", "service.grpc", "service.scale", "service.__main__"),
 }
 """What the parts of the service must not import: the layers above them. The engines' probes and
 the metrics name types of `service.work` in `if TYPE_CHECKING` blocks."""
@@ -254,6 +264,13 @@ def test_the_client_needs_little() -> None:
     allowed = {*sys.stdlib_module_names, "solo_client", "httpx", "numpy", "PIL", "pycocotools"}
     foreign = [str(item) for item in imports_of("solo_client") if item.root not in allowed]
     assert [item for item in foreign if not item.endswith("imports supervision")] == []
+
+
+def test_integrations_know_the_server_by_its_client_alone() -> None:
+    imports = imports_of("integrations")
+    assert imports
+    own = ("integrations", "solo_client")
+    assert [str(item) for item in imports if item.root in ROOMS and item.root not in own] == []
 
 
 def test_configs_import_no_torch() -> None:

@@ -62,7 +62,7 @@ def configure(
     hours: float,
     init: str | None,
     change: Callable[[Config], Config],
-    measure_step: Callable[[Config], float],
+    time_step: Callable[[Config], tuple[float, str]],
 ) -> ConfigPlan:
     """The configuration for a data set and a time budget.
 
@@ -73,7 +73,7 @@ def configure(
         hours: Time budget.
         init: The user's initial weights, as in `training.weights.initial.initialise`.
         change: The user's changes.
-        measure_step: Time of a training step of a configuration, s.
+        time_step: Time of a training step of a configuration, s, and a line on how it is run.
 
     Raises:
         ValueError: The data has no objects, a change is not valid, or there are no such weights.
@@ -90,7 +90,8 @@ def configure(
     plan = replace(plan, config=replace(change(plan.config), classes=data.classes))
     if distributed.is_main():
         print("solo-train: timing the steps of the chosen configuration", flush=True)
-    step_s = distributed.from_main(measure_step(plan.config))
+    step_s, reason = distributed.from_main(time_step(plan.config))
+    plan = replace(plan, reasons=(*plan.reasons, reason))
     plan = fit_schedule(plan, len(data), budget_s=hours * 3600, step_s=step_s)
     return replace(plan, config=change(plan.config))
 

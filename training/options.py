@@ -140,9 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
-        choices=list(DTYPES),
-        default="fp32",
-        help="precision of the convolutions; weights, masks and losses are always fp32 (fp32)",
+        choices=["auto", *DTYPES],
+        help="precision of the convolutions; weights, masks and losses are always fp32; auto: bf16 "
+        "with --channels-last if that is faster here, which a resumed run keeps (fp32; without "
+        "CONFIG auto)",
     )
     group.add_argument(
         "--accumulate",
@@ -172,4 +173,6 @@ def choose_workers(options: argparse.Namespace) -> int:
     if not options.device.startswith("cuda"):
         return 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // processes))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cpus // processes))

@@ -21,11 +21,13 @@ from training.configs.schema import Config
 from training.configs.tables import Change
 from training.configs.toml_files import load_config
 from training.configure import configure, name_of, read_configuration, write_configuration
-from training.data.coco import CocoDataset, open_split
-from training.evaluate import build_validator, open_splits
+from training.data.coco import CocoDataset
+from training.data.validation import describe_validation, doubt_validation
 from training.model.solo import Solo
 from training.optim import scale_learning_rate
 from training.options import build_parser, choose_workers
+from training.precision import Numerics, settle_precision
+from training.provenance import describe_command, describe_training
 from training.report import Pictures, build_pictures
 from training.resume import apply_resume_with
 from training.run_folder import BEST_FILE, claimed, export_command
@@ -34,7 +36,11 @@ from training.speed import measure_step
 from training.table_command import run_command
 from training.termination import TERMINATED_STATUS, Terminated
 from training.trainer import Trainer, Validate
+from training.validation import build_validator, open_splits
 from training.weights.initial import initialise
+
+Splits = tuple[CocoDataset, CocoDataset | None]
+"""The data for training and for validation."""
 
 
 def _initialiser(init: str, config: Config) -> Callable[[Solo], None]:
@@ -76,13 +82,18 @@ def run(options: argparse.Namespace) -> Path:
     """Trains as the options say; returns the last checkpoint, or the file of a table."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    if not options.val_split and options.val_fraction is None:
+        options.val_fraction = 0.0
     if options.config is not None and options.table is not None:
         raise ValueError("give either a configuration or --table KEY")
     if options.table is None and options.config is None:
         return _run_configured(options)
     if options.hours is not None:
         raise ValueError("--hours is for runs without a configuration; --max-hours is a time limit")
+    options.precision = options.precision or "fp32"
     if options.table:
+        if options.precision == "auto":
+            raise ValueError("--precision auto is not possible with --table, whose rows are alike")
         if options.resume_with:
             raise ValueError("--resume-with is not possible with --table")
         return run_command(options, build_config, _train)
@@ -93,14 +104,22 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def _train_validated(
-    config: Config, options: argparse.Namespace, out: Path, train: CocoDataset | None = None
+    config: Config, options: argparse.Namespace, out: Path, splits: Splits | None = None
 ) -> Path:
     """Trains on the data of the options, and validates on the other split unless it is empty."""
-    data, val = open_splits(options, config.input.contrast, train)
+    if splits is None:
+        splits = open_splits(options, config.input.contrast)
+        if splits[1] is not None and (doubt := doubt_validation(splits[1])):
+            distributed.warn("solo-train", [doubt])
+    data, val = splits[0].with_contrast(config.input.contrast), splits[1]
     config = replace(config, classes=data.classes, num_classes=len(data.classes))
     if options.resume_with:
         _require_run(options, out)
         config = apply_resume_with(config, options.resume_with)
+    if options.precision == "auto":
+        _, reason = settle_precision(options, out, partial(_measure_step, data, options, config))
+        if distributed.is_main():
+            print(f"solo-train: {reason}", flush=True)
     validate, pictures = None, None
     if val is not None:
         validate = build_validator(val, options.max_dets or config.postprocess.max_instances)
@@ -118,6 +137,7 @@ def _run_configured(options: argparse.Namespace) -> Path:
     """Trains a configuration that follows from the data; a later start reads what it wrote."""
     if options.scale_lr or options.schedule:
         raise ValueError("--scale-lr and --schedule change a configuration; name one")
+    options.precision = options.precision or "auto"
     name = name_of(options.data)
     out = options.out or Path("runs") / name
     with claimed(out):
@@ -125,9 +145,10 @@ def _run_configured(options: argparse.Namespace) -> Path:
 
 
 def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> Path:
-    config, data = None if options.restart else read_configuration(out), None
+    config, splits = None if options.restart else read_configuration(out), None
     if config is None:
-        data = open_split(options, options.train_split)
+        splits = open_splits(options, None)
+        data, val = splits
         plan = configure(
             name,
             data,
@@ -135,8 +156,10 @@ def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> P
             hours=1.0 if options.hours is None else options.hours,
             init=options.init,
             change=lambda config: change_config(config, options),
-            measure_step=partial(_measure_step, data, options),
+            time_step=partial(_time_step, data, options, out),
         )
+        if val is not None:
+            plan = replace(plan, reasons=(*plan.reasons, describe_validation(val)))
         config = plan.config
         if distributed.is_main():
             path = write_configuration(plan, out)
@@ -145,17 +168,36 @@ def _configure_and_train(name: str, options: argparse.Namespace, out: Path) -> P
     options.init = options.init or default_init(config)
     if options.validate_every is None:
         options.validate_every = -(-config.schedule.epochs // 5)
-    return _train_validated(config, options, out, data)
+    return _train_validated(config, options, out, splits)
 
 
-def _measure_step(data: CocoDataset, options: argparse.Namespace, config: Config) -> float:
+def _time_step(
+    data: CocoDataset, options: argparse.Namespace, out: Path, config: Config
+) -> tuple[float, str]:
+    """Time of a training step, s, in the precision that is chosen if none was given; the reason."""
+    measure = partial(_measure_step, data, options, config)
+    step_s, reason = settle_precision(options, out, measure)
+    if step_s is None:
+        given = Numerics(precision=options.precision, channels_last=options.channels_last)
+        step_s = measure(given)
+    return step_s, reason
+
+
+def _measure_step(
+    data: CocoDataset, options: argparse.Namespace, config: Config, numerics: Numerics
+) -> float:
     """Time of a training step in this process, s; trains a model that is thrown away."""
     data = data.with_contrast(config.input.contrast)
     schedule = replace(config.schedule, frozen_backbone_epochs=0)  # those steps are faster
     config = replace(config, schedule=schedule)
     with tempfile.TemporaryDirectory() as folder:
-        run_options = _run_options(options, Path(folder), options.seed, init=None)
-        trainer = Trainer(config, data, replace(run_options, resume=False), None)
+        run_options = replace(
+            _run_options(options, Path(folder), options.seed, init=None),
+            resume=False,
+            precision=numerics.precision,
+            channels_last=numerics.channels_last,
+        )
+        trainer = Trainer(config, data, run_options, None)
         return measure_step(trainer)
 
 
@@ -172,7 +214,12 @@ def _train(
 ) -> Trainer:
     """Trains into a folder that is claimed."""
     init = _initialiser(options.init, config) if options.init else None
-    run_options = replace(_run_options(options, out, seed, init), label=label)
+    provenance = {}
+    if distributed.is_main():
+        command = getattr(options, "command", None)
+        provenance["training"] = describe_training(data, options.train_split, command)
+    run_options = _run_options(options, out, seed, init)
+    run_options = replace(run_options, label=label, provenance=provenance)
     trainer = Trainer(config, data, run_options, validate, pictures)
     if not options.init and trainer.step == 0:
         _refuse_frozen(config)
@@ -217,7 +264,9 @@ def _refuse_frozen(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = build_parser().parse_args(arguments)
+    options.command = describe_command("solo-train", arguments)
     try:
         with distributed.joined(options.device) as device:
             options.device = device

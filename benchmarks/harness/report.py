@@ -15,12 +15,12 @@ from typing import Any
 
 from benchmarks.harness.plots import Panel
 from service.cores import count_cores
+from service.engines.cpu import read_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("numpy", "onnxruntime", "opencv-python-headless", "pycocotools", "simplejpeg")
 """They decide how fast an image is served, whatever the server."""
-_CPU_INFO = Path("/proc/cpuinfo")
 Row = dict[str, Any]
 
 
@@ -99,7 +99,7 @@ def describe_machine(packages: Iterable[str] = ()) -> dict[str, Any]:
     """
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": _read_cpu_model(),
+        "cpu": read_cpu()[0] or platform.machine(),
         "cores": count_cores(),
         "memory_gb": round(pages * page_bytes / 1e9),
         "system": platform.system(),
@@ -131,15 +131,6 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     rules = ["---:" if _is_numeric(row[c] for row in rows) else "---" for c in columns]
     lines = [columns, rules, *([_show(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _read_cpu_model() -> str:
-    try:
-        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _is_numeric(values: Iterable[object]) -> bool:

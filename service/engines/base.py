@@ -131,7 +131,10 @@ def collate(tiles: Sequence[Tile]) -> tuple[UInt8, Int64]:
     Returns:
         `images` [B, H, W, 3] and `valid_hw` [B, 2].
     """
-    images = np.stack([tile.image for tile in tiles])
+    if len(tiles) == 1:  # the canvas itself
+        images = np.ascontiguousarray(tiles[0].image)[None]
+    else:
+        images = np.stack([tile.image for tile in tiles])
     return images, np.array([tile.valid_hw for tile in tiles], np.int64)
 
 
@@ -161,10 +164,12 @@ def split_batch(
     as_views = not copy and 2 * np.count_nonzero(used) >= used.size
     results = []
     for item_used, *outputs in zip(used, scores, labels, mask_probs, strict=True):
-        indices = np.flatnonzero(item_used)
-        is_prefix = bool(item_used[: len(indices)].all())
-        kept = slice(len(indices)) if as_views and is_prefix else indices
-        item_scores, item_labels, item_masks = (output[kept] for output in outputs)
+        count = int(np.count_nonzero(item_used))
+        is_prefix = bool(item_used[:count].all())
+        found = [output[:count] if is_prefix else output[item_used] for output in outputs]
+        if is_prefix and not as_views:
+            found = [output.copy() for output in found]
+        item_scores, item_labels, item_masks = found
         results.append(
             Candidates(item_scores, item_labels, item_masks.astype(np.float32, copy=False))
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from service.engines.base import (
     split_batch,
 )
 from service.engines.local_cache import find_local_cache, lock_file
-from service.engines.ort_session import OUTPUTS, check_signature
+from service.engines.ort_session import INPUTS, OUTPUTS, check_signature
 from service.engines.slots import SlotBackend
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,16 @@ def find_native_precision() -> Precision:
     return "bf16" if "BF16" in found else "fp32"
 
 
-def _build_core() -> Any:
-    """Imports the library without its telemetry, which sends usage data at the import."""
+def _import() -> Any:
+    """The library without its telemetry, which sends usage data at the import."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    return openvino.Core()
+    return openvino
+
+
+def _build_core() -> Any:
+    return _import().Core()
 
 
 @cache
@@ -103,9 +107,9 @@ def build_openvino_backend(
         BackendError: The graph cannot be read or breaks the graph contract.
     """
     count, options = divide_calls(options, config)
-    compiled = _compile(_read(model, config), options, count)
+    compiled, tensor = _compile(_read(model, config), options, count), _import().Tensor
     return SlotBackend(
-        [OpenVinoSlot(compiled.create_infer_request()) for _ in range(count)],
+        [OpenVinoSlot(compiled.create_infer_request(), tensor) for _ in range(count)],
         name="openvino",
         device="cpu",
         precision=options.precision,
@@ -191,10 +195,12 @@ class OpenVinoSlot:
 
     Args:
         request: An `openvino.InferRequest`, used by this slot alone.
+        tensor: `openvino.Tensor`.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, tensor: Callable[..., Any]) -> None:
         self._request = request
+        self._tensor = tensor
 
     def infer(self, tiles: Sequence[Tile]) -> Sequence[TileCandidates]:
         """Runs canvases of one shape."""
@@ -202,9 +208,10 @@ class OpenVinoSlot:
             raise BackendError("the engine is closed")
         found: list[TileCandidates] = []
         for tile in tiles:
-            images, valid_hw = collate([tile])
-            feeds = {"images": images, "valid_hw": valid_hw}
-            self._request.start_async(feeds, share_inputs=True)
+            feeds = dict(zip(INPUTS, collate([tile]), strict=True))
+            for name, array in feeds.items():  # `start_async(feeds)` takes twice as long
+                self._request.set_tensor(name, self._tensor(array, shared_memory=True))
+            self._request.start_async()
             self._request.wait()
             # The outputs are views of the request's memory, which the next call overwrites.
             outputs = (self._request.get_tensor(name).data for name in OUTPUTS)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,11 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.errors import DecodeError
 from service.errors import (
-    Draining,
-    EngineRestarting,
     InvalidParameter,
-    Overloaded,
-    QuotaExceeded,
     ServiceError,
     Unauthorized,
     UnsupportedEncoding,
@@ -33,9 +28,12 @@ from service.http.exchange import CLIENT_LEFT
 from service.http.explain import explain_errors
 from service.http.keys import KeyRing
 from service.http.middleware import BodyLimitMiddleware, RequestContextMiddleware
-from service.http.routes import health, inference, models, segment, web
+from service.http.refusals import count_refusal
+from service.http.routes import health, inference, jobs, models, segment, triton, web
 from service.http.routes import metrics as metrics_routes
 from service.http.routes import repository as repository_routes
+from service.jobs.runner import JobRunner
+from service.jobs.service import JobService
 from service.models.repository import Repository, load_repository
 from service.observe.gpus import find_gpus
 from service.observe.metrics import Metrics
@@ -43,13 +41,15 @@ from service.observe.tracing import Tracer, build_tracer
 from service.protocol import Segmenter
 from service.segmenter import LocalSegmenter
 from service.settings import Settings
+from service.version import read_version
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Instance segmentation with SOLO: image bytes in, COCO masks out."
 _FIXED_PATHS = (
     *("/segment", "/v2", "/v2/models", "/healthz", "/v2/health/live", "/v2/health/ready"),
-    *("/v2/repository/index", "/metrics", "/docs", "/openapi.json"),
+    *("/v2/models/stats", "/v2/repository/index", "/v2/jobs", "/metrics"),
+    *("/docs", "/openapi.json"),
 )
 _HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException, ClientDisconnect)
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
@@ -72,9 +72,9 @@ def create_app(
 
     Raises:
         StartupError: `settings.default_model` is not in the repository, or the keys file cannot
-            be read, or tracing is asked for and not installed.
+            be read, or a setting of jobs is wrong, or tracing is asked for and not installed.
     """
-    tracer = tracer or build_tracer(settings.otlp_endpoint, _version())
+    tracer = tracer or build_tracer(settings.otlp_endpoint, read_version())
     built = segmenter
     metrics = Metrics() if built is None else built.metrics
     if built is None and settings.device != "cpu":
@@ -95,17 +95,18 @@ def create_app(
             segmenter = LocalSegmenter(settings, loaded, metrics)
         app.state.segmenter = segmenter
         segmenter.start()
-        try:
-            yield
-        finally:
-            await segmenter.drain()
+        async with run_jobs(app.state.jobs, segmenter, settings):
+            try:
+                yield
+            finally:
+                await segmenter.drain()
             if tracer is not None:
                 await tracer.close()
 
     app = FastAPI(
         title="solo-serve",
         description=DESCRIPTION,
-        version=_version(),
+        version=read_version(),
         lifespan=lifespan,
         docs_url=None,  # service.http.routes.web has both; the page works without a CDN
         openapi_url=None,
@@ -114,8 +115,11 @@ def create_app(
     app.state.keys = KeyRing(settings.keys_file) if settings.keys_file else None
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.jobs = JobService(settings, metrics) if settings.jobs_dir is not None else None
+    app.state.tracer = tracer
+    app.state.version = app.version
     app.router.routes.append(segment.ROUTE)
-    for module in (segment, inference, models, health, web):
+    for module in (segment, inference, triton, jobs, models, health, web):
         app.include_router(module.router)
     if settings.admin_port is None:
         _include_admin_routes(app)
@@ -127,6 +131,23 @@ def create_app(
     if cors is not None:
         app.add_middleware(CORSMiddleware, **cors)
     return app
+
+
+@asynccontextmanager
+async def run_jobs(
+    service: JobService | None, segmenter: Segmenter, settings: Settings
+) -> AsyncIterator[None]:
+    """Processes jobs until the segmenter admits no more work, if there are any."""
+    if service is None:
+        yield
+        return
+    runner = JobRunner(service, segmenter, settings.jobs_in_flight or settings.pool_threads + 1)
+    runner.start()
+    try:
+        yield
+    finally:
+        await runner.stop()
+        await service.close()
 
 
 def create_admin_app(app: FastAPI) -> FastAPI:
@@ -168,13 +189,6 @@ def _add_error_handlers(app: FastAPI, answer: ErrorAnswer) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _version() -> str:
-    try:
-        return metadata.version("solo-serve")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "0"
-
-
 def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
     """The handler of all errors that have an answer of their own."""
 
@@ -187,15 +201,10 @@ def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:
         elif isinstance(error, HTTPException):
             return _answer_http(request, error)
         headers = {}
-        if isinstance(error, (Overloaded, Draining, EngineRestarting)):
-            reason = error.reason if isinstance(error, Overloaded) else error.code
-            metrics.rejections.labels(reason).inc()
-            headers["retry-after"] = str(settings.retry_after_s)
-        elif isinstance(error, QuotaExceeded):
-            metrics.rejections.labels(error.reason).inc()
-            headers["retry-after"] = str(error.retry_after_s)
+        retry_after_s = count_refusal(error, metrics, settings.retry_after_s)
+        if retry_after_s is not None:
+            headers["retry-after"] = str(retry_after_s)
         elif isinstance(error, Unauthorized):
-            metrics.rejections.labels("unauthorized").inc()
             headers["www-authenticate"] = "Bearer"
         elif isinstance(error, UnsupportedEncoding):
             headers["accept-encoding"] = "identity"

@@ -51,8 +51,8 @@ _IDLE, _HEAD, _BODY = "no request", "request line and headers", "body"
 _MAX_PIPELINED = 16
 """Requests that may wait behind the one in work."""
 _LINGER_S = 2.0
-"""How long a client whose connection is being closed may send nothing. If it were closed while the
-client sends, a reset could overtake the response."""
+"""How long a client may send nothing before its connection is closed: a reset while it sends could
+overtake the response."""
 _MAX_LINGER_S = 30.0
 """How long it may go on sending, and at most as many bytes as a body may have."""
 _EXCESS_HEAD_TIMEOUT_S = 2.0

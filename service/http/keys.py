@@ -50,6 +50,7 @@ class KeySpec(BaseModel):
         max_canvases: In flight at once; None: no bound of its own.
         canvases_per_minute: Mean rate; a minute's worth may come at once. None: no bound.
         weight: Share of the server relative to other clients.
+        max_job_files: Files of its jobs that may be unfinished at once; None: no bound of its own.
         admin: Whether models may be loaded and unloaded with it.
     """
 
@@ -60,6 +61,7 @@ class KeySpec(BaseModel):
     max_canvases: Annotated[int | None, Field(gt=0)] = None
     canvases_per_minute: Annotated[float | None, Field(gt=0)] = None
     weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    max_job_files: Annotated[int | None, Field(gt=0)] = None
     admin: bool = False
 
     @property
@@ -224,6 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-canvases", type=int, help="canvases in flight at once")
     parser.add_argument("--canvases-per-minute", type=float, help="mean rate")
     parser.add_argument("--weight", type=float, help="share relative to other clients (1)")
+    parser.add_argument("--max-job-files", type=int, help="files of jobs, unfinished at once")
     parser.add_argument("--admin", action="store_true", help="may load and unload models")
     options = vars(parser.parse_args(arguments))
     bounds = {k: v for k, v in options.items() if k not in ("name", "file") and v is not None}

@@ -25,13 +25,19 @@ from service.errors import (
 )
 from service.http.exchange import REQUEST_ID, WatchedExchange
 from service.http.refusals import REFUSAL, get_reason
-from service.observe.metrics import WORK_ROUTES, Metrics
+from service.observe.metrics import Metrics
+from service.observe.requests import AnsweredRequest, record
 from service.observe.timing import Interval
-from service.observe.tracing import TracedImage, TracedRequest, Tracer, collect_images
+from service.observe.tracing import TracedImage, Tracer, collect_images
 
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+
+
+def choose_id(wanted: str) -> str:
+    """The id of a request: the client's if it is short and harmless, else a random one."""
+    return wanted if _SANE_ID.fullmatch(wanted) else os.urandom(16).hex()
 
 
 class RequestContextMiddleware:
@@ -63,9 +69,7 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = Headers(scope=scope).get(REQUEST_ID, "")
-        if not _SANE_ID.fullmatch(request_id):
-            request_id = os.urandom(16).hex()
+        request_id = choose_id(Headers(scope=scope).get(REQUEST_ID, ""))
         images = collect_images() if self.tracer is not None else []
         began_s = time.monotonic()
         scope.setdefault("state", {}).update(request_id=request_id, began_s=began_s)
@@ -95,57 +99,21 @@ class RequestContextMiddleware:
         ran: Interval,
         images: Sequence[TracedImage],
     ) -> None:
-        seconds, status = ran[1] - ran[0], exchange.status
         fallback = scope["path"] if scope["path"] in self.routes else "unmatched"
         route = getattr(matched, "path", fallback)
-        method = scope["method"] if route != "unmatched" else "any"
-        self.metrics.requests.labels(route, method, str(status)).inc()
-        line = {
-            "request_id": request_id,
-            "method": method,
-            "path": scope["path"],
-            "status": status,
-            "duration_ms": round(seconds * 1e3, 1),
-        }
-        exemplar = None
-        if self.tracer is not None and route in WORK_ROUTES:
-            request = describe_request(scope, route, request_id, status, ran, images)
-            trace_id = self.tracer.record(request)
-            if trace_id is not None:
-                line["trace_id"] = trace_id
-                exemplar = {"trace_id": trace_id}
-        self.metrics.request_seconds.labels(route, method).observe(seconds, exemplar)
-        logger.log(
-            logging.INFO if route in WORK_ROUTES and not exchange.cut else logging.DEBUG,
-            "%s %s %d %.1f ms id=%s",
-            method,
-            scope["path"],
-            status,
-            seconds * 1e3,
-            request_id,
-            extra=line,
+        request = AnsweredRequest(
+            route=route,
+            method=scope["method"] if route != "unmatched" else "any",
+            path=scope["path"],
+            request_id=request_id,
+            status=exchange.status,
+            ran=ran,
+            headers={} if self.tracer is None else dict(Headers(scope=scope)),
+            attributes={"url.scheme": scope.get("scheme", "http")},
+            images=images,
+            is_cut=exchange.cut,
         )
-
-
-def describe_request(
-    scope: Scope,
-    route: str,
-    request_id: str,
-    status: int,
-    ran: Interval,
-    images: Sequence[TracedImage],
-) -> TracedRequest:
-    """What a trace says of a request, in the words of OpenTelemetry's conventions for HTTP."""
-    method = scope["method"]
-    attributes = {
-        "http.request.method": method,
-        "http.route": route,
-        "url.path": scope["path"],
-        "url.scheme": scope.get("scheme", "http"),
-        "solo.request_id": request_id,
-    }
-    headers = dict(Headers(scope=scope))
-    return TracedRequest(headers, attributes, f"{method} {route}", ran, status, images)
+        record(request, self.metrics, self.tracer, logger)
 
 
 async def send_error(

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
+from pipeline.writers import FormatName
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
 from service.work.request import Masks, Priority
@@ -99,6 +101,13 @@ class SegmentQuery(BaseModel):
     channel: Channel = None
     z: PlaneZ = None
     t: PlaneT = None
+    scale: Annotated[
+        Scale,
+        Field(
+            description="auto: the scale is found from the objects in some parts of the image, at "
+            "the cost of at most 6 more canvases; instead of object_size_px"
+        ),
+    ] = "own"
     masks: Annotated[
         Masks,
         Field(
@@ -106,6 +115,14 @@ class SegmentQuery(BaseModel):
             "image for all instances; or boxes and scores alone"
         ),
     ] = "rle"
+    format: Annotated[
+        FormatName | None,
+        Field(description="the answer is a file of this format; default: JSON with `results`"),
+    ] = None
+    simplify_px: Annotated[
+        float,
+        Field(ge=0, le=100, description="outlines of the format may be off so far; 0 is exact"),
+    ] = 0
     priority: Annotated[
         Priority,
         Field(description="a client's interactive requests go before its batch requests"),
@@ -154,6 +171,13 @@ class InstanceModel(BaseModel):
     ] = None
 
 
+class WarningModel(BaseModel):
+    """Why a result may be worthless although nothing failed."""
+
+    code: Annotated[str, Field(examples=["unusual_image"])]
+    message: str
+
+
 class ImageResult(BaseModel):
     """One image: width, height and instances, or an error."""
 
@@ -172,7 +196,7 @@ class ImageResult(BaseModel):
         float | None,
         Field(
             description="scale at which the model saw the image, relative to its usual one; 1 "
-            "unless object_size_px, um_per_px or the file asks for another"
+            "unless object_size_px, um_per_px, scale or the file asks for another"
         ),
     ] = None
     canvases: Annotated[
@@ -184,6 +208,7 @@ class ImageResult(BaseModel):
     truncated: Annotated[
         bool | None, Field(description="whether max_instances left instances out")
     ] = None
+    warnings: list[WarningModel] | None = None
     index_png: Annotated[
         str | None,
         Field(
@@ -311,6 +336,12 @@ class IndexQuery(BaseModel):
     ready: Annotated[bool, Field(description="only what is served")] = False
 
 
+class LoadQuery(BaseModel):
+    """Body of POST /v2/repository/models/{name}/load and unload; none is needed."""
+
+    parameters: dict[str, Any] = {}
+
+
 class ModelList(BaseModel):
     """Answer of GET /v2/models."""
 
@@ -332,6 +363,23 @@ class LoadResponse(BaseModel):
     ] = None
 
 
+class ShadowModel(BaseModel):
+    """A version that is, or was, compared with the served one."""
+
+    version: int
+    status: Literal["running", "promoted", "rejected", "failed"]
+    reason: Annotated[str, Field(description="of the status")]
+    share: Annotated[float, Field(description="of the images that it segments too")]
+    images: Annotated[int, Field(description="that were compared")]
+    failures: Annotated[int, Field(description="images that it failed on")]
+    dropped: Annotated[int, Field(description="images that it had no time for")]
+    agreement: Annotated[float | None, Field(description="mean panoptic quality, 0..1")]
+    mean_iou: Annotated[float | None, Field(description="of the masks of matched instances")]
+    unmatched_share: Annotated[float | None, Field(description="instances without a partner")]
+    score_difference: Annotated[float | None, Field(description="mean, of matched instances")]
+    slowdown: Annotated[float | None, Field(description="engine time over the served version's")]
+
+
 class ModelDetail(BaseModel):
     """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
 
@@ -351,6 +399,9 @@ class ModelDetail(BaseModel):
         Precision, Field(description="of config.json or else the server; the model may lack it")
     ]
     max_batch: int
+    shadow: Annotated[
+        ShadowModel | None, Field(description="the version that is compared with this one")
+    ] = None
     input: dict[str, Any]
     card: Annotated[ModelCard, Field(description="what the model is for")]
     classes: list[dict[str, Any]]

@@ -9,12 +9,13 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.datastructures import State
 
 from service.errors import Draining
 from service.http.app import create_admin_app, create_app
@@ -52,6 +53,20 @@ class ConnectionSource(Protocol):
 
     def stop(self) -> None:
         """Stops accepting connections."""
+
+
+class FrontEnd(Protocol):
+    """Another way to the same segmenter, in the event loop of the main server."""
+
+    async def start(self, state: State) -> None:
+        """Serves.
+
+        Args:
+            state: Of the application, which has started.
+        """
+
+    async def stop(self, limit_s: float) -> None:
+        """Takes no more requests, and ends those in flight after a time."""
 
 
 class AdminServer(uvicorn.Server):
@@ -96,6 +111,7 @@ class DrainingServer(uvicorn.Server):
         guard: The protocol factory in `config`.
         drain_timeout_s: From the signal until the last connection is closed, seconds.
         admin: Started and stopped with this server.
+        fronts: As `admin`.
         source: Provides the connections of both servers.
     """
 
@@ -106,8 +122,10 @@ class DrainingServer(uvicorn.Server):
         drain_timeout_s: float,
         source: ConnectionSource,
         admin: AdminServer | None = None,
+        fronts: Sequence[FrontEnd] = (),
     ) -> None:
         super().__init__(config)
+        self._fronts = fronts
         self._guard = guard
         self._drain_timeout_s = drain_timeout_s
         self._drained_by_s = 0.0
@@ -130,6 +148,8 @@ class DrainingServer(uvicorn.Server):
         await super().startup([])
         if self._admin is not None:
             self._admin.begin()  # after the application's startup, which it depends on
+        for front in self._fronts:
+            await front.start(self._state)
         await self._source.start(self, self._admin)
 
     async def on_tick(self, counter: int) -> bool:
@@ -144,6 +164,7 @@ class DrainingServer(uvicorn.Server):
         What clients have not taken of their responses by the end of the drain is lost.
         """
         self._source.stop()
+        await asyncio.gather(*(front.stop(FLUSH_S) for front in self._fronts))
         left_s = max(FLUSH_S, self._drained_by_s - time.monotonic())
         asyncio.get_running_loop().call_later(left_s, self._guard.abort)
         if self._admin is not None:
@@ -197,6 +218,7 @@ def build_server(
     repository: Repository,
     segmenter: Segmenter | None = None,
     source: ConnectionSource | None = None,
+    fronts: Sequence[FrontEnd] = (),
 ) -> DrainingServer:
     """Builds the main server, and the admin server if `admin_port` is set.
 
@@ -205,13 +227,14 @@ def build_server(
         repository: Loaded models.
         segmenter: Default: one for the repository.
         source: Provides the connections; default: listens on the ports of the settings.
+        fronts: Other front ends.
 
     Raises:
         StartupError: A port cannot be bound, or the application cannot be built.
     """
     app = create_app(settings, repository, segmenter=segmenter)
     metrics: Metrics = app.state.metrics
-    bodies = RequestBodies(settings.max_bodies_bytes)
+    bodies = app.state.bodies = RequestBodies(settings.max_bodies_bytes)
     metrics.follow(metrics.request_body_bytes, lambda: bodies.held)
     raise_file_limit(settings.max_connections * (1 if settings.admin_port is None else 2))
     if source is None:
@@ -220,12 +243,12 @@ def build_server(
     config = _configure(app, guard, settings)
     timeout_s = settings.drain_timeout_s
     if settings.admin_port is None:
-        return DrainingServer(config, guard, timeout_s, source)
+        return DrainingServer(config, guard, timeout_s, source, fronts=fronts)
     admin_guard = ConnectionGuard(settings, bodies, metrics)
     admin_config = _configure(create_admin_app(app), admin_guard, settings, lifespan="off")
     admin_config.timeout_graceful_shutdown = math.ceil(FLUSH_S) + _SPARE_S
     admin = AdminServer(admin_config, admin_guard)
-    return DrainingServer(config, guard, timeout_s, source, admin)
+    return DrainingServer(config, guard, timeout_s, source, admin, fronts)
 
 
 def _configure(
@@ -243,6 +266,7 @@ def _configure(
         log_config=None,
         access_log=False,
         lifespan=lifespan,
+        forwarded_allow_ips=settings.trusted_proxies,
         server_header=False,
         timeout_keep_alive=math.ceil(settings.keep_alive_s),
     )

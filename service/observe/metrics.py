@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from service.engines.base import Precision
 from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
+from service.observe.shadow_metrics import ShadowMetrics
 from service.observe.shared import SharedCalls
 
 if TYPE_CHECKING:
@@ -38,14 +39,17 @@ STAGES = ("decode", "queue", "infer", "postprocess", "encode", "total")
 WORK_ROUTES = (
     *("/segment", "/v2/models/{name}/infer"),
     "/v2/models/{name}/versions/{version}/infer",
+    *(f"/inference.GRPCInferenceService/Model{kind}" for kind in ("Infer", "StreamInfer")),
 )
 """The routes that segment; dashboard and alert rules count requests of these alone."""
 PIXELS = ("image", "padding")
 CANCELLATIONS = ("client_left", "deadline")
+JOB_FILES = ("done", "failed")
+JOB_WEBHOOKS = ("delivered", "failed")
 REJECTIONS = (
     *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
     *("unauthorized", "wrong_keys", "key_canvases", "key_rate", "connections", "body_timeout"),
-    *("body_bytes", "head_timeout", "head_too_large", "invalid_request"),
+    *("body_bytes", "head_timeout", "head_too_large", "invalid_request", "key_job_files"),
 )
 
 # An edge stands at each objective: 0.4 s for a 256 x 256 image on two cores, 0.5 s of the alerts.
@@ -84,7 +88,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "solo_request_duration_seconds",
-            "Time of one HTTP request, the upload of its body included",
+            "Time of one request, the upload of its body included",
             ["route", "method"],
             buckets=_SECONDS,
             registry=registry,
@@ -96,11 +100,17 @@ class Metrics:
             buckets=_BATCH_SIZES,
             registry=registry,
         )
+        self.shadow = ShadowMetrics(registry)
         self._build_counters(registry)
         self._build_gauges(registry)
+        self._build_jobs(registry)
         # Series that exist from the start have a rate from the first request on.
         for reason in REJECTIONS:
             self.rejections.labels(reason)
+        for state in JOB_FILES:
+            self.job_files.labels(state)
+        for result in JOB_WEBHOOKS:
+            self.job_webhooks.labels(result)
         for route in WORK_ROUTES:
             self.requests.labels(route, "POST", "200")
             self.request_seconds.labels(route, "POST")
@@ -108,7 +118,7 @@ class Metrics:
     def _build_counters(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "solo_requests_total",
-            "HTTP requests answered",
+            "Requests answered",
             ["route", "method", "status"],
             registry=registry,
         )
@@ -220,6 +230,38 @@ class Metrics:
         )
         self.repository_readable.set(1)
 
+    def _build_jobs(self, registry: CollectorRegistry) -> None:
+        self.job_files = Counter(
+            "solo_jobs_files_total", "Files of jobs finished", ["state"], registry=registry
+        )
+        self.job_webhooks = Counter(
+            "solo_jobs_webhooks_total",
+            "Attempts to deliver webhooks of jobs",
+            ["result"],
+            registry=registry,
+        )
+        self.job_store_errors = Counter(
+            "solo_jobs_store_errors_total",
+            "Accesses to the store of jobs that failed",
+            registry=registry,
+        )
+        self.job_files_in_flight = Gauge(
+            "solo_jobs_files_in_flight", "Files of jobs in progress", registry=registry
+        )
+        self.jobs_open = Gauge(
+            "solo_jobs_open", "Jobs that are not done; every process shows all", registry=registry
+        )
+        self.job_files_open = Gauge(
+            "solo_jobs_files_open",
+            "Files of jobs that are not finished; every process shows all",
+            registry=registry,
+        )
+        self.jobs_bytes = Gauge(
+            "solo_jobs_bytes",
+            "Bytes of uploads and results of jobs; every process shows all",
+            registry=registry,
+        )
+
     def add_model(
         self,
         name: str,
@@ -266,12 +308,20 @@ class Metrics:
         self.queue_limit_canvases.set(admission.max_canvases)
         self.follow(self.in_flight_requests, lambda: admission.requests)
 
-    def count_image(self, name: str, outcome: Outcome) -> None:
-        """Counts an image that was answered with a result."""
+    def count_image(self, name: str, outcome: Outcome, *, timed: bool = True) -> None:
+        """Counts an image that was answered with a result.
+
+        Args:
+            name: The model's.
+            outcome: The image's.
+            timed: Whether its times count: those of an image that nobody waits for do not.
+        """
         images, canvases, instances, stages = self._series_of(name)
         images.inc()
         canvases.inc(outcome.canvases)
         instances.inc(outcome.instances)
+        if not timed:
+            return
         for stage, seconds in vars(outcome.timing).items():
             stages[stage].observe(seconds)
 
@@ -329,6 +379,11 @@ class Metrics:
             for gauge, read in self._followed.items():
                 gauge.set(read())
             return await asyncio.to_thread(lambda: list(self._registry.collect()))
+
+    async def collect_all_processes(self) -> list[Metric]:
+        """The metrics of all processes that one answer shows, as objects."""
+        shown = await self._collect_shown()
+        return await asyncio.to_thread(lambda: list(shown()))
 
     async def answer(self, accept: str) -> tuple[bytes, str]:
         """All metrics as of now; requests that come at once share an answer.

@@ -12,30 +12,31 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-import solo_client
 from pipeline.formats.planes import MAXIMUM
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
 from pipeline.types import Window
 from service.engines.base import BackendOptions
 from service.errors import InvalidParameter, StartupError
-from service.models.repository import find_default, find_models, load_version, read_config
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_line, as_text
+from service.jobs.database import JournalDiffers, JournalInUse
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.files import ImageFile, as_line, as_text
+from service.jobs.inputs import find_files, read_list
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
+from service.models.repository import load_version, read_config
 from service.predict.image_ids import assign_ids, read_image_ids
-from service.predict.inputs import find_files, read_list
 from service.predict.job import Item, Notes, PredictJob, Run, build_items, write_results
-from service.predict.journal import Journal, JournalDiffers, JournalInUse
-from service.predict.listing import Listing
-from service.predict.outputs import Outputs, check_outputs
+from service.predict.output_options import add_format_options, build_plan, choose_outputs
 from service.predict.predictors import (
-    RETRY,
     LocalPredictor,
     Predictor,
     RemotePredictor,
 )
 from service.predict.progress import CanvasProgress
 from service.predict.slides import SlideJob, SlideOptions
+from service.predict.sources import build_client, find_classes, find_model
 from service.work.request import RequestOptions
 
 EPILOG = """\
@@ -43,6 +44,7 @@ examples:
   solo-predict images/ --out results.json                      with a model of ./model_repo
   solo-predict 'scans/*.png' --overlays drawn/ --score-threshold 0.3
   solo-predict images/ --url http://localhost:8000             through a running server
+  solo-predict images/ --format geojson --out qupath/          a GeoJSON file for each image
   solo-predict images/ --annotations val.json                  image ids from a COCO file
   solo-predict s3://bucket/images --ray --ray-address auto     on a Ray cluster
 
@@ -56,10 +58,13 @@ is interrupted in any way, the same command continues it; after failures it retr
 that failed.
 """
 _ASKED = (
-    *("score_threshold", "max_instances", "overlaps", "object_size_px", "um_per_px"),
+    *("score_threshold", "max_instances", "overlaps"),
+    *("object_size_px", "um_per_px", "scale"),
     *("channel", "z", "t"),
 )
 """Options that are parameters of a request, too."""
+_LISTED = 5
+"""Images of a kind of warning that are named."""
 JOURNAL_ADVICE = (
     "To continue, give the same options (and --version); otherwise give another --out, or "
     "--restart to start again"
@@ -75,12 +80,7 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
     """
     asked = _read_asked(arguments)
     if arguments.url is not None:
-        key_file = arguments.api_key_file
-        key = None if key_file is None else key_file.read_bytes().decode(errors="replace").strip()
-        try:
-            client = solo_client.Client(arguments.url, api_key=key, retry=RETRY)
-        except Exception as error:  # those of addresses and proxies have no common base
-            raise StartupError(f"--url {arguments.url}: {error}") from error
+        client = build_client(arguments)
         return RemotePredictor(
             client, asked, arguments.model, arguments.version, on_progress=canvases.update
         )
@@ -99,27 +99,6 @@ def _check_asked(asked: RequestOptions, config: ModelConfig) -> None:
         asked.adapt(config)
     except InvalidParameter as error:
         raise StartupError(str(error)) from error
-
-
-def find_model(folder: Path, name: str | None) -> Path:
-    """The folder of a model.
-
-    Args:
-        folder: A model's folder, or a repository of models.
-        name: Name in the repository; None: its default, or the only one.
-
-    Raises:
-        StartupError: The repository has no such model, or several and no default.
-    """
-    if (folder / "config.json").is_file():
-        return folder
-    folders = {path.name: path for path in find_models(folder)}
-    name = name or find_default(folder)
-    if name is None:
-        raise StartupError(f"{folder} has the models {sorted(folders)}; name one: --model NAME")
-    if name not in folders:
-        raise StartupError(f"{folder} has no model {name!r}, only {sorted(folders)}")
-    return folders[name]
 
 
 def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Callable[[Notes], Run]:
@@ -277,8 +256,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="of TIFFs: only instances whose centres are in this region, px",
     )
     add("--all-tiles", action="store_true", help="of slides: also tiles that look empty")
+    add(
+        "--scale",
+        choices=get_args(Scale),
+        default="own",
+        help="auto: find the scale from the objects in each image (default: own)",
+    )
     add("--annotations", type=Path, metavar="COCO.json", help="file with the image ids")
-    add("--out", type=Path, default=Path("results.json"), help="default: results.json")
+    add("--out", type=Path, help="file or folder to write (default: results.json, ...)")
+    add_format_options(parser)
     add("--overlays", type=Path, metavar="DIR", help="folder for pictures with the masks")
     add("--restart", action="store_true", help="discard the results of an interrupted run")
     add("--quiet", action="store_true", help="no progress bar")
@@ -336,10 +322,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
         OSError: A file cannot be read or written.
         RunFailed: The run cannot continue.
     """
-    outputs = check_outputs(arguments.out, arguments.overlays)
+    plan = build_plan(arguments)
+    outputs = choose_outputs(arguments, plan)
     known = read_image_ids(arguments.annotations) if arguments.annotations is not None else None
     listed = read_list(arguments.files_from) if arguments.files_from is not None else []
-    listing = find_files(arguments.inputs, listed, outputs)
+    listing = find_files(arguments.inputs, listed, outputs.name_own())
     ids = assign_ids(listing, known)
     failed = {
         file: why for file, why in zip(listing.files, ids, strict=True) if not isinstance(why, int)
@@ -360,7 +347,14 @@ def run(arguments: argparse.Namespace) -> list[str]:
         ) as canvases.bar:
             failed.update(_process(start(notes), open_items, canvases.bar))
             canvases.bar.set_postfix_str("")
-        _write(arguments.out, outputs, [item for item in items if item.file not in failed], notes)
+        done = [item for item in items if item.file not in failed]
+        if plan is None:
+            count = write_results(outputs.out, done, notes.journal)
+        else:
+            count = plan.write(
+                outputs.out, done, notes.journal, find_classes(arguments, journal.served)
+            )
+        _print_after(arguments.out, count, done, notes)
         problems = _describe_problems(listing, failed)
         if not problems:
             journal.remove()
@@ -376,8 +370,7 @@ def _print_before(listing: Listing, failed: Mapping[ImageFile, ImageUnusable]) -
         print(f"solo-predict: {len(failed)} images have no image id and fail", file=sys.stderr)
 
 
-def _write(given: Path, outputs: Outputs, done: Sequence[Item], notes: Notes) -> None:
-    count = write_results(outputs.out, done, notes.journal)
+def _print_after(given: Path, count: int, done: Sequence[Item], notes: Notes) -> None:
     truncated = notes.count_truncated(done)
     print(f"{count} instances in {len(done)} images -> {as_line(given)}")
     if truncated:
@@ -386,6 +379,14 @@ def _write(given: Path, outputs: Outputs, done: Sequence[Item], notes: Notes) ->
             "instances may be missing from their results",
             file=sys.stderr,
         )
+    for code, named in notes.collect_warnings(done).items():
+        print(
+            f"solo-predict: warning: {code} in {len(named)} of {len(done)} images:", file=sys.stderr
+        )
+        for item, message in named[:_LISTED]:
+            print(f"  {as_line(item.name)}: {as_line(message)}", file=sys.stderr)
+        if len(named) > _LISTED:
+            print(f"  and {len(named) - _LISTED} more", file=sys.stderr)
 
 
 def _describe_problems(listing: Listing, failed: Mapping[ImageFile, ImageUnusable]) -> list[str]:

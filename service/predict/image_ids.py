@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from service.errors import StartupError
-from service.predict.errors import ImageUnusable
-from service.predict.files import ImageFile
-from service.predict.listing import Listing
+from service.jobs.errors import ImageUnusable
+from service.jobs.files import ImageFile
+from service.jobs.listing import Listing
 
 _MOST_NAMED = 3
 _LARGEST = 2**63 - 1

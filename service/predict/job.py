@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -17,15 +17,16 @@ from PIL import Image
 
 from pipeline.decode import open_image
 from pipeline.draw import draw_instances
+from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
-from pipeline.types import Detection
-from service.predict.errors import ImageUnusable, RunFailed, blame_image, describe
-from service.predict.files import ImageFile, LocalFile, as_line, as_text
-from service.predict.journal import Journal
-from service.predict.listing import Listing
-from service.predict.outputs import START, mark_picture, replace_file
+from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
+from service.jobs.files import ImageFile, LocalFile, as_line, as_text
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
+from service.jobs.pictures import mark_picture
+from service.predict.outputs import START, replace_file
 from service.predict.predictors import Prediction, Predictor
-from service.predict.slides import SlideJob, name_part
+from service.predict.slides import SlideJob, read_all_results
 
 MOST_BYTES = 2**30
 """Size of an image file; the largest that can be decoded is far smaller."""
@@ -92,12 +93,14 @@ class Found:
         results: COCO results without their image_id.
         truncated: Whether max_instances cut the results.
         picture: PNG with the masks, or None.
+        warnings: `code` and `message` of each.
     """
 
     served: str
     results: list[dict[str, Any]]
     truncated: bool
     picture: bytes | None
+    warnings: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,12 @@ class Notes:
         """
         if self.overlays is not None and item.overlay is not None and found.picture is not None:
             _write_picture(self.overlays / item.overlay, found.picture)
-        properties = {"stamp": stamp, "overlay": item.overlay, "truncated": found.truncated}
+        properties = {
+            "stamp": stamp,
+            "overlay": item.overlay,
+            "truncated": found.truncated,
+            "warnings": [*found.warnings],
+        }
         with blame_image():
             self.journal.append(
                 item.file.key, found.results, served=found.served, properties=properties
@@ -152,6 +160,15 @@ class Notes:
         """How many of these images, all of them complete, have results cut by max_instances."""
         entries = (self.journal.find(item.file.key) for item in items)
         return sum(entry is not None and entry["truncated"] for entry in entries)
+
+    def collect_warnings(self, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
+        """The images of each warning's code, with the message."""
+        found: dict[str, list[tuple[Item, str]]] = {}
+        for item in items:
+            entry = self.journal.find(item.file.key) or {}
+            for warning in entry.get("warnings", ()):
+                found.setdefault(warning["code"], []).append((item, warning["message"]))
+        return found
 
 
 def _write_picture(path: Path, picture: bytes) -> None:
@@ -199,7 +216,7 @@ def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
     with blame_image():
         answer = predictor.predict(data)
         picture = draw_overlay(data, answer) if draw else None
-        return Found(answer.served, answer.results, answer.truncated, picture)
+        return Found(answer.served, answer.results, answer.truncated, picture, answer.warnings)
 
 
 @dataclass(frozen=True)
@@ -258,16 +275,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     Raises:
         ImageUnusable: It cannot be decoded here, e.g. because the server accepts larger images.
     """
-    instances = [
-        Detection(
-            label=0,
-            score=result["score"],
-            rle={**result["segmentation"], "counts": result["segmentation"]["counts"].encode()},
-            bbox_xywh=tuple(result["bbox"]),
-            area=result["area"],
-        )
-        for result in answer.results
-    ]
+    instances = [instance_from_coco(result, 0) for result in answer.results]
     try:
         picture = open_image(data, choice=answer.planes).decode()
     except DecodeError as error:
@@ -277,14 +285,6 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
         file, "PNG", pnginfo=mark_picture()
     )
     return file.getvalue()
-
-
-def _read_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
-    """The results of a file; those of a slide are in parts."""
-    yield from journal.read_results(key)
-    entry = journal.find(key)
-    for number in range(0 if entry is None else entry.get("parts", 0)):
-        yield from journal.read_results(name_part(key, number))
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
@@ -307,7 +307,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
         with replace_file(out) as file:
             file.write(START)
             for item in items:
-                for result in _read_results(journal, item.file.key):
+                for result in read_all_results(journal, item.file.key):
                     named = {"image_id": item.image_id, "file_name": as_text(item.name)}
                     file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
                     count += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -13,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL.PngImagePlugin import PngInfo
-
 from service.errors import StartupError
-from service.predict.errors import describe
+from service.jobs.errors import describe
 
 START = b"[\n"
 """Of a file with results; the first result or the end of the list follows."""
 _JOURNAL = ".partial"
-_UNFINISHED = ".partial-new"
-_STARTS = (START + b'{"image_id":', START + b"]")
-_SOFTWARE = ("Software", "solo-predict")
-_MARK_END = 100
-_PICTURE_NAME = re.compile(r"\d{5,}_.*\.png", re.DOTALL)
+UNFINISHED = ".partial-new"
+RESULT_STARTS = (START + b'{"image_id":', START + b"]")
 
 
 @dataclass(frozen=True)
@@ -33,12 +27,14 @@ class Outputs:
     """The files and the folder that a run writes.
 
     Attributes:
-        out: COCO results.
+        out: The file with the results, or the folder of `is_folder`.
         overlays: Folder for pictures, or None.
+        is_folder: Whether the results are a folder of files.
     """
 
     out: Path
     overlays: Path | None
+    is_folder: bool = False
 
     @property
     def journal(self) -> Path:
@@ -47,8 +43,10 @@ class Outputs:
 
     def name_own(self) -> dict[Path, str]:
         """What these paths, which may exist, are."""
-        names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal", _UNFINISHED)]
+        names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal", UNFINISHED)]
         own = dict.fromkeys(map(self.out.with_name, names), "a file that this command writes")
+        if self.is_folder:
+            own[self.out] = "the folder of --out"
         return own if self.overlays is None else {**own, self.overlays: "the folder of --overlays"}
 
     def create(self) -> None:
@@ -61,26 +59,8 @@ class Outputs:
         if self.overlays is not None:
             self.overlays.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.overlays).close()
-        if self.out.is_dir():
+        if self.out.is_dir() and not self.is_folder:
             raise StartupError(f"--out {self.out} is a folder")
-
-
-def mark_picture() -> PngInfo:
-    """What tells a picture with masks from an image."""
-    info = PngInfo()
-    info.add_text(*_SOFTWARE)
-    return info
-
-
-def is_picture(path: str) -> bool:
-    """Whether a file is a picture that an earlier run has drawn; False if it cannot be read."""
-    if not _PICTURE_NAME.fullmatch(os.path.basename(path)):
-        return False
-    try:
-        with open(path, "rb") as file:
-            return "\0".join(_SOFTWARE).encode() in file.read(_MARK_END)
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -92,7 +72,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: It cannot be written.
     """
-    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     try:
         with open(unfinished, "xb") as file:
@@ -105,27 +85,34 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             unfinished.unlink()
 
 
-def check_outputs(out: Path, overlays: Path | None) -> Outputs:
+def check_outputs(
+    out: Path, overlays: Path | None, starts: tuple[bytes, ...] | None = RESULT_STARTS
+) -> Outputs:
     """The outputs that a command names; links to files are followed.
+
+    Args:
+        out: The file with the results.
+        overlays: Folder for pictures, or None.
+        starts: What a file begins with that may be replaced; None: `out` is a folder.
 
     Raises:
         StartupError: `out` is not a file, or not one with results, which could be replaced; or
             `overlays` is not a folder.
     """
+    if starts is not None:
+        _check_file(out, starts)
+    if overlays is not None and overlays.exists() and not overlays.is_dir():
+        raise StartupError(f"--overlays {overlays} is not a folder")
+    return Outputs(Path(os.path.realpath(out)), overlays, is_folder=starts is None)
+
+
+def _check_file(out: Path, starts: tuple[bytes, ...]) -> None:
     try:
         status = out.stat()
     except FileNotFoundError:
-        status = None
+        return
     except OSError as error:
         raise StartupError(f"--out {out}: {describe(error)}") from error
-    if status is not None:
-        _check_file(out, status)
-    if overlays is not None and overlays.exists() and not overlays.is_dir():
-        raise StartupError(f"--overlays {overlays} is not a folder")
-    return Outputs(Path(os.path.realpath(out)), overlays)
-
-
-def _check_file(out: Path, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise StartupError(f"--out {out} is a folder (directory); name a file in it")
     if not stat.S_ISREG(status.st_mode):
@@ -133,8 +120,8 @@ def _check_file(out: Path, status: os.stat_result) -> None:
     if not os.access(out, os.W_OK):
         raise StartupError(f"--out {out} is not writable")
     with open(out, "rb") as file:
-        start = file.read(max(map(len, _STARTS)))
-    if start.strip() and not start.startswith(_STARTS):
+        start = file.read(max(map(len, starts)))
+    if start.strip() and not start.startswith(starts):
         raise StartupError(
             f"--out {out} exists and was not written by this command; remove it or name another"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -12,8 +12,8 @@ from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import Task
+from service.jobs.errors import ImageUnusable, RunFailed
 from service.models.repository import LoadedModel
-from service.predict.errors import ImageUnusable, RunFailed
 from service.work.request import RequestOptions
 
 RETRY = solo_client.Retry(attempts=9, max_wait_s=60)
@@ -38,6 +38,7 @@ class Prediction:
         task: What the masks are.
         served: Model and version that were used, "name:version".
         truncated: Whether max_instances cut the results.
+        warnings: `code` and `message` of each.
         planes: The planes of the file that were asked for.
     """
 
@@ -45,6 +46,7 @@ class Prediction:
     task: Task
     served: str
     truncated: bool = False
+    warnings: Sequence[Mapping[str, str]] = ()
     planes: PlaneChoice = field(default_factory=PlaneChoice)
 
 
@@ -76,13 +78,9 @@ class LocalPredictor:
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error
         try:
-            instances = self.model.segment(
+            answer = self.model.answer(
                 pixels,
-                score_threshold=self.asked.score_threshold,
-                max_instances=self.asked.max_instances,
-                overlaps=self.asked.overlaps,
-                object_size_px=self.asked.object_size_px,
-                um_per_px=self.asked.um_per_px,
+                self.asked,
                 stated_um_per_px=image.um_per_px,
                 is_stretched=image.is_deep,
             )
@@ -91,11 +89,16 @@ class LocalPredictor:
         except Exception as error:  # an engine's exceptions have no common base
             raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
-        results = [instance_to_coco(i, config) for i in instances]
+        results = [instance_to_coco(i, config) for i in answer.instances]
         limit = self.asked.max_instances or config.postprocess.max_instances
-        served = f"{config.name}:{self.model.version}"
-        truncated = len(results) == limit
-        return Prediction(results, config.task, served, truncated, self.asked.planes)
+        return Prediction(
+            results,
+            config.task,
+            f"{config.name}:{self.model.version}",
+            truncated=len(results) == limit,
+            warnings=[vars(warning) for warning in answer.warnings],
+            planes=self.asked.planes,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class RemotePredictor:
                 overlaps=None if self.asked.overlaps == "keep" else self.asked.overlaps,
                 object_size_px=self.asked.object_size_px,
                 um_per_px=self.asked.um_per_px,
+                scale=None if self.asked.scale == "own" else self.asked.scale,
                 query=self.asked.planes.named(),
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
@@ -145,5 +149,11 @@ class RemotePredictor:
             for found in result.to_coco(0)
         ]
         served = f"{result.model}:{result.version}"
-        task = cast(Task, result.task)
-        return Prediction(results, task, served, result.truncated, self.asked.planes)
+        return Prediction(
+            results,
+            cast(Task, result.task),
+            served,
+            truncated=result.truncated,
+            warnings=[vars(warning) for warning in result.warnings],
+            planes=self.asked.planes,
+        )

@@ -23,9 +23,9 @@ import orjson
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendOptions
 from service.errors import StartupError
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.files import ImageFile, as_text
 from service.models.repository import load_version
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, as_text
 from service.predict.job import Found, Item, Notes, find, read_data, read_stamp
 from service.predict.predictors import LocalPredictor
 from service.work.request import RequestOptions
@@ -49,6 +49,7 @@ _FOUND = pa.schema(
         ("served", pa.string()),
         ("results", pa.large_binary()),
         ("truncated", pa.bool_()),
+        ("warnings", pa.large_binary()),
         ("picture", pa.large_binary()),
         ("error", pa.string()),
     ]
@@ -163,6 +164,7 @@ class RaySegmenter:
             "served": found.served,
             "results": orjson.dumps(found.results),
             "truncated": found.truncated,
+            "warnings": orjson.dumps([*found.warnings]),
             "picture": found.picture,
         }
 
@@ -262,8 +264,13 @@ class RayJob:
         """Stores what an actor found; returns why the image has no result."""
         if row["error"] is not None:
             return ImageUnusable(row["error"])
-        results = orjson.loads(row["results"])
-        found = Found(row["served"], results, row["truncated"], row["picture"])
+        found = Found(
+            row["served"],
+            orjson.loads(row["results"]),
+            row["truncated"],
+            row["picture"],
+            orjson.loads(row["warnings"]),
+        )
         try:
             self.notes.note(item, stamp, found)
         except ImageUnusable as error:

@@ -21,7 +21,7 @@ from pipeline.decode import MAX_PIXELS
 from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.formats.tiff import Tiff, open_slide
-from pipeline.formats.tiff_file import is_tiff
+from pipeline.formats.tiff_file import TiffStack, is_tiff
 from pipeline.merge import TileInstance
 from pipeline.merge_stream import StreamMerger
 from pipeline.model_config import ModelConfig, TileResize
@@ -29,10 +29,10 @@ from pipeline.postprocess import Collector
 from pipeline.preprocess import prepare_regions, windows_of
 from pipeline.survey import Survey, survey
 from pipeline.types import Detection, Prepared, UInt8, Window
+from service.jobs.errors import ImageUnusable, blame_image
+from service.jobs.files import ImageFile, LocalFile
+from service.jobs.journal import Journal
 from service.models.repository import LoadedModel
-from service.predict.errors import ImageUnusable, blame_image
-from service.predict.files import ImageFile, LocalFile
-from service.predict.journal import Journal
 from service.work.request import RequestOptions
 
 MAX_SLIDE_PIXELS = 2**32 - 1
@@ -43,6 +43,31 @@ _SUFFIX_NDPI = ".ndpi"
 def name_part(key: str, number: int) -> str:
     """The journal's key of a row of tiles; no file has such a key."""
     return f"{number}//{key}"
+
+
+def read_all_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
+    """The results of a file; those of a slide are in parts."""
+    yield from journal.read_results(key)
+    entry = journal.find(key)
+    for number in range(0 if entry is None else entry.get("parts", 0)):
+        yield from journal.read_results(name_part(key, number))
+
+
+def read_stack_hw(file: ImageFile) -> tuple[int, int] | None:
+    """Height and width of the upright planes of a local TIFF; None for other files.
+
+    Raises:
+        OSError, DecodeError: It cannot be read.
+    """
+    if not isinstance(file, LocalFile):
+        return None
+    with open(file.path, "rb") as opened:
+        if not is_tiff(opened.read(4)):
+            return None
+        size = opened.seek(0, 2)
+        stack = TiffStack(opened, size, is_ndpi=file.path.lower().endswith(_SUFFIX_NDPI))
+        hw = stack.height, stack.width
+        return hw[::-1] if stack.orientation > 4 else hw
 
 
 @dataclass(frozen=True)

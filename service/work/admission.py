@@ -53,6 +53,7 @@ class Admission:
         canvases: In flight.
         images: In flight.
         requests: In flight, also those whose body is still being read.
+        closed: Set when no more work is admitted.
     """
 
     def __init__(self, max_canvases: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,16 +63,16 @@ class Admission:
         self.requests = 0
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
-        self._closed = False
+        self.closed = asyncio.Event()
 
     @property
     def is_open(self) -> bool:
         """Whether new work is admitted at all."""
-        return not self._closed
+        return not self.closed.is_set()
 
     def close(self) -> None:
         """Refuses all new work from now on."""
-        self._closed = True
+        self.closed.set()
 
     @contextmanager
     def request(self, client: ClientProfile) -> Iterator[None]:
@@ -143,7 +144,7 @@ class Admission:
         return 0 if account is None else account.held
 
     def _check_room(self, client: ClientProfile, canvases: int) -> None:
-        if self._closed:
+        if self.closed.is_set():
             raise Draining("the server is going down")
         free, held = self.max_canvases - self.canvases, self.held(client)
         if held + canvases <= free - canvases:

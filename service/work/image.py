@@ -13,14 +13,16 @@ import orjson
 from PIL import Image
 
 from pipeline.decode import ImageHeader, decode_for, open_image, peek_hw, read_header
+from pipeline.domain import check_domain
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
-from pipeline.errors import CorruptImage
+from pipeline.errors import CorruptImage, WriteError
 from pipeline.model_config import Canvas, InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
-from pipeline.types import Detection, Prepared, Tile, UInt8
-from service.errors import TooManyCanvases, describe_error, drop_frames
+from pipeline.types import AnswerWarning, Detection, Prepared, Tile, UInt8
+from pipeline.writers import FORMATS, Page
+from service.errors import InvalidParameter, TooManyCanvases, describe_error, drop_frames
 from service.observe.timing import Interval, attribute_time
 from service.work.request import ImageFile, Outcome, RequestOptions
 
@@ -60,7 +62,8 @@ def count_cost(image_hw: HW, spec: InputSpec, max_canvases: int) -> int:
     if canvases > max_canvases:
         raise TooManyCanvases(
             f"the image of {image_hw[1]}x{image_hw[0]} px needs {canvases} canvases, the server "
-            f"allows {max_canvases}; crop it, or send it in parts"
+            f"allows {max_canvases}; crop it, send it in parts, or, if the model has a scale, show "
+            "it smaller (a larger object_size_px, a smaller um_per_px)"
         )
     return canvases
 
@@ -79,11 +82,13 @@ class ImageWork:
         config: The model's, as the request's options adapt it.
         options: The request's.
         scaled: A JPEG may be decoded no larger than the model needs it.
+        probe: What its scale was chosen by; its costs are added.
 
     Attributes:
         canvases: Corrected by `open`.
         pixels: Of the decoded image, as admitted.
         outcome: None until the image is finished or has failed.
+        warnings: So far.
         taken, searched, is_opening, held: State of the work queue: canvases that threads have
             taken and post-processed; whether a thread is in `open`; decoded pixels counted in the
             budget.
@@ -98,6 +103,7 @@ class ImageWork:
         options: RequestOptions,
         *,
         scaled: bool = False,
+        probe: ImageWork | None = None,
     ) -> None:
         self.canvases = canvases
         self.pixels = image_hw[0] * image_hw[1]
@@ -119,6 +125,14 @@ class ImageWork:
         self._calls: list[Interval] = []
         self._searches: list[Interval] = []
         self._engine_s = 0.0
+        self._probed = 0
+        self.warnings: list[AnswerWarning] = []
+        if probe is not None:
+            self.warnings += probe.warnings
+            self._decoded += probe._decoded
+            self._calls += probe._calls
+            self._searches += probe._searches
+            self._engine_s, self._probed = probe._engine_s, probe.canvases
 
     def open(self, canvases: Sequence[Canvas] = ()) -> None:
         """Decodes the image.
@@ -130,22 +144,13 @@ class ImageWork:
             DecodeError: The image is refused.
         """
         started_s = time.monotonic()
-        data, spec, image_hw = self._file.data, self._config.input, None
-        if isinstance(data, bytes):
-            image = open_image(data, max_pixels=self.pixels, choice=self._options.planes)
-            image_hw, self._orientation = image.upright_hw, image.orientation
-            self._um_per_px = image.um_per_px
-            is_scaled = self._scaled and not (self._options.overlay or self._options.picture)
-            least_hw = needed_hw(image_hw, spec) if is_scaled else (0, 0)
-            pixels, spec = decode_for(image, spec, least_hw)
-        else:
-            pixels = data
-        self._file = ImageFile(self._file.file_name, b"")
-        prepared = prepare(pixels, spec, image_hw=image_hw, canvases=canvases)
+        pixels, image_hw = self._decode()
+        prepared = self._cut(pixels, image_hw, canvases)
         if len(prepared.tiles) > self.canvases:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)
         self._picture = pixels if self._options.overlay or self._options.picture else None
+        self.warnings += check_domain(pixels, self._config)
         self._collector = Collector(
             prepared.image_hw,
             self.canvases,
@@ -157,6 +162,24 @@ class ImageWork:
         )
         self._prepared = prepared
         self._decoded.append((started_s, time.monotonic()))
+
+    def _decode(self) -> tuple[UInt8, HW | None]:
+        """The pixels [H, W, 3], and the size of the image if they may be fewer."""
+        data, image_hw = self._file.data, None
+        if isinstance(data, bytes):
+            image = open_image(data, max_pixels=self.pixels, choice=self._options.planes)
+            image_hw, self._orientation = image.upright_hw, image.orientation
+            self._um_per_px = image.um_per_px
+            is_scaled = self._scaled and not (self._options.overlay or self._options.picture)
+            needed = needed_hw(image_hw, self._config.input) if is_scaled else (0, 0)
+            data, spec = decode_for(image, self._config.input, needed)
+            if spec is not self._config.input:
+                self._config = self._config.model_copy(update={"input": spec})
+        self._file = ImageFile(self._file.file_name, b"")
+        return data, image_hw
+
+    def _cut(self, pixels: UInt8, image_hw: HW | None, canvases: Sequence[Canvas]) -> Prepared:
+        return prepare(pixels, self._config.input, image_hw=image_hw, canvases=canvases)
 
     def make_canvas(self, index: int) -> tuple[Tile, bool]:
         """Creates one canvas from the decoded pixels.
@@ -210,7 +233,16 @@ class ImageWork:
         started_s = time.monotonic()
         detections = collector.merge()
         merged_s = time.monotonic()
-        if self._picture is not None and options.overlay:
+        if options.format is not None:
+            payload = encode_page(
+                self._file.file_name,
+                prepared.image_hw,
+                detections,
+                self._config,
+                options,
+                um_per_px=self._um_per_px,
+            )
+        elif self._picture is not None and options.overlay:
             payload = encode_overlay(self._picture, detections.instances, self._config.task)
         else:
             payload = encode_entry(
@@ -221,6 +253,7 @@ class ImageWork:
                 self._config,
                 options,
                 self.canvases,
+                self.warnings,
                 um_per_px=self._um_per_px,
                 picture=self._picture,
             )
@@ -235,7 +268,7 @@ class ImageWork:
         return Outcome(
             payload,
             attribute_time((began_s, ended_s), **stages),
-            canvases=self.canvases,
+            canvases=self.canvases + self._probed,
             engine_s=self._engine_s,
             instances=len(detections.instances),
             stages={**stages},
@@ -260,6 +293,7 @@ def encode_entry(
     config: ModelConfig,
     options: RequestOptions,
     canvases: int,
+    warnings: Sequence[AnswerWarning] = (),
     *,
     um_per_px: float | None = None,
     picture: UInt8 | None = None,
@@ -275,6 +309,7 @@ def encode_entry(
         "canvases": canvases,
         "instances_found": detections.found,
         "truncated": detections.found > len(instances),
+        "warnings": [vars(warning) for warning in warnings],
         "instances": [instance_to_coco(i, config, masks=options.masks) for i in instances],
     }
     if um_per_px is not None:
@@ -284,6 +319,35 @@ def encode_entry(
     if options.masks == "png":
         entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_page(
+    file_name: str | None,
+    image_hw: HW,
+    detections: Detections,
+    config: ModelConfig,
+    options: RequestOptions,
+    *,
+    um_per_px: float | None = None,
+) -> bytes:
+    """An image as the writer of the format gives it.
+
+    Raises:
+        InvalidParameter: The format cannot hold it.
+    """
+    assert options.format is not None
+    page = Page(
+        name=file_name or "image",
+        image_hw=image_hw,
+        instances=detections.instances,
+        classes=config.classes,
+        simplify_px=options.simplify_px,
+        um_per_px=options.um_per_px or um_per_px,
+    )
+    try:
+        return FORMATS[options.format].encode(page)
+    except WriteError as error:
+        raise InvalidParameter(f"format: {error}") from error
 
 
 def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from service.work.fair import FairQueue, Flow
 from service.work.image import ImageWork
 from service.work.pixels import PixelBudget
-from service.work.request import ClientProfile, Outcome, Priority, RequestProgress
+from service.work.request import ClientProfile, Outcome, Rank, RequestProgress
 
 BATCH_EVERY = 8
 """While a client has both, one of so many of its canvases is of priority `batch`: its batch work
 gets at least an eighth of the client's service."""
+
+BACKGROUND_EVERY = 32
+"""While both wait, one of so many canvases is background work, so that it does not stand still."""
 
 Pick = tuple["Job", ImageWork, int]
 """A request, one of its images, and the index of a canvas."""
@@ -35,12 +38,22 @@ class Job(Flow):
     client: ClientProfile
     images: Sequence[ImageWork]
     in_turns: bool = False
-    priority: Priority = "interactive"
+    priority: Rank = "interactive"
     progress: RequestProgress = field(default_factory=RequestProgress)
     done: asyncio.Future[None]
     pending: deque[ImageWork] = field(default_factory=deque)
     unfinished: int = 0
     removed: bool = False
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it yields to all other work."""
+        return self.priority == "background"
+
+    @property
+    def tenant(self) -> tuple[str, bool]:
+        """The client; its background work is another client's to the queue."""
+        return self.client.name, self.is_background
 
     def skips(self, image: ImageWork) -> bool:
         """Whether canvases of an image need not be processed any more."""
@@ -85,22 +98,24 @@ class WorkQueue:
 
     def __init__(self, budget: PixelBudget) -> None:
         self.budget = budget
-        self._tenants: dict[str, _ClientQueue] = {}
+        self._tenants: dict[tuple[str, bool], _ClientQueue] = {}
         self._fair: FairQueue[_ClientQueue] = FairQueue()
+        self._background: FairQueue[_ClientQueue] = FairQueue()
+        self._since_background = 0
         self._active: dict[ImageWork, Job] = {}
         self._blocked: list[Job] = []
         self._seen = budget.generation
 
     def __bool__(self) -> bool:
-        return bool(self._fair)
+        return bool(self._fair or self._background)
 
     def add(self, job: Job) -> None:
         """Queues a request."""
         job.pending.extend(job.images)
         job.unfinished = len(job.images)
-        tenant = self._tenants.get(job.client.name)
+        tenant = self._tenants.get(job.tenant)
         if tenant is None:
-            tenant = self._tenants[job.client.name] = _ClientQueue()
+            tenant = self._tenants[job.tenant] = _ClientQueue()
         tenant.weight = job.client.weight
         tenant.jobs += 1
         self._push(job)
@@ -116,22 +131,37 @@ class WorkQueue:
         job.removed = True
         job.pending.clear()
         freed = [pixels for image in job.images if (pixels := self._drop(image))]
-        tenant = self._tenants[job.client.name]
+        tenant = self._tenants[job.tenant]
         tenant.jobs -= 1
         if tenant.jobs == 0:  # idle: its next request starts anew
-            del self._tenants[job.client.name]
+            del self._tenants[job.tenant]
         return freed
 
-    def pick(self) -> Pick | None:
-        """The next canvas to process, or None."""
+    def pick(self, *, background: bool = True) -> Pick | None:
+        """The next canvas to process, or None.
+
+        Args:
+            background: Whether it may be one of background work.
+        """
         if self._blocked and self._seen != self.budget.generation:
             blocked, self._blocked = self._blocked, []
             for waiting in blocked:
                 self._push(waiting)
-        while (tenant := self._fair.first()) is not None:
+        is_due = self._background and self._since_background >= BACKGROUND_EVERY - 1
+        order = [self._fair, self._background] if background else [self._fair]
+        for fair in reversed(order) if is_due else order:
+            picked = self._pick_from(fair)
+            if picked is not None:
+                is_other = self._background and fair is self._fair
+                self._since_background = self._since_background + 1 if is_other else 0
+                return picked
+        return None
+
+    def _pick_from(self, fair: FairQueue[_ClientQueue]) -> Pick | None:
+        while (tenant := fair.first()) is not None:
             queue = tenant.first()
             if queue is None:
-                self._fair.served(tenant, goes_on=False)
+                fair.served(tenant, goes_on=False)
                 continue
             job = queue.first()
             assert job is not None
@@ -144,14 +174,16 @@ class WorkQueue:
             job.charge()
             tenant.charge()
             queue.served(job, goes_on=self._has_canvas(job))
-            self._fair.served(tenant, goes_on=tenant.first() is not None)
+            fair.served(tenant, goes_on=tenant.first() is not None)
             return picked
         return None
 
     def pick_active(self) -> Pick | None:
         """Another canvas of an image that is decoded already, or None."""
-        for image, job in self._active.items():
-            tenant = self._tenants[job.client.name]
+        # Background work last; there are a few images, as each is decoded.
+        active = sorted(self._active.items(), key=lambda item: item[1].is_background)
+        for image, job in active:
+            tenant = self._tenants[job.tenant]
             job.charge()
             tenant.charge()
             return self._take(job, image)
@@ -202,10 +234,10 @@ class WorkQueue:
         return self.release(image)
 
     def _push(self, job: Job) -> None:
-        tenant = self._tenants.get(job.client.name)
+        tenant = self._tenants.get(job.tenant)
         if tenant is not None and not job.removed and self._has_canvas(job):
             tenant.queue_of(job).push(job)
-            self._fair.push(tenant)
+            (self._background if job.is_background else self._fair).push(tenant)
 
     @staticmethod
     def _has_canvas(job: Job) -> bool:

@@ -11,13 +11,16 @@ from typing import Literal
 from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import ScaleError, fit_scale, fit_stated
+from pipeline.scale import Scale, ScaleError, fit_scale, fit_stated
 from pipeline.types import UInt8
+from pipeline.writers import FormatName
 from service.errors import InvalidParameter
 from service.observe.timing import Interval, Timing
 
 Masks = Literal["rle", "polygon", "png", "none"]
 Priority = Literal["interactive", "batch"]
+Rank = Priority | Literal["background"]
+"""`background` is the work that nobody waits for: it yields to that of all clients."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class RequestOptions:
         object_size_px: Typical diameter of the objects; None: as the model expects it.
         um_per_px: Size of a pixel, in micrometres; None: as the file states it, or else as the
             model expects it.
+        scale: `auto` finds the scale from the objects of the image.
         channel, z, t: Which planes of a file with several are taken, see `PlaneChoice`.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
         picture: The answer has the decoded image.
-        priority: Interactive requests of a client are scheduled before its batch requests.
+        format: Output format of the answer; None: JSON of this service.
+        simplify_px: Outlines of the format may be off so far.
+        priority: Interactive requests of a client are scheduled before its batch requests, and
+            background work after both of all clients.
     """
 
     score_threshold: float | None = None
@@ -56,13 +63,16 @@ class RequestOptions:
     overlaps: Overlaps = "keep"
     object_size_px: float | None = None
     um_per_px: float | None = None
+    scale: Scale = "own"
     channel: str | None = None
     z: int | Literal["max"] | None = None
     t: int | None = None
     masks: Masks = "rle"
     overlay: bool = False
     picture: bool = False
-    priority: Priority = "interactive"
+    format: FormatName | None = None
+    simplify_px: float = 0.0
+    priority: Rank = "interactive"
 
     @property
     def planes(self) -> PlaneChoice:
@@ -76,7 +86,7 @@ class RequestOptions:
             PixelSizeError: The stated size counts, and is too far from the model's.
         """
         is_asked = self.object_size_px is not None or self.um_per_px is not None
-        return config if is_asked else fit_stated(config, stated_um_per_px)
+        return config if is_asked or self.scale == "auto" else fit_stated(config, stated_um_per_px)
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.
@@ -90,7 +100,12 @@ class RequestOptions:
                 "'keep' is possible"
             )
         try:
-            return fit_scale(config, object_size_px=self.object_size_px, um_per_px=self.um_per_px)
+            return fit_scale(
+                config,
+                object_size_px=self.object_size_px,
+                um_per_px=self.um_per_px,
+                scale=self.scale,
+            )
         except ScaleError as error:
             raise InvalidParameter(str(error)) from error
 
@@ -129,8 +144,8 @@ class RequestProgress:
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def admit(self, canvases: int) -> None:
-        """The request's images have been admitted."""
-        self.canvases = canvases
+        """Images have been admitted, in one of the passes of the request."""
+        self.canvases += canvases
         self.admitted.set()
 
 
@@ -139,8 +154,8 @@ class Outcome:
     """What became of one image.
 
     Attributes:
-        payload: Its entry of `results` as JSON, or a PNG if an overlay was asked for and nothing
-            failed.
+        payload: Its entry of `results` as JSON; if nothing failed, and an overlay or a format was
+            asked for, a PNG or what the format's writer gives for a page.
         timing: None if it failed.
         error: Why it failed.
         canvases: Canvases that the engine processed.

@@ -4,6 +4,8 @@ After every canvas the queue is consulted again (iteration-level scheduling):
 
     clients, fair -> requests of the client, interactive before batch -> images -> canvases
 
+Background work (jobs) has its turn when no client has a canvas to process.
+
 Canvases are created one at a time from the decoded image. With `Policy.batch` they wait in buckets
 of one shape, up to `max_delay_s`, and share engine calls; without, a thread takes each canvas from
 its pixels to its instances.
@@ -185,7 +187,9 @@ class Scheduler:
                 else partial(self._carry, *picked)
             )
         ahead = batches.waiting + batches.preparing
-        picked = self._queue.pick() if ahead < policy.max_ahead else None
+        # Background work does not fill the calls that other canvases will need.
+        may_wait = ahead < policy.max_batch
+        picked = self._queue.pick(background=may_wait) if ahead < policy.max_ahead else None
         if picked is None:
             return batches.seconds_until_ripe(policy)
         batches.preparing += 1

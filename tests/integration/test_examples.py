@@ -32,8 +32,9 @@ def read_blocks(text: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    flags = ("--model-repo", "model_repo", "--device", "cpu", "--threads", "1")
+    scratch = tmp_path_factory.mktemp("log")
+    log, jobs = scratch / "server.log", ("--jobs-dir", f"{scratch / 'jobs'}")
+    flags = ("--model-repo", "model_repo", "--device", "cpu", "--threads", "1", *jobs)
     with run_server(log, *flags) as running:
         yield running
 

@@ -193,6 +193,8 @@ def test_a_mosaic_has_each_ellipse_once_and_no_straight_edges(seed: int) -> None
         m.astype(np.uint8).tobytes() for m in truth
     }
     assert len(found) == len(truth)
+    for most in (1, 2, 5, len(truth) - 1):
+        assert postprocess(prepared, sets, MASK, max_instances=most) == found[:most]
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -57,9 +57,9 @@ def test_smooth_background_is_no_tissue_be_it_dark_or_bright(background: int) ->
     wide = survey(slide, CONTRAST, find_tissue=False).table
     narrow = survey(slide, CONTRAST, find_tissue=True).table
     assert wide is not None and narrow is not None
-    pixels = slide.convert(slide.read(Window(0, 0, 640, 960)), None)
+    shown = slide.convert(slide.read(Window(0, 0, 640, 960)), None)
     mask = found.tissue.repeat(CELL_PX, axis=0).repeat(CELL_PX, axis=1)
-    np.testing.assert_array_equal(narrow, contrast_table(pixels[mask][:, None], CONTRAST))
+    np.testing.assert_array_equal(narrow, contrast_table(shown[mask][:, None], CONTRAST))
     assert not np.array_equal(narrow, wide)
 
 

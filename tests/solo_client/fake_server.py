@@ -77,7 +77,7 @@ class FakeServer:
     @staticmethod
     def _read_head(received: Any) -> str:
         """The request's head, after its body was read; "" at the end of the connection."""
-        head = ""
+        head, size = "", 0
         while (header := received.readline().decode()).strip():
             head += header.replace("\r\n", "\n")
             if header.lower().startswith("content-length:"):

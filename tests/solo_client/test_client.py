@@ -336,3 +336,49 @@ def test_a_base_path_is_kept() -> None:
     with Client("http://test/solo/", transport=script.transport) as client:
         client.segment(b"file")
     assert script.requests[0].url.path == "/solo/segment"
+
+
+def test_a_model_is_described() -> None:
+    model = {"name": "a/b", "classes": [{"category_id": 1, "name": "cell"}]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.raw_path in (b"/v2/models/a%2Fb", b"/v2/models/a%2Fb/versions/2")
+        return httpx.Response(200, json=model if b"versions" in request.url.raw_path else [1])
+
+    transport = httpx.MockTransport(answer)
+    with Client(URL, transport=transport) as client:
+        assert client.describe_model("a/b", 2) == model
+        with pytest.raises(UnexpectedAnswer):
+            client.describe_model("a/b")
+
+    async def ask() -> None:
+        async with AsyncClient(URL, transport=transport) as client:
+            assert await client.describe_model("a/b", 2) == model
+
+    asyncio.run(ask())
+
+
+def test_images_become_a_file() -> None:
+    file = {"file_name": "a.csv", "media_type": "text/csv", "base64": "YSxi"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"format": "csv", "priority": "batch", "model": "m"}
+        return httpx.Response(200, json=file)
+
+    query = {"priority": "batch"}
+    with Client(URL, transport=httpx.MockTransport(answer)) as client:
+        found = client.segment_to_file([b"image"], "csv", model="m", query=query)
+        assert (found.name, found.media_type, found.data) == ("a.csv", "text/csv", b"a,b")
+        file["base64"] = "?"
+        with pytest.raises(UnexpectedAnswer):
+            client.segment_to_file([b"image"], "csv", model="m", query=query)
+        with pytest.raises(ValueError, match="there are no images"):
+            client.segment_to_file([], "csv")
+    file["base64"] = "YSxi"
+
+    async def ask() -> None:
+        async with AsyncClient(URL, transport=httpx.MockTransport(answer)) as client:
+            found = await client.segment_to_file([b"image"], "csv", model="m", query=query)
+            assert found.data == b"a,b"
+
+    asyncio.run(ask())

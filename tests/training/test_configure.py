@@ -14,7 +14,9 @@ from tests.support.tiny_solo import save_tiny_checkpoint, tiny_config
 from training.configs.schema import Config
 from training.configs.toml_files import load_config
 from training.configure import name_of
+from training.precision import PRECISION_FILE
 from training.train import main
+from training.trainer import Trainer
 from training.weights.formats import load_checkpoint
 
 
@@ -24,9 +26,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The narrow network, whether EfficientNet-Lite0's weights are installed or not."""
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrow network and float32, whatever is installed and whatever the CPU can do."""
     monkeypatch.setattr("training.configure.has_efficientnet", lambda: False)
+    monkeypatch.setattr("training.precision.has_native_bf16", lambda device: False)
 
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
@@ -72,6 +75,56 @@ def test_a_later_start_resumes_what_was_chosen(root: Path, tmp_path: Path, capsy
     assert all(torch.equal(v, whole["model"][k]) for k, v in finished["model"].items())
 
 
+def faster_in(precision: str) -> Any:
+    """Stands for `measure_step`; a step in `precision` takes 1 s, any other 2 s."""
+    return lambda trainer: 1.0 if trainer.options.precision == precision else 2.0
+
+
+def test_bf16_is_chosen_where_it_is_faster_and_kept_on_a_machine_without_it(
+    root: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.precision.has_native_bf16", lambda device: True)
+    monkeypatch.setattr("training.train.measure_step", faster_in("bf16"))
+    trained: list[tuple[str, bool]] = []
+    fit = Trainer.fit
+
+    def recorded(trainer: Trainer) -> Path:
+        trained.append((trainer.options.precision, trainer.options.channels_last))
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", recorded)
+    out = tmp_path / "run"
+    assert main(command(root, out, "--max-hours", "0.0000001")) == 0
+    reason = "precision: bf16 with channels-last layout, because a step takes 1 s in bf16 and 2 s"
+    assert reason in capsys.readouterr().out and reason in (out / "config.toml").read_text()
+    assert "at 1.00 s for" in (out / "config.toml").read_text()  # the schedule counts on it
+    monkeypatch.setattr("training.precision.has_native_bf16", lambda device: False)
+    assert main(command(root, out)) == 0
+    assert f"precision: that of {out / PRECISION_FILE}: bf16" in capsys.readouterr().out
+    assert main(command(root, tmp_path / "given", "--precision", "fp32")) == 0
+    assert "precision: fp32, as given" in capsys.readouterr().out
+    named = ["nuclei", *command(root, tmp_path / "named", "--precision", "auto")]
+    del named[named.index("--hours") : named.index("--hours") + 2]
+    assert main(named) == 0
+    assert "precision: fp32, because" in capsys.readouterr().out
+    assert main(named[: named.index("--precision")]) == 0
+    assert trained == [("bf16", True)] * 2 + [("fp32", False)] * 3
+    assert load_checkpoint(out / "last.pt")[1]["step"] > 1
+
+
+def test_the_size_of_the_validation_is_among_the_reasons(
+    root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = command(root, tmp_path / "run")
+    del run[run.index("--val-split") : run.index("--val-split") + 2]
+    assert main([*run, "--max-hours", "0.0000001"]) == 0
+    capsys.readouterr()
+    reasons = (tmp_path / "run" / "config.toml").read_text()
+    assert "# validation: 3 images with 4 objects; that is few" in reasons
+    assert main(run) == 0  # a later start says it too
+    assert "solo-train: validation: 3 images with 4 objects; " in capsys.readouterr().err
+
+
 def test_a_trained_model_with_other_classes(root: Path, tmp_path: Path, capsys: Any) -> None:
     save_tiny_checkpoint(tmp_path / "a.pt", tiny_config())
     run = command(root, tmp_path / "run")[:10]
@@ -108,15 +161,16 @@ def test_a_run_of_a_named_configuration_is_not_continued(
     assert not (tmp_path / "config.toml").exists()
 
 
-def test_data_without_objects_is_one_line(tmp_path: Path, root: Path, capsys: Any) -> None:
+def test_data_without_objects_is_refused(tmp_path: Path, root: Path, capsys: Any) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / "images").symlink_to(root / "images")
     content = json.loads((root / "annotations" / "train.json").read_text())
     file = tmp_path / "annotations" / "train.json"
     file.write_text(json.dumps({**content, "annotations": []}))
     assert main(command(tmp_path, tmp_path / "run")) == 1
-    printed = capsys.readouterr().err
-    assert "no objects" in printed and printed.count("\n") == 1
+    warning, refusal = capsys.readouterr().err.splitlines()
+    assert "train.json: no image has an object" in warning
+    assert "the training images have no objects" in refusal
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from training.configs.coco import COCO_CONFIGS
+from training.configs.facades import FACADES_CONFIGS
 from training.configs.nuclei import NUCLEI_CONFIGS
 from training.configs.schema import Config
 
-_ZOO = {config.name: config for config in (*COCO_CONFIGS, *NUCLEI_CONFIGS)}
+_ZOO = {config.name: config for config in (*COCO_CONFIGS, *NUCLEI_CONFIGS, *FACADES_CONFIGS)}
 
 
 def list_configs() -> list[str]:

@@ -54,6 +54,8 @@ CELLS_PER_OBJECT = 5
 """Least number of cells along the largest objects of a level (published: 4 to 5)."""
 LEVEL_STRIDES = (8, 8, 16, 32, 32)
 MAX_STEPS = 20_000
+FEW_STEPS = 200
+"""Below this number, training has hardly begun (measured in docs/your-own-data.md)."""
 PLANNED_SHARE = 0.85
 """Share of the time budget that the steps may take; validation and checkpoints take the rest."""
 LOW_CONTRAST = 200
@@ -372,6 +374,8 @@ def fit_schedule(
         f"schedule: {epochs} epochs, {steps} steps of {schedule.batch_size} images at {step_s:.2f} "
         f"s for {budget_s / 3600:.2g} hours; {schedule.optimizer}, rate {schedule.lr:g}, cosine"
     )
+    if steps < FEW_STEPS:
+        reason += f"; fewer than {FEW_STEPS} steps are seldom enough"
     if affordable < per_epoch:
         reason += f"; one epoch takes {per_epoch * step_s / 3600:.2g} hours, more than the budget"
     config = replace(plan.config, schedule=schedule)

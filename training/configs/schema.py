@@ -229,6 +229,12 @@ class AugmentConfig(StrictFields):
             have no upright orientation).
         brightness, contrast, gamma: Half-widths of the ranges of the photometric changes.
         invert: Probability of inverting the intensities.
+        stain: Half-width of the range of the change of gamma of each channel of colour images.
+        levels: Half of the images are reduced to at least this many grey levels, as dim images have
+            after their contrast was stretched; 256: none.
+        blur: Largest standard deviation of a Gaussian blur, px of the image; on half of the images.
+        noise: Largest standard deviation of Gaussian noise, share of the full range; on half of the
+            images.
     """
 
     short_sides: tuple[int, int] = (640, 800)
@@ -239,6 +245,18 @@ class AugmentConfig(StrictFields):
     contrast: float = 0.0
     gamma: float = 0.0
     invert: float = 0.0
+    stain: float = 0.0
+    levels: int = 256
+    blur: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"augment.levels is {self.levels}, expected 2 to 256")
+        for name in ("stain", "blur", "noise"):
+            value: float = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"augment.{name} is {value}, expected a number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)

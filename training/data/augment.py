@@ -43,15 +43,44 @@ def crop_masks(
 
 
 def photometric(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
-    """Random brightness, contrast, gamma and inversion, applied by one lookup table."""
+    """Random brightness, contrast, gamma, inversion and stain, then blur and noise.
+
+    What a configuration leaves out draws no random numbers.
+    """
     level = np.arange(256, dtype=np.float64) / 255
+    if config.levels < 256 and rng.random() < 0.5:
+        steps = float(rng.integers(config.levels, 257)) - 1
+        level = np.round(level * steps) / steps
     level = level ** np.exp(rng.uniform(-config.gamma, config.gamma))
     level = (level - 0.5) * (1 + rng.uniform(-config.contrast, config.contrast)) + 0.5
     level = level + rng.uniform(-config.brightness, config.brightness)
     if rng.random() < config.invert:
         level = 1 - level
+    if config.stain and not _is_grey(image):
+        gamma = np.exp(rng.uniform(-config.stain, config.stain, image.shape[2]))
+        level = np.clip(level, 0, 1)[:, None] ** gamma
     table = (np.clip(level, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return np.asarray(cv2.LUT(image, table), np.uint8)
+    image = np.asarray(cv2.LUT(image, table.reshape(1, 256, -1)), np.uint8)
+    return _degrade(image, config, rng)
+
+
+def _is_grey(image: UInt8) -> bool:
+    return bool((image == image[..., :1]).all())
+
+
+def _degrade(image: UInt8, config: AugmentConfig, rng: Rng) -> UInt8:
+    """Blur of the optics, then noise of the sensor, the same in all channels of a grey image."""
+    blur, noise = (
+        rng.uniform(0, most) if most and rng.random() < 0.5 else 0.0
+        for most in (config.blur, config.noise)
+    )
+    if blur >= 0.1:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), blur), np.uint8)
+    if noise:
+        shape = (*image.shape[:2], 1 if _is_grey(image) else image.shape[2])
+        changed = image + rng.normal(0, 255 * noise, shape)
+        image = np.clip(changed + 0.5, 0, 255).astype(np.uint8)
+    return image
 
 
 def build_sample(image: UInt8, objects: Iterable[tuple[UInt8, int]]) -> Sample:

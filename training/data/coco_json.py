@@ -14,37 +14,9 @@ from typing import Any
 from training.data.content import CocoContent
 from training.data.records import DatasetError
 
-YEARS = ("", "2017")
 REQUIRED = ("images", "categories")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-
-
-def find_split(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split.
-
-    Finds `annotations/{split}.json` with `images/`, and COCO 2017 as downloaded:
-    `annotations/instances_{split}2017.json` with `{split}2017/`, and for `test-dev`
-    `annotations/image_info_test-dev2017.json` with `test2017/`.
-
-    Raises:
-        DatasetError: There is no such file; lists those that were searched.
-    """
-    name = split.removeprefix("instances_").removeprefix("image_info_")
-    stems = [split] + [
-        prefix + name + year for prefix in ("", "instances_", "image_info_") for year in YEARS
-    ]
-    files = [root / "annotations" / f"{stem}.json" for stem in dict.fromkeys(stems)]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        tried = ", ".join(str(file) for file in files)
-        raise DatasetError(f"no annotations of split {split!r}: looked for {tried}")
-    names = dict.fromkeys((name, name.replace("-dev", "")))  # test-dev is a part of test
-    folders = ["images", *(n + year for n in names for year in YEARS)]
-    for folder in folders:
-        if (root / folder).is_dir():
-            return found[0], root / folder
-    raise DatasetError(f"{root} has no image folder: looked for {', '.join(folders)}")
 
 
 def read_coco_json(path: Path, image_folder: Path) -> CocoContent:

@@ -173,6 +173,8 @@ def _check_images(images: Any, labels: dict[int, int], report: Report) -> dict[I
         image_id, name = read_image_id(fields.get("id")), fields.get("file_name")
         if image_id is None or not isinstance(name, str) or not name:
             message = f"it has no valid id and file_name: {shorten(entry)}"
+            if "coco_url" in fields and name is None:
+                message += f"; its coco_url {shorten(fields['coco_url'])} does not name a file"
             report.add(Kind.IMAGE, where, message)
             continue
         if image_id in found:

@@ -7,6 +7,7 @@ its epsilon of batch norm, and pixels scaled to about -1..1.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,9 +84,17 @@ class InvertedResidual(nn.Module):
         out = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
         if self.halves:
             out = pad_same(out, self.depthwise_conv.kernel_size[0])
-        out = F.relu6(self.bn1(self.depthwise_conv(out)))
+        out = F.relu6(self.bn1(self._filter(out)))
         projected: Tensor = self.bn2(self.project_conv(out))
         return projected + x if self.adds else projected
+
+    def _filter(self, x: Tensor) -> Tensor:
+        """The depthwise convolution; on a CPU in fp32, as its gradient in bf16 takes longer."""
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                out: Tensor = self.depthwise_conv(x.float())
+                return out.to(x.dtype)
+        return self.depthwise_conv(x)  # type: ignore[no-any-return]
 
 
 class EfficientNetLite0(nn.Module):

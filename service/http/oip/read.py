@@ -74,10 +74,11 @@ def read_request(body: bytes, header_length: int | None, max_images: int) -> Inf
     binary = memoryview(body)[len(text) :]
     parameters = request.parameters or InferParameters()
     images = _read_images(request.inputs[0], data, binary, max_images)
-    return InferCall(request.id, images, parameters, _choose_outputs(request, parameters))
+    return InferCall(request.id, images, parameters, choose_outputs(request, parameters))
 
 
-def _choose_outputs(request: InferRequest, parameters: InferParameters) -> dict[OutputName, bool]:
+def choose_outputs(request: InferRequest, parameters: InferParameters) -> dict[OutputName, bool]:
+    """The outputs that a request asks for, in their order, and whether each is to be binary."""
     default = parameters.binary_data_output
     if not request.outputs:
         return dict.fromkeys(OUTPUTS, default)
@@ -100,11 +101,21 @@ def _read_json(text: bytes, data: DataArray | None) -> InferRequest:
     try:
         content = orjson.loads(text)
         json.loads(text.decode(), object_pairs_hook=_refuse_repeated)  # orjson takes the last
+        return validate_request(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the {len(text)} bytes of JSON are invalid: {error}") from error
+
+
+def validate_request(content: Any) -> InferRequest:
+    """A request from plain values.
+
+    Raises:
+        InvalidParameter: Names each field that is wrong.
+    """
+    try:
         return InferRequest.model_validate(content)
     except ValidationError as error:
         raise InvalidParameter(explain_errors(error.errors(include_url=False), "field")) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the {len(text)} bytes of JSON are invalid: {error}") from error
 
 
 def _refuse_repeated(members: list[tuple[str, Any]]) -> None:
@@ -132,25 +143,46 @@ def _read_images(
         raise InvalidRequest(
             "the input's array must be the first member named 'data', written without escapes"
         )
+    if data is None:
+        return read_binary(tensor, binary, max_images)
     if tensor.datatype == "UINT8":
-        return [_read_pixels(tensor.shape, binary if data is None else data)]
-    return _read_files(tensor.shape, binary if data is None else data, max_images)
+        _check_pixels(tensor.shape)
+        return [decode_pixels(data, tensor.shape)]
+    count = count_files(tensor.shape, max_images)
+    files = decode_files(data)
+    check_files(files, count)
+    return files
 
 
-def _read_files(
-    shape: Sequence[int], data: memoryview | DataArray, max_images: int
-) -> Sequence[bytes]:
+def read_binary(tensor: InferInput, binary: memoryview, max_images: int) -> Sequence[bytes | UInt8]:
+    """The images of an input from its binary data.
+
+    Raises:
+        InvalidRequest, InvalidParameter, TooManyImages: The data do not fit the shape.
+    """
+    if tensor.datatype == "UINT8":
+        return [read_pixels(tensor.shape, np.frombuffer(binary, np.uint8))]
+    return _split_files(binary, count_files(tensor.shape, max_images))
+
+
+def count_files(shape: Sequence[int], max_images: int) -> int:
+    """The number of files in a BYTES input.
+
+    Raises:
+        InvalidParameter, TooManyImages
+    """
     if len(shape) != 1:
         raise InvalidParameter(f"the shape of a BYTES 'image' must be [N], not {list(shape)}")
     (count,) = shape
     if count > max_images:
         raise TooManyImages(f"a request may have at most {max_images} images, not {count}")
-    if isinstance(data, memoryview):
-        return _split_files(data, count)
-    files = decode_files(data)
+    return count
+
+
+def check_files(files: Sequence[bytes], count: int) -> None:
+    """Raises InvalidParameter if there are more or fewer files than the shape says."""
     if len(files) != count:
         raise InvalidParameter(f"the shape [{count}] does not match {len(files)} files")
-    return files
 
 
 def _split_files(binary: memoryview, count: int) -> list[bytes]:
@@ -178,12 +210,18 @@ def _split_files(binary: memoryview, count: int) -> list[bytes]:
     return files
 
 
-def _read_pixels(shape: Sequence[int], data: memoryview | DataArray) -> UInt8:
-    if len(shape) != 3 or shape[2] != 3:
-        raise InvalidParameter(f"the shape of a UINT8 'image' must be [H, W, 3], not {list(shape)}")
-    if isinstance(data, DataArray):
-        return decode_pixels(data, shape)
-    pixels: UInt8 = np.frombuffer(data, np.uint8)
+def read_pixels(shape: Sequence[int], pixels: UInt8) -> UInt8:
+    """The pixels of a UINT8 input in its shape.
+
+    Raises:
+        InvalidParameter: The shape is not [H, W, 3], or does not match.
+    """
+    _check_pixels(shape)
     if pixels.size != shape[0] * shape[1] * 3:
         raise InvalidParameter(f"the shape {list(shape)} does not match {pixels.size} numbers")
     return pixels.reshape(shape)
+
+
+def _check_pixels(shape: Sequence[int]) -> None:
+    if len(shape) != 3 or shape[2] != 3:
+        raise InvalidParameter(f"the shape of a UINT8 'image' must be [H, W, 3], not {list(shape)}")

@@ -42,8 +42,13 @@ def build_tensors(entries: Sequence[Mapping[str, Any]]) -> dict[OutputName, Valu
         "image_hw": np.array(
             [(entry.get("height", 0), entry.get("width", 0)) for entry in entries], np.int64
         ),
-        "error": ["" if e is None else f"{e['code']}: {e['message']}" for e in errors],
+        "error": ["" if e is None else _describe(e) for e in errors],
+        "warnings": ["\n".join(map(_describe, e.get("warnings") or [])) for e in entries],
     }
+
+
+def _describe(entry: Mapping[str, str]) -> str:
+    return f"{entry['code']}: {entry['message']}"
 
 
 def build_body(
@@ -64,10 +69,13 @@ def build_body(
     described, binary = [], []
     for name, is_binary in outputs.items():
         values = tensors[name]
-        shape = [len(values)] if isinstance(values, list) else list(values.shape)
-        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name].datatype, "shape": shape}
+        tensor: dict[str, Any] = {
+            "name": name,
+            "datatype": OUTPUTS[name].datatype,
+            "shape": find_shape(values),
+        }
         if is_binary:
-            binary.append(_to_bytes(values))
+            binary.append(to_bytes(values))
             tensor["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
             tensor["data"] = values if isinstance(values, list) else values.reshape(-1)
@@ -76,7 +84,12 @@ def build_body(
     return b"".join([text, *binary]), len(text) if binary else None
 
 
-def _to_bytes(values: Values) -> bytes:
+def find_shape(values: Values) -> list[int]:
+    """The shape of an output's values."""
+    return [len(values)] if isinstance(values, list) else list(values.shape)
+
+
+def to_bytes(values: Values) -> bytes:
     """Little-endian numbers; strings are prefixed with their length."""
     if not isinstance(values, list):
         return values.astype(values.dtype.newbyteorder("<")).tobytes()

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from service.errors import build_error_body, describe_error
+from service.errors import build_error_body
 from service.http.body import read_body
+from service.http.oip.infer import build_options, find_failure
 from service.http.oip.read import InferCall, read_request
 from service.http.oip.schemas import (
     InferRequest,
@@ -30,12 +31,13 @@ from service.http.routes.segment import MAX_FILES, get_timeout_header, segment_i
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs, VersionNumber
 from service.protocol import ModelState, Segmenter
-from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
+from service.settings import Settings
+from service.work.request import ClientProfile, ImageFile, Outcome, RequestProgress
 
 router = APIRouter(tags=["open inference protocol"])
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-EXTENSIONS = ("binary_tensor_data", "model_repository", "parameters")
+BINARY_DATA = "binary_tensor_data"
 HeaderLength = Annotated[
     int | None,
     Header(alias=HEADER_LENGTH, ge=1, description="bytes of JSON before the binary data"),
@@ -93,9 +95,14 @@ async def show_server(request: Request) -> ServerMetadata:
     curl --fail-with-body localhost:8000/v2
     ```
     """
-    elsewhere = {"model_repository"} if request.app.state.settings.admin_port is not None else set()
-    extensions = [name for name in EXTENSIONS if name not in elsewhere]
+    extensions = [BINARY_DATA, *list_extensions(request.app.state.settings)]
     return ServerMetadata(name="solo-serve", version=request.app.version, extensions=extensions)
+
+
+def list_extensions(settings: Settings) -> list[str]:
+    """The protocol's extensions that both HTTP and gRPC have; the admin port has the repository."""
+    repository = [] if settings.admin_port is not None else ["model_repository"]
+    return ["model_configuration", *repository, "parameters", "statistics"]
 
 
 @router.get("/v2/models/{name}/ready", responses=_NOT_READY)
@@ -200,37 +207,12 @@ async def _infer(name: str, version: int | None, sent: Sent) -> Response:
             RequestProgress(began_s=request.state.began_s),
             timeout_ms,
         )
-    outcomes = segmented.outcomes
-    failed = [index for index, outcome in enumerate(outcomes) if outcome.error is not None]
-    if failed and (len(outcomes) == 1 or "error" not in call.outputs):
-        return _build_failure(request, failed[0], outcomes[failed[0]])
-    return _build_answer(segmented.model, call, outcomes)
-
-
-def build_options(call: InferCall) -> RequestOptions:
-    """The options of a call."""
-    parameters = call.parameters
-    return RequestOptions(
-        score_threshold=parameters.score_threshold,
-        max_instances=parameters.max_instances,
-        overlaps=parameters.overlaps,
-        object_size_px=parameters.object_size_px,
-        um_per_px=parameters.um_per_px,
-        channel=parameters.channel,
-        z=parameters.z,
-        t=parameters.t,
-        masks="rle" if "rle" in call.outputs else "none",
-        priority="batch" if parameters.priority > 1 else "interactive",
-    )
-
-
-def _build_failure(request: Request, index: int, outcome: Outcome) -> Response:
-    """The request's failure because of one image."""
-    assert outcome.error is not None
-    status, detail = describe_error(outcome.error)
-    named = {**detail, "message": f"image {index}: {detail['message']}"}
-    body = build_error_body(named, request.url.path)
-    return Response(body, status, media_type="application/json")
+    failure = find_failure(call, segmented.outcomes)
+    if failure is not None:
+        status, detail = failure
+        failed = build_error_body(detail, request.url.path)
+        return Response(failed, status, media_type="application/json")
+    return _build_answer(segmented.model, call, segmented.outcomes)
 
 
 def _build_answer(model: ModelState, call: InferCall, outcomes: Sequence[Outcome]) -> Response:

@@ -8,11 +8,17 @@ from fastapi import APIRouter
 
 from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.http.routes.state import SegmenterDep
-from service.http.schemas import ModelDetail, ModelList, ModelSummary, VersionNumber
+from service.http.schemas import (
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+    ShadowModel,
+    VersionNumber,
+)
 from service.protocol import ModelState, Segmenter
 
 router = APIRouter(tags=["models"])
-_FAILURES: dict[int | str, dict[str, Any]] = {
+FAILURES: dict[int | str, dict[str, Any]] = {
     404: {"model": ProtocolError, "description": "No such model or version"},
     422: {"model": ProtocolError, "description": "The version is no number"},
     503: {"model": ProtocolError, "description": "The model was refused"},
@@ -49,7 +55,7 @@ async def list_models(segmenter: SegmenterDep) -> ModelList:
     )
 
 
-@router.get("/v2/models/{name}", responses=_FAILURES)
+@router.get("/v2/models/{name}", responses=FAILURES)
 async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
     """What config.json says of a model, what it runs on, and its tensors.
 
@@ -60,16 +66,20 @@ async def show_model(name: str, segmenter: SegmenterDep) -> ModelDetail:
     return describe_model(segmenter.find(name, None), segmenter)
 
 
-@router.get("/v2/models/{name}/versions/{version}", responses=_FAILURES)
+@router.get("/v2/models/{name}/versions/{version}", responses=FAILURES)
 async def show_version(name: str, version: VersionNumber, segmenter: SegmenterDep) -> ModelDetail:
     """As `/v2/models/{name}`, of a certain version."""
     return describe_model(segmenter.find(name, version), segmenter)
 
 
+def find_versions(segmenter: Segmenter, name: str) -> list[int]:
+    """The versions of a model that are served, ascending."""
+    return sorted(model.version for model in segmenter.models if model.name == name)
+
+
 def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
     """The Open Inference Protocol's metadata and ours."""
     engine = model.engine
-    versions = [other.version for other in segmenter.models if other.name == model.name]
     config = model.config.model_dump(
         mode="json",
         include={
@@ -88,7 +98,7 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
         },
     )
     return ModelDetail(
-        versions=[str(version) for version in sorted(versions)],
+        versions=[str(version) for version in find_versions(segmenter, model.name)],
         platform=engine.name,
         inputs=[INPUT],
         outputs=list(OUTPUTS.values()),
@@ -98,5 +108,6 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
         precision=engine.precision,
         asked_precision=model.asked_precision,
         max_batch=model.max_batch,
+        shadow=None if model.shadow is None else ShadowModel(**vars(model.shadow)),
         **config,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,7 +13,9 @@ from service.http.body import read_body
 from service.http.explain import explain_errors
 from service.http.oip.schemas import ProtocolError, inline_schema
 from service.http.routes.state import SegmenterDep, require_admin
-from service.http.schemas import IndexQuery, LoadResponse, RepositoryEntry
+from service.http.schemas import IndexQuery, LoadQuery, LoadResponse, RepositoryEntry
+from service.protocol import Segmenter
+from service.settings import Settings
 
 router = APIRouter(tags=["model repository"])
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -42,12 +45,41 @@ async def _read_query(request: Request) -> IndexQuery:
         raise InvalidParameter(explain_errors(error.errors(), "field")) from error
 
 
-async def _require_control(request: Request) -> None:
-    if not request.app.state.settings.model_control:
+def check_control(settings: Settings) -> None:
+    """Raises Forbidden if models may not be loaded and unloaded by request."""
+    if not settings.model_control:
         raise Forbidden("model control is off; the server must be started with --model-control")
 
 
-_CONTROLLED = [Depends(_require_control), Depends(require_admin)]
+async def _require_control(request: Request) -> None:
+    check_control(request.app.state.settings)
+
+
+async def _refuse_parameters(request: Request) -> None:
+    """Refuses what would be ignored: another configuration, or files, for a model."""
+    body = await read_body(request, _MAX_INDEX_BYTES)
+    if not body.strip():
+        return
+    try:
+        query = LoadQuery.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidParameter(explain_errors(error.errors(), "field")) from error
+    check_parameters(query.parameters)
+
+
+def check_parameters(parameters: Mapping[str, object]) -> None:
+    """Raises InvalidParameter if a request to load or unload has one that is not supported."""
+    for name, value in parameters.items():
+        if name != "unload_dependents" or value not in (False, None):
+            raise InvalidParameter(
+                f"the parameter {name!r} is not supported; a model is as its folder says"
+            )
+
+
+_CONTROLLED = [
+    *(Depends(_require_control), Depends(require_admin)),
+    Depends(_refuse_parameters),
+]
 
 
 @router.post("/v2/repository/index", openapi_extra=_INDEX_BODY)
@@ -59,11 +91,16 @@ async def list_repository(request: Request, segmenter: SegmenterDep) -> list[Rep
     ```
     """
     query = await _read_query(request)
+    return list_entries(segmenter, only_ready=query.ready)
+
+
+def list_entries(segmenter: Segmenter, *, only_ready: bool) -> list[RepositoryEntry]:
+    """The repository index, by name."""
     entries = [
         RepositoryEntry(name=model.name, version=str(model.version), state="READY")
         for model in segmenter.models
     ]
-    if not query.ready:
+    if not only_ready:
         entries += [
             RepositoryEntry(name=name, version="", state="UNAVAILABLE", reason=reason)
             for name, reason in segmenter.unavailable.items()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -16,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from service.errors import (
-    DeadlineExceeded,
     EmptyBody,
     InvalidMultipart,
     InvalidParameter,
@@ -24,11 +22,13 @@ from service.errors import (
 )
 from service.http.body import check_encoding, read_body
 from service.http.form import PART_NAME, read_form
+from service.http.routes.documents import FILE_TYPES, choose_document
 from service.http.routes.progress import ProgressResponse
 from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
 from service.observe.timing import NO_TIME
 from service.protocol import Segmented, Segmenter
+from service.work.in_time import Stopped, describe_deadline, run_in_time
 from service.work.request import ClientProfile, ImageFile, RequestOptions, RequestProgress
 
 PATH = "/segment"
@@ -75,8 +75,9 @@ router = APIRouter(tags=["segment"])
     responses={
         200: {
             "model": SegmentResponse,
-            "content": {PNG: _BINARY, NDJSON: _BINARY},
-            "description": "Instances; for Accept: image/png the picture with its masks; for "
+            "content": dict.fromkeys((PNG, NDJSON, *FILE_TYPES), _BINARY),
+            "description": "Instances; with `format` a file, of several images a ZIP unless the "
+            "format holds them all; for Accept: image/png the picture with its masks; for "
             "Accept: application/x-ndjson a progress line at least every 5 s, then a line with the "
             "result or the error",
         },
@@ -115,6 +116,7 @@ async def segment(
     curl --fail-with-body -F images=@$image -F images=@$image localhost:8000/segment
     curl --fail-with-body --data-binary @$image 'localhost:8000/segment?masks=polygon'
     curl --fail-with-body -H 'Accept: image/png' -F images=@$image localhost:8000/segment -o out.png
+    curl --fail-with-body -F images=@$image 'localhost:8000/segment?format=geojson' -o out.geojson
     curl --fail-with-body -H 'Accept: application/x-ndjson' -F images=@$image localhost:8000/segment
     ```
     """
@@ -125,6 +127,9 @@ async def segment(
         max_images = min(MAX_FILES, segmenter.admission.max_canvases)
         images, fields = await read_images(request, max_images)
         query = add_fields(query, fields)
+        document = choose_document(query, images)
+        if document is not None and media_type == PNG:
+            media_type = JSON  # the format decides
         if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
         options = RequestOptions(
@@ -137,8 +142,11 @@ async def segment(
             z=query.z,
             t=query.t,
             picture=query.picture,
+            scale=query.scale,
             masks=query.masks,
             overlay=media_type == PNG,
+            format=query.format,
+            simplify_px=query.simplify_px,
             priority=query.priority,
         )
         timeout_ms = query.timeout_ms or x_timeout_ms
@@ -146,11 +154,14 @@ async def segment(
             request, segmenter, model, images, options, client, progress, timeout_ms
         )
         if media_type == NDJSON:
-            response = ProgressResponse(work, build_body, progress, request.url.path)
+            build = build_body if document is None else document.build_line
+            response = ProgressResponse(work, build, progress, request.url.path)
             await response.admitted()
             response.closes(stack.pop_all())
             return response
         segmented = await work
+    if document is not None:
+        return document.respond(segmented)
     if media_type == PNG:
         outcome = only_success(segmented)
         return Response(outcome.payload, media_type=PNG, headers={"vary": "accept"})
@@ -179,7 +190,7 @@ def read_parameters(request: Request) -> tuple[SegmentQuery, int | None]:
     wrong: list[dict[str, Any]] = []
     if request.scope["query_string"]:
         try:
-            query = SegmentQuery.model_validate(_split_query(request.scope["query_string"]))
+            query = SegmentQuery.model_validate(split_query(request.scope["query_string"]))
         except ValidationError as error:
             wrong += _locate(error, "query")
     header = get_timeout_header(request)
@@ -204,7 +215,7 @@ def get_timeout_header(request: Request) -> str | None:
     return values[0] if values else None
 
 
-def _split_query(text: bytes) -> dict[str, str]:
+def split_query(text: bytes) -> dict[str, str]:
     """Names and values of a query, decoded."""
     try:
         pairs = parse_qsl(
@@ -276,41 +287,21 @@ async def segment_in_time(
         DeadlineExceeded: The deadline has passed.
     """
     timeout_ms = timeout_ms or request.app.state.settings.request_timeout_ms
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    cancelled_before = task.cancelling()
-    stopped: str | None = None
-
-    def stop(reason: str) -> None:
-        nonlocal stopped
-        if stopped is None:
-            stopped = reason
-            task.cancel()
-
-    timer = loop.call_at(request.state.began_s + timeout_ms / 1e3, stop, "deadline")
-    watcher = asyncio.ensure_future(_watch_client(request, stop))
+    deadline_s = request.state.began_s + timeout_ms / 1e3
+    work = segmenter.segment(model, images, options, client, progress)
     try:
-        return await segmenter.segment(model, images, options, client, progress)
-    except asyncio.CancelledError as error:
-        if stopped is None or task.uncancel() > cancelled_before:
-            raise  # it was cancelled from outside, too
-        segmenter.metrics.cancelled_images.labels(model.name, stopped).inc(len(images))
-        if stopped == "client_left":
+        return await run_in_time(work, deadline_s, _wait_for_leaving(request))
+    except Stopped as stopped:
+        segmenter.metrics.cancelled_images.labels(model.name, stopped.reason).inc(len(images))
+        if stopped.reason == "client_left":
             raise ClientDisconnect from None
-        raise DeadlineExceeded(
-            f"the request was not done within {timeout_ms} ms; {progress.done} of "
-            f"{progress.canvases} canvases were done"
-        ) from error
-    finally:
-        timer.cancel()
-        watcher.cancel()
+        raise describe_deadline(timeout_ms, progress) from stopped
 
 
-async def _watch_client(request: Request, stop: Callable[[str], None]) -> None:
-    """Calls `stop` when the client closes the connection; the body must have been read."""
+async def _wait_for_leaving(request: Request) -> None:
+    """Returns when the client closes the connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    stop("client_left")
 
 
 def only_success(segmented: Segmented) -> Any:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-from asyncio import sleep
-from functools import lru_cache
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from service.errors import Forbidden, Unauthorized
+from service.http.clients import check_admin, client_at, find_spec
 from service.http.keys import KeyRing, KeySpec
 from service.protocol import Segmenter
 from service.work.request import ClientProfile
@@ -26,24 +23,14 @@ SegmenterDep = Annotated[Segmenter, Depends(get_segmenter)]
 async def find_key(request: Request) -> KeySpec | None:
     """The entry of the request's API key; None where the server asks for no keys.
 
-    A valid key is accepted at once, however many wrong ones its address has sent.
-
     Raises:
-        Unauthorized: The request has no key, or one that is not known.
-        TooManyWrongKeys: The key is not known, nor were many others of its address.
+        Unauthorized, TooManyWrongKeys: See `find_spec`.
     """
     ring = cast(KeyRing | None, request.app.state.keys)
-    if ring is None:
-        return None
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    key = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
-    if not key:
-        raise Unauthorized("an API key is needed: header X-API-Key, or a bearer token")
-    spec = ring.find(key)
-    if spec is None:
-        await sleep(ring.wrong.count(_client_of(request).name))
-        raise Unauthorized("the API key is not known")
-    return spec
+    return await find_spec(ring, request.headers, _address_of(request))
+
+
+KeyDep = Annotated[KeySpec | None, Depends(find_key)]
 
 
 async def find_client(request: Request) -> ClientProfile:
@@ -53,30 +40,11 @@ async def find_client(request: Request) -> ClientProfile:
         Unauthorized: The server asks for keys, and the request has none that is known.
     """
     spec = await find_key(request)
-    if spec is not None:
-        return spec.client
-    return _client_of(request)
+    return client_at(_address_of(request)) if spec is None else spec.client
 
 
-def _client_of(request: Request) -> ClientProfile:
-    return _client_at("" if request.client is None else request.client.host)
-
-
-@lru_cache(maxsize=4096)
-def _client_at(address: str) -> ClientProfile:
-    """A client by address; of IPv6 addresses the /64 network, which is one client's.
-
-    A socket for both families gives the addresses of IPv4 clients as `::ffff:a.b.c.d`.
-    """
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return ClientProfile(name=address)
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return ClientProfile(name=address)
-    if parsed.ipv4_mapped is not None:
-        return ClientProfile(name=str(parsed.ipv4_mapped))
-    return ClientProfile(name=str(ipaddress.ip_network((parsed, 64), strict=False)))
+def _address_of(request: Request) -> str:
+    return "" if request.client is None else request.client.host
 
 
 ClientDep = Annotated[ClientProfile, Depends(find_client)]
@@ -88,6 +56,4 @@ async def require_admin(request: Request) -> None:
     Raises:
         Forbidden: The key is not an administrator's.
     """
-    spec = await find_key(request)
-    if spec is not None and not spec.admin:
-        raise Forbidden(f"key {spec.name!r} is not an administrator's")
+    check_admin(await find_key(request))

@@ -125,6 +125,21 @@ export async function segment(file, model, { planes, picture, onProgress, signal
   return { result: results[0], timing, canvases: cost.canvases, version, roundTripMs };
 }
 
+/**
+ * The instances of an image as a file of another program; the server segments the image again.
+ *
+ * @returns {blob, name}
+ */
+export async function exportFile(file, model, { format, threshold, signal }) {
+  const query = new URLSearchParams({ model: model.name, score_threshold: threshold, format });
+  const body = new FormData();
+  body.append("images", file, file.name || "image");
+  const response = await ask(`segment?${query}`, { method: "POST", body, signal });
+  const disposition = response.headers.get("content-disposition") ?? "";
+  const name = /filename\*=UTF-8''([^;]+)/.exec(disposition)?.[1] ?? "image";
+  return { blob: await response.blob(), name: decodeURIComponent(name) };
+}
+
 /** The answer: the last line of a stream of progress lines, or the whole body. */
 async function readAnswer(response, onProgress) {
   const type = response.headers.get("content-type") ?? "";

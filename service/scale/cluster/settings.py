@@ -11,6 +11,7 @@ from service.settings import PositiveInt, Settings
 
 _ONE_SERVER_ONLY = {
     "admin_port": "Serve has one port",
+    "grpc_port": "Serve has one port, for HTTP",
     "devices": "Ray gives each worker its GPUs, see --num-gpus",
     "model_control": "it would change one worker; use --model-poll-s",
     "workers": "use --min-replicas",

@@ -16,6 +16,7 @@ import uvicorn
 
 from service.engines.visible import share_devices, show_devices
 from service.errors import StartupError
+from service.grpc.front import build_front_ends
 from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server, freeze_imports
 from service.http.signals import END_S, EXIT_FAILED, SIGNALS
@@ -66,7 +67,9 @@ def run_child(settings: Settings, index: int, channel: socket.socket) -> None:
         if settings.device != "cpu" and index == 0:  # one is enough to watch the machine's GPUs
             peers.metrics.watch_gpus(find_gpus())
         segmenter = LocalSegmenter(settings, repository, peers.metrics)
-        server = build_server(settings, repository, segmenter, Intake(end, segmenter, peers))
+        intake = Intake(end, segmenter, peers)
+        fronts = build_front_ends(settings)
+        server = build_server(settings, repository, segmenter, intake, fronts)
     except StartupError as error:
         sys.exit(f"solo-serve: error: worker {index}: {error}")
     server.run()

@@ -53,6 +53,11 @@ def run_workers(settings: Settings) -> int:
         if settings.admin_port is not None:
             admin = bind(settings.admin_host, settings.admin_port, WHAT[ADMIN])
             sockets[ADMIN] = stack.enter_context(admin)
+        if settings.grpc_port is not None:
+            # Keeps other servers off the port; the workers listen on it.
+            reserved = stack.enter_context(bind(settings.host, settings.grpc_port, "gRPC"))
+            port = reserved.getsockname()[1]
+            settings = settings.model_copy(update={"grpc_port": port})
         parent = Parent(settings, sockets)
         stack.enter_context(handle_signals(parent.take_signal))
         return parent.run()

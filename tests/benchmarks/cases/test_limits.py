@@ -1,4 +1,4 @@
-"""`fairness` and `memory`: their plumbing on small inputs."""
+"""`fairness`, `jobs` and `memory`: their plumbing on small inputs."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def test_memory_is_measured_beyond_the_pixels(
         assert row["baseline, MB"] > 30
         assert row["beyond the pixels, MB"] == pytest.approx(row["added, MB"] - row["pixels, MB"])
         assert row["canvases"] > 1
+
+
+def test_a_small_client_is_measured_alone_and_beside_a_job(
+    run_case: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = publish(tmp_path / "repo")
+    flags = "--files 4000 --seconds 1 --flags jobs-in-flight=1"
+    report = run_case("jobs", "--model", model, *flags.split())
+    assert [row[""] for row in report["rows"]] == ["alone", "during"]
+    assert all(row["answers"] > 0 and row["p99, ms"] > 0 for row in report["rows"])
+    assert all(row["job, files/s"] > 0 for row in report["rows"])
+    assert set(report["ratios"]) == {"p50 during / alone", "p99 during / alone"}

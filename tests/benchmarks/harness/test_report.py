@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ def test_the_machine_is_described_without_its_name() -> None:
     assert machine["versions"]["pytest"] == pytest.__version__
     assert machine["versions"]["no-such-distribution"] is None
     assert set(machine) == {"cpu", "cores", "memory_gb", "system", "python", "versions"}
+
+
+def test_a_processor_without_a_name_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.harness.report.read_cpu", lambda: ("A CPU", "avx2"))
+    assert describe_machine()["cpu"] == "A CPU"
+    monkeypatch.setattr("benchmarks.harness.report.read_cpu", lambda: ("", ""))
+    assert describe_machine()["cpu"] == platform.machine()
 
 
 def test_a_table_aligns_its_numbers_right() -> None:

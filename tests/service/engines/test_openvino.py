@@ -74,6 +74,7 @@ class FakeRequest:
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
+        self._inputs: dict[str, Any] = {}
         self.is_cancelled = False
         self._pixel = 0.0
         self._scores = np.zeros((1, 2), np.float32)
@@ -81,9 +82,14 @@ class FakeRequest:
         labels = np.zeros((1, 2), np.int64)
         self._outputs = {"scores": self._scores, "labels": labels, "mask_probs": masks}
 
-    def start_async(self, feeds: dict[str, Any], *, share_inputs: bool) -> None:
-        self.batches.append(feeds["images"].shape)
-        self._pixel = float(feeds["images"][0, 0, 0, 0]) / 255
+    def set_tensor(self, name: str, tensor: Any) -> None:
+        self._inputs[name] = tensor
+
+    def start_async(self) -> None:
+        images, valid_hw = self._inputs["images"], self._inputs["valid_hw"]
+        self.batches.append(images.shape)
+        assert valid_hw.tolist() == [list(images.shape[1:3])]
+        self._pixel = float(images[0, 0, 0, 0]) / 255
 
     def wait(self) -> None:
         self._scores[:] = [[self._pixel, 0]]
@@ -95,10 +101,17 @@ class FakeRequest:
         self.is_cancelled = True
 
 
+def share(array: Any, *, shared_memory: bool) -> Any:
+    """Stands for `openvino.Tensor`."""
+    assert shared_memory
+    assert array.flags.c_contiguous
+    return array
+
+
 def test_a_slot_runs_canvases_one_by_one_and_keeps_no_view_of_the_engines_memory() -> None:
     request = FakeRequest()
     tiles = build_batch(3, 16, 16)
-    found = OpenVinoSlot(request).infer(tiles)
+    found = OpenVinoSlot(request, share).infer(tiles)
     assert request.batches == [(1, 16, 16, 3)] * 3
     expected = [float(np.float32(int(tile.image[0, 0, 0])) / 255) for tile in tiles]
     assert [float(one.scores[0]) for one in found] == pytest.approx(expected)
@@ -108,7 +121,7 @@ def test_a_slot_runs_canvases_one_by_one_and_keeps_no_view_of_the_engines_memory
 
 def test_a_slot_without_canvases_and_a_closed_one() -> None:
     request = FakeRequest()
-    slot = OpenVinoSlot(request)
+    slot = OpenVinoSlot(request, share)
     assert slot.infer([]) == []
     slot.interrupt()
     assert request.is_cancelled

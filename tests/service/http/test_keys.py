@@ -290,7 +290,7 @@ async def test_many_wrong_keys_are_429_and_a_valid_one_is_served(
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr("service.http.routes.state.sleep", sleep)
+    monkeypatch.setattr("service.http.clients.sleep", sleep)
     monkeypatch.setattr("service.http.keys.WRONG_KEY_EVERY_S", 60.0)
     monkeypatch.setattr("service.http.keys.MAX_DELAY_S", 60.0)
     async with open_client(guarded) as client:

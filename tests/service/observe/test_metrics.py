@@ -15,6 +15,8 @@ from tests.support.metrics import render
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 NAMES = {
+    *(f"solo_shadow_{name}" for name in ("agreement", "iou", "running", "score_difference")),
+    *(f"solo_shadow_{name}_total" for name in ("decisions", "images", "instances")),
     "solo_stage_duration_seconds",
     "solo_request_duration_seconds",
     "solo_batch_size",
@@ -24,6 +26,13 @@ NAMES = {
     "solo_canvases_total",
     "solo_image_errors_total",
     "solo_instances_total",
+    "solo_jobs_bytes",
+    "solo_jobs_files_in_flight",
+    "solo_jobs_files_open",
+    "solo_jobs_files_total",
+    "solo_jobs_open",
+    "solo_jobs_store_errors_total",
+    "solo_jobs_webhooks_total",
     "solo_rejections_total",
     "solo_engine_failures_total",
     "solo_engine_pixels_total",

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.journal import Journal
 from service.models.publishing import write_default
 from service.predict import command, main
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.journal import Journal
 from service.predict.predictors import Prediction
+from service.predict.sources import find_model
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
@@ -120,7 +121,7 @@ def test_one_of_several_models_is_named_or_is_the_default(tmp_path: Path, images
         predict(tmp_path, str(images))
     assert predict(tmp_path, str(images), "--model", "b")
     write_default(tmp_path / "repo", "a")
-    assert command.find_model(tmp_path / "repo", None).name == "a"
+    assert find_model(tmp_path / "repo", None).name == "a"
     assert predict(tmp_path, str(images), "--restart")
 
 
@@ -167,13 +168,20 @@ class FakePredictor:
         self.failure: dict[bytes, Exception] = {}
         self.served = "blobs:1"
         self.truncated: set[bytes] = set()
+        self.warnings: dict[bytes, list[dict[str, str]]] = {}
 
     def predict(self, data: bytes) -> Prediction:
         self.seen.append(data)
         if data in self.failure:
             raise self.failure[data]
         result = {"category_id": 1, "score": 0.5, "of": data.decode()}
-        return Prediction([result], "segmentation", self.served, truncated=data in self.truncated)
+        return Prediction(
+            [result],
+            "segmentation",
+            self.served,
+            truncated=data in self.truncated,
+            warnings=self.warnings.get(data, []),
+        )
 
 
 @pytest.fixture
@@ -325,6 +333,21 @@ def test_truncated_images_are_counted_also_those_of_the_run_before(
     ) in capsys.readouterr().err
     main(["*.png", "--quiet"])
     assert "warning" not in capsys.readouterr().err
+
+
+def test_warnings_are_listed_also_those_of_the_run_before(
+    predictor: FakePredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor.warnings = {b"a": [{"code": "unusual_image", "message": "it is\nother"}]}
+    predictor.failure[b"d"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    predictor.failure.clear()
+    predictor.warnings = {b"d": [{"code": "unusual_image", "message": "so is this"}]}
+    main(["*.png", "--quiet"])
+    lines = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(lines) if "warning: unusual_image in 2 of" in line)
+    assert lines[start + 1].startswith("  a.png: it is") and "d.png: so is this" in lines[start + 2]
 
 
 def test_a_result_that_is_as_long_as_the_limit_is_counted(

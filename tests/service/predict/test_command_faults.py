@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.predict import command, main
-from service.predict.errors import ImageUnusable
+from service.jobs.errors import ImageUnusable
+from service.predict import command, main, sources
 from service.predict.predictors import Prediction
 from solo_client import Retry
 from tests.solo_client.fake_server import FakeServer, line, stream
@@ -329,7 +329,7 @@ def test_addresses_that_cannot_be_used_are_one_line(tmp_path: Path, url: str) ->
 def test_a_server_that_is_not_there_ends_the_run_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "RETRY", Retry(attempts=1))
+    monkeypatch.setattr(sources, "RETRY", Retry(attempts=1))
     (tmp_path / "a.png").write_bytes(encode(0))
     url = f"http://127.0.0.1:{free_port()}"
     said = fail(str(tmp_path / "a.png"), "--url", url, "--out", str(tmp_path / "out.json"))

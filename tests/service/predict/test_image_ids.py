@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from service.errors import StartupError
-from service.predict.errors import ImageUnusable
-from service.predict.files import LocalFile, build_folder
+from service.jobs.errors import ImageUnusable
+from service.jobs.files import LocalFile, build_folder
+from service.jobs.listing import Listing
 from service.predict.image_ids import KnownIds, assign_ids, find_image_id, read_image_ids
-from service.predict.listing import Listing
 
 
 def read(tmp_path: Path, *images: tuple[str, Any]) -> KnownIds:

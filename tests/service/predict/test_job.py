@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from service.predict.errors import ImageUnusable, RunFailed
-from service.predict.files import ImageFile, LocalFile, build_folder
+from service.jobs.database import JournalDiffers
+from service.jobs.errors import ImageUnusable, RunFailed
+from service.jobs.files import ImageFile, LocalFile, build_folder
+from service.jobs.journal import Journal
+from service.jobs.listing import Listing
 from service.predict.job import (
     MOST_BYTES,
     Found,
@@ -22,8 +25,6 @@ from service.predict.job import (
     read_stamp,
     write_results,
 )
-from service.predict.journal import Journal, JournalDiffers
-from service.predict.listing import Listing
 from service.predict.predictors import Prediction
 
 

@@ -8,14 +8,11 @@ import stat
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from service.errors import StartupError
 from service.predict.outputs import (
     Outputs,
     check_outputs,
-    is_picture,
-    mark_picture,
     replace_file,
 )
 
@@ -108,18 +105,6 @@ def test_folders_are_made_and_tried(tmp_path: Path) -> None:
         same.create()
     with pytest.raises(OSError):
         Outputs(tmp_path / "out.json", Path("/proc/self")).create()
-
-
-def test_pictures_are_known_by_name_and_mark(tmp_path: Path) -> None:
-    image = Image.new("RGB", (300, 200))
-    for name in ("00001_a.png", "a.png", "1_a.png", "123456_\n.png"):
-        image.save(tmp_path / name, pnginfo=mark_picture())
-    image.save(tmp_path / "00002_b.png")
-    (tmp_path / "00003_c.png").touch()
-    (tmp_path / "00004_d.png").mkdir()
-    drawn = {path.name for path in tmp_path.iterdir() if is_picture(str(path))}
-    assert drawn == {"00001_a.png", "123456_\n.png"}
-    assert not is_picture(str(tmp_path / "00005_gone.png"))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from service.engines.base import BackendOptions
 from service.errors import ModelRefused, StartupError
+from service.jobs.files import LocalFile, build_folder
 from service.models.repository import read_config
 from service.predict import main
-from service.predict.files import LocalFile, build_folder
 from service.work.request import RequestOptions
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 from tests.support.processes import free_port

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
 from service.predict import main
-from service.predict.journal import Journal
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")

@@ -117,7 +117,7 @@ async def test_two_clients_that_wait_all_the_time_are_served_alike() -> None:
                 given.append(picked[0].client.name)
             return picked
 
-        bench.scheduler._queue.pick = watch  # type: ignore[method-assign]
+        bench.scheduler._queue.pick = watch  # type: ignore[assignment, method-assign]
         held = await bench.hold(*[1] * 240, client="ann")
         other = [bench.start(*[2] * 240, client="bob") for _ in range(4)]
         await asyncio.sleep(0)

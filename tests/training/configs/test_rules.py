@@ -14,6 +14,7 @@ from training.configs.io import config_from_dict, config_to_dict
 from training.configs.nuclei import NUCLEI
 from training.configs.rules import (
     ACCEPTED_LOSS,
+    FEW_STEPS,
     MAX_STEPS,
     PLANNED_SHARE,
     SMALL_OBJECT_PX,
@@ -228,6 +229,15 @@ def test_a_long_budget_is_bounded_and_a_short_one_is_one_epoch() -> None:
     assert short.config.schedule.epochs == 1
     assert "more than the budget" in short.reasons[-1]
     assert 0.9 <= short.config.schedule.ema_decay < long.ema_decay
+
+
+@pytest.mark.parametrize(("steps", "few"), [(FEW_STEPS - 10, True), (FEW_STEPS, False)])
+def test_too_few_steps_are_named(steps: int, few: bool) -> None:
+    plan = choose_config("a", CELLS, CPU)
+    images = 10 * plan.config.schedule.batch_size
+    fitted = fit_schedule(plan, images, budget_s=(steps + 1) / PLANNED_SHARE, step_s=1)
+    assert f"{steps} steps of" in fitted.reasons[-1]
+    assert (f"fewer than {FEW_STEPS} steps" in fitted.reasons[-1]) is few
 
 
 @pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf")])

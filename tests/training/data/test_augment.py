@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,10 +220,78 @@ def test_photometric_changes_go_through_one_table() -> None:
     assert (np.diff(changed[..., 0].reshape(-1).astype(int)) >= 0).all()  # order is kept
 
 
+RAMP = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+
+
+def test_the_seed_of_a_configuration_without_the_new_changes_gives_what_it_gave() -> None:
+    rng, same = np.random.default_rng(7), np.random.default_rng(7)
+    photometric(RAMP, AugmentConfig(brightness=0.1, invert=0.5), rng)
+    for bounds in ((0, 0), (0, 0), (-0.1, 0.1)):
+        same.uniform(*bounds)
+    same.random()
+    assert rng.bit_generator.state == same.bit_generator.state
+
+
+def test_few_levels_remain_in_half_of_the_images() -> None:
+    config = AugmentConfig(levels=12)
+    counts = [
+        len(np.unique(photometric(RAMP, config, np.random.default_rng(i)))) for i in range(200)
+    ]
+    assert min(counts) >= 12 and min(counts) < 40
+    assert 70 <= counts.count(256) <= 130
+
+
+def test_stain_changes_the_channels_of_colour_images_alone() -> None:
+    config = AugmentConfig(stain=0.3)
+    grey = photometric(RAMP, config, np.random.default_rng(0))
+    np.testing.assert_array_equal(grey, RAMP)
+    colour = RAMP.copy()
+    colour[0, 0, 0] = 200
+    changed = photometric(colour, config, np.random.default_rng(0)).astype(int)
+    assert (changed[8, :, 0] != changed[8, :, 1]).any()
+    np.testing.assert_array_equal(changed[-1, -1], [255] * 3)  # black and white stay
+
+
+def test_noise_has_at_most_its_standard_deviation_and_keeps_grey_images_grey() -> None:
+    image = np.full((64, 64, 3), 128, np.uint8)
+    deviations = []
+    for i in range(60):
+        noisy = photometric(image, AugmentConfig(noise=0.1), np.random.default_rng(i))
+        np.testing.assert_array_equal(noisy[..., 0], noisy[..., 2])
+        deviations.append(float(noisy[..., 0].std()))
+        assert abs(noisy.mean() - 128) < 2
+    assert 20 <= deviations.count(0.0) <= 40
+    assert 15 < max(deviations) < 27
+    image[0, 0, 0] = 0
+    coloured = photometric(image, AugmentConfig(noise=0.1), np.random.default_rng(0))
+    assert (coloured[..., 0] != coloured[..., 2]).any()
+
+
+def test_blur_spreads_a_point_and_keeps_its_sum() -> None:
+    image = np.zeros((33, 33, 3), np.uint8)
+    image[12:21, 12:21] = 200
+    blurred = [
+        photometric(image, AugmentConfig(blur=2.0), np.random.default_rng(i)) for i in range(40)
+    ]
+    changed = [b for b in blurred if (b != image).any()]
+    assert 10 <= len(changed) <= 30
+    assert all(abs(b.sum() / image.sum() - 1) < 0.02 for b in changed)
+    assert max(int((b[..., 0] > 0).sum()) for b in changed) > 200
+
+
+@pytest.mark.parametrize(
+    "changes", [{"levels": 1}, {"levels": 257}, {"noise": -0.1}, {"blur": float("nan")}]
+)
+def test_impossible_changes_are_refused(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(ValueError, match=rf"augment\.{name} is"):
+        AugmentConfig(**changes)
+
+
 def test_the_same_generator_gives_the_same_sample() -> None:
     image, annotations = scene()
     resize = TileResize(scale=2.0, tile_hw=(64, 64), overlap_px=8)
-    config = replace(TURNING, brightness=0.1, gamma=0.2)
+    config = replace(TURNING, brightness=0.1, gamma=0.2, levels=9, stain=0.1, blur=1, noise=0.1)
     a, b = (
         random_tile(image, annotations, resize, config, np.random.default_rng(5)) for _ in range(2)
     )

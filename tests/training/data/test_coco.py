@@ -20,7 +20,7 @@ from tests.support.tiny import (
     write_split,
 )
 from training.data.coco import CocoDataset
-from training.data.coco_json import find_split
+from training.data.formats.coco_files import find_split
 from training.data.records import Annotation, DatasetError, PolygonObject
 
 HEIGHT, WIDTH = 20, 30
@@ -219,10 +219,8 @@ def test_missing_images(tmp_path: Path) -> None:
 def test_coco_2017_as_downloaded(tmp_path: Path) -> None:
     (tmp_path / "val2017").mkdir()
     write_split(tmp_path, "instances_val2017", [], [])
-    assert find_split(tmp_path, "val") == (
-        tmp_path / "annotations" / "instances_val2017.json",
-        tmp_path / "val2017",
-    )
+    assert find_split(tmp_path, "val") == tmp_path / "annotations" / "instances_val2017.json"
+    assert CocoDataset(tmp_path, "val").image_folder == tmp_path / "val2017"
 
 
 @pytest.mark.parametrize("split", ["test-dev", "test-dev2017", "image_info_test-dev2017"])

@@ -138,3 +138,18 @@ def test_group_norm_fits_every_layer(width: int) -> None:
 def test_deformable_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="the blocks of efficientnet_lite0 have no deformable"):
         BackboneConfig(kind="efficientnet_lite0", deformable_stages=(4,))
+
+
+def test_on_a_cpu_the_depthwise_convolution_is_fp32_in_mixed_precision() -> None:
+    torch.manual_seed(0)
+    norm = build_norm("frozen_bn", 1e-3)
+    block = InvertedResidual(8, 8, expansion=6, kernel=5, stride=1, norm=norm)
+    seen: list[torch.dtype] = []
+    block.depthwise_conv.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    x = torch.randn(1, 8, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = block(x)
+    assert seen == [torch.float32] and mixed.dtype == torch.float32  # the input was added
+    assert (mixed - block(x)).abs().max() < 0.05 * block(x).abs().max()
+    mixed.sum().backward()
+    assert block.depthwise_conv.weight.grad is not None

@@ -43,8 +43,9 @@ def add_format_options(parser: argparse._ActionsContainer) -> None:
         "--val-fraction",
         type=float,
         metavar="F",
-        help="share of the images for validation if the data set has no split for it (0.2 if it "
-        "has no splits); images named alike but for a number at the end (a_1, a_2) stay together",
+        help="share of the images for validation if the data set has no split for it (if it has no "
+        "splits: 0.2, but at least 5 images or a third; 0: none); images named alike but for a "
+        "number at the end (a_1, a_2) stay together",
     )
 
 
@@ -132,7 +133,7 @@ def _select(entries: list[Entry], split: str, fraction: float | None, root: Path
     wanted = split_name(split)
     if not given:
         return divide_given(entries, _stem, "", split, fraction, root)
-    if fraction is not None and wanted in ("train", "val"):
+    if fraction and wanted in ("train", "val"):
         if "val" in given:
             raise DatasetError(f"{root} has a split for validation; leave the fraction out")
         train = [entry for entry in entries if entry.split == "train"]

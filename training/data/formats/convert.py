@@ -11,6 +11,7 @@ from typing import Any
 
 from training.data.content import CocoContent
 from training.data.formats import choose_format, labelme, list_splits, open_dataset
+from training.data.formats.splits import list_divided
 from training.data.records import DatasetError
 from training.files import replace_text
 
@@ -48,9 +49,7 @@ def convert(
         content = open_dataset(data, _single_split(data, splits, format), format, val_fraction)
         names = {n: os.path.relpath(content.image_folder / n, to.parent) for n in _names(content)}
         return [write_content(content, names, to)]
-    given = list(splits) or list_splits(data, format)
-    if given == [""] or (val_fraction is not None and "val" not in given):
-        given = ["train", "val"]
+    given = list(splits) or list_divided(list_splits(data, format), val_fraction)
     contents = {split: open_dataset(data, split, format, val_fraction) for split in given}
     lines = []
     copied: dict[str, Path] = {}

@@ -12,6 +12,7 @@ from training.data.content import CocoContent
 from training.data.federated import NEGATIVES, NOT_EXHAUSTIVE
 from training.data.formats import list_splits, open_dataset
 from training.data.formats.convert import copy_images, name_copies, write_content
+from training.data.formats.splits import list_divided
 from training.data.headers import read_sizes
 from training.data.ids import read_image_id, read_whole
 from training.data.records import DatasetError
@@ -78,11 +79,8 @@ def _open_splits(
     folder: Path, format: str | None, val_fraction: float | None
 ) -> dict[str, CocoContent]:
     """The labelled splits of a checked data set, without the categories that were skipped."""
-    given = list_splits(folder, format)
-    if given == [""] or (val_fraction is not None and "val" not in given):
-        given = ["train", "val"]
     contents = {}
-    for split in given:
+    for split in list_divided(list_splits(folder, format), val_fraction):
         content = open_dataset(folder, split, format, val_fraction)
         if content.annotations is None:
             continue

@@ -77,7 +77,8 @@ def _key(path: Path, root: Path) -> tuple[str, ...]:
     """What a picture and its mask have in common: the path without the folders of the kind."""
     *folders, _ = path.relative_to(root).parts
     kept = [f for f in folders if f.lower() not in _MASK_FOLDERS + _IMAGE_FOLDERS]
-    stem = _SUFFIX.sub("", path.stem) if _is_mask(path, root) else path.stem
+    stem = path.stem.removesuffix(".ome")
+    stem = _SUFFIX.sub("", stem) if _is_mask(path, root) else stem
     return (*kept, stem)
 
 

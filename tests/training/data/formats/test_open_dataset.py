@@ -225,6 +225,23 @@ def test_coco_without_a_validation_split_is_divided_on_request(tmp_path: Path) -
         CocoDataset(tmp_path, "train", val_fraction=0.4)
 
 
+@pytest.mark.parametrize("write", [write_coco, write_labelme])
+def test_the_fraction_0_leaves_all_images_for_training(tmp_path: Path, write: Write) -> None:
+    write(tmp_path, build_scenes())
+    if write is write_labelme:
+        (tmp_path / "train").rename(tmp_path / "all")
+    else:
+        file = tmp_path / "annotations" / "train.json"
+        file.rename(file.with_name("all.json"))
+    assert len(CocoDataset(tmp_path, "train")) == 2
+    assert len(CocoDataset(tmp_path, "train", val_fraction=0)) == 3
+    with pytest.raises(DatasetError, match="no split for validation, and the fraction for it is 0"):
+        CocoDataset(tmp_path, "val", val_fraction=0)
+    write(tmp_path / "divided", build_scenes())
+    assert len(CocoDataset(tmp_path / "divided", "train", val_fraction=0)) == 3
+    assert len(convert(tmp_path, tmp_path / "out", val_fraction=0, format=None)) == 1
+
+
 def test_one_file_of_several_coco_files_needs_a_split(tmp_path: Path) -> None:
     write_coco(tmp_path / "in", build_scenes())
     convert(tmp_path / "in", tmp_path / "train.json")

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from training.data.formats import open_dataset
 from training.data.formats.convert import convert
-from training.data.formats.splits import divide, scene_of
+from training.data.formats.splits import divide, list_divided, scene_of
 from training.data.records import DatasetError
 
 HEIGHT, WIDTH = 40, 60
@@ -201,7 +201,54 @@ def test_a_division_keeps_scenes_together_and_is_always_the_same() -> None:
 def test_names_without_scenes_are_divided_one_by_one() -> None:
     train, val, how = divide([f"IMG_{i}" for i in range(50)], str, 0.1)
     assert (len(train), len(val)) == (45, 5) and "by itself" in how
-    for stems, fraction in ((["a"], 0.2), ([], 0.2), (["a", "b"], 0.0), (["a", "b"], 1.0)):
-        with pytest.raises(DatasetError):
-            divide(stems, str, fraction)
     assert [len(part) for part in divide(["a", "b"], str, 0.2)[:2]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("stems", "fraction", "message"),
+    [
+        (["a"], 0.2, r"^1 images cannot be divided .*--val-split ''"),
+        ([], None, "^0 images cannot be divided"),
+        (["a", "b"], -0.1, "fraction -0.1 is not between 0 and 1"),
+        (["a", "b"], 1.0, "fraction 1 is not between 0 and 1"),
+        (["a", "b"], float("nan"), "fraction nan is not between 0 and 1"),
+    ],
+)
+def test_a_division_that_is_not_possible(
+    stems: list[str], fraction: float | None, message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        divide(stems, str, fraction)
+
+
+@pytest.mark.parametrize(
+    ("images", "fraction", "expected"),
+    [
+        *[(2, None, 1), (3, None, 1), (5, None, 1), (6, None, 2), (9, None, 3), (15, None, 5)],
+        *[(20, None, 5), (25, None, 5), (30, None, 6), (60, None, 12), (1000, None, 200)],
+        *[(20, 0.2, 4), (20, 0.05, 1), (3, 0.01, 1), (20, 0.0, 0), (1, 0.0, 0)],
+    ],
+)
+def test_the_images_for_validation(images: int, fraction: float | None, expected: int) -> None:
+    stems = [chr(ord("a") + i % 26) * (i // 26 + 1) for i in range(images)]
+    train, val, _ = divide(stems, str, fraction)
+    assert len(val) == expected and sorted(train + val) == sorted(stems)
+
+
+@pytest.mark.parametrize(
+    ("given", "fraction", "expected"),
+    [
+        ([""], None, ["train", "val"]),
+        ([""], 0.3, ["train", "val"]),
+        ([""], 0.0, ["train"]),
+        (["train"], None, ["train"]),
+        (["train"], 0.0, ["train"]),
+        (["train", "test"], 0.3, ["train", "val", "test"]),
+        (["train", "val", "test"], 0.3, ["train", "val", "test"]),
+        (["test"], 0.3, ["test"]),
+    ],
+)
+def test_the_splits_after_a_division(
+    given: list[str], fraction: float | None, expected: list[str]
+) -> None:
+    assert list_divided(given, fraction) == expected

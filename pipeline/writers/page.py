@@ -1,0 +1,118 @@
+"""What the writers of the output formats take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.model_config import ClassSpec
+from pipeline.types import Detection
+
+Classes = tuple[ClassSpec, ...]
+"""The model's, by label."""
+_MOST_BYTES = 100
+"""Of a folder's or file's name; a suffix follows, and file systems allow 143 or 255 in all."""
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One image and what was found in it.
+
+    Attributes:
+        name: The image's file name in the document.
+        image_hw: Height and width, px.
+        instances: By descending score.
+        classes: The model's.
+        simplify_px: Outlines may be off so far; 0 is exact.
+        um_per_px: Size of a pixel, if it is known.
+    """
+
+    name: str
+    image_hw: tuple[int, int]
+    instances: Sequence[Detection]
+    classes: Classes
+    simplify_px: float = 0.0
+    um_per_px: float | None = None
+
+
+def _no_files(classes: Classes) -> dict[str, bytes]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFormat:
+    """A format and its writer.
+
+    Attributes:
+        name: In requests and commands.
+        suffix: Of a file.
+        media_type: Of a file.
+        encode: Writes a page: a file, or its part of a document, which `join` reads.
+        join: Writes the document of several pages, given with their image ids; None if each page
+            is a file.
+        folder: Where the files of pages lie in the folder of several.
+        add_files: Further files of that folder.
+        has_outlines: Whether `Page.simplify_px` applies.
+        needs: Package that must be installed for it.
+    """
+
+    name: str
+    suffix: str
+    media_type: str
+    encode: Callable[[Page], bytes]
+    join: Callable[[Classes, Iterable[tuple[int, bytes]]], Iterator[bytes]] | None = None
+    folder: str = ""
+    add_files: Callable[[Classes], dict[str, bytes]] = field(default=_no_files)
+    has_outlines: bool = False
+    needs: str | None = None
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON in ASCII, in one line."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def name_files(names: Iterable[str]) -> list[str]:
+    """Relative paths without suffix for the files of images, safe on every system, none twice.
+
+    Folders are kept; what would leave the folder or cannot be in a file name is replaced.
+
+    Args:
+        names: File names or relative paths of the images; anything may be in them.
+    """
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        parts = [part for part in name.replace("\\", "/").split("/") if part.strip(". ")]
+        *folders, last = parts or ["image"]
+        stem, dot, _ = last.rpartition(".")
+        stem = stem if dot and stem.strip(". ") else last
+        path = "/".join(_clean(part) for part in (*folders[-8:], stem))
+        unique, number = path, 1
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{path}_{number}"
+        taken.add(unique.casefold())
+        found.append(unique)
+    return found
+
+
+def _clean(part: str) -> str:
+    """A safe name of a folder or file that differs for different names."""
+    text = "".join("_" if unicodedata.category(c) in _UNPRINTABLE else c for c in part)
+    text = _UNSAFE.sub("_", text).strip(". ") or "_"
+    if _RESERVED.fullmatch(text):
+        text = f"_{text}"
+    data = text.encode()
+    if len(data) > _MOST_BYTES:
+        digest = hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        text = f"{data[:_MOST_BYTES].decode(errors='ignore')}-{digest}"
+    return text

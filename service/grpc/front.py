@@ -1,0 +1,24 @@
+"""The gRPC front end, if a port is set; grpc is imported only then."""
+
+from __future__ import annotations
+
+from service.errors import StartupError
+from service.http.servers import FrontEnd
+from service.settings import Settings
+
+
+def build_front_ends(settings: Settings) -> list[FrontEnd]:
+    """The front ends beside HTTP.
+
+    Raises:
+        StartupError: The port is not available, or the extra is not installed.
+    """
+    if settings.grpc_port is None:
+        return []
+    try:
+        from service.grpc.server import GrpcServer
+    except ImportError as error:
+        raise StartupError(
+            f"SOLO_GRPC_PORT needs the extra 'grpc' of solo-serve: {error}"
+        ) from error
+    return [GrpcServer(settings)]
