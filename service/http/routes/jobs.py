@@ -19,6 +19,7 @@ from service.errors import Draining, InvalidParameter, InvalidRequest, JobNotFin
 from service.http.body import check_encoding, read_body
 from service.http.explain import explain_errors
 from service.http.form import PART_NAME, read_form
+from service.http.job_results import build_answer
 from service.http.job_schemas import (
     NOT_OF_JOBS,
     JobBody,
@@ -30,10 +31,10 @@ from service.http.job_schemas import (
     build_job_model,
 )
 from service.http.oip.schemas import ProtocolError, inline_schema
-from service.http.routes.segment import split_query
+from service.http.routes.documents import FILE_TYPES, describe_name
+from service.http.routes.segment import NDJSON, split_query
 from service.http.routes.state import ClientDep, KeyDep, SegmenterDep
 from service.jobs.records import JobFile, JobOptions, Submission
-from service.jobs.results import FORMATS
 from service.jobs.service import JobService
 from service.work.request import ImageFile, RequestOptions
 
@@ -152,6 +153,7 @@ async def submit(
     asked = {name: v for name, v in parameters.model_dump().items() if name in _OPTIONS}
     model = segmenter.find(parameters.model, parameters.version)
     RequestOptions(**asked).adapt(model.config)  # else every file would fail
+    classes = model.config.classes
     files, left_out = sent.files, None
     if sent.inputs:
         files, listing = await asyncio.to_thread(jobs.sources.list_files, sent.inputs)
@@ -175,6 +177,7 @@ async def submit(
                 "canvases_per_minute": client.canvases_per_minute,
             },
             webhook=parameters.webhook,
+            classes=[spec.model_dump(include={"category_id", "name"}) for spec in classes],
         ),
         files=files,
     )
@@ -211,7 +214,10 @@ async def show_job(job_id: str, owner: OwnerDep, jobs: JobsDep) -> JobModel:
     "/v2/jobs/{job_id}/results",
     response_class=StreamingResponse,
     responses={
-        200: {"content": {f.media_type: {} for f in FORMATS.values()}, "description": "Results"},
+        200: {
+            "content": {kind: {} for kind in ("application/json", NDJSON, *FILE_TYPES)},
+            "description": "Results",
+        },
         **_failures(*_COMMON, 409, 422),
     },
 )
@@ -223,9 +229,14 @@ async def read_results(
     if job.finished_s is None:
         finished = job.done + job.failed
         raise JobNotFinished(f"{finished} of {job.files} files of job {job.id} are finished")
-    chosen = FORMATS[query.format]
-    results = await jobs.call(lambda store: store.iterate_results(job.id))
-    return StreamingResponse(chosen.stream(job, results), media_type=chosen.media_type)
+    store = await jobs.call(lambda store: store)
+    answer = build_answer(
+        job, lambda: store.iterate_results(job.id), query.format, query.simplify_px
+    )
+    headers = {}
+    if answer.file_name is not None:
+        headers["content-disposition"] = f"attachment; {describe_name(answer.file_name)}"
+    return StreamingResponse(answer.pieces, headers=headers, media_type=answer.media_type)
 
 
 @router.delete("/v2/jobs/{job_id}", status_code=204, responses=_failures(*_COMMON))
