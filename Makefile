@@ -29,9 +29,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
 PIP = -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
-LINTED := $(wildcard pipeline service solo_client training export tests benchmarks)
+LINTED := $(wildcard pipeline service solo_client training export tests integrations benchmarks)
 
-.PHONY: help serve install install-training install-test test test-all lint format bench clean
+.PHONY: help serve install install-training install-test test test-all test-deploy lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -80,7 +80,10 @@ test: lint ## lint, type-check, and run every test that is not slow
 		-n $(PYTEST_WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: lint ## the slow tests too
-	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(TEST_VENV)/bin/python -m pytest -m "not docker" $(PYTEST_ARGS)
+
+test-deploy: install-test ## the compose file on a real Docker engine (ten minutes)
+	$(TEST_VENV)/bin/python -m pytest -n 0 -m docker $(PYTEST_ARGS)
 
 bench: install-test ## measure the running code: python -m benchmarks
 	$(TEST_VENV)/bin/python -m benchmarks $(BENCH_ARGS)

@@ -10,7 +10,7 @@ import sys
 def main() -> int:
     """Requests /v2/health/ready on SOLO_PORT, without a proxy; returns the exit status."""
     connection = http.client.HTTPConnection(
-        "127.0.0.1", int(os.environ.get("SOLO_PORT", "8000")), timeout=2.5
+        "127.0.0.1", int(os.environ.get("SOLO_PORT", "8000")), timeout=5
     )
     try:
         connection.request("GET", "/v2/health/ready")

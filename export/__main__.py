@@ -18,27 +18,29 @@ from export.measure import (
     check_served,
     data_cases,
     describe_quality,
+    evaluate_served,
     open_evaluation,
-    predict_served,
-    score,
+    read_curves,
 )
 from export.new_version import (
     LoadedCheckpoint,
     describe_model,
-    find_commit,
     pack_weights,
     read_object,
 )
 from export.onnx_graph import build_onnx, choose_opset
-from export.options import describe_command, list_stages, needs_variants, parse_arguments
+from export.options import list_stages, needs_variants, parse_arguments
 from export.parity import Case, build_cases, canvas_sizes, compare, require_parity
 from export.publish import Artefact, Release, add_artefacts, describe_served, keep_default, publish
 from export.variants import VariantInputs, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
 from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
+from training.coco_metrics import AP_METRICS
 from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
+from training.provenance import describe_command, find_commit
+from training.reproduce import IMAGES_FILE, describe_measured
 from training.run_folder import require_writable
 from training.weights.formats import WEIGHTS_FILE, CheckpointError, load_model, load_provenance
 
@@ -87,15 +89,15 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         provenance["weights"] = {"file": WEIGHTS_FILE, **describe_file(weights)}
     next(stages)
     check_served(model, graph)
-    measured = None
+    measured, reports = None, read_curves(options.checkpoint)
     if data is not None:
         next(stages)
-        results = predict_served(model, graph, data)
-        measured = score(model, results, data)
-        head = {"split": options.split, "images": len(data)}
+        evaluation = evaluate_served(model, graph, data)
         max_dets = model.postprocess.max_instances
-        provenance["measured"] = {**head, "max_dets": max_dets, **measured}
-        _print_progress(describe_quality(model, measured, results, data))
+        described = describe_measured(evaluation, data, options.split, max_dets)
+        measured = provenance["measured"] = described
+        reports[IMAGES_FILE] = evaluation.format_images().encode()
+        _print_progress(describe_quality(model, described, data))
     if needs_variants(options):
         next(stages)
     inputs = build_inputs(model, graph, options, data, measured)
@@ -104,7 +106,7 @@ def export(options: argparse.Namespace, command: str) -> list[Path]:
         variants += make_exits(model, {ONNX_FILE: graph}, variants, cases, command)
     variants += make_packages(network, config, model, options.aoti, _print_progress)
     model = model.model_copy(update={"provenance": {**provenance, **extra_provenance}})
-    release = Release(model, graph, parity, tuple(variants), weights)
+    release = Release(model, graph, parity, tuple(variants), weights, reports)
     kept = keep_default(options.out, model.name)
     next(stages)
     target = publish(options.out, release, force=options.force)
@@ -173,7 +175,7 @@ def find_measured(model: ModelConfig, data: CocoDataset, split: str) -> dict[str
     wanted = {"split": split, "images": len(data), "max_dets": model.postprocess.max_instances}
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in wanted.items()):
         return None
-    return {name: float(v) for name, v in found.items() if name not in wanted}
+    return {name: float(found[name]) for name in AP_METRICS if name in found}
 
 
 def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
@@ -264,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     try:
-        run(options, describe_command(arguments))
+        run(options, describe_command("solo-export", arguments))
     except (ExportError, CheckpointError, DatasetError, PipelineError, OSError) as error:
         print(f"solo-export: {error}", file=sys.stderr)
         return 1

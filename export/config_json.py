@@ -111,8 +111,9 @@ def _entry(config: ModelConfig, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(config: ModelConfig) -> dict[str, Any]:
-    """A version's `files`, and its `ap_cost` and `calibration` if they were measured."""
-    content = config.model_dump(mode="json", include={"files", "ap_cost", "calibration"})
+    """A version's `files`, and what was measured of it."""
+    measured = {"files", "ap_cost", "calibration", "domain"}
+    content = config.model_dump(mode="json", include=measured)
     return {name: value for name, value in content.items() if name == "files" or value}
 
 

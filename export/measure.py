@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,14 @@ from service.models.repository import (
     load_version,
     write_version,
 )
-from training.coco_metrics import mask_ap
+from training.coco_metrics import AP_METRICS
 from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
 from training.data.validate import check_classes
 from training.distributed import warn
-from training.evaluate import RepositoryPredictor, Result, predict
+from training.evaluation_report import ALL, EvaluationReport, evaluate_results
+from training.predictors import RepositoryPredictor, predict
+from training.run_log import CURVES_FILE
 
 CASE_TILES = 2
 """Maximum number of canvases per image in a comparison."""
@@ -91,34 +94,35 @@ def check_served(model: ModelConfig, graph: bytes) -> None:
         loaded.backend.close()
 
 
-def predict_served(model: ModelConfig, graph: bytes, data: CocoDataset) -> list[Result]:
-    """COCO results of a graph at every score, run by the server's loader, engine and pipeline."""
+def evaluate_served(model: ModelConfig, graph: bytes, data: CocoDataset) -> EvaluationReport:
+    """Scores of a graph, run by the server's loader, engine and pipeline."""
+    max_dets = model.postprocess.max_instances
     with _staged(model, graph) as folder:
-        predictor = RepositoryPredictor(
-            folder, model.version, max_dets=model.postprocess.max_instances
-        )
-        return predict(data, predictor, progress=True)
-
-
-def score(model: ModelConfig, results: list[Result], data: CocoDataset) -> dict[str, float]:
-    """COCO mask metrics with as many detections per image as are served."""
-    numbers = mask_ap(data.truth(), results, max_dets=model.postprocess.max_instances)
-    return {name: round(value, 4) for name, value in numbers.items()}
+        predictor = RepositoryPredictor(folder, model.version, max_dets=max_dets)
+        results = predict(data, predictor, progress=True)
+    return evaluate_results(
+        data, results, max_dets=max_dets, score_threshold=model.postprocess.score_threshold
+    )
 
 
 def measure_ap(model: ModelConfig, graph: bytes, data: CocoDataset) -> dict[str, float]:
     """COCO mask metrics of a graph, as it is served."""
-    return score(model, predict_served(model, graph, data), data)
+    row = evaluate_served(model, graph, data).rows[ALL]
+    return {name: round(row[name], 4) for name in AP_METRICS}
 
 
-def describe_quality(
-    model: ModelConfig, measured: dict[str, float], results: list[Result], data: CocoDataset
-) -> str:
+def describe_quality(model: ModelConfig, measured: Mapping[str, Any], data: CocoDataset) -> str:
     """The AP, and how many objects an answer has at the model's score threshold."""
-    threshold = model.postprocess.score_threshold
-    found = sum(result["score"] >= threshold for result in results)
+    found = round(measured["count_ratio"] * data.report.objects)
     return (
         f"AP {measured['AP']:.3f}, AP50 {measured['AP50']:.3f} on {len(data)} images; at the score "
-        f"threshold {threshold:g} the model finds {found} objects where {data.report.objects} are "
-        "labelled (--score-threshold changes it, and ?score_threshold= in a request)"
+        f"threshold {model.postprocess.score_threshold:g} F1 is {measured['F1_50']:.3f}: the model "
+        f"finds {found} objects where {data.report.objects} are labelled (--score-threshold "
+        "changes it, and ?score_threshold= in a request)"
     )
+
+
+def read_curves(checkpoint: Path) -> dict[str, bytes]:
+    """Losses and AP during the training of a checkpoint, if they lie beside it."""
+    path = checkpoint.parent / CURVES_FILE
+    return {CURVES_FILE: path.read_bytes()} if path.is_file() else {}

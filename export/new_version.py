@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,19 +110,6 @@ def read_object(file: Path, option: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ExportError(f"{file} contains a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def find_commit() -> str | None:
-    """Commit of the sources, with "-dirty" if modified; None outside a git checkout."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        found = subprocess.run(
-            [*command, "--exclude", "*"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip() or None
 
 
 def pack_weights(source: LoadedCheckpoint) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from export.engines import parse_package
@@ -221,9 +220,3 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         parser.error(f"{names}: not allowed with --variants-of")
     return options
-
-
-def describe_command(arguments: list[str]) -> str:
-    """The command as text, with absolute paths reduced to file names."""
-    parts = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
-    return shlex.join(["solo-export", *parts])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Release:
         parity: Its parity report; must have passed.
         artefacts: Additional files; added to `config` by `publish`.
         weights: weights.pt, described in the provenance; None: the version has none.
+        reports: Further files by name, which servers do not read.
     """
 
     config: ModelConfig
@@ -87,6 +88,7 @@ class Release:
     parity: dict[str, Any]
     artefacts: tuple[Artefact, ...] = ()
     weights: bytes | None = None
+    reports: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -157,6 +159,7 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
 def _list_files(release: Release) -> dict[str, bytes]:
     """Content of a version's files by name."""
     files = {ONNX_FILE: release.graph, PARITY_FILE: format_json(release.parity)}
+    files |= release.reports
     if release.weights is not None:
         files[WEIGHTS_FILE] = release.weights
     return files | _name_files(release.artefacts)

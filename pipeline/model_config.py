@@ -270,6 +270,35 @@ class Calibration(Spec):
         return self
 
 
+STATISTICS = ("mean", "std", "low", "high", "saturation", "yellow", "detail", "direction")
+"""Of an image, in `pipeline.domain`."""
+
+
+class DomainSpec(Spec):
+    """Where the training images lie among all images, see `pipeline.domain`.
+
+    Attributes:
+        statistics: What is measured of an image; other ones than this version's are refused.
+        spreads: Standard deviation of each in the training images.
+        centres: Typical images, as these statistics.
+        threshold: Greatest distance to the nearest centre that is usual, in spreads.
+    """
+
+    statistics: tuple[str, ...]
+    spreads: tuple[Annotated[float, Field(gt=0)], ...]
+    centres: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1, max_length=1000)]
+    threshold: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> DomainSpec:
+        if self.statistics != STATISTICS:
+            raise ValueError(f"statistics are {self.statistics}, this version has {STATISTICS}")
+        for name, values in [("spreads", self.spreads), *(("centre", c) for c in self.centres)]:
+            if len(values) != len(STATISTICS):
+                raise ValueError(f"{name} {values} has not {len(STATISTICS)} values")
+        return self
+
+
 class FileSpec(Spec):
     """A file of a version."""
 
@@ -297,6 +326,7 @@ class ModelConfig(Spec):
     mask_stride: PositiveInt
     postprocess: PostprocessSpec
     calibration: Calibration | None = None
+    domain: DomainSpec | None = None
     limits: Limits = Limits()
     canvases: Annotated[tuple[Canvas, ...], Field(max_length=MAX_CANVASES)] = ()
     files: Annotated[dict[str, FileSpec], Field(min_length=1)]

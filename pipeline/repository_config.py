@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.model_config import MAX_CLASSES, ModelConfig, ModelName, PositiveInt, Spec
@@ -39,8 +39,43 @@ class SpecificVersions(Spec):
     versions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
+class ShadowedVersion(Spec):
+    """One version; another one segments a share of its images too, to be compared.
+
+    Attributes:
+        live: The version that is served.
+        shadow: The other one.
+        share: Of the images, 0..1.
+        images: That are compared before anything is decided.
+        promote_at: Mean agreement from which on the shadow is served in its place.
+        reject_below: Mean agreement below which the shadow is rejected.
+        max_failures: Images that the shadow may fail on; more reject it.
+        max_slowdown: Most engine time of the shadow, relative to the served version's.
+    """
+
+    policy: Literal["shadow"] = "shadow"
+    live: PositiveInt
+    shadow: PositiveInt
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    images: PositiveInt = 200
+    promote_at: Annotated[float, Field(ge=0, le=1)] = 0.95
+    reject_below: Annotated[float, Field(ge=0, le=1)] = 0.8
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_slowdown: Annotated[float, Field(gt=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ShadowedVersion:
+        if self.live == self.shadow:
+            raise ValueError(f"version {self.live} cannot be its own shadow")
+        if self.reject_below > self.promote_at:
+            raise ValueError(
+                f"reject_below {self.reject_below} is above promote_at {self.promote_at}"
+            )
+        return self
+
+
 VersionPolicy = Annotated[
-    LatestVersions | AllVersions | SpecificVersions, Field(discriminator="policy")
+    LatestVersions | AllVersions | SpecificVersions | ShadowedVersion, Field(discriminator="policy")
 ]
 
 
@@ -81,12 +116,20 @@ class RepositoryConfig(Spec):
             return present
         if isinstance(self.serve, LatestVersions):
             return present[-self.serve.count :]
-        missing = sorted(set(self.serve.versions) - set(present))
+        wanted = self.wanted_versions
+        missing = sorted(wanted - set(present))
         if missing:
             raise ConfigError(
                 f"model {self.name!r} is to be served in {missing}, but has only {present}"
             )
-        return sorted(set(self.serve.versions))
+        return [self.serve.live] if isinstance(self.serve, ShadowedVersion) else sorted(wanted)
+
+    @property
+    def wanted_versions(self) -> set[int]:
+        """Those that are named, a shadow too; empty if none is."""
+        if isinstance(self.serve, ShadowedVersion):
+            return {self.serve.live, self.serve.shadow}
+        return set(self.serve.versions) if isinstance(self.serve, SpecificVersions) else set()
 
     def for_version(self, version: int) -> ModelConfig:
         """The shared sections with what the version replaces.

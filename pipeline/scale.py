@@ -6,15 +6,30 @@ image's size and the image is never resized as a whole.
 
 from __future__ import annotations
 
-from pipeline.model_config import MAX_ZOOM, ModelConfig, TileResize
+from typing import Literal
+
+from pipeline.model_config import MAX_ZOOM, InputSpec, ModelConfig, TileResize
+
+Scale = Literal["own", "auto"]
+"""The model's own, or one that is found from the objects in the image."""
 
 
 class ScaleError(ValueError):
     """The scale that was asked for is impossible; the message names the parameter."""
 
 
+def zoom_input(spec: InputSpec, zoom: float) -> InputSpec:
+    """The input of a model with tiles for images that are shown larger by a factor."""
+    assert isinstance(spec.resize, TileResize)
+    return spec.model_copy(update={"resize": spec.resize.zoomed(zoom)})
+
+
 def fit_scale(
-    config: ModelConfig, *, object_size_px: float | None = None, um_per_px: float | None = None
+    config: ModelConfig,
+    *,
+    object_size_px: float | None = None,
+    um_per_px: float | None = None,
+    scale: Scale = "own",
 ) -> ModelConfig:
     """The model's configuration for an image of this scale.
 
@@ -22,32 +37,38 @@ def fit_scale(
         config: The model.
         object_size_px: Typical diameter of the image's objects.
         um_per_px: Size of the image's pixels, in micrometres.
+        scale: `auto`: checked here, chosen by `pipeline.auto_scale`.
 
     Returns:
         The same model; its input is changed if the scale is not the model's own.
 
     Raises:
-        ScaleError: Both are given, the model does not state its own or has no fixed scale, or the
-            two differ by more than a factor of `MAX_ZOOM`.
+        ScaleError: Several are given, the model does not state its own or has no fixed scale, or
+            the two differ by more than a factor of `MAX_ZOOM`.
     """
     given = {"object_size_px": object_size_px, "um_per_px": um_per_px}
-    asked = [(name, value) for name, value in given.items() if value is not None]
+    asked = [name for name, value in given.items() if value is not None]
+    if scale == "auto":
+        asked.append("scale")
     if not asked:
         return config
     if len(asked) > 1:
-        raise ScaleError("object_size_px and um_per_px cannot be combined; give one")
-    ((name, value),) = asked
+        raise ScaleError(f"{' and '.join(asked)} cannot be combined; give one")
+    (name,) = asked
     resize, model = config.input.resize, f"model {config.name!r}"
     if not isinstance(resize, TileResize):
         raise ScaleError(f"{name}: {model} has no fixed scale, it resizes every image")
-    own = getattr(config.card, name)
+    stated = "object_size_px" if name == "scale" else name
+    own = getattr(config.card, stated)
     if own is None:
-        raise ScaleError(f"{name}: the card of {model} states no {name}")
+        raise ScaleError(f"{name}: the card of {model} states no {stated}")
+    value = given.get(name)
+    if value is None:
+        return config
     zoom = own / value if name == "object_size_px" else value / own
     if not 1 / MAX_ZOOM <= zoom <= MAX_ZOOM:
         raise ScaleError(
             f"{name} {value:g} is not in {own / MAX_ZOOM:g} to {own * MAX_ZOOM:g}; "
             f"{model} has {own:g}"
         )
-    scaled = config.input.model_copy(update={"resize": resize.zoomed(zoom)})
-    return config.model_copy(update={"input": scaled})
+    return config.model_copy(update={"input": zoom_input(config.input, zoom)})

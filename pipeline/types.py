@@ -81,6 +81,19 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class AnswerWarning:
+    """Why the result of an image may be worthless although nothing failed.
+
+    Attributes:
+        code: For programs.
+        message: For people.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Detection:
     """One object found.
 

@@ -18,6 +18,7 @@ from service.flags import SERVES, build_parser, find_unknown_variables, read_set
 from service.grpc.front import build_front_ends
 from service.http.servers import build_server, freeze_imports
 from service.http.signals import EXIT_FAILED, hold_reloads
+from service.memory import find_memory_limit, fit_memory
 from service.models.repository import load_repository
 from service.observe.logs import configure_logging
 from service.observe.standard_error import open_standard_files
@@ -35,8 +36,10 @@ def serve(settings: Settings) -> int:
         The exit status.
 
     Raises:
-        StartupError: The device or a port is not there, or no model can be served.
+        StartupError: The device or a port is not there, no model can be served, or the memory limit
+            is too low.
     """
+    settings = fit_memory(settings, find_memory_limit())
     if settings.device_names and settings.device != "cpu":
         settings = settings.with_devices(resolve_devices(settings.device_names))
         if settings.workers == 1:

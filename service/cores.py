@@ -41,13 +41,17 @@ def _siblings(cpu: int) -> str:
 
 def _quota() -> float | None:
     """Least CPU quota, in cores, of this process's cgroup and those above it; None if unlimited."""
-    quotas = [quota for folder in _list_cgroups() if (quota := _read_quota(folder)) is not None]
+    quotas = [quota for folder in list_cgroups("cpu") if (quota := _read_quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _list_cgroups() -> list[Path]:
-    """Folders of v2, and of v1's controller `cpu`; in a container the root is the cgroup itself."""
-    found = [_CGROUP, _CGROUP / "cpu"]
+def list_cgroups(controller: str) -> list[Path]:
+    """Folders of this process's cgroup and of those above it; a container's own is the root.
+
+    Args:
+        controller: Of version 1, which has a hierarchy for each.
+    """
+    found = [_CGROUP, _CGROUP / controller]
     try:
         lines = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -55,9 +59,9 @@ def _list_cgroups() -> list[Path]:
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = _CGROUP / "cpu" if controllers else _CGROUP
+        root = _CGROUP / controller if controllers else _CGROUP
         folder = root / path.lstrip("/")
         found += [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
     return found

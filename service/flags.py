@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from service.errors import StartupError
 from service.settings import Settings
+from service.version import read_version
 
 S = TypeVar("S", bound=Settings)
 
@@ -33,6 +34,7 @@ def build_parser(
         description=description,
         epilog="A flag takes precedence over its SOLO_* variable, and that over the default.",
     )
+    parser.add_argument("--version", action="version", version=f"solo-serve {read_version()}")
     for name, setting in kind.model_fields.items():
         computed = setting.default_factory is not None or setting.default is None
         default = "" if computed else f", default {setting.default}"

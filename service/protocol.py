@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.model_config import ModelConfig, Precision
 from service.engines.state import EngineState
@@ -17,6 +17,40 @@ from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptio
 M = TypeVar("M")
 
 
+ShadowStatus = Literal["running", "promoted", "rejected", "failed"]
+
+
+@dataclass(frozen=True)
+class ShadowState:
+    """A version that is, or was, compared with the served one.
+
+    Attributes:
+        version: Of the model.
+        status: `failed`: it cannot be loaded, or its verdict not be carried out.
+        reason: Of the status.
+        share: Of the images that it segments.
+        images, failures, dropped: That were compared; that it failed on; that it had no time for.
+        agreement: Mean panoptic quality of an image, 0..1.
+        mean_iou: Of the masks of matched instances.
+        unmatched_share: Instances without a partner.
+        score_difference: Mean absolute difference of matched instances.
+        slowdown: Its engine time over the served version's.
+    """
+
+    version: int
+    status: ShadowStatus
+    reason: str
+    share: float
+    images: int
+    failures: int
+    dropped: int
+    agreement: float | None
+    mean_iou: float | None
+    unmatched_share: float | None
+    score_difference: float | None
+    slowdown: float | None
+
+
 @dataclass(frozen=True)
 class ModelState:
     """A served version of a model.
@@ -26,12 +60,14 @@ class ModelState:
         engine: What it is served by at the moment.
         max_batch: Canvases in one engine call.
         asked_precision: What config.json or else the server asks for; the engine's may differ.
+        shadow: Of the model.
     """
 
     config: ModelConfig
     engine: EngineState
     max_batch: int
     asked_precision: Precision = "fp32"
+    shadow: ShadowState | None = None
 
     @property
     def name(self) -> str:

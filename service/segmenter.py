@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import cv2
 
+from pipeline.auto_scale import count_probes
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
 from pipeline.model_config import InputSpec, ModelConfig
@@ -17,6 +19,7 @@ from service.cores import count_cores
 from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
 from service.models.served import ServedModel
+from service.models.shadows import Shadows
 from service.models.store import ModelStore
 from service.models.watcher import RepositoryWatcher
 from service.observe.metrics import Metrics
@@ -26,6 +29,7 @@ from service.settings import Settings
 from service.work.admission import Admission
 from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_size
 from service.work.pixels import PixelBudget
+from service.work.probe import ProbeWork
 from service.work.queue import Job
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestOptions, RequestProgress
 
@@ -53,6 +57,16 @@ class LocalSegmenter:
             settings, repository, metrics, PixelBudget(settings.max_decoded_pixels)
         )
         self._settings = settings
+        self._shadows = Shadows(
+            settings,
+            repository.root,
+            repository.options,
+            metrics.shadow,
+            is_served=lambda name: name in self.store.served,
+            is_idle=lambda: not self.admission.requests,
+            reload=self.store.load,
+        )
+        self.store.on_change = self._shadows.follow
         self._watcher = RepositoryWatcher(self.store, repository.stamps, metrics)
         self._polling: asyncio.Task[None] | None = None
         # OpenCV knows no quotas of cgroup v2, and counts hyper-threads.
@@ -74,7 +88,10 @@ class LocalSegmenter:
     @property
     def models(self) -> list[ModelState]:
         """What is served, by name and version."""
-        return [model.state for model in self.store.all_models]
+        return [self._state_of(model) for model in self.store.all_models]
+
+    def _state_of(self, model: ServedModel) -> ModelState:
+        return replace(model.state, shadow=self._shadows.state_of(model.name))
 
     @property
     def unavailable(self) -> dict[str, str]:
@@ -89,6 +106,8 @@ class LocalSegmenter:
     def start(self) -> None:
         """Starts rebuilding engines and, if asked for, watching the repository."""
         self.store.start()
+        for name in self.store.served:
+            self._shadows.follow(name)
         if self._settings.model_poll_s:
             poll = self._watcher.poll(self._settings.model_poll_s)
             self._polling = asyncio.get_running_loop().create_task(poll, name="poll")
@@ -96,7 +115,7 @@ class LocalSegmenter:
 
     def find(self, name: str | None, version: int | None) -> ModelState:
         """The model that a request means."""
-        return self.store.find(name, version).state
+        return self._state_of(self.store.find(name, version))
 
     @contextmanager
     def use(
@@ -116,7 +135,27 @@ class LocalSegmenter:
     ) -> Segmented:
         """Segments a request's images; cancelling it stops the work within one canvas."""
         config = options.adapt(model.config)
-        works = await self._prepare(config, images, options)
+        probes: list[ImageWork | Outcome | None] = [None] * len(images)
+        if options.scale == "auto":
+            build_probe = partial(_build_probe, config, settings=self._settings)
+            probes = [*await self._prepare(images, build_probe)]
+            await self._process(model, probes, options, client, progress)
+        build = partial(_build_work, config, options=options, settings=self._settings)
+        works = await self._prepare(images, build, probes)
+        await self._process(model, works, options, client, progress)
+        outcomes = [self._count(model, work, options) for work in works]
+        self._shadows.offer(model.name, model.config.version, images, options, outcomes)
+        return Segmented(model.state, outcomes)
+
+    async def _process(
+        self,
+        model: ServedModel,
+        works: Sequence[ImageWork | Outcome | None],
+        options: RequestOptions,
+        client: ClientProfile,
+        progress: RequestProgress,
+    ) -> None:
+        """Has those images that are not refused admitted and processed."""
         admitted = [work for work in works if isinstance(work, ImageWork)]
         costs = [work.canvases for work in admitted]
         with self.admission.admit(client, costs):
@@ -130,18 +169,24 @@ class LocalSegmenter:
                     done=asyncio.get_running_loop().create_future(),
                 )
                 await model.scheduler.run(job)
-        return Segmented(model.state, [self._count(model, work, options) for work in works])
 
     async def _prepare(
-        self, config: ModelConfig, images: Sequence[ImageFile], options: RequestOptions
+        self,
+        images: Sequence[ImageFile],
+        build: Callable[..., ImageWork | Outcome],
+        *more: Sequence[object],
     ) -> list[ImageWork | Outcome]:
-        """Reads the headers: the work of each image, or why it is refused."""
-        settings = self._settings
+        """Reads the headers: the work of each image, or why it is refused.
+
+        Args:
+            images: The request's.
+            build: Called with an image, its size if that is known, and its entries of `more`.
+            more: Each has an entry for each image.
+        """
         sizes = [peek_size(image.data) for image in images]
-        build = partial(_build_work, config, options=options, settings=settings)
         if None in sizes:  # an unusual header takes milliseconds
-            return await asyncio.to_thread(lambda: [*map(build, images, sizes)])
-        return [*map(build, images, sizes)]
+            return await asyncio.to_thread(lambda: [*map(build, images, sizes, *more)])
+        return [*map(build, images, sizes, *more)]
 
     def _count(
         self, model: ServedModel, work: ImageWork | Outcome, options: RequestOptions
@@ -187,6 +232,7 @@ class LocalSegmenter:
         finished = await self.finish_accepted()
         if self._polling is not None:
             self._polling.cancel()
+        await self._shadows.close()
         await self.store.close(finished=finished)
 
 
@@ -194,16 +240,34 @@ def _build_work(
     config: ModelConfig,
     file: ImageFile,
     size: HW | None,
+    probe: ImageWork | Outcome | None,
     *,
     options: RequestOptions,
     settings: Settings,
 ) -> ImageWork | Outcome:
+    if isinstance(probe, Outcome):  # its header was refused
+        return probe
+    if isinstance(probe, ProbeWork):
+        config = probe.scaled
+        if probe.outcome is not None and probe.outcome.error is not None:
+            return probe.outcome
     try:
         size, canvases = measure(file, size, config.input, settings)
     except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
     scaled = settings.scaled_decode
-    return ImageWork(file, size, canvases, config, options, scaled=scaled)
+    return ImageWork(file, size, canvases, config, options, scaled=scaled, probe=probe)
+
+
+def _build_probe(
+    config: ModelConfig, file: ImageFile, size: HW | None, *, settings: Settings
+) -> ImageWork | Outcome:
+    try:
+        size, _ = measure(file, size, config.input, settings)
+    except (DecodeError, ServiceError) as error:
+        return fail(file.file_name, error)
+    canvases = max(count_probes(hw, config.input) for hw in (size, size[::-1]))
+    return ProbeWork(file, size, canvases, config)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,15 @@ from service.engines.visible import check_shares, parse_devices
 
 MIB = 1024 * 1024
 Device = Literal["auto", "cpu", "cuda"]
+BUNDLED = Path(__file__).with_name("bundled_models")
+"""In a wheel; see pyproject.toml."""
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def find_model_repo() -> Path:
+    """./model_repo, or the bundled models where only they exist."""
+    here = Path("model_repo")
+    return BUNDLED if BUNDLED.is_dir() and not here.exists() else here
 
 
 class Settings(BaseSettings):
@@ -36,6 +45,13 @@ class Settings(BaseSettings):
             "limits of work in flight, and /metrics"
         ),
     ] = 1
+    trusted_proxies: Annotated[
+        str,
+        Field(
+            description="addresses and networks, comma-separated, whose X-Forwarded-For names the "
+            "client; * trusts all"
+        ),
+    ] = "127.0.0.1"
     worker_timeout_s: Annotated[
         float,
         Field(ge=2, description="longest silence of a worker, s; then it is killed and replaced"),
@@ -61,9 +77,13 @@ class Settings(BaseSettings):
             "a free one; needs the extra grpc (default: none)",
         ),
     ] = None
-    model_repo: Annotated[Path, Field(description="folder with <model>/config.json")] = Path(
-        "model_repo"
-    )
+    model_repo: Annotated[
+        Path,
+        Field(
+            description="folder with <model>/config.json (default: ./model_repo, or, where there "
+            "is none, the bundled model of an installed package)"
+        ),
+    ] = Field(default_factory=find_model_repo)
     model_control: Annotated[
         bool,
         Field(description="POST /v2/repository/models/{name}/load and unload may change models"),
@@ -341,6 +361,14 @@ class Settings(BaseSettings):
             gpu_mem_limit_bytes=self.gpu_mem_limit_bytes,
             gpus=tuple(range(len(self.device_names))) or (0,),
         )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, proxies: str) -> str:
+        if proxies.strip() != "*":
+            for proxy in proxies.split(","):
+                ip_network(proxy.strip())
+        return proxies.strip()
 
     @field_validator("devices")
     @classmethod

@@ -16,7 +16,7 @@ from solo_client.errors import (
 from solo_client.images import ImageInput
 from solo_client.jobs import JobStatus
 from solo_client.request import Options
-from solo_client.result import Instance, Result, ResultFile
+from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import Retry
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RequestRefused",
     "Result",
     "ResultFile",
+    "ResultWarning",
     "Retry",
     "ServerError",
     "ServerFailed",

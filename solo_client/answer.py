@@ -22,7 +22,7 @@ from solo_client.errors import (
     TimedOut,
     UnexpectedAnswer,
 )
-from solo_client.result import Instance, Result, ResultFile
+from solo_client.result import Instance, Result, ResultFile, ResultWarning
 from solo_client.retry import read_retry_after
 
 IMAGE_CODES = frozenset(
@@ -241,6 +241,10 @@ def read_result(
         instances_found=entry.get("instances_found"),
         truncated=bool(entry.get("truncated", False)),
         scale=entry.get("scale"),
+        warnings=tuple(
+            ResultWarning(str(warning["code"]), str(warning["message"]))
+            for warning in entry.get("warnings") or ()
+        ),
     )
 
 

@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
         overlaps: "resolve" gives pixels of several masks to the best instance.
         object_size_px: Typical diameter of the objects in the images, px.
         um_per_px: Size of the images' pixels in micrometres, instead of `object_size_px`.
+        scale: "auto" finds the scale from the objects of each image.
         masks: False leaves the masks out.
         query: Other parameters of POST /segment, e.g. {"timeout_ms": 500, "priority": "batch"}.
     """
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     overlaps: str | None
     object_size_px: float | None
     um_per_px: float | None
+    scale: str | None
     masks: bool
     query: Mapping[str, str | int | float]
 

@@ -77,6 +77,20 @@ class ResultFile:
 
 
 @dataclass(frozen=True)
+class ResultWarning:
+    """Why a result may be worthless although nothing failed.
+
+    Attributes:
+        code: `unusual_image`: unlike the images that the model was trained on; `image_not_judged`:
+            it cannot be told; `scale_uncertain`: object_size_px="auto" had too little to go by.
+        message: For people.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Result:
     """The instances of an image, by decreasing score.
 
@@ -92,6 +106,7 @@ class Result:
         truncated: Whether max_instances cut the list; an older server does not report it.
         scale: At which the model saw the image, relative to its usual one; None from an older
             server.
+        warnings: Why the result may be worthless.
     """
 
     file_name: str | None
@@ -106,6 +121,7 @@ class Result:
     instances_found: int | None = None
     truncated: bool = False
     scale: float | None = None
+    warnings: tuple[ResultWarning, ...] = ()
 
     @property
     def scores(self) -> NDArray[np.float32]:

@@ -150,7 +150,10 @@ _APPLICATION = ("service.http", "service.grpc", "service.scale", *_ABOVE_ALL)
 _SERVING = ("service.protocol", "service.segmenter", "service.jobs", *_APPLICATION)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("service.errors", "service.cores", "service.settings", "service.flags", "service.observe"),
+        (
+            *("service.errors", "service.cores", "service.settings", "service.flags"),
+            *("service.memory", "service.version", "service.observe"),
+        ),
         ("service.work", "service.models", *_SERVING),
     ),
     "service.engines": ("service.settings", "service.work", "service.models", *_SERVING),
@@ -259,6 +262,13 @@ def test_the_client_needs_little() -> None:
     allowed = {*sys.stdlib_module_names, "solo_client", "httpx", "numpy", "PIL", "pycocotools"}
     foreign = [str(item) for item in imports_of("solo_client") if item.root not in allowed]
     assert [item for item in foreign if not item.endswith("imports supervision")] == []
+
+
+def test_integrations_know_the_server_by_its_client_alone() -> None:
+    imports = imports_of("integrations")
+    assert imports
+    own = ("integrations", "solo_client")
+    assert [str(item) for item in imports if item.root in ROOMS and item.root not in own] == []
 
 
 def test_configs_import_no_torch() -> None:

@@ -3,7 +3,8 @@
 Compares the instances that a model finds on a labelled split with its objects and prints the
 reliability curve before and after: "after" is of images that the map was not fitted to. With
 --write the map of all images is stored in config.json; answers then have calibrated scores, and
-score thresholds mean them. The order of the instances, and so the AP, stays.
+score thresholds mean them. The default threshold is mapped too, so answers keep their instances;
+the order of the instances, and so the AP, stays.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from pipeline.calibration import (
     Group,
     calibration_error,
     fit_calibration,
     group_scores,
+    to_network,
     to_reported,
 )
 from pipeline.model_config import Calibration
+from pipeline.repository_config import RepositoryConfig
 from service.models.repository import edit_config
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 from training.data.records import ImageId
-from training.evaluate import RepositoryPredictor, Result, predict
+from training.matching import match, measure_iou, rank
+from training.predictors import RepositoryPredictor, Result, predict
 
 MATCH_IOU = 0.5
 Verdict = tuple[float, bool]
@@ -49,21 +50,9 @@ def judge(results: Sequence[Result], annotations: Sequence[Mapping[str, Any]]) -
         that no better instance has.
     """
     objects = [a for a in annotations if not a.get("iscrowd")]
-    ranked = sorted(results, key=lambda result: -float(result["score"]))
-    if not ranked or not objects:
-        return [(float(result["score"]), False) for result in ranked]
-    masks = [[entry["segmentation"] for entry in entries] for entries in (ranked, objects)]
-    iou = np.asarray(coco_mask.iou(masks[0], masks[1], [0] * len(objects)))
-    found, wanted = ([e["category_id"] for e in entries] for entries in (ranked, objects))
-    iou[np.not_equal.outer(found, wanted)] = 0
-    verdicts = []
-    for result, row in zip(ranked, iou, strict=True):
-        best = int(row.argmax())
-        right = bool(row[best] >= MATCH_IOU)
-        if right:
-            iou[:, best] = 0
-        verdicts.append((float(result["score"]), right))
-    return verdicts
+    ranked = rank(results)
+    matched = match(measure_iou(ranked, objects), MATCH_IOU)
+    return [(float(r["score"]), j is not None) for r, j in zip(ranked, matched, strict=True)]
 
 
 def judge_all(data: CocoDataset, results: Sequence[Result]) -> dict[ImageId, list[Verdict]]:
@@ -106,14 +95,24 @@ def print_curve(title: str, groups: Sequence[Group]) -> None:
 
 
 def write_calibration(folder: Path, version: int, calibration: Calibration) -> None:
-    """Stores the map in config.json of a model's folder.
+    """Stores the map in config.json of a model's folder; answers keep their instances.
+
+    The default score threshold becomes the reported score of the network's score that it was.
 
     Raises:
         OSError, ValueError: It cannot be changed.
     """
 
-    def change(content: dict[str, Any], _: object) -> None:
-        content["versions"][str(version)]["calibration"] = calibration.model_dump(mode="json")
+    def change(content: dict[str, Any], repository: RepositoryConfig) -> None:
+        config = repository.for_version(version)
+        network = to_network(config.calibration, config.postprocess.score_threshold)
+        postprocess = config.postprocess.model_dump(mode="json")
+        entry = content["versions"][str(version)]
+        entry["postprocess"] = {
+            **postprocess,
+            "score_threshold": to_reported(calibration, network),
+        }
+        entry["calibration"] = calibration.model_dump(mode="json")
 
     edit_config(folder, change)
 

@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from training.federated import ignore_unlabelled
 
+AP_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
 IOU_50, IOU_75 = 0, 5  # positions among the thresholds 0.50, 0.55, ... 0.95
 
 
@@ -30,7 +31,18 @@ def mask_ap(
     max_dets: int = 100,
     image_ids: Collection[int | str] | None = None,
 ) -> dict[str, float]:
-    """AP, AP50, AP75, APs, APm, APl and AR of segmentation results.
+    """The first part of `score_masks`."""
+    return score_masks(truth, results, max_dets=max_dets, image_ids=image_ids)[0]
+
+
+def score_masks(
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    max_dets: int = 100,
+    image_ids: Collection[int | str] | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """AP, AP50, AP75, APs, APm, APl and AR of segmentation results, and the AP of each class.
 
     Args:
         truth: COCO ground truth as `CocoDataset.truth` gives it: every field is valid. Images may
@@ -41,7 +53,8 @@ def mask_ap(
         image_ids: Evaluate only these images.
 
     Returns:
-        The seven metrics; -1 if the ground truth has no such object, 0 if there are no results.
+        The seven metrics, and AP by class name; -1 if the ground truth has no such object, 0 if
+        there are no results.
 
     Raises:
         ValueError: A result names an image that the ground truth does not have.
@@ -73,7 +86,7 @@ def mask_ap(
         evaluation.accumulate()
     precision = evaluation.eval["precision"]  # [IoU, recall, category, area, maxDets]
     recall = evaluation.eval["recall"]  # [IoU, category, area, maxDets]
-    return {
+    metrics = {
         "AP": _mean(precision[:, :, :, 0, -1]),
         "AP50": _mean(precision[IOU_50, :, :, 0, -1]),
         "AP75": _mean(precision[IOU_75, :, :, 0, -1]),
@@ -82,6 +95,12 @@ def mask_ap(
         "APl": _mean(precision[:, :, :, 3, -1]),
         "AR": _mean(recall[:, :, 0, -1]),
     }
+    names = {category["id"]: str(category["name"]) for category in truth["categories"]}
+    classes = {
+        names[category_id]: _mean(precision[:, :, place, 0, -1])
+        for place, category_id in enumerate(evaluation.params.catIds)
+    }
+    return metrics, classes
 
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:

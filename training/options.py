@@ -173,4 +173,6 @@ def choose_workers(options: argparse.Namespace) -> int:
     if not options.device.startswith("cuda"):
         return 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // processes))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cpus // processes))

@@ -26,6 +26,7 @@ from pipeline.types import Detection, UInt8
 from service.models.repository import LoadedModel, load_version
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError
+from training.matching import match
 
 MATCH_IOU = 0.5
 GAP_PX = 6
@@ -35,13 +36,8 @@ def match_f1(found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -
     """F1 of masks matched one to one at IoU 0.5, in order of score; 1 if both are empty."""
     if not found or not truth:
         return float(not found and not truth)
-    iou = np.asarray(coco_mask.iou(list(found), list(truth), [0] * len(truth)))
-    matched = 0
-    for row in iou:
-        best = int(row.argmax())
-        if row[best] >= MATCH_IOU:
-            matched += 1
-            iou[:, best] = 0
+    iou = np.asarray(coco_mask.iou(list(found), list(truth), [0] * len(truth)), np.float64)
+    matched = sum(j is not None for j in match(iou, MATCH_IOU))
     return 2 * matched / (len(found) + len(truth))
 
 

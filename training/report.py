@@ -18,9 +18,9 @@ from pipeline.draw import draw_instances
 from pipeline.types import Detection
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
-from training.evaluate import CheckpointPredictor
 from training.files import replace_text
 from training.model.solo import Solo
+from training.predictors import CheckpointPredictor
 from training.run_log import NOTE
 
 UInt8 = NDArray[np.uint8]

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 NOTE = "note"
+CURVES_FILE = "metrics.csv"
 
 
 class RunLog:
@@ -28,7 +29,7 @@ class RunLog:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.csv"
+        path = folder / CURVES_FILE
         kept: list[list[str]] = [["step", "name", "value"]]
         if step > 0 and path.exists():
             with path.open(newline="") as file:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.model.solo import Solo
 from training.objective import Precision
@@ -29,6 +30,7 @@ class RunOptions:
         resume: Resume from `out/last.pt` if it exists.
         init: Fills the model of a new run with trained weights; not called when a run is resumed.
         label: Name of the run in the progress bar.
+        provenance: Stored in every checkpoint.
     """
 
     out: Path
@@ -46,3 +48,4 @@ class RunOptions:
     compile: bool = False
     init: Callable[[Solo], None] | None = None
     label: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -13,12 +13,13 @@ from training.configs.schema import Config
 from training.configs.tables import Change, get_table, refuse_overrides
 from training.data.coco import CocoDataset
 from training.data.digest import data_digest
-from training.evaluate import CheckpointPredictor, build_validator, open_splits
 from training.model.solo import Solo
+from training.predictors import CheckpointPredictor
 from training.run_folder import claimed, require_writable
 from training.speed import MAX_IMAGES, device_name, measure_fps
 from training.tables import RunResult, TablePlan, run_table
 from training.trainer import Trainer, Validate
+from training.validation import build_validator, open_splits
 from training.weights.initial import hash_initial
 
 TABLE_MAX_DETS = 100  # the paper's, and COCO's

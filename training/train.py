@@ -23,11 +23,11 @@ from training.configs.toml_files import load_config
 from training.configure import configure, name_of, read_configuration, write_configuration
 from training.data.coco import CocoDataset
 from training.data.validation import describe_validation, doubt_validation
-from training.evaluate import build_validator, open_splits
 from training.model.solo import Solo
 from training.optim import scale_learning_rate
 from training.options import build_parser, choose_workers
 from training.precision import Numerics, settle_precision
+from training.provenance import describe_command, describe_training
 from training.report import Pictures, build_pictures
 from training.resume import apply_resume_with
 from training.run_folder import BEST_FILE, claimed, export_command
@@ -36,6 +36,7 @@ from training.speed import measure_step
 from training.table_command import run_command
 from training.termination import TERMINATED_STATUS, Terminated
 from training.trainer import Trainer, Validate
+from training.validation import build_validator, open_splits
 from training.weights.initial import initialise
 
 Splits = tuple[CocoDataset, CocoDataset | None]
@@ -213,7 +214,12 @@ def _train(
 ) -> Trainer:
     """Trains into a folder that is claimed."""
     init = _initialiser(options.init, config) if options.init else None
-    run_options = replace(_run_options(options, out, seed, init), label=label)
+    provenance = {}
+    if distributed.is_main():
+        command = getattr(options, "command", None)
+        provenance["training"] = describe_training(data, options.train_split, command)
+    run_options = _run_options(options, out, seed, init)
+    run_options = replace(run_options, label=label, provenance=provenance)
     trainer = Trainer(config, data, run_options, validate, pictures)
     if not options.init and trainer.step == 0:
         _refuse_frozen(config)
@@ -258,7 +264,9 @@ def _refuse_frozen(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = build_parser().parse_args(arguments)
+    options.command = describe_command("solo-train", arguments)
     try:
         with distributed.joined(options.device) as device:
             options.device = device

@@ -150,6 +150,7 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "unvalidated": self.unvalidated,
             "seed": self.options.seed,
+            "provenance": dict(self.options.provenance),
         }
 
     def save(self, name: str = "last.pt") -> Path:

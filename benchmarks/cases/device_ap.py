@@ -21,7 +21,7 @@ from pipeline.decode import decode_image
 from service.engines.aoti_package import PackagePrecision
 from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset
-from training.evaluate import EVALUATION_THRESHOLD, Result, predict, to_results
+from training.predictors import EVALUATION_THRESHOLD, Result, predict, to_results
 from training.weights.formats import load_model as load_checkpoint
 
 DATA = ROOT / "tests" / "data" / "nuclei"

@@ -19,6 +19,7 @@ from pipeline.encode import instance_to_coco
 from pipeline.postprocess import postprocess
 from pipeline.preprocess import prepare
 from service.cores import count_cores
+from service.engines.base import EngineKind, Precision
 
 STAGES = ("decode", "prepare", "engine", "postprocess", "encode")
 
@@ -29,8 +30,10 @@ def stages(
     images: Annotated[Path, "folder of the images"] = IMAGES,
     rounds: Annotated[int, "that count"] = 10,
     threads: Annotated[int, "of an engine call"] = count_cores(),
+    engine: Annotated[EngineKind, "that runs the model"] = "ort",
+    precision: Annotated[Precision, "of the engine"] = "fp32",
 ) -> Report:
-    loaded = load_model(model, threads)
+    loaded = load_model(model, threads, engine=engine, precision=precision, slots=1)
     files = {path.name: path.read_bytes() for path in sorted(images.iterdir())}
     variants = {name: partial(run_stages, loaded, data) for name, data in files.items()}
     samples = take_turns(variants, rounds)
@@ -44,11 +47,13 @@ def stages(
             "instances": round(median["instances"]),
             **{f"{stage}_ms": ms for stage, ms in cpu_ms.items()},
             "total_ms": sum(cpu_ms.values()),
+            "outside_engine": 1 - cpu_ms["engine"] / sum(cpu_ms.values()),
             "total_wall_ms": 1e3 * sum(median[f"{stage}_wall_s"] for stage in STAGES),
         }
     return Report(
         data={
             "model": f"{loaded.config.name} {loaded.version}",
+            "engine": f"{engine} {precision}",
             "clock": "cpu",
             "threads": threads,
             "rows": rows,

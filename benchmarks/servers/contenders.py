@@ -32,6 +32,7 @@ class Contender:
         arguments: Of `python`; `{port}`, `{repo}` and `{cores}` are replaced.
         variables: Of its environment.
         settings: What was chosen for it, in words.
+        same_engine: Whether it runs the engine of all others, so that its answers must be ours.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contender:
     arguments: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
     settings: str
+    same_engine: bool = True
 
     @property
     def python(self) -> Path:
@@ -124,20 +126,30 @@ _SERVE = (
     *("-m", "service", "--model-repo", "{repo}", "--port", "{port}"),
     *("--device", "cpu", "--log-level", "warning"),
 )
+_SAME_ENGINE = ("--engine", "ort", "--precision", "fp32")
+"""That of `SharedEngine`, which the others use."""
 _ALL = (
     Contender(
         name=OURS,
         environment=None,
         package="solo-serve",
-        arguments=(*_SERVE, "--workers", "{cores}"),
+        arguments=(*_SERVE, *_SAME_ENGINE, "--workers", "{cores}"),
         settings="a worker process for each core; no log line for each request",
     ),
     Contender(
         name="solo-serve-single",
         environment=None,
         package="solo-serve",
-        arguments=(*_SERVE, "--threads", "1", "--engine-slots", "{cores}"),
+        arguments=(*_SERVE, *_SAME_ENGINE, "--threads", "1", "--engine-slots", "{cores}"),
         settings="one process, an engine slot for each core; no log line for each request",
+    ),
+    Contender(
+        name="solo-serve-auto",
+        environment=None,
+        package="solo-serve",
+        arguments=(*_SERVE, "--threads", "1", "--engine-slots", "{cores}"),
+        settings="as solo-serve-single, with the engine and precision that it chooses",
+        same_engine=False,
     ),
     Contender(
         name="fastapi",

@@ -11,12 +11,12 @@ from service.grpc.read import parse, read_version
 from service.http.clients import check_admin
 from service.http.oip.config import TRITON_TYPES, build_config
 from service.http.oip.schemas import INPUT, OUTPUTS
+from service.http.routes.inference import list_extensions
 from service.http.routes.models import find_versions
 from service.http.routes.repository import check_control, check_parameters, list_entries
 from service.http.statistics import read_statistics
 from service.protocol import ModelState
 
-_EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
 _NUMBERS = dict(TRITON_TYPES.values())
 
 
@@ -39,7 +39,7 @@ async def show_model_ready(rpc: Rpc, message: bytes) -> Any:
 async def show_server(rpc: Rpc, message: bytes) -> Any:
     """The server's name, version and what it knows of the protocol."""
     return MESSAGES["ServerMetadataResponse"](
-        name="solo-serve", version=rpc.state.version, extensions=_EXTENSIONS
+        name="solo-serve", version=rpc.state.version, extensions=list_extensions(rpc.state.settings)
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from typing import Any
 
 from service.errors import BodyTimeout
@@ -92,7 +91,8 @@ class InferStream:
     def __init__(self, rpc: Rpc, client: ClientProfile) -> None:
         self._rpc = rpc
         self._client = client
-        self._answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_AHEAD)
+        self._answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(STREAM_AHEAD)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> None:
@@ -105,6 +105,7 @@ class InferStream:
         try:
             while (task := await self._answers.get()) is not None:
                 await self._write(await task)
+                self._room.release()
             await reader
         finally:
             for task in tuple(self._tasks):
@@ -121,6 +122,7 @@ class InferStream:
         limit_s = self._rpc.state.settings.body_total_s
         try:
             while True:
+                await self._room.acquire()
                 try:
                     async with asyncio.timeout(limit_s):
                         message = await self._rpc.read()
@@ -129,10 +131,9 @@ class InferStream:
                     raise BodyTimeout(text) from error
                 if message is None:
                     return
-                await self._answers.put(self._start(self._answer(message, time.monotonic())))
+                self._answers.put_nowait(self._start(self._answer(message, time.monotonic())))
         finally:
-            with suppress(asyncio.CancelledError):
-                await self._answers.put(None)
+            self._answers.put_nowait(None)
 
     async def _answer(self, message: bytes, began_s: float) -> bytes:
         """The answer of one message; a failure is one too."""

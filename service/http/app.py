@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +41,7 @@ from service.observe.tracing import Tracer, build_tracer
 from service.protocol import Segmenter
 from service.segmenter import LocalSegmenter
 from service.settings import Settings
+from service.version import read_version
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def create_app(
         StartupError: `settings.default_model` is not in the repository, or the keys file cannot
             be read, or a setting of jobs is wrong, or tracing is asked for and not installed.
     """
-    tracer = tracer or build_tracer(settings.otlp_endpoint, _version())
+    tracer = tracer or build_tracer(settings.otlp_endpoint, read_version())
     built = segmenter
     metrics = Metrics() if built is None else built.metrics
     if built is None and settings.device != "cpu":
@@ -106,7 +106,7 @@ def create_app(
     app = FastAPI(
         title="solo-serve",
         description=DESCRIPTION,
-        version=_version(),
+        version=read_version(),
         lifespan=lifespan,
         docs_url=None,  # service.http.routes.web has both; the page works without a CDN
         openapi_url=None,
@@ -187,13 +187,6 @@ def _add_middleware(
 def _add_error_handlers(app: FastAPI, answer: ErrorAnswer) -> None:
     for kind in _HANDLED:
         app.add_exception_handler(kind, answer)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("solo-serve")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "0"
 
 
 def _build_answer(settings: Settings, metrics: Metrics) -> ErrorAnswer:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX, Calibration, ModelCard, Task
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
 from pipeline.writers import FormatName
 from service.engines.base import Precision
 from service.http.oip.schemas import TensorMetadata
@@ -78,6 +79,13 @@ class SegmentQuery(BaseModel):
     ] = "keep"
     object_size_px: ObjectSizePx = None
     um_per_px: UmPerPx = None
+    scale: Annotated[
+        Scale,
+        Field(
+            description="auto: the scale is found from the objects in some parts of the image, at "
+            "the cost of at most 6 more canvases; instead of object_size_px"
+        ),
+    ] = "own"
     masks: Annotated[
         Masks,
         Field(
@@ -138,6 +146,13 @@ class InstanceModel(BaseModel):
     ] = None
 
 
+class WarningModel(BaseModel):
+    """Why a result may be worthless although nothing failed."""
+
+    code: Annotated[str, Field(examples=["unusual_image"])]
+    message: str
+
+
 class ImageResult(BaseModel):
     """One image: width, height and instances, or an error."""
 
@@ -153,7 +168,7 @@ class ImageResult(BaseModel):
         float | None,
         Field(
             description="scale at which the model saw the image, relative to its usual one; 1 "
-            "unless object_size_px or um_per_px asks for another"
+            "unless object_size_px, um_per_px or scale asks for another"
         ),
     ] = None
     canvases: Annotated[
@@ -165,6 +180,7 @@ class ImageResult(BaseModel):
     truncated: Annotated[
         bool | None, Field(description="whether max_instances left instances out")
     ] = None
+    warnings: list[WarningModel] | None = None
     index_png: Annotated[
         str | None,
         Field(
@@ -316,6 +332,23 @@ class LoadResponse(BaseModel):
     ] = None
 
 
+class ShadowModel(BaseModel):
+    """A version that is, or was, compared with the served one."""
+
+    version: int
+    status: Literal["running", "promoted", "rejected", "failed"]
+    reason: Annotated[str, Field(description="of the status")]
+    share: Annotated[float, Field(description="of the images that it segments too")]
+    images: Annotated[int, Field(description="that were compared")]
+    failures: Annotated[int, Field(description="images that it failed on")]
+    dropped: Annotated[int, Field(description="images that it had no time for")]
+    agreement: Annotated[float | None, Field(description="mean panoptic quality, 0..1")]
+    mean_iou: Annotated[float | None, Field(description="of the masks of matched instances")]
+    unmatched_share: Annotated[float | None, Field(description="instances without a partner")]
+    score_difference: Annotated[float | None, Field(description="mean, of matched instances")]
+    slowdown: Annotated[float | None, Field(description="engine time over the served version's")]
+
+
 class ModelDetail(BaseModel):
     """Answer of GET /v2/models/{name}: the Open Inference Protocol's metadata, and ours."""
 
@@ -335,6 +368,9 @@ class ModelDetail(BaseModel):
         Precision, Field(description="of config.json or else the server; the model may lack it")
     ]
     max_batch: int
+    shadow: Annotated[
+        ShadowModel | None, Field(description="the version that is compared with this one")
+    ] = None
     input: dict[str, Any]
     card: Annotated[ModelCard, Field(description="what the model is for")]
     classes: list[dict[str, Any]]

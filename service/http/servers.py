@@ -266,6 +266,7 @@ def _configure(
         log_config=None,
         access_log=False,
         lifespan=lifespan,
+        forwarded_allow_ips=settings.trusted_proxies,
         server_header=False,
         timeout_keep_alive=math.ceil(settings.keep_alive_s),
     )

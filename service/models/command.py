@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.model_config import Precision
-from pipeline.repository_config import RepositoryConfig, parse_model_config
+from pipeline.repository_config import RepositoryConfig, ShadowedVersion, parse_model_config
 from service.engines.choose import graph_file
 from service.errors import ModelRefused, StartupError, make_printable
 from service.models.folders import (
@@ -33,12 +33,14 @@ examples:
   solo-models default nuclei           requests that name no model are answered by nuclei
   solo-models serve nuclei 1 3         serve these versions, whatever is published later
   solo-models serve nuclei latest      serve the highest version again
+  solo-models shadow nuclei 3          compare version 3 with the one that is served
   solo-models rollback nuclei          serve the version before the one that is served
 
 Changes are written in one step. A server that watches the repository (SOLO_MODEL_POLL_S) takes
 them up; any other when the model is loaded again.
 """
 POLICIES = ("latest", "all")
+SHADOW_OPTIONS = ("share", "images", "promote_at", "reject_below", "max_failures", "max_slowdown")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def serve_versions(folder: Path, policy: dict[str, Any]) -> tuple[list[int], lis
     def change(content: dict[str, Any], before: RepositoryConfig) -> None:
         with refusing(folder / CONFIG_FILE):
             after = parse_model_config(json.dumps({**content, "serve": policy})).served_versions
-        for version in after:
+        for version in {*after, policy.get("shadow", after[0])}:
             find_artefacts(folder, read_config(folder, version)).verify()
         versions.extend((_served_before(before), after))
         content["serve"] = policy
@@ -199,6 +201,16 @@ def find_previous(folder: Path) -> int:
                 f"{config.version_numbers}"
             )
     return earlier[-1]
+
+
+def find_current(folder: Path) -> int:
+    """The highest version that is served.
+
+    Raises:
+        ModelRefused: config.json is wrong.
+    """
+    with refusing(folder / CONFIG_FILE):
+        return read_repository_config(folder).served_versions[-1]
 
 
 def parse_policy(texts: Sequence[str]) -> dict[str, Any]:
@@ -245,6 +257,15 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "versions", nargs="+", metavar="VERSION", help="version numbers, or latest, or all"
     )
+    added = add("shadow", "Compares a version with the served one, on a share of the images.")
+    added.add_argument("model")
+    added.add_argument("version", type=int)
+    for name in SHADOW_OPTIONS:
+        kind = ShadowedVersion.model_fields[name]
+        default = kind.default
+        added.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})"
+        )
     added = add("rollback", "Serves the version before the one that is served.")
     added.add_argument("model")
     return parser
@@ -274,10 +295,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_model_folder(root, arguments.model)
     if arguments.command == "serve":
         policy = parse_policy(arguments.versions)
+    elif arguments.command == "shadow":
+        options = {name: getattr(arguments, name) for name in SHADOW_OPTIONS}
+        policy = {"policy": "shadow", "live": find_current(folder), "shadow": arguments.version}
+        policy |= options
     else:
         policy = {"policy": "specific", "versions": [find_previous(folder)]}
     before, after = serve_versions(folder, policy)
     print(f"{arguments.model} is served in version {_join(after)}, before in {_join(before)}")
+    if arguments.command == "shadow":
+        print(f"version {arguments.version} is compared with it, and the better one stays")
     _print_advice(arguments.model)
     return 0
 

@@ -10,21 +10,15 @@ differs from config.json is refused with the file's name and the reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.canvases import find_padding
 from pipeline.errors import ConfigError
-from pipeline.model_config import ModelConfig, Precision
-from pipeline.postprocess import Overlaps, TileCandidates, postprocess
-from pipeline.preprocess import prepare
-from pipeline.types import Detection, Prepared, Tile, UInt8
+from pipeline.model_config import ModelConfig
 from service.engines.artefacts import ONNX_FILE
-from service.engines.base import Backend, BackendError, BackendOptions
+from service.engines.base import BackendOptions
 from service.engines.choose import build_backend
 from service.errors import ModelRefused, StartupError, make_printable
 from service.models.folders import (
@@ -39,6 +33,7 @@ from service.models.folders import (
     read_stamps,
     refusing,
 )
+from service.models.loaded import LoadedModel, warm_up
 from service.models.publishing import (
     edit_config,
     format_json,
@@ -47,7 +42,6 @@ from service.models.publishing import (
     write_default,
     write_version,
 )
-from service.work.request import RequestOptions
 
 __all__ = [
     "CONFIG_FILE",
@@ -72,69 +66,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-WARM_IMAGE_HW = (64, 64)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """One version of a model with its engine, warm.
-
-    Attributes:
-        asked_precision: What config.json or else the server asks for; the engine's may differ.
-    """
-
-    config: ModelConfig
-    version: int
-    backend: Backend
-    asked_precision: Precision = "fp32"
-
-    def probe(self, backend: Backend) -> None:
-        """Runs an engine of this model on a known-good image; raises if that fails."""
-        warm_up(backend, self.config)
-
-    def segment(
-        self,
-        image: UInt8,
-        *,
-        score_threshold: float | None = None,
-        max_instances: int | None = None,
-        overlaps: Overlaps = "keep",
-        object_size_px: float | None = None,
-        um_per_px: float | None = None,
-    ) -> list[Detection]:
-        """Segments one image in the calling thread, with the server's results.
-
-        Args:
-            image: [H, W, 3] uint8 RGB.
-            score_threshold: Least score; default from the model's configuration.
-            max_instances: Most instances; default from the model's configuration.
-            overlaps: As in `RequestOptions`, like the next two.
-            object_size_px: The objects' typical diameter in this image.
-            um_per_px: Size of a pixel, instead of that.
-
-        Raises:
-            InvalidParameter: The model cannot do what is asked for.
-        """
-        asked = RequestOptions(
-            overlaps=overlaps, object_size_px=object_size_px, um_per_px=um_per_px
-        )
-        canvases = find_padding(self.config, self.backend.device)
-        prepared = prepare(image, asked.adapt(self.config).input, canvases=canvases)
-        return postprocess(
-            prepared,
-            self._infer(prepared),
-            self.config.postprocess,
-            score_threshold=score_threshold,
-            max_instances=max_instances,
-            overlaps=overlaps,
-            calibration=self.config.calibration,
-        )
-
-    def _infer(self, prepared: Prepared) -> Iterator[TileCandidates]:
-        size = self.config.limits.max_batch
-        for start in range(0, len(prepared.tiles), size):
-            yield from self.backend.infer(prepared.tiles[start : start + size])
 
 
 def load_version(
@@ -212,36 +143,6 @@ def read_config(folder: Path, version: int | None = None) -> ModelConfig:
         if config.name != name:
             raise ConfigError(f"it names the model {config.name!r}, but the folder is {name!r}")
     return config
-
-
-def warm_up(backend: Backend, config: ModelConfig) -> None:
-    """Runs an engine once on a grey image, so that mismatches and slow first calls happen here."""
-    image = np.full((*WARM_IMAGE_HW, 3), 128, np.uint8)
-    prepared = prepare(image, config.input, canvases=find_padding(config, backend.device))
-    tiles = list(prepared.tiles)
-    candidates = backend.infer(tiles)
-    _check_output(tiles, candidates, config)
-    postprocess(prepared, candidates, config.postprocess)
-
-
-def _check_output(
-    tiles: Sequence[Tile], candidates: Sequence[TileCandidates], config: ModelConfig
-) -> None:
-    for tile, found in zip(tiles, candidates, strict=True):
-        height, width = tile.image.shape[:2]
-        wanted = (height // config.mask_stride, width // config.mask_stride)
-        if found.mask_hw != wanted:
-            raise BackendError(
-                f"masks are {found.mask_hw} on a canvas of {(height, width)}; "
-                f"config.json's mask_stride {config.mask_stride} asks for {wanted}"
-            )
-        if len(found.scores) > config.candidates:
-            raise BackendError(
-                f"{len(found.scores)} candidates, config.json says {config.candidates}"
-            )
-        wrong = (found.labels < 0) | (found.labels >= len(config.classes))
-        if wrong.any():
-            raise BackendError(f"label {found.labels[wrong][0]} for {len(config.classes)} classes")
 
 
 @dataclass(frozen=True)

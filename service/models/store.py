@@ -61,6 +61,7 @@ class ModelStore:
         unavailable: Why other models of the repository, or newer versions of those that are
             served, are not; by name.
         renewal: Replaces the engines of served versions.
+        on_change: Called with the name of a model that was loaded or ended.
 
     Raises:
         StartupError: The default model is not in the repository.
@@ -78,6 +79,7 @@ class ModelStore:
         self._metrics = metrics
         self._budget = budget or PixelBudget()
         self.renewal = EngineRenewal(settings, repository, metrics, self._show_engine)
+        self.on_change: Callable[[str], None] = lambda name: None
         self._closed = False
         self._changing = asyncio.Lock()
         self._recorded_default = repository.default
@@ -179,6 +181,7 @@ class ModelStore:
             if version not in new:
                 self._metrics.remove_model(name, version)
             spawn(self._retire(replaced), self._retiring)
+        self.on_change(name)
 
     def _find_loaded(self, name: str) -> dict[int, LoadedModel]:
         """The versions of a model that are served now, with their present engines."""

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from service.engines.base import Precision
 from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
+from service.observe.shadow_metrics import ShadowMetrics
 from service.observe.shared import SharedCalls
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Metrics:
             buckets=_BATCH_SIZES,
             registry=registry,
         )
+        self.shadow = ShadowMetrics(registry)
         self._build_counters(registry)
         self._build_gauges(registry)
         self._build_jobs(registry)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
 from service.engines.base import BackendOptions
 from service.errors import InvalidParameter, StartupError
 from service.jobs.database import JournalDiffers, JournalInUse
@@ -53,8 +54,13 @@ Each image's results are stored in OUT.partial at once, and --out is written at 
 is interrupted in any way, the same command continues it; after failures it retries only the images
 that failed.
 """
-_ASKED = ("score_threshold", "max_instances", "overlaps", "object_size_px", "um_per_px")
+_ASKED = (
+    *("score_threshold", "max_instances", "overlaps"),
+    *("object_size_px", "um_per_px", "scale"),
+)
 """Options that are parameters of a request, too."""
+_LISTED = 5
+"""Images of a kind of warning that are named."""
 JOURNAL_ADVICE = (
     "To continue, give the same options (and --version); otherwise give another --out, or "
     "--restart to start again"
@@ -206,6 +212,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="typical diameter of the objects, if it is not the model's (default: no rescaling)",
     )
     add("--um-per-px", type=_size, metavar="UM", help="size of a pixel, for models that state it")
+    add(
+        "--scale",
+        choices=get_args(Scale),
+        default="own",
+        help="auto: find the scale from the objects in each image (default: own)",
+    )
     add("--annotations", type=Path, metavar="COCO.json", help="file with the image ids")
     add("--out", type=Path, help="file or folder to write (default: results.json, ...)")
     add_format_options(parser)
@@ -321,6 +333,14 @@ def _print_after(given: Path, count: int, done: Sequence[Item], notes: Notes) ->
             "instances may be missing from their results",
             file=sys.stderr,
         )
+    for code, named in notes.collect_warnings(done).items():
+        print(
+            f"solo-predict: warning: {code} in {len(named)} of {len(done)} images:", file=sys.stderr
+        )
+        for item, message in named[:_LISTED]:
+            print(f"  {as_line(item.name)}: {as_line(message)}", file=sys.stderr)
+        if len(named) > _LISTED:
+            print(f"  and {len(named) - _LISTED} more", file=sys.stderr)
 
 
 def _describe_problems(listing: Listing, failed: Mapping[ImageFile, ImageUnusable]) -> list[str]:

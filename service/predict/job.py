@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -92,12 +92,14 @@ class Found:
         results: COCO results without their image_id.
         truncated: Whether max_instances cut the results.
         picture: PNG with the masks, or None.
+        warnings: `code` and `message` of each.
     """
 
     served: str
     results: list[dict[str, Any]]
     truncated: bool
     picture: bytes | None
+    warnings: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,12 @@ class Notes:
         """
         if self.overlays is not None and item.overlay is not None and found.picture is not None:
             _write_picture(self.overlays / item.overlay, found.picture)
-        properties = {"stamp": stamp, "overlay": item.overlay, "truncated": found.truncated}
+        properties = {
+            "stamp": stamp,
+            "overlay": item.overlay,
+            "truncated": found.truncated,
+            "warnings": [*found.warnings],
+        }
         with blame_image():
             self.journal.append(
                 item.file.key, found.results, served=found.served, properties=properties
@@ -152,6 +159,15 @@ class Notes:
         """How many of these images, all of them complete, have results cut by max_instances."""
         entries = (self.journal.find(item.file.key) for item in items)
         return sum(entry is not None and entry["truncated"] for entry in entries)
+
+    def collect_warnings(self, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
+        """The images of each warning's code, with the message."""
+        found: dict[str, list[tuple[Item, str]]] = {}
+        for item in items:
+            entry = self.journal.find(item.file.key) or {}
+            for warning in entry.get("warnings", ()):
+                found.setdefault(warning["code"], []).append((item, warning["message"]))
+        return found
 
 
 def _write_picture(path: Path, picture: bytes) -> None:
@@ -199,7 +215,7 @@ def find(predictor: Predictor, data: bytes, *, draw: bool) -> Found:
     with blame_image():
         answer = predictor.predict(data)
         picture = draw_overlay(data, answer) if draw else None
-        return Found(answer.served, answer.results, answer.truncated, picture)
+        return Found(answer.served, answer.results, answer.truncated, picture, answer.warnings)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -37,12 +37,14 @@ class Prediction:
         task: What the masks are.
         served: Model and version that were used, "name:version".
         truncated: Whether max_instances cut the results.
+        warnings: `code` and `message` of each.
     """
 
     results: list[dict[str, Any]]
     task: Task
     served: str
     truncated: bool = False
+    warnings: Sequence[Mapping[str, str]] = ()
 
 
 class Predictor(Protocol):
@@ -72,21 +74,19 @@ class LocalPredictor:
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error
         try:
-            instances = self.model.segment(
-                image,
-                score_threshold=self.asked.score_threshold,
-                max_instances=self.asked.max_instances,
-                overlaps=self.asked.overlaps,
-                object_size_px=self.asked.object_size_px,
-                um_per_px=self.asked.um_per_px,
-            )
+            answer = self.model.answer(image, self.asked)
         except Exception as error:  # an engine's exceptions have no common base
             raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
-        results = [instance_to_coco(i, config) for i in instances]
+        results = [instance_to_coco(i, config) for i in answer.instances]
         limit = self.asked.max_instances or config.postprocess.max_instances
-        served = f"{config.name}:{self.model.version}"
-        return Prediction(results, config.task, served, truncated=len(results) == limit)
+        return Prediction(
+            results,
+            config.task,
+            f"{config.name}:{self.model.version}",
+            truncated=len(results) == limit,
+            warnings=[vars(warning) for warning in answer.warnings],
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class RemotePredictor:
                 overlaps=None if self.asked.overlaps == "keep" else self.asked.overlaps,
                 object_size_px=self.asked.object_size_px,
                 um_per_px=self.asked.um_per_px,
+                scale=None if self.asked.scale == "own" else self.asked.scale,
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
@@ -135,4 +136,10 @@ class RemotePredictor:
             for found in result.to_coco(0)
         ]
         served = f"{result.model}:{result.version}"
-        return Prediction(results, cast(Task, result.task), served, truncated=result.truncated)
+        return Prediction(
+            results,
+            cast(Task, result.task),
+            served,
+            truncated=result.truncated,
+            warnings=[vars(warning) for warning in result.warnings],
+        )

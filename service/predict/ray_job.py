@@ -49,6 +49,7 @@ _FOUND = pa.schema(
         ("served", pa.string()),
         ("results", pa.large_binary()),
         ("truncated", pa.bool_()),
+        ("warnings", pa.large_binary()),
         ("picture", pa.large_binary()),
         ("error", pa.string()),
     ]
@@ -163,6 +164,7 @@ class RaySegmenter:
             "served": found.served,
             "results": orjson.dumps(found.results),
             "truncated": found.truncated,
+            "warnings": orjson.dumps([*found.warnings]),
             "picture": found.picture,
         }
 
@@ -262,8 +264,13 @@ class RayJob:
         """Stores what an actor found; returns why the image has no result."""
         if row["error"] is not None:
             return ImageUnusable(row["error"])
-        results = orjson.loads(row["results"])
-        found = Found(row["served"], results, row["truncated"], row["picture"])
+        found = Found(
+            row["served"],
+            orjson.loads(row["results"]),
+            row["truncated"],
+            row["picture"],
+            orjson.loads(row["warnings"]),
+        )
         try:
             self.notes.note(item, stamp, found)
         except ImageUnusable as error:

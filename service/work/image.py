@@ -13,13 +13,14 @@ import orjson
 from PIL import Image
 
 from pipeline.decode import open_image, peek_hw, read_image_hw
+from pipeline.domain import check_domain
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
 from pipeline.errors import CorruptImage, WriteError
 from pipeline.model_config import Canvas, InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
 from pipeline.preprocess import count_canvases, needed_hw, prepare
-from pipeline.types import Detection, Prepared, Tile, UInt8
+from pipeline.types import AnswerWarning, Detection, Prepared, Tile, UInt8
 from pipeline.writers import FORMATS, Page
 from service.errors import InvalidParameter, TooManyCanvases, describe_error, drop_frames
 from service.observe.timing import Interval, attribute_time
@@ -81,11 +82,13 @@ class ImageWork:
         config: The model's, as the request's options adapt it.
         options: The request's.
         scaled: A JPEG may be decoded no larger than the model needs it.
+        probe: What its scale was chosen by; its costs are added.
 
     Attributes:
         canvases: Corrected by `open`.
         pixels: Of the decoded image, as admitted.
         outcome: None until the image is finished or has failed.
+        warnings: So far.
         taken, searched, is_opening, held: State of the work queue: canvases that threads have
             taken and post-processed; whether a thread is in `open`; decoded pixels counted in the
             budget.
@@ -100,6 +103,7 @@ class ImageWork:
         options: RequestOptions,
         *,
         scaled: bool = False,
+        probe: ImageWork | None = None,
     ) -> None:
         self.canvases = canvases
         self.pixels = image_hw[0] * image_hw[1]
@@ -120,6 +124,14 @@ class ImageWork:
         self._calls: list[Interval] = []
         self._searches: list[Interval] = []
         self._engine_s = 0.0
+        self._probed = 0
+        self.warnings: list[AnswerWarning] = []
+        if probe is not None:
+            self.warnings += probe.warnings
+            self._decoded += probe._decoded
+            self._calls += probe._calls
+            self._searches += probe._searches
+            self._engine_s, self._probed = probe._engine_s, probe.canvases
 
     def open(self, canvases: Sequence[Canvas] = ()) -> None:
         """Decodes the image.
@@ -131,20 +143,13 @@ class ImageWork:
             DecodeError: The image is refused.
         """
         started_s = time.monotonic()
-        data, spec, image_hw = self._file.data, self._config.input, None
-        if isinstance(data, bytes):
-            image = open_image(data, max_pixels=self.pixels)
-            image_hw, self._orientation = image.upright_hw, image.orientation
-            is_scaled = self._scaled and not self._options.overlay
-            pixels = image.decode(needed_hw(image_hw, spec) if is_scaled else (0, 0))
-        else:
-            pixels = data
-        self._file = ImageFile(self._file.file_name, b"")
-        prepared = prepare(pixels, spec, image_hw=image_hw, canvases=canvases)
+        pixels, image_hw = self._decode()
+        prepared = self._cut(pixels, image_hw, canvases)
         if len(prepared.tiles) > self.canvases:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)
         self._picture = pixels if self._options.overlay else None
+        self.warnings += check_domain(pixels, self._config)
         self._collector = Collector(
             prepared.image_hw,
             self.canvases,
@@ -156,6 +161,21 @@ class ImageWork:
         )
         self._prepared = prepared
         self._decoded.append((started_s, time.monotonic()))
+
+    def _decode(self) -> tuple[UInt8, HW | None]:
+        """The pixels [H, W, 3], and the size of the image if they may be fewer."""
+        data, image_hw = self._file.data, None
+        if isinstance(data, bytes):
+            image = open_image(data, max_pixels=self.pixels)
+            image_hw, self._orientation = image.upright_hw, image.orientation
+            is_scaled = self._scaled and not self._options.overlay
+            needed = needed_hw(image_hw, self._config.input) if is_scaled else (0, 0)
+            data = image.decode(needed)
+        self._file = ImageFile(self._file.file_name, b"")
+        return data, image_hw
+
+    def _cut(self, pixels: UInt8, image_hw: HW | None, canvases: Sequence[Canvas]) -> Prepared:
+        return prepare(pixels, self._config.input, image_hw=image_hw, canvases=canvases)
 
     def make_canvas(self, index: int) -> tuple[Tile, bool]:
         """Creates one canvas from the decoded pixels.
@@ -222,6 +242,7 @@ class ImageWork:
                 self._config,
                 options,
                 self.canvases,
+                self.warnings,
             )
         else:
             payload = encode_overlay(self._picture, detections.instances, self._config.task)
@@ -236,7 +257,7 @@ class ImageWork:
         return Outcome(
             payload,
             attribute_time((began_s, ended_s), **stages),
-            canvases=self.canvases,
+            canvases=self.canvases + self._probed,
             engine_s=self._engine_s,
             instances=len(detections.instances),
             stages={**stages},
@@ -261,6 +282,7 @@ def encode_entry(
     config: ModelConfig,
     options: RequestOptions,
     canvases: int,
+    warnings: Sequence[AnswerWarning] = (),
 ) -> bytes:
     """An entry of `results` as JSON."""
     instances = detections.instances
@@ -273,6 +295,7 @@ def encode_entry(
         "canvases": canvases,
         "instances_found": detections.found,
         "truncated": detections.found > len(instances),
+        "warnings": [vars(warning) for warning in warnings],
         "instances": [instance_to_coco(i, config, masks=options.masks) for i in instances],
     }
     if options.masks == "png":

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import ScaleError, fit_scale
+from pipeline.scale import Scale, ScaleError, fit_scale
 from pipeline.types import UInt8
 from pipeline.writers import FormatName
 from service.errors import InvalidParameter
@@ -45,6 +45,7 @@ class RequestOptions:
         overlaps: `resolve` gives pixels of several masks to the best one.
         object_size_px: Typical diameter of the objects; None: as the model expects it.
         um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
+        scale: `auto` finds the scale from the objects of the image.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
         format: Output format of the answer; None: JSON of this service.
@@ -58,6 +59,7 @@ class RequestOptions:
     overlaps: Overlaps = "keep"
     object_size_px: float | None = None
     um_per_px: float | None = None
+    scale: Scale = "own"
     masks: Masks = "rle"
     overlay: bool = False
     format: FormatName | None = None
@@ -76,7 +78,12 @@ class RequestOptions:
                 "'keep' is possible"
             )
         try:
-            return fit_scale(config, object_size_px=self.object_size_px, um_per_px=self.um_per_px)
+            return fit_scale(
+                config,
+                object_size_px=self.object_size_px,
+                um_per_px=self.um_per_px,
+                scale=self.scale,
+            )
         except ScaleError as error:
             raise InvalidParameter(str(error)) from error
 
@@ -115,8 +122,8 @@ class RequestProgress:
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def admit(self, canvases: int) -> None:
-        """The request's images have been admitted."""
-        self.canvases = canvases
+        """Images have been admitted, in one of the passes of the request."""
+        self.canvases += canvases
         self.admitted.set()
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from export.options import describe_command, list_stages, parse_arguments
+from export.options import list_stages, parse_arguments
+from training.provenance import describe_command
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,9 @@ def test_kernels_require_no_checkpoint_and_engines_a_version() -> None:
 
 
 def test_commands_are_recorded_without_folders() -> None:
-    assert describe_command(["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]) == (
-        "solo-export best.pt --out model_repo --name 'a b'"
-    )
+    words = ["/a/b/best.pt", "--out", "model_repo", "--name", "a b"]
+    expected = "solo-export best.pt --out model_repo --name 'a b'"
+    assert describe_command("solo-export", words) == expected
 
 
 def test_the_stages_are_those_that_the_options_ask_for() -> None:

@@ -52,6 +52,14 @@ def test_a_batch_of_mixed_sizes_equals_one_at_a_time(server: ServerProcess) -> N
             assert float(np.asarray(coco_mask.iou([ours], [theirs], [0]))[0, 0]) >= 0.999
 
 
+def test_a_photograph_gets_a_warning_and_nuclei_do_not(server: ServerProcess) -> None:
+    photograph = ROOT / "service" / "http" / "web" / "samples" / "cat.jpg"
+    *nuclei, other = _post(server, [*IMAGES, photograph])
+    assert [entry["warnings"] for entry in nuclei] == [[]] * len(IMAGES)
+    (warning,) = other["warnings"]
+    assert warning["code"] == "unusual_image" and "Cell nuclei" in warning["message"]
+
+
 def test_most_nuclei_are_found(server: ServerProcess) -> None:
     """Far below what the model card says, far above what a broken pipeline could reach."""
     content = json.loads((DATA / "annotations" / "val.json").read_text())

@@ -30,8 +30,8 @@ from training.coco_metrics import mask_ap
 from training.configs.contours import as_contours
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
-from training.evaluate import RepositoryPredictor, as_regions, build_predictor
 from training.pictures import main as pictures_main
+from training.predictors import RepositoryPredictor, as_regions, build_predictor
 
 IMAGE = draw_blobs(np.random.default_rng(5), (100, 130))
 PICTURE = encode_picture(IMAGE)

@@ -428,3 +428,17 @@ def test_a_port_that_is_taken_stops_the_start(server: ServerProcess, repo: Path)
         expected = rf"cannot serve gRPC on 127\.0\.0\.1:{port}"
         with pytest.raises(RuntimeError, match=expected), run_server(log, *flags):
             pass
+
+
+async def test_a_client_that_leaves_a_full_stream_leaves_nothing(
+    slow_server: ServerProcess,
+) -> None:
+    async with aio.insecure_channel(port_of(slow_server)) as channel:
+        stream = channel.stream_stream(STREAM)()
+        for _ in range(40):
+            await stream.write(REQUEST)
+        await wait_until(lambda: read_gauge(slow_server, "solo_queue_images") == 16)
+        stream.cancel()
+        for gauge in ("solo_queue_images", "solo_request_body_bytes", "solo_in_flight_requests"):
+            await wait_until(lambda gauge=gauge: read_gauge(slow_server, gauge) == 0)  # type: ignore[misc]
+        assert await ask(channel, INFER, REQUEST) == "OK"

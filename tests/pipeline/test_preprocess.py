@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from pipeline import preprocess
 from pipeline.model_config import ContrastSpec, InputSpec, KeepRatioResize, TileResize
 from pipeline.preprocess import (
+    contrast_table,
     keep_ratio_size,
     needed_hw,
     prepare,
@@ -109,6 +112,19 @@ def test_contrast_stretches_a_dark_image() -> None:
     assert bright.min() == 0 and bright.max() == 255
     order = np.argsort(dark[..., 0].ravel(), kind="stable")
     assert (np.diff(bright[..., 0].ravel()[order].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (40, 7)])
+def test_the_table_has_the_percentiles_of_all_grey_values(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "_STRIPE_PIXELS", 13)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    spec = ContrastSpec(low=1, high=98, min_range=20)
+    low, high = np.percentile(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), [1, 98])
+    mapped = (np.arange(256) - low) * (255.0 / max(high - low, 20))
+    expected = np.clip(np.floor(mapped + 0.5), 0, 255).astype(np.uint8)
+    assert np.array_equal(contrast_table(image, spec), expected)
 
 
 def test_contrast_leaves_a_flat_image_flat() -> None:

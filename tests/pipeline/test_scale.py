@@ -33,7 +33,8 @@ CONFIG = _config()
 
 def test_no_scale_or_the_models_own_changes_nothing() -> None:
     assert fit_scale(CONFIG) is CONFIG
-    for asked in ({"object_size_px": 16.0}, {"um_per_px": 0.5}):
+    choices: list[dict[str, Any]] = [{"object_size_px": 16.0}, {"um_per_px": 0.5}]
+    for asked in choices:
         same = fit_scale(CONFIG, **asked)
         assert same.input.zoom == 1
         image = np.random.default_rng(0).integers(0, 256, (150, 130, 3), np.uint8)
@@ -46,7 +47,7 @@ def test_no_scale_or_the_models_own_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("asked", [{"object_size_px": 32.0}, {"um_per_px": 0.25}])
-def test_larger_objects_are_shown_smaller(asked: dict[str, float]) -> None:
+def test_larger_objects_are_shown_smaller(asked: dict[str, Any]) -> None:
     resize = fit_scale(CONFIG, **asked).input.resize
     assert isinstance(resize, TileResize)
     assert (resize.tile_hw, resize.overlap_px, resize.scale) == ((128, 128), 32, 1.0)
@@ -101,7 +102,7 @@ def test_canvases_keep_their_shape_and_cover_the_image(
     ],
 )
 def test_an_impossible_scale_is_named(
-    config: ModelConfig, asked: dict[str, float], match: str
+    config: ModelConfig, asked: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ScaleError, match=match):
         fit_scale(config, **asked)
@@ -120,7 +121,7 @@ def test_the_bounds_are_allowed(edge: float) -> None:
     ],
 )
 def test_tiles_of_a_request_may_exceed_the_bounds_of_a_configuration(
-    tiles: dict[str, Any], asked: dict[str, float]
+    tiles: dict[str, Any], asked: dict[str, Any]
 ) -> None:
     config = _config(tiles)
     resize = fit_scale(config, **asked).input.resize

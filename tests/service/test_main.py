@@ -72,3 +72,21 @@ def test_each_worker_sees_its_share(seen: dict[str, Any], monkeypatch: pytest.Mo
         with pytest.raises(SystemExit, match=f"worker {index}: loaded"):
             child.run_child(settings, index, None)  # type: ignore[arg-type]
         assert (seen["gpus"], seen["shown"]) == (gpus, shown)
+
+
+def test_too_little_memory_is_refused_before_models_are_loaded(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "find_memory_limit", lambda: 256 << 20)
+    with pytest.raises(StartupError, match="memory limit of 256 MiB"):
+        command.serve(Settings())
+    assert seen == {}
+
+
+def test_workers_are_told_what_the_memory_allows(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "find_memory_limit", lambda: 1024 << 20)
+    with pytest.raises(Reached, match="workers"):
+        command.serve(Settings(workers=2))
+    assert seen["workers"].max_decoded_pixels < Settings().max_decoded_pixels

@@ -53,6 +53,8 @@ def test_variables_set_and_flags_go_first(monkeypatch: pytest.MonkeyPatch) -> No
         ("SOLO_GPU_MEM_LIMIT_BYTES", "4GB"),
         ("SOLO_ADMIN_PORT", "70000"),
         ("SOLO_OTLP_ENDPOINT", "localhost:4318"),
+        ("SOLO_TRUSTED_PROXIES", "10.0.0.1,caddy"),
+        ("SOLO_TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(
@@ -180,3 +182,15 @@ def test_every_setting_has_a_flag_with_a_help_text() -> None:
     for name, setting in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert setting.description, name
+
+
+def test_the_bundled_models_serve_where_there_is_no_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("service.settings.BUNDLED", tmp_path / "bundled")
+    assert Settings().model_repo == Path("model_repo")  # a source tree bundles nothing
+    (tmp_path / "bundled").mkdir()
+    assert Settings().model_repo == tmp_path / "bundled"
+    (tmp_path / "model_repo").mkdir()
+    assert Settings().model_repo == Path("model_repo")

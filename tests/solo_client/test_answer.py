@@ -93,6 +93,16 @@ def test_progress_is_reported_and_the_result_is_the_last_line(segment: Segment) 
 
 
 @both
+def test_warnings_of_the_server_are_passed_on(segment: Segment) -> None:
+    warnings = [{"code": "unusual_image", "message": "why", "more": 1}]
+    bodies = [line(result=answer({**found(INSTANCE), "warnings": w})) for w in (warnings, None)]
+    with FakeServer(*map(stream, bodies)) as server:
+        result = segment(server.url)
+        assert [(w.code, w.message) for w in result.warnings] == [("unusual_image", "why")]
+        assert segment(server.url).warnings == ()
+
+
+@both
 def test_a_server_with_plain_json_is_read_too(segment: Segment) -> None:
     seen: list[Progress] = []
     with FakeServer(PLAIN) as server:

@@ -16,11 +16,12 @@ from tests.support.tiny import TINY, TINY_SGD
 from training import distributed
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
-from training.evaluate import CheckpointPredictor, evaluate_model, predict
 from training.model.solo import Solo
+from training.predictors import CheckpointPredictor, predict
 from training.run_options import RunOptions
 from training.termination import TERMINATED_STATUS, Terminated
 from training.trainer import Trainer
+from training.validation import evaluate_model
 from training.weights.formats import load_checkpoint
 
 

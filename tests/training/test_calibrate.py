@@ -11,8 +11,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from pipeline.model_config import Calibration
-from service.models.repository import read_config
-from tests.support.blob_model import publish
+from service.models.repository import load_version, read_config
+from tests.support.blob_model import draw_picture, publish
 from training.calibrate import cross_check, judge, main, write_calibration
 
 
@@ -63,6 +63,22 @@ def test_the_map_is_stored_with_its_version(tmp_path: Path) -> None:
     assert read_config(folder).calibration == calibration
     content = json.loads((folder / "config.json").read_text())
     assert content["versions"]["1"]["provenance"] == {"made_by": "tests"}
+
+
+def test_answers_keep_their_instances(tmp_path: Path) -> None:
+    folder = publish(tmp_path)
+    faint = draw_picture(48, 48)
+    faint[faint > 0] = 150  # a score of 0.59
+    for reported in ((0, 0.05, 1), (0, 0.9, 1), (0, 0.5, 1)):
+        before = load_version(folder)
+        threshold = before.config.postprocess.score_threshold
+        write_calibration(folder, 1, Calibration(network=(0, 0.1, 1), reported=reported))
+        after = load_version(folder)
+        assert after.config.postprocess.score_threshold == pytest.approx(reported[1])
+        assert after.config.postprocess.score_threshold != pytest.approx(threshold)
+        kept, found = before.segment(faint), after.segment(faint)
+        assert [i.rle for i in kept] == [i.rle for i in found] != []
+    assert after.config.postprocess.update_threshold == 0.05
 
 
 def test_a_fault_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from tests.support.tiny_solo import tiny_config
 from training.configs.recipes import apply_recipe
 from training.configs.schema import HeadKind
 from training.data.coco import CocoDataset
-from training.evaluate import evaluate_model
 from training.run_options import RunOptions
 from training.trainer import Trainer
+from training.validation import evaluate_model
 
 SIDE = 64
 

@@ -26,18 +26,17 @@ from tests.support.tiny import (
 )
 from training.coco_metrics import mask_ap
 from training.data.coco import CocoDataset
-from training.evaluate import (
+from training.evaluate import build_parser, main
+from training.model.solo import Solo
+from training.predictors import (
     CheckpointPredictor,
     RepositoryPredictor,
     ServerPredictor,
-    build_parser,
     build_predictor,
-    evaluate_model,
-    main,
     predict,
     to_results,
 )
-from training.model.solo import Solo
+from training.validation import evaluate_model
 from training.weights.formats import CheckpointError, save_checkpoint
 
 
@@ -319,7 +318,7 @@ class FakeServer(BaseHTTPRequestHandler):
         if self.path == "/v2/models":
             self.answer(200, {"default_model": "tiny"})
         elif self.path == "/v2/models/tiny":
-            self.answer(200, {"classes": classes})
+            self.answer(200, {"classes": classes, "postprocess": {"score_threshold": 0.5}})
         else:
             self.answer(404, {"error": "no such model"})
 

@@ -7,11 +7,11 @@ Proxies are those of the environment (`https_proxy`, `no_proxy`, ...).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+if sys.platform != "win32":
+    import fcntl
 
 CHUNK_BYTES = 1 << 18
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
@@ -110,9 +113,10 @@ def fetch(
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; waits while another process holds it."""
+    """Holds a lock file; waits while another process holds it. Not on Windows."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

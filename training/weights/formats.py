@@ -154,9 +154,21 @@ def load_model(path: Path) -> tuple[Config, Solo]:
 
 
 def load_provenance(path: Path) -> dict[str, Any]:
-    """Origin of an imported checkpoint as solo-import stored it; empty for any other."""
-    provenance: dict[str, Any] = load_checkpoint(path)[1].get("provenance", {})
-    return provenance
+    """Where a checkpoint comes from, as solo-import or solo-train stored it.
+
+    Returns:
+        For one of solo-train `training`: its command, commit and data, seed, steps and hours; what
+        an older version did not store is "unknown".
+    """
+    content = load_checkpoint(path)[1]
+    provenance: dict[str, Any] = content.get("provenance", {})
+    if "step" not in content:
+        return provenance
+    unknown = dict.fromkeys(("command", "commit", "data", "seed"), "unknown")
+    progress = {"steps": content["step"], "hours": round(content.get("seconds", 0.0) / 3600, 2)}
+    known = {"seed": content["seed"]} if "seed" in content else {}
+    training = {**unknown, **provenance.get("training", {}), **known, **progress}
+    return {**provenance, "training": training}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

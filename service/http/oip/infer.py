@@ -18,6 +18,7 @@ def build_options(call: InferCall) -> RequestOptions:
         overlaps=parameters.overlaps,
         object_size_px=parameters.object_size_px,
         um_per_px=parameters.um_per_px,
+        scale=parameters.scale,
         masks="rle" if "rle" in call.outputs else "none",
         priority="batch" if parameters.priority > 1 else "interactive",
     )

@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.model_config import MAX_INT, MAX_SIDE_PX
 from pipeline.postprocess import Overlaps
+from pipeline.scale import Scale
 
 Datatype = Literal["BYTES", "UINT8", "FP32", "INT64"]
-OutputName = Literal["scores", "category_ids", "bbox", "rle", "image_index", "image_hw", "error"]
+OutputName = Literal[
+    "scores", "category_ids", "bbox", "rle", "image_index", "image_hw", "error", "warnings"
+]
 
 
 class ProtocolError(BaseModel):
@@ -57,12 +60,13 @@ _SHAPES: Mapping[OutputName, tuple[Datatype, list[int]]] = {
     "image_index": ("INT64", [-1]),
     "image_hw": ("INT64", [-1, 2]),
     "error": ("BYTES", [-1]),
+    "warnings": ("BYTES", [-1]),
 }
 OUTPUTS: Mapping[OutputName, TensorMetadata] = {
     name: TensorMetadata(name=name, datatype=datatype, shape=shape)
     for name, (datatype, shape) in _SHAPES.items()
 }
-"""`scores` to `image_index` have one entry per instance, the last two one per image."""
+"""`scores` to `image_index` have one entry per instance, the last three one per image."""
 
 
 class _StrictModel(BaseModel):
@@ -87,6 +91,7 @@ class InferParameters(_StrictModel):
     um_per_px: Annotated[
         float | None, Field(gt=0, le=MAX_INT, description="as in POST /segment")
     ] = None
+    scale: Annotated[Scale, Field(description="as in POST /segment")] = "own"
     priority: Annotated[
         int,
         Field(ge=0, description="0 and 1: interactive, served first; 2 and above: batch work"),

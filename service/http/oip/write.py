@@ -42,8 +42,13 @@ def build_tensors(entries: Sequence[Mapping[str, Any]]) -> dict[OutputName, Valu
         "image_hw": np.array(
             [(entry.get("height", 0), entry.get("width", 0)) for entry in entries], np.int64
         ),
-        "error": ["" if e is None else f"{e['code']}: {e['message']}" for e in errors],
+        "error": ["" if e is None else _describe(e) for e in errors],
+        "warnings": ["\n".join(map(_describe, e.get("warnings") or [])) for e in entries],
     }
+
+
+def _describe(entry: Mapping[str, str]) -> str:
+    return f"{entry['code']}: {entry['message']}"
 
 
 def build_body(

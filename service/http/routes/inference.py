@@ -31,12 +31,13 @@ from service.http.routes.segment import MAX_FILES, get_timeout_header, segment_i
 from service.http.routes.state import ClientDep, SegmenterDep
 from service.http.schemas import TimeoutMs, VersionNumber
 from service.protocol import ModelState, Segmenter
+from service.settings import Settings
 from service.work.request import ClientProfile, ImageFile, Outcome, RequestProgress
 
 router = APIRouter(tags=["open inference protocol"])
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-EXTENSIONS = ("binary_tensor_data", "model_repository", "parameters")
+BINARY_DATA = "binary_tensor_data"
 HeaderLength = Annotated[
     int | None,
     Header(alias=HEADER_LENGTH, ge=1, description="bytes of JSON before the binary data"),
@@ -94,9 +95,14 @@ async def show_server(request: Request) -> ServerMetadata:
     curl --fail-with-body localhost:8000/v2
     ```
     """
-    elsewhere = {"model_repository"} if request.app.state.settings.admin_port is not None else set()
-    extensions = [name for name in EXTENSIONS if name not in elsewhere]
+    extensions = [BINARY_DATA, *list_extensions(request.app.state.settings)]
     return ServerMetadata(name="solo-serve", version=request.app.version, extensions=extensions)
+
+
+def list_extensions(settings: Settings) -> list[str]:
+    """The protocol's extensions that both HTTP and gRPC have; the admin port has the repository."""
+    repository = [] if settings.admin_port is not None else ["model_repository"]
+    return ["model_configuration", *repository, "parameters", "statistics"]
 
 
 @router.get("/v2/models/{name}/ready", responses=_NOT_READY)

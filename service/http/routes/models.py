@@ -8,7 +8,13 @@ from fastapi import APIRouter
 
 from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.http.routes.state import SegmenterDep
-from service.http.schemas import ModelDetail, ModelList, ModelSummary, VersionNumber
+from service.http.schemas import (
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+    ShadowModel,
+    VersionNumber,
+)
 from service.protocol import ModelState, Segmenter
 
 router = APIRouter(tags=["models"])
@@ -102,5 +108,6 @@ def describe_model(model: ModelState, segmenter: Segmenter) -> ModelDetail:
         precision=engine.precision,
         asked_precision=model.asked_precision,
         max_batch=model.max_batch,
+        shadow=None if model.shadow is None else ShadowModel(**vars(model.shadow)),
         **config,
     )

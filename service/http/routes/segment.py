@@ -138,6 +138,7 @@ async def segment(
             overlaps=query.overlaps,
             object_size_px=query.object_size_px,
             um_per_px=query.um_per_px,
+            scale=query.scale,
             masks=query.masks,
             overlay=media_type == PNG,
             format=query.format,

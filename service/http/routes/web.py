@@ -26,10 +26,10 @@ _MEDIA_TYPES = {
     "svg": "image/svg+xml",
 }
 _SCRIPTS = (
-    *("api", "app", "busy", "docs", "draw", "estimate", "files"),
+    *("api", "app", "busy", "docs", "draw", "edit", "estimate", "files"),
     *("list", "orient", "rle", "save", "text", "viewer"),
 )
-_SAMPLES = ("crowded", "sparse", "tissue")
+_SAMPLES = ("cat", "crowded", "sparse", "tissue")
 WEB_FILES = frozenset(
     (
         *("icon.svg", "style.css"),

@@ -12,6 +12,7 @@ import {
 } from "./api.js";
 import { confirmSending, hideBusy, showBusy, showProgress } from "./busy.js";
 import { prepareInstances } from "./draw.js";
+import { Editor } from "./edit.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
@@ -24,10 +25,13 @@ import {
   describeEstimate,
   describeHidden,
   formatCount,
+  showCard,
   showFacts,
   showNotes,
+  showSamples,
   showTime,
   showTruncation,
+  showWarnings,
 } from "./text.js";
 import { Viewer } from "./viewer.js";
 
@@ -48,6 +52,10 @@ const viewer = new Viewer(byId("viewer"), { onHover: hover, onPick: togglePin })
 const list = new InstanceList(byId("list"), { onHover: hover, onPick: togglePin, onMove: pin });
 const threshold = byId("threshold");
 const pace = new Pace();
+const editor = new Editor({
+  read: () => ({ ...state, size: viewer.size }),
+  onChange: replaceInstances,
+});
 
 // --- models -------------------------------------------------------------------------------------
 
@@ -73,8 +81,8 @@ async function chooseModel(name) {
   state.model = model;
   byId("model").value = name;
   byId("model-about").textContent = `${model.name} version ${model.version} on ${model.device}`;
-  byId("model-domain").hidden = !model.card.domain;
-  byId("model-domain").textContent = `${model.name}: ${model.card.domain}.`;
+  showCard(model);
+  showSamples(model);
   threshold.min = leastScore(model);
   threshold.max = 1;
   threshold.value = model.postprocess.score_threshold;
@@ -167,12 +175,13 @@ async function show(file, signal) {
   list.fill(state.instances, model.task);
   threshold.value = model.postprocess.score_threshold;
   showNotes(answer, model, pictureNote);
+  const warnings = showWarnings(answer.result);
   showFacts(file, answer, model);
   showTime(answer);
   document.body.dataset.state = "done";
   filter();
   const truncation = byId("truncation").firstElementChild.textContent;
-  announce(`${describeCount(state)} in ${name}. ${truncation}`.trimEnd());
+  announce([`${describeCount(state)} in ${name}.`, truncation, ...warnings].join(" ").trimEnd());
 }
 
 /** Asks before a large image is sent; returns the expected seconds, null if not known. */
@@ -196,7 +205,20 @@ function saveInFormat(format) {
   }, () => saveInFormat(format));
 }
 
+/** Shows what the editor made of the instances. */
+function replaceInstances(instances) {
+  state.instances = prepareInstances(instances);
+  state.pinned = state.hovered = null;
+  list.fill(state.instances, state.model.task);
+  byId("export").disabled = true;
+  byId("export").title = "A result that was corrected is saved as COCO.";
+  filter();
+}
+
 function clearResult() {
+  editor.stop();
+  byId("export").disabled = false;
+  byId("export").title = "";
   state.answer = null;
   state.instances = [];
   state.shown = [];
@@ -275,6 +297,7 @@ function light() {
   const lit = state.hovered ?? state.pinned;
   viewer.light(lit);
   list.light(lit, state.pinned);
+  if (state.answer) editor.update();
 }
 
 // --- wiring -------------------------------------------------------------------------------------

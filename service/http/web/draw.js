@@ -19,7 +19,8 @@ export function prepareInstances(instances) {
       addRing(path, ring);
       if (measureRing(ring) > 0) addRing(enclosed, ring);
     }
-    return { ...instance, index, colour: colourOf(index), path, enclosed };
+    const colour = instance.colour ?? colourOf(index);
+    return { ...instance, index, colour, path, enclosed };
   });
 }
 

@@ -25,6 +25,35 @@ export function decodeCounts(counts) {
   return runs;
 }
 
+/** Compressed counts of a mask; `pieces` are its [start, end] in column-major order. */
+export function encodePieces(pieces, pixels) {
+  const runs = [0];
+  let at = 0;
+  for (const [start, end] of pieces) {
+    if (start > at || runs.length === 1) runs[runs.length - 1] += start - at;
+    else runs.pop(); // it continues the run before
+    if (runs.length % 2) runs.push(end - start);
+    else runs[runs.length - 1] += end - start;
+    runs.push(0);
+    at = end;
+  }
+  runs[runs.length - 1] += pixels - at;
+  if (runs.length > 1 && !runs.at(-1)) runs.pop();
+  return runs.map((run, index) => encodeNumber(index > 2 ? run - runs[index - 2] : run)).join("");
+}
+
+/** A number as characters of 5 bits, the lowest first. */
+function encodeNumber(value) {
+  let text = "";
+  for (let rest = value, more = true; more; ) {
+    const group = ((rest % 32) + 32) % 32;
+    rest = Math.floor(rest / 32);
+    more = group & 16 ? rest !== -1 : rest !== 0;
+    text += String.fromCharCode(group + (more ? 32 : 0) + 48);
+  }
+  return text;
+}
+
 /** The mask's pieces of columns, [{x, top, bottom}], by x, then by top; bottom is exclusive. */
 export function listColumns({ size: [height, width], counts }) {
   const columns = [];

@@ -90,6 +90,42 @@ export function showFacts(file, { result, version }, model) {
   byId("about").textContent = `${name}, ${size}. ${model.name} version ${version}.`;
 }
 
+/** What a model is for, from its card. */
+export function showCard({ name, card }) {
+  byId("model-domain").hidden = !card.domain;
+  byId("model-domain").textContent = `${name}: ${card.domain}.`;
+  const facts = [
+    card.object_size_px && `Objects of about ${card.object_size_px} px`,
+    card.um_per_px && `${card.um_per_px} µm a pixel`,
+    card.training_data && `Trained on ${card.training_data}`,
+    card.licence,
+    card.attribution,
+  ].filter(Boolean);
+  byId("model-card").hidden = !facts.length;
+  fillList(byId("model-card"), facts);
+}
+
+/** Shows the samples for a model, or all of them if there is none for it. */
+export function showSamples({ name }) {
+  const samples = [...document.querySelectorAll("[data-sample]")];
+  const own = samples.filter((sample) => sample.dataset.model === name);
+  for (const sample of samples) sample.hidden = own.length > 0 && !own.includes(sample);
+}
+
+/** The server's doubts about a result, which are returned. */
+export function showWarnings({ warnings = [] }) {
+  const texts = warnings.map(({ message }) => `${message[0].toUpperCase()}${message.slice(1)}.`);
+  byId("warnings").hidden = !texts.length;
+  fillList(byId("warnings"), texts);
+  return texts;
+}
+
+function fillList(list, texts) {
+  list.replaceChildren(
+    ...texts.map((text) => Object.assign(document.createElement("li"), { textContent: text })),
+  );
+}
+
 /** What the user must know to judge the result; opened if it is about the picture. */
 export function showNotes({ result }, model, pictureNote) {
   const notes = pictureNote ? [pictureNote] : [];
@@ -103,9 +139,7 @@ export function showNotes({ result }, model, pictureNote) {
   if (model.task === "contour") notes.push("This model finds outlines: areas are those of the lines.");
   byId("notes").hidden = !notes.length;
   byId("notes").open = Boolean(pictureNote);
-  byId("notes-list").replaceChildren(
-    ...notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })),
-  );
+  fillList(byId("notes-list"), notes);
 }
 
 function isTiled(result, model) {

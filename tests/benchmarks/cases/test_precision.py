@@ -13,6 +13,7 @@ from benchmarks.cases.precision import load_tiles
 from benchmarks.harness import BenchmarkError
 from benchmarks.inputs import NUCLEI
 from benchmarks.ours import read_model
+from service.errors import ModelRefused
 from tests.support.blob_model import draw_picture, encode_picture, publish
 
 
@@ -33,6 +34,14 @@ def test_stages_have_a_row_for_each_image(
     assert row["tiles"] > 1 and row["instances"] >= 1
     stages = ("decode", "prepare", "engine", "postprocess", "encode")
     assert row["total_ms"] == pytest.approx(sum(row[f"{stage}_ms"] for stage in stages))
+    outside_ms = row["total_ms"] - row["engine_ms"]
+    assert row["outside_engine"] == pytest.approx(outside_ms / row["total_ms"])
+    assert report["engine"] == "ort fp32"
+
+
+def test_stages_run_the_engine_and_precision_asked_for(run_case: Callable[..., Any]) -> None:
+    with pytest.raises(ModelRefused, match=r"(?i)openvino"):
+        run_case("stages", "--rounds", 1, "--engine", "openvino", "--precision", "int8")
 
 
 def test_engines_and_precisions_share_their_canvases(run_case: Callable[..., Any]) -> None:

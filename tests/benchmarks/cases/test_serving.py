@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +61,35 @@ def test_an_answer_that_differs_is_named() -> None:
         serving.check_answers("other", found, expected)
     with pytest.raises(BenchmarkError, match=r"other: other answer to a\.jpg: None"):
         serving.check_answers("other", {}, expected)
+
+
+def test_answers_of_another_engine_may_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {OURS: {"a.jpg": 1}, "solo-serve-auto": {"a.jpg": 2}, "fastapi": {"a.jpg": 2}}
+    rates = {OURS: 30.0, "solo-serve-auto": 20.0, "fastapi": 10.0}
+
+    def run(self: contenders.Contender, *_: object) -> Any:
+        return nullcontext(SimpleNamespace(url=self.name))
+
+    monkeypatch.setattr(serving, "ask_all", lambda url, workload: answers[url])
+    monkeypatch.setattr(
+        serving, "warm_up", lambda server, workload, plan: {"images_per_s": rates[server.url]}
+    )
+    monkeypatch.setattr(contenders.Contender, "run", run)
+    servers = [CONTENDERS[name] for name in answers]
+    arguments = (Workload("w", tmp_path, {}, {}), serving.PLANS["nuclei"], 1, tmp_path / "log")
+    assert serving.check_all(servers[:2], *arguments) == 20.0
+    with pytest.raises(BenchmarkError, match=r"fastapi: other answer to a\.jpg: 2"):
+        serving.check_all(servers, *arguments)
+
+
+def test_ours_runs_the_engine_of_the_others_but_where_it_chooses() -> None:
+    ours = {n: c.arguments for n, c in CONTENDERS.items() if c.package == "solo-serve"}
+    assert {name for name in ours if not CONTENDERS[name].same_engine} == {"solo-serve-auto"}
+    for name, arguments in ours.items():
+        fixed = " ".join(arguments).count("--engine ort --precision fp32")
+        assert fixed == CONTENDERS[name].same_engine
 
 
 def test_errors_are_counted_and_have_no_latency() -> None:

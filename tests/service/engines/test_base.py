@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline.types import Tile, UInt8, Window
 from service.engines.base import BackendError, collate, split_batch
@@ -36,9 +39,8 @@ def test_results_own_their_memory(used: list[int]) -> None:
     scores[0, [slot for slot in range(5) if slot not in used]] = 0
     (result,) = split_batch(scores, labels, masks)
     outputs = (scores, labels, masks)
-    for output, kept in zip(
-        outputs, (result.scores, result.labels, result.mask_probs), strict=True
-    ):
+    results: tuple[NDArray[Any], ...] = (result.scores, result.labels, result.mask_probs)
+    for output, kept in zip(outputs, results, strict=True):
         assert kept.dtype == output.dtype
         assert np.array_equal(kept, output[0, used])
         assert not np.shares_memory(kept, output)
@@ -57,7 +59,7 @@ def test_one_canvas_is_not_copied_and_several_are_stacked() -> None:
     assert valid_hw.tolist() == [[4, 6]]
     images, valid_hw = collate(tiles)
     assert np.array_equal(images, picture)
-    assert (valid_hw.tolist(), valid_hw.dtype) == ([[4, 6], [3, 5]], np.int64)
+    assert valid_hw.tolist() == [[4, 6], [3, 5]] and valid_hw.dtype == np.int64
 
 
 def test_a_canvas_alone_is_contiguous() -> None:

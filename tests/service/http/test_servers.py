@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -9,6 +12,7 @@ from fastapi import FastAPI
 
 from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
+from service.http.keys import WRONG_KEYS, add_key
 from service.http.servers import build_server
 from service.models.repository import load_repository
 from service.settings import Settings
@@ -111,3 +115,35 @@ def test_an_admin_port_in_use_is_a_startup_error(split: Settings) -> None:
         with pytest.raises(StartupError, match=rf"admin endpoints on 127.0.0.1:{port}: .*in use"):
             build_server(settings, repository)
         repository.close()
+
+
+@pytest.mark.parametrize(
+    ("trusted", "second"), [("10.1.0.0/16", 401), ("10.1.2.3", 401), ("*", 401), ("127.0.0.1", 429)]
+)
+async def test_wrong_keys_count_for_the_forwarded_address_only_behind_a_trusted_proxy(
+    trusted: str,
+    second: int,
+    settings: Settings,
+    tmp_path: Path,
+    open_client: OpenClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.http.keys.MAX_DELAY_S", 0.0)
+    add_key(tmp_path / "keys.json", "someone")
+    changes = {"keys_file": tmp_path / "keys.json", "trusted_proxies": trusted}
+    repository = load_repository(settings.model_repo, OPTIONS)
+    server = build_server(settings.model_copy(update=changes), repository, source=Mock())
+    server.config.load()
+    transport = httpx.ASGITransport(server.config.loaded_app, client=("10.1.2.3", 5000))
+    async with (
+        open_client(cast(FastAPI, server.config.app)),
+        httpx.AsyncClient(transport=transport, base_url="http://main") as client,
+    ):
+
+        async def send(address: str) -> int:
+            headers = {"x-api-key": "wrong", "x-forwarded-for": address}
+            return (await client.post("/v2/models/blobs/infer", headers=headers)).status_code
+
+        statuses = [await send("192.0.2.1") for _ in range(WRONG_KEYS + 1)]
+        assert statuses == [401] * WRONG_KEYS + [429]
+        assert await send("192.0.2.2") == second

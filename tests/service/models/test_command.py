@@ -157,6 +157,33 @@ def test_a_damaged_version_is_not_pinned(capsys: pytest.CaptureFixture[str], roo
         assert served(root) == [3]
 
 
+def test_a_version_becomes_the_shadow_of_the_served_one(
+    capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    run(capsys, root, "serve", "a", "2")
+    status, text = run(capsys, root, "shadow", "a", "3", "--share", "0.5", "--images", "7")
+    assert (status, served(root)) == (0, [2])
+    assert "a is served in version 2, before in 2" in text
+    assert "version 3 is compared with it" in text
+    policy = json.loads((root / "a" / "config.json").read_text())["serve"]
+    assert (policy["policy"], policy["live"], policy["shadow"]) == ("shadow", 2, 3)
+    assert (policy["share"], policy["images"], policy["promote_at"]) == (0.5, 7, 0.95)
+    before = (root / "a" / "config.json").read_bytes()
+    for arguments, reason in (
+        (("2",), "cannot be its own shadow"),
+        (("9",), "has only"),
+        (("3", "--share", "2"), "share"),
+        (("3", "--promote-at", "0.1"), "above promote_at"),
+    ):
+        status, _ = run(capsys, root, "shadow", "a", *arguments)
+        assert reason in str(status)
+    damaged = root / "a" / "3" / "model.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    status, _ = run(capsys, root, "shadow", "a", "3")
+    assert "3/model.onnx" in str(status)
+    assert (root / "a" / "config.json").read_bytes() == before
+
+
 def test_a_model_is_rolled_back_version_by_version(
     capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:

@@ -15,6 +15,8 @@ from tests.support.metrics import render
 
 ENGINE = EngineState("onnxruntime", "cpu", "fp32", "CPU provider", None)
 NAMES = {
+    *(f"solo_shadow_{name}" for name in ("agreement", "iou", "running", "score_difference")),
+    *(f"solo_shadow_{name}_total" for name in ("decisions", "images", "instances")),
     "solo_stage_duration_seconds",
     "solo_request_duration_seconds",
     "solo_batch_size",

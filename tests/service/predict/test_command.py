@@ -168,13 +168,20 @@ class FakePredictor:
         self.failure: dict[bytes, Exception] = {}
         self.served = "blobs:1"
         self.truncated: set[bytes] = set()
+        self.warnings: dict[bytes, list[dict[str, str]]] = {}
 
     def predict(self, data: bytes) -> Prediction:
         self.seen.append(data)
         if data in self.failure:
             raise self.failure[data]
         result = {"category_id": 1, "score": 0.5, "of": data.decode()}
-        return Prediction([result], "segmentation", self.served, truncated=data in self.truncated)
+        return Prediction(
+            [result],
+            "segmentation",
+            self.served,
+            truncated=data in self.truncated,
+            warnings=self.warnings.get(data, []),
+        )
 
 
 @pytest.fixture
@@ -326,6 +333,21 @@ def test_truncated_images_are_counted_also_those_of_the_run_before(
     ) in capsys.readouterr().err
     main(["*.png", "--quiet"])
     assert "warning" not in capsys.readouterr().err
+
+
+def test_warnings_are_listed_also_those_of_the_run_before(
+    predictor: FakePredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor.warnings = {b"a": [{"code": "unusual_image", "message": "it is\nother"}]}
+    predictor.failure[b"d"] = RunFailed("gone")
+    with pytest.raises(SystemExit, match="gone"):
+        main(["*.png", "--quiet"])
+    predictor.failure.clear()
+    predictor.warnings = {b"d": [{"code": "unusual_image", "message": "so is this"}]}
+    main(["*.png", "--quiet"])
+    lines = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(lines) if "warning: unusual_image in 2 of" in line)
+    assert lines[start + 1].startswith("  a.png: it is") and "d.png: so is this" in lines[start + 2]
 
 
 def test_a_result_that_is_as_long_as_the_limit_is_counted(

@@ -12,6 +12,7 @@ from service.jobs.errors import ImageUnusable, RunFailed
 from service.models.repository import load_version
 from service.predict.predictors import LocalPredictor, RemotePredictor
 from service.work.request import RequestOptions
+from tests.service.http.routes.test_warnings import STRIPES, USUAL, add_domain
 from tests.solo_client.fake_server import line, progress
 from tests.support.blob_model import draw_picture, encode_picture, poisoned_picture, publish
 
@@ -130,15 +131,27 @@ def test_a_model_in_this_process_finds_names_and_survives(tmp_path: Path) -> Non
         predictor.predict(encode_picture(poisoned_picture()))
 
 
-def test_progress_and_truncation_of_the_server_are_passed_on() -> None:
-    found = {**FOUND, "truncated": True}
+def test_progress_truncation_and_warnings_of_the_server_are_passed_on() -> None:
+    warnings = [{"code": "unusual_image", "message": "why"}]
+    found = {**FOUND, "truncated": True, "warnings": warnings}
     lines = [progress(1, 4, 2.0), line(result={**EMPTY, "results": [found]})]
     headers = {"content-type": "application/x-ndjson"}
     predictor, _ = build_remote(httpx.Response(200, headers=headers, content=b"".join(lines)))
     seen: list[solo_client.Progress] = []
     answer = replace(predictor, on_progress=seen.append).predict(b"data")
-    assert answer.truncated
+    assert answer.truncated and answer.warnings == warnings
     assert [(p.done, p.total) for p in seen] == [(1, 4)]
+
+
+def test_a_model_in_this_process_warns_as_the_server_does(tmp_path: Path) -> None:
+    folder = publish(tmp_path)
+    add_domain(folder)
+    model = load_version(folder, None, BackendOptions(device="cpu", threads=1))
+    predictor = LocalPredictor(model, RequestOptions())
+    usual, unusual = (predictor.predict(encode_picture(p)) for p in (USUAL, STRIPES))
+    assert usual.warnings == []
+    (warning,) = unusual.warnings
+    assert warning["code"] == "unusual_image" and "'blobs'" in warning["message"]
 
 
 def test_a_model_in_this_process_reports_when_the_limit_is_reached(tmp_path: Path) -> None:

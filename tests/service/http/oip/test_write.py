@@ -21,7 +21,7 @@ def instance(score: float, category_id: int) -> dict[str, Any]:
 ENTRIES: list[dict[str, Any]] = [
     {"width": 8, "height": 9, "instances": [instance(0.736223, 10), instance(0.5, 20)]},
     {"error": {"code": "corrupt_image", "message": "it is cut"}},
-    {"width": 1, "height": 2, "instances": []},
+    {"width": 1, "height": 2, "instances": [], "warnings": [{"code": "a", "message": "b"}] * 2},
     {"width": 5, "height": 6, "instances": [instance(0.25, 30)]},
 ]
 EXPECTED: dict[OutputName, tuple[list[int], list[Any]]] = {
@@ -32,6 +32,7 @@ EXPECTED: dict[OutputName, tuple[list[int], list[Any]]] = {
     "image_index": ([3], [0, 0, 3]),
     "image_hw": ([4, 2], [9, 8, 0, 0, 2, 1, 6, 5]),
     "error": ([4], ["", "corrupt_image: it is cut", "", ""]),
+    "warnings": ([4], ["", "", "a: b\na: b", ""]),
 }
 
 

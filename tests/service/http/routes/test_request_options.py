@@ -30,6 +30,7 @@ async def blobs(
     publish(root, "blobs", card=CARD)
     publish(root, "whole", input=KEEP_RATIO_INPUT, card=CARD)
     publish(root, "lines", task="contour", card=CARD)
+    publish(root, "plain")
     given = settings.model_copy(
         update={"model_repo": root, "default_model": "blobs", "max_image_canvases": 16}
     )
@@ -100,6 +101,10 @@ async def test_admission_counts_the_scaled_canvases(blobs: httpx.AsyncClient) ->
         ("um_per_px=0.5", "um_per_px: the card of model 'blobs' states no"),
         ("um_per_px=1&object_size_px=16", "give one"),
         ("model=whole&object_size_px=16", "model 'whole' has no fixed scale"),
+        ("model=whole&scale=auto", "scale: model 'whole' has no fixed scale"),
+        ("scale=auto&object_size_px=16", "object_size_px and scale cannot be combined"),
+        ("model=plain&scale=auto", "the card of model 'plain' states no object_size_px"),
+        ("scale=2", "'own' or 'auto'"),
         ("model=lines&overlaps=resolve", "model 'lines' finds contours"),
         ("overlaps=drop", "'keep' or 'resolve'"),
     ],

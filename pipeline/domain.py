@@ -1,0 +1,107 @@
+"""Whether an image looks like those that a model was trained on; from simple statistics of it.
+
+The statistics are of a thumbnail, so that they cost little however large the image is, and of
+patches at full resolution, which show its texture. Of the hues only yellow counts (brown, orange
+and green contain it): that photographs have it sets them apart, while stains differ in hue.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.model_config import DomainSpec, ModelConfig
+from pipeline.types import AnswerWarning, UInt8
+
+UNUSUAL, NOT_JUDGED = "unusual_image", "image_not_judged"
+THUMBNAIL_PX = 96
+"""Longer side of the thumbnail."""
+PATCH_PX = 64
+"""Side of a patch; its pixels may be half of that apart without another texture."""
+PATCHES = 2
+"""In each direction."""
+LEAST_SIDE_PX = 24
+LEAST_RANGE = 6.0
+"""Difference of the 1st and 99th percentile of the grey levels."""
+_LEAST_THUMBNAIL_PX = 8
+_LEAST_STD = 0.02
+
+
+def describe_image(image: UInt8) -> NDArray[np.float64] | None:
+    """The `STATISTICS` of an image [H, W, 3] RGB uint8; None if it is too small or too uniform."""
+    height, width = image.shape[:2]
+    if min(height, width) < LEAST_SIDE_PX:
+        return None
+    scale = min(1.0, THUMBNAIL_PX / max(height, width))
+    size = [max(_LEAST_THUMBNAIL_PX, round(length * scale)) for length in (width, height)]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    least, low, high, most = (float(v) for v in np.percentile(grey, (1, 5, 95, 99)))
+    if most - least < LEAST_RANGE:
+        return None
+    mean, std = (float(v[0, 0]) for v in cv2.meanStdDev(grey))
+    red, green, blue = cv2.split(small)
+    most_of_pixel = cv2.max(cv2.max(red, green), blue)
+    saturation = cv2.mean(cv2.subtract(most_of_pixel, cv2.min(cv2.min(red, green), blue)))[0]
+    yellow = cv2.mean(cv2.subtract(cv2.min(red, green), blue))[0]
+    levels = np.array([mean, std, low, high, saturation, yellow]) / 255
+    return np.concatenate([levels, _texture(image, max(std / 255, _LEAST_STD))])
+
+
+def _texture(image: UInt8, contrast: float) -> tuple[float, float]:
+    """Fine detail relative to the contrast, and how far gradients have one direction."""
+    details, directions = [], []
+    for patch in _patches(image):
+        grey = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY)
+        fine = cv2.Laplacian(grey, cv2.CV_16S)
+        details.append(cv2.norm(fine, cv2.NORM_L1) / fine.size / 255 / contrast)
+        dx = cv2.Sobel(grey, cv2.CV_32F, 1, 0, scale=1 / 255)
+        dy = cv2.Sobel(grey, cv2.CV_32F, 0, 1, scale=1 / 255)
+        xx, yy, xy = (a.ravel().dot(b.ravel()) / a.size for a, b in ((dx, dx), (dy, dy), (dx, dy)))
+        directions.append(float(np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-4)))
+    return float(np.mean(details)), float(np.mean(directions))
+
+
+def _patches(image: UInt8) -> list[UInt8]:
+    """Evenly spread patches; fewer if the image is smaller than that."""
+    starts = (
+        sorted({round(i * max(0, length - PATCH_PX) / (PATCHES - 1)) for i in range(PATCHES)})
+        for length in image.shape[:2]
+    )
+    ys, xs = starts
+    return [image[y : y + PATCH_PX, x : x + PATCH_PX] for y in ys for x in xs]
+
+
+def measure_distance(statistics: NDArray[np.float64], spec: DomainSpec) -> float:
+    """Distance to the nearest centre, in the spreads of the training images."""
+    offsets = (np.array(spec.centres) - statistics) / np.array(spec.spreads)
+    return float(np.sqrt((offsets**2).sum(axis=1).min()))
+
+
+def check_domain(image: UInt8, config: ModelConfig) -> list[AnswerWarning]:
+    """A warning if an image is unlike those that the model was trained on, or cannot be judged.
+
+    Args:
+        image: [H, W, 3] RGB uint8.
+        config: Of the model; without `domain` there is no warning.
+    """
+    spec = config.domain
+    if spec is None:
+        return []
+    statistics = describe_image(image)
+    if statistics is None:
+        reason = f"too small or too uniform to tell whether model {config.name!r} suits it"
+        return [AnswerWarning(NOT_JUDGED, f"the image is {reason}")]
+    distance = measure_distance(statistics, spec)
+    if distance <= spec.threshold:
+        return []
+    purpose = f" ({config.card.domain})" if config.card.domain else ""
+    return [
+        AnswerWarning(
+            UNUSUAL,
+            f"the image is unlike those that model {config.name!r} was trained on{purpose}: "
+            f"distance {distance:.1f}, usually up to {spec.threshold:.1f}; its result may be "
+            "meaningless",
+        )
+    ]

@@ -1,0 +1,71 @@
+"""`warnings` of results, over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from pipeline.domain import NOT_JUDGED, UNUSUAL, describe_image
+from pipeline.model_config import STATISTICS
+from service.http.app import create_app
+from service.models.repository import load_repository
+from service.settings import Settings
+from tests.service.conftest import OPTIONS, OpenClient
+from tests.support.blob_model import draw_picture, encode_picture, publish
+
+USUAL = draw_picture(64, 64)
+STRIPES = np.repeat(np.tile(np.array([0, 255], np.uint8), (64, 32))[..., None], 3, axis=2)
+BLANK = np.zeros((64, 64, 3), np.uint8)
+
+
+def add_domain(folder: Path) -> None:
+    """A domain around `USUAL`."""
+    statistics = describe_image(USUAL)
+    assert statistics is not None
+    content = json.loads((folder / "config.json").read_text())
+    content["versions"]["1"]["domain"] = {
+        "statistics": STATISTICS,
+        "spreads": [0.1] * len(STATISTICS),
+        "centres": [statistics.tolist()],
+        "threshold": 1.0,
+    }
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+async def blobs(
+    settings: Settings, open_client: OpenClient, tmp_path: Path
+) -> AsyncIterator[httpx.AsyncClient]:
+    root = tmp_path / "warned"
+    add_domain(publish(root, "blobs"))
+    publish(root, "plain")
+    given = settings.model_copy(update={"model_repo": root, "default_model": "blobs"})
+    async with open_client(create_app(given, load_repository(root, OPTIONS))) as client:
+        yield client
+
+
+async def test_each_image_has_its_own_warnings(blobs: httpx.AsyncClient) -> None:
+    parts = [("images", encode_picture(image)) for image in (USUAL, STRIPES, BLANK)]
+    answer = await blobs.post("/segment", files=[*parts, ("images", b"no image")])
+    first, second, third, fourth = answer.json()["results"]
+    assert first["warnings"] == [] and "warnings" not in fourth
+    assert [w["code"] for w in second["warnings"]] == [UNUSUAL]
+    assert [w["code"] for w in third["warnings"]] == [NOT_JUDGED]
+    assert "'blobs'" in second["warnings"][0]["message"]
+    plain = await blobs.post("/segment?model=plain", content=encode_picture(STRIPES))
+    assert plain.json()["results"][0]["warnings"] == []
+
+
+async def test_infer_has_an_output_of_them(blobs: httpx.AsyncClient) -> None:
+    data = [base64.b64encode(encode_picture(image)).decode() for image in (USUAL, STRIPES)]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [2], "data": data}
+    body = {"inputs": [tensor], "outputs": [{"name": "warnings"}]}
+    answer = (await blobs.post("/v2/models/blobs/infer", json=body)).json()
+    (output,) = answer["outputs"]
+    assert output["data"][0] == "" and output["data"][1].startswith(f"{UNUSUAL}: the image")
