@@ -261,6 +261,19 @@ async def test_a_submission_that_is_repeated_makes_one_job(client: httpx.AsyncCl
     assert len((await client.get("/v2/jobs")).json()["jobs"]) == 2
 
 
+async def test_a_repeated_submission_does_not_need_its_files_any_more(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "a.png").write_bytes(IMAGE)
+    body, headers = {"inputs": [f"file://{tmp_path}/in/a.png"]}, {"idempotency-key": "k"}
+    job = await client.post("/v2/jobs", json=body, headers=headers)
+    (tmp_path / "in" / "a.png").unlink()
+    again = await client.post("/v2/jobs", json=body, headers=headers)
+    assert (job.status_code, again.status_code) == (202, 200)
+    assert again.json()["id"] == job.json()["id"]
+    assert (await client.post("/v2/jobs", json=body)).status_code == 422
+
+
 async def test_the_list_has_pages(client: httpx.AsyncClient) -> None:
     ids = [(await submit(client, IMAGE))["id"] for _ in range(3)][::-1]
     first = (await client.get("/v2/jobs?limit=2")).json()
