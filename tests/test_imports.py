@@ -28,6 +28,8 @@ DISTRIBUTIONS = {
 }
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
+    "pipeline/formats/tiff_file.py",
+    "pipeline/formats/tiff_plane.py",
     "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",
