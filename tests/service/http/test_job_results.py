@@ -106,4 +106,4 @@ def test_what_cannot_be_written_is_refused(store: JobStore) -> None:
     job = make_job(store, found("a.png"))
     for wanted in ("json", "labels"):
         with pytest.raises(InvalidParameter, match="simplif"):
-            build_answer(job, lambda: store.iterate_results(job.id), wanted, 1.0)  # type: ignore[arg-type]
+            build_answer(job, lambda: store.iterate_results(job.id), wanted, 1.0)
