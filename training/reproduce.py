@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model_config import ModelConfig
-from service.models.repository import edit_config
+from service.files import replace_text
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError
 from training.evaluation_report import ALL, EvaluationReport
-from training.files import replace_text
 from training.provenance import describe_data
 
 TOLERANCE = 0.002
@@ -126,6 +125,7 @@ def record(folder: Path, version: int, measured: Mapping[str, Any], images: str)
     Raises:
         OSError, ValueError: It cannot be changed.
     """
+    from service.models.repository import edit_config
 
     def change(content: dict[str, Any], _: object) -> None:
         entry = content["versions"][str(version)]

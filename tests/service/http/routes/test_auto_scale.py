@@ -73,6 +73,22 @@ async def test_large_objects_are_shown_smaller_and_the_first_pass_is_paid(
     assert asked["results"][0]["instances"] == result["instances"]
 
 
+async def test_an_image_too_large_at_the_models_scale_may_be_small_enough(
+    settings: Settings, open_client: OpenClient, root: Path
+) -> None:
+    given = settings.model_copy(update={"model_repo": root, "max_image_canvases": 3})
+    async with open_client(create_app(given, load_repository(root, OPTIONS))) as client:
+        content = encode_picture(boxes(48))
+        assert (await client.post("/segment", content=content)).status_code == 413
+        (result,) = (await _ask(client, boxes(48)))["results"]
+        assert result["canvases"] == 1 and len(result["instances"]) == 3
+        own_size = await client.post("/segment?scale=auto", content=encode_picture(boxes(30)))
+        assert (own_size.status_code, own_size.json()["error"]["code"]) == (
+            413,
+            "too_many_canvases",
+        )
+
+
 async def test_objects_of_the_models_size_are_shown_as_they_are(blobs: httpx.AsyncClient) -> None:
     auto, own = await _ask(blobs, boxes(16)), await _ask(blobs, boxes(16), "")
     assert auto["results"] == own["results"] and own["results"][0]["scale"] == 1
