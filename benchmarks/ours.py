@@ -27,7 +27,7 @@ from service.engines.artefacts import ONNX_FILE as ONNX_FILE
 from service.engines.base import BackendOptions
 from service.models.repository import LoadedModel as LoadedModel
 from service.models.repository import load_version, read_config
-from service.work.image import ImageWork, count_cost, read_size
+from service.work.image import ImageWork, count_cost, read_image_header
 from service.work.request import ImageFile, Outcome, RequestOptions
 
 MAX_BATCH = 8
@@ -84,7 +84,7 @@ class DecodedImage:
 
 def decode(data: bytes, config: ModelConfig) -> DecodedImage:
     """An image's file to canvases."""
-    image_hw = read_size(data, MAX_PIXELS)
+    image_hw = read_image_header(data, MAX_PIXELS).hw
     most = count_cost(image_hw, config.input, MAX_CANVASES)
     work = ImageWork(ImageFile(None, data), image_hw, most, config, OPTIONS)
     work.open()

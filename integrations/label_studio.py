@@ -9,6 +9,7 @@ Symbols: H W image.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import xml.etree.ElementTree as ET
@@ -22,13 +23,14 @@ import httpx
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from solo_client import Client, Instance, Result, SoloError
+from solo_client import Client, Instance, SoloError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ _KINDS = {"PolygonLabels": "polygonlabels", "BrushLabels": "brushlabels"}
 _RUN_BITS = (3, 6, 9, 16)
 """Bits of a run's length, of which each run names one."""
 _MOST_BYTES = 2**28
+_ORIENTATION, _SWAPPED = 0x0112, (5, 6, 7, 8)
+Found = tuple[str, float, tuple[int, int], dict[str, Any]]
+"""Class, score, width and height of the image, and the shape in Label Studio's terms."""
 
 
 class TaskError(ValueError):
@@ -119,26 +124,31 @@ class Backend:
         if not isinstance(tasks, list) or not isinstance(config, str):
             raise TaskError("a request has a list 'tasks' and a text 'label_config'")
         target = read_config(config)
-        results = [self._predict_task(task, target) for task in tasks]
-        versions = {found["model_version"] for found in results}
-        return {"results": results, "model_version": next(iter(versions), "solo-serve")}
+        version = self.find_version()
+        results = [self._predict_task(task, target, version) for task in tasks]
+        return {"results": results, "model_version": version}
 
-    def _predict_task(self, task: Any, target: Target) -> dict[str, Any]:
+    def find_version(self) -> str:
+        """Name and version of the model that is asked; "solo-serve" if several may be."""
+        wanted = self.options.get("model")
+        models = [m for m in self.client.list_models() if wanted in (None, m["name"])]
+        ready = [f"{m['name']}:{m['version']}" for m in models if m["state"] == "READY"]
+        return ready[0] if len(ready) == 1 else "solo-serve"
+
+    def _predict_task(self, task: Any, target: Target, version: str) -> dict[str, Any]:
         try:
             address = str(task["data"][target.field])
         except (KeyError, TypeError) as error:
             raise TaskError(f"a task has no data field {target.field!r}") from error
         image = self.fetch(address)
-        found = self.client.segment(image, **self.options)
-        version = f"{found.model}:{found.version}"
-        shapes = self._find_polygons if target.kind == "PolygonLabels" else _find_brushes
+        find = self._find_polygons if target.kind == "PolygonLabels" else self._find_brushes
         regions = []
-        for instance, value in shapes(image, found):
-            label = target.choose_label(instance["category"])
+        for category, score, size, value in find(image):
+            label = target.choose_label(category)
             if label is None:
-                logger.warning("no label for class %r in %s", instance["category"], target.labels)
+                logger.warning("no label for class %r in %s", category, target.labels)
                 continue
-            regions.append(_describe(target, found, value, label, instance["score"]))
+            regions.append(_describe(target, size, value, label, score))
         scores = [region["score"] for region in regions]
         return {
             "result": regions,
@@ -146,21 +156,24 @@ class Backend:
             "model_version": version,
         }
 
-    def _find_polygons(
-        self, image: bytes, found: Result
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _find_polygons(self, image: bytes) -> Iterator[Found]:
         """Each part's outer ring in per cent of the image."""
         geojson = self.client.segment_to_file([image], "geojson", **self.options).data
+        size = _read_size(image)
         for feature in json.loads(geojson)["features"]:
             geometry, properties = feature["geometry"], feature["properties"]
             parts = geometry["coordinates"]
-            info = {
-                "category": properties["classification"]["name"],
-                "score": properties["measurements"]["Score"],
-            }
+            name, score = properties["classification"]["name"], properties["measurements"]["Score"]
             for rings in parts if geometry["type"] == "MultiPolygon" else [parts]:
-                points = np.array(rings[0][:-1]) * 100.0 / (found.width, found.height)
-                yield info, {"points": points.tolist(), "closed": True}
+                points = np.array(rings[0][:-1]) * 100.0 / size
+                yield name, score, size, {"points": points.tolist(), "closed": True}
+
+    def _find_brushes(self, image: bytes) -> Iterator[Found]:
+        found = self.client.segment(image, **self.options)
+        size = found.width, found.height
+        for instance in found.instances:
+            value = {"format": "rle", "rle": encode_brush(instance)}
+            yield instance.category, instance.score, size, value
 
     def fetch(self, address: str) -> bytes:
         """The bytes of a task's image; the token is only sent to Label Studio.
@@ -201,22 +214,23 @@ def _read_bounded(response: httpx.Response, address: str) -> bytes:
     return bytes(data)
 
 
-def _find_brushes(image: bytes, found: Result) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for instance in found.instances:
-        info = {"category": instance.category, "score": instance.score}
-        yield info, {"format": "rle", "rle": encode_brush(instance)}
+def _read_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image as its EXIF orientation turns it."""
+    with Image.open(io.BytesIO(data)) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in _SWAPPED
+        return image.size[::-1] if turned else image.size
 
 
 def _describe(
-    target: Target, found: Result, value: dict[str, Any], label: str, score: float
+    target: Target, size: tuple[int, int], value: dict[str, Any], label: str, score: float
 ) -> dict[str, Any]:
     kind = _KINDS[target.kind]
     return {
         "type": kind,
         "from_name": target.from_name,
         "to_name": target.to_name,
-        "original_width": found.width,
-        "original_height": found.height,
+        "original_width": size[0],
+        "original_height": size[1],
         "image_rotation": 0,
         "score": score,
         "value": {**value, kind: [label]},
@@ -260,11 +274,7 @@ def build_app(backend: Backend) -> Starlette:
         content = await _read(request)
         if content.get("schema"):
             read_config(str(content["schema"]))
-        models = await run_in_threadpool(backend.client.list_models)
-        wanted = backend.options.get("model")
-        ready = [m for m in models if m["state"] == "READY" and wanted in (None, m["name"])]
-        return JSONResponse({"model_version": f"{ready[0]['name']}:{ready[0]['version']}"
-                             if len(ready) == 1 else "solo-serve"})  # fmt: skip
+        return JSONResponse({"model_version": await run_in_threadpool(backend.find_version)})
 
     async def predict(request: Request) -> JSONResponse:
         return JSONResponse(await run_in_threadpool(backend.predict, await _read(request)))

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
-from pipeline.errors import CorruptImage, DecodeError, EmptyImage, ImageTooLarge, UnsupportedFormat
-from pipeline.formats import bmp, jpeg, png, webp
+from pipeline.errors import (
+    CorruptImage,
+    DecodeError,
+    EmptyImage,
+    ImageTooLarge,
+    PlaneError,
+    UnsupportedFormat,
+)
+from pipeline.formats import bmp, jpeg, png, tiff, webp
 from pipeline.formats.base import EncodedImage, damage_is_refused
 from pipeline.formats.names import name_format
+from pipeline.formats.planes import PlaneChoice
+from pipeline.formats.tiff_file import is_tiff
+from pipeline.model_config import InputSpec
 from pipeline.types import UInt8
 
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 _PEEKED_BYTES, _PEEKED_SEGMENTS = 1 << 18, 32
 
 
 def _find_reader(data: bytes) -> ModuleType:
-    """The module that reads a file, by the file's first bytes."""
+    """The module that reads a file of one picture, by the file's first bytes."""
     if data.startswith(b"\xff\xd8\xff"):
         return jpeg
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -49,26 +60,56 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width from the header, before EXIF orientation; nothing is decoded.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header of an image tells.
+
+    Attributes:
+        height, width: Before EXIF orientation.
+        um_per_px: Size of a pixel in micrometres, where the file states it.
+    """
+
+    height: int
+    width: int
+    um_per_px: float | None = None
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Reads the header; nothing is decoded.
 
     Raises:
         DecodeError: As `decode_image`, but for damage behind the header.
     """
     with damage_is_refused():
-        height, width = _find_reader(data).read_hw(data)
-    if not (height and width):
-        raise CorruptImage(f"the image is {width}x{height} px by its header")
-    check_size(height, width, max_pixels)
-    return height, width
+        if is_tiff(data):
+            stack = tiff.open_stack(data)
+            header = ImageHeader(stack.height, stack.width, stack.um_per_px)
+        else:
+            header = ImageHeader(*_find_reader(data).read_hw(data))
+    if not (header.height and header.width):
+        raise CorruptImage(f"the image is {header.width}x{header.height} px by its header")
+    check_size(header.height, header.width, max_pixels)
+    return header
+
+
+def read_image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of `read_header`."""
+    return read_header(data, max_pixels=max_pixels).hw
 
 
 def peek_hw(data: bytes) -> tuple[int, int] | None:
     """Height and width that an ordinary file declares, found in microseconds.
 
     Returns:
-        Before EXIF orientation; None where `read_image_hw` has to parse the header.
+        Before EXIF orientation; None where `read_header` has to parse the header.
     """
+    if is_tiff(data):
+        return None
     try:
         with damage_is_refused():
             start = data[:_PEEKED_BYTES]
@@ -78,25 +119,43 @@ def peek_hw(data: bytes) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+def open_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, choice: PlaneChoice | None = None
+) -> EncodedImage:
     """Reads everything of an image but its pixels.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Bound on width x height.
+        choice: Which planes of a file with several are taken.
 
     Raises:
         DecodeError: As `decode_image`, but for damage of the pixels.
     """
-    read_image_hw(data, max_pixels=max_pixels)
+    choice = choice or PlaneChoice()
     with damage_is_refused():
-        image: EncodedImage = _find_reader(data).open_file(data)
+        if is_tiff(data):
+            stack = tiff.open_stack(data)
+            check_size(stack.height, stack.width, max_pixels)
+            return tiff.open_picture(data, stack, choice)
+    read_header(data, max_pixels=max_pixels)
+    reader = _find_reader(data)
+    if given := choice.named():
+        raise PlaneError(
+            f"{', '.join(given)}: the image has one picture; only a TIFF can have several planes"
+        )
+    with damage_is_refused():
+        image: EncodedImage = reader.open_file(data)
     return image
 
 
 def decode_image(
     data: bytes, *, max_pixels: int = MAX_PIXELS, least_hw: tuple[int, int] = (0, 0)
 ) -> UInt8:
-    """Decodes a JPEG, PNG, WebP or BMP; of an animation the first frame.
+    """Decodes a JPEG, PNG, WebP, BMP or TIFF; of an animation the first frame.
 
     The format is known by content, not by name. EXIF orientation is applied; ICC profiles are
-    ignored.
+    ignored. Of a TIFF, see `pipeline.formats.planes` and `pipeline.formats.stretch`.
 
     Args:
         data: The file's bytes.
@@ -112,3 +171,16 @@ def decode_image(
         DecodeError: One of its subclasses says why.
     """
     return open_image(data, max_pixels=max_pixels).decode(least_hw)
+
+
+def decode_for(
+    image: EncodedImage, spec: InputSpec, least_hw: tuple[int, int] = (0, 0)
+) -> tuple[UInt8, InputSpec]:
+    """Decodes an image for a model.
+
+    Returns:
+        The pixels, and the model's input as it applies to them: without the contrast rule if that
+        was applied to samples of more than 8 bits.
+    """
+    pixels = image.decode(least_hw, spec.contrast)
+    return pixels, spec.model_copy(update={"contrast": None}) if image.is_deep else spec

@@ -4,9 +4,11 @@ PipelineError
     ConfigError            config.json is invalid
     DecodeError            an image is rejected; `code` gives the reason
         EmptyImage         no bytes
-        UnsupportedFormat  not JPEG, PNG, WebP or BMP, or of a kind that is not read
+        UnsupportedFormat  not of an allowed format, or of a kind of it that is not read
         ImageTooLarge      more pixels than allowed
         CorruptImage       damaged or truncated
+        PixelSizeError     the file states a size of pixels that the model cannot be scaled to
+        PlaneError         the request names no plane of a stack, or one that it has not
     WriteError             an output format cannot be written
 """
 
@@ -49,6 +51,18 @@ class CorruptImage(DecodeError):
     """The image is damaged or truncated."""
 
     code = "corrupt_image"
+
+
+class PixelSizeError(DecodeError):
+    """The file states a size of its pixels that is too far from the model's."""
+
+    code = "pixel_size"
+
+
+class PlaneError(DecodeError):
+    """The file has several planes and none is chosen, or it has no such plane."""
+
+    code = "invalid_plane"
 
 
 class WriteError(PipelineError):

@@ -151,6 +151,27 @@ def _union(parts: Sequence[Detection]) -> Detection:
     return replace(best, rle=rle, bbox_xywh=(x, y, width, height), area=int(coco_mask.area(rle)))
 
 
+def find_groups(
+    found: Sequence[TileInstance], *, compare: Literal["masks", "enclosed"] = "masks"
+) -> list[int]:
+    """The group of each mask: masks share a group if shared pixels connect them.
+
+    `merge_tiles` gives the same instances for every group by itself as for all together.
+    """
+    if compare == "enclosed":
+        found = [replace(entry, instance=fill_instance(entry.instance)) for entry in found]
+    shared = _shared_pixels(found) if found else {}
+    groups = [-1] * len(found)
+    for start in range(len(found)):
+        stack = [start] if groups[start] < 0 else []
+        while stack:
+            index = stack.pop()
+            if groups[index] < 0:
+                groups[index] = start
+                stack += shared.get(index, {})
+    return groups
+
+
 class _Objects:
     """The kept masks, grouped into objects: one mask, or parts that different tiles show."""
 

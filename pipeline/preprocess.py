@@ -7,15 +7,18 @@ and coordinates are relative to it, so another canvas would give another answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import cv2
 import numpy as np
 
 from pipeline.model_config import Canvas, ContrastSpec, InputSpec, KeepRatioResize, TileResize
-from pipeline.types import Prepared, Tile, UInt8, Window
+from pipeline.types import Int64, Prepared, Tile, UInt8, Window
 
+HW = tuple[int, int]
+ReadRegion = Callable[[Window], UInt8]
+"""Gives the pixels [h, w, 3] of a region of an image."""
 _STRIPE_PIXELS = 1 << 20
 """Pixels that are converted to grey at once."""
 
@@ -30,6 +33,11 @@ def contrast_table(image: UInt8, spec: ContrastSpec) -> UInt8:
     Returns:
         [256] uint8, for all channels; values beyond the percentiles saturate.
     """
+    return build_table(count_greys(image), spec)
+
+
+def count_greys(image: UInt8) -> Int64:
+    """Histogram [256] of the grey values of an image [H, W, 3] RGB."""
     counts = np.zeros(256, np.int64)
     height, width = image.shape[:2]
     rows = max(1, _STRIPE_PIXELS // width)
@@ -39,6 +47,11 @@ def contrast_table(image: UInt8, spec: ContrastSpec) -> UInt8:
             grey = cv2.cvtColor(image[y : y + rows, x : x + columns], cv2.COLOR_RGB2GRAY)
             found = cv2.calcHist([grey], [0], None, [256], [0, 256])  # exact below 2**24
             counts += found.ravel().astype(np.int64)
+    return counts
+
+
+def build_table(counts: Int64, spec: ContrastSpec) -> UInt8:
+    """`contrast_table` of an image with this histogram [256]."""
     low, high = (_percentile(counts, q) for q in (spec.low, spec.high))
     gain = 255.0 / max(high - low, spec.min_range)
     table = (np.arange(256, dtype=np.float64) - low) * gain
@@ -141,16 +154,17 @@ class _Canvases(Sequence[Tile]):
 
     def __init__(
         self,
-        image: UInt8,
+        read: ReadRegion,
         image_hw: tuple[int, int],
         spec: InputSpec,
         canvases: Sequence[Canvas],
+        table: UInt8 | None,
     ) -> None:
-        self._image = image
+        self._read = read
         self._canvases = canvases
         self._image_hw = image_hw
         self._resize = spec.resize
-        self._table = None if spec.contrast is None else contrast_table(image, spec.contrast)
+        self._table = table
         self._starts = ([0], [0])
         if isinstance(spec.resize, TileResize):
             tile_hw, overlap = spec.resize.tile_hw, spec.resize.overlap_px
@@ -187,7 +201,7 @@ class _Canvases(Sequence[Tile]):
     def _cut(self, row: int, column: int) -> Tile:
         (ys, xs), (h, w) = self._starts, self._part_hw
         y, x = ys[row], xs[column]
-        part = self._stretch(self._image[y : y + h, x : x + w])
+        part = self._stretch(self._read(Window(y, x, h, w)))
         canvas = _canvas(part, self._size, self._canvas_hw)
         (top, bottom), (left, right) = _shared(ys, row, h), _shared(xs, column, w)
         return Tile(canvas, self._size, Window(y, x, h, w), (top, left, bottom, right))
@@ -197,8 +211,8 @@ class _Canvases(Sequence[Tile]):
         canvas_hw = resize.pad(*size)
         if self._canvases:
             canvas_hw = round_canvas(canvas_hw, self._canvases)
-        canvas = _canvas(self._stretch(self._image), size, canvas_hw)
-        return Tile(canvas, size, Window(0, 0, *self._image_hw))
+        window = Window(0, 0, *self._image_hw)
+        return Tile(_canvas(self._stretch(self._read(window)), size, canvas_hw), size, window)
 
     def _stretch(self, part: UInt8) -> UInt8:
         return part if self._table is None else np.asarray(cv2.LUT(part, self._table), np.uint8)
@@ -245,4 +259,44 @@ def prepare(
     image_hw = image_hw or shape_hw
     if isinstance(spec.resize, TileResize) and image_hw != shape_hw:
         raise ValueError(f"tiles are cut from the image of {image_hw}, not from {shape_hw}")
-    return Prepared(image_hw, _Canvases(image, image_hw, spec, canvases))
+    table = None if spec.contrast is None else contrast_table(image, spec.contrast)
+
+    def read(window: Window) -> UInt8:
+        if isinstance(spec.resize, TileResize):
+            return image[window.y : window.y + window.height, window.x : window.x + window.width]
+        return image
+
+    return Prepared(image_hw, _Canvases(read, image_hw, spec, canvases, table))
+
+
+def prepare_regions(
+    read: ReadRegion, image_hw: tuple[int, int], spec: InputSpec, table: UInt8 | None
+) -> Prepared:
+    """The canvases of an image that is read by regions; the same as those of the whole image.
+
+    Args:
+        read: Gives a region of the image.
+        image_hw: Height and width of the image.
+        spec: The input of a model with tiles.
+        table: `contrast_table` of the whole image; None: contrast is left as it is.
+
+    Raises:
+        ValueError: The model has no tiles.
+    """
+    if not isinstance(spec.resize, TileResize):
+        raise ValueError("the model resizes every image as a whole")
+    return Prepared(image_hw, _Canvases(read, image_hw, spec, (), table))
+
+
+def windows_of(image_hw: tuple[int, int], spec: InputSpec) -> tuple[list[int], list[int], HW]:
+    """First rows and first columns of the tiles of an image, and a tile's height and width, px.
+
+    Raises:
+        ValueError: The model has no tiles.
+    """
+    if not isinstance(spec.resize, TileResize):
+        raise ValueError("the model resizes every image as a whole")
+    (height, width), overlap = spec.resize.tile_hw, spec.resize.overlap_px
+    rows = tile_starts(image_hw[0], height, overlap)
+    columns = tile_starts(image_hw[1], width, overlap)
+    return rows, columns, (min(height, image_hw[0]), min(width, image_hw[1]))

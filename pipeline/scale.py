@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pipeline.errors import PixelSizeError
 from pipeline.model_config import MAX_ZOOM, InputSpec, ModelConfig, TileResize
 
 Scale = Literal["own", "auto"]
@@ -72,3 +73,24 @@ def fit_scale(
             f"{model} has {own:g}"
         )
     return config.model_copy(update={"input": zoom_input(config.input, zoom)})
+
+
+def fit_stated(config: ModelConfig, um_per_px: float | None) -> ModelConfig:
+    """The model's configuration for an image whose file states the size of its pixels.
+
+    Returns:
+        The same model; unchanged if nothing is stated, or the model has no such scale.
+
+    Raises:
+        PixelSizeError: The size differs from the model's by more than a factor of `MAX_ZOOM`.
+    """
+    is_scaled = isinstance(config.input.resize, TileResize) and config.card.um_per_px is not None
+    if um_per_px is None or not is_scaled:
+        return config
+    try:
+        return fit_scale(config, um_per_px=um_per_px)
+    except ScaleError as error:
+        raise PixelSizeError(
+            f"the file states this size of a pixel: {error}; um_per_px or object_size_px in the "
+            "request replaces it"
+        ) from error

@@ -355,6 +355,8 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unsupported_format": 415,
     "unsupported_encoding": 415,
     "corrupt_image": 422,
+    "invalid_plane": 422,
+    "pixel_size": 422,
     "invalid_parameter": 422,
     "idempotency_key_reused": 422,
     "source_unavailable": 422,

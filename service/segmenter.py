@@ -14,8 +14,7 @@ import cv2
 from pipeline.auto_scale import count_probes
 from pipeline.decode import check_size
 from pipeline.errors import DecodeError
-from pipeline.model_config import InputSpec, ModelConfig
-from pipeline.scale import Scale
+from pipeline.model_config import ModelConfig
 from service.cores import count_cores
 from service.errors import ServiceError, describe_error, drop_frames
 from service.models.repository import Repository
@@ -28,7 +27,7 @@ from service.observe.tracing import note_image
 from service.protocol import ModelState, Segmented
 from service.settings import Settings
 from service.work.admission import Admission
-from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_size
+from service.work.image import HW, ImageWork, count_cost, fail, peek_size, read_image_header
 from service.work.pixels import PixelBudget
 from service.work.probe import ProbeWork
 from service.work.queue import Job
@@ -138,7 +137,7 @@ class LocalSegmenter:
         config = options.adapt(model.config)
         probes: list[ImageWork | Outcome | None] = [None] * len(images)
         if options.scale == "auto":
-            build_probe = partial(_build_probe, config, settings=self._settings)
+            build_probe = partial(_build_probe, config, options=options, settings=self._settings)
             probes = [*await self._prepare(images, build_probe)]
             await self._process(model, probes, options, client, progress)
         build = partial(_build_work, config, options=options, settings=self._settings)
@@ -253,7 +252,7 @@ def _build_work(
         if probe.outcome is not None and probe.outcome.error is not None:
             return probe.outcome
     try:
-        size, canvases = measure(file, size, config.input, settings)
+        size, canvases, config = measure(file, size, config, options, settings)
     except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
     scaled = settings.scaled_decode
@@ -261,33 +260,46 @@ def _build_work(
 
 
 def _build_probe(
-    config: ModelConfig, file: ImageFile, size: HW | None, *, settings: Settings
+    config: ModelConfig,
+    file: ImageFile,
+    size: HW | None,
+    *,
+    options: RequestOptions,
+    settings: Settings,
 ) -> ImageWork | Outcome:
     try:
-        size, canvases = measure(file, size, config.input, settings, scale="auto")
-    except DecodeError as error:
+        size, canvases, config = measure(file, size, config, options, settings, probing=True)
+    except (DecodeError, ServiceError) as error:
         return fail(file.file_name, error)
-    return ProbeWork(file, size, canvases, config)
+    return ProbeWork(file, size, canvases, config, options)
 
 
 def measure(
-    file: ImageFile, size: HW | None, spec: InputSpec, settings: Settings, *, scale: Scale = "own"
-) -> tuple[HW, int]:
-    """Height and width of an image, and the canvases that it needs.
+    file: ImageFile,
+    size: HW | None,
+    config: ModelConfig,
+    options: RequestOptions,
+    settings: Settings,
+    *,
+    probing: bool = False,
+) -> tuple[HW, int, ModelConfig]:
+    """Height and width of an image, the canvases that it needs, and the configuration for it.
 
     Args:
         file: The image.
         size: As `peek_size` found it; None if the header has to be parsed.
-        spec: The model's input.
-        settings: Bounds of both.
-        scale: `auto` counts the canvases by which the scale is chosen.
+        config: The model's, as the request's options adapt it.
+        options: The request's.
+        settings: Bounds of size and canvases.
+        probing: Counts the canvases by which the scale is chosen.
 
     Raises:
         DecodeError, TooManyCanvases: The image is refused.
     """
     if size is None:
-        size = read_size(file.data, settings.max_image_pixels)
+        header = read_image_header(file.data, settings.max_image_pixels)
+        size, config = header.hw, options.adapt_to(config, header.um_per_px)
     check_size(*size, settings.max_image_pixels)
-    if scale == "auto":  # the orientation is not known yet
-        return size, max(count_probes(hw, spec) for hw in (size, size[::-1]))
-    return size, count_cost(size, spec, settings.max_image_canvases)
+    if probing:  # the orientation is not known yet
+        return size, max(count_probes(hw, config.input) for hw in (size, size[::-1])), config
+    return size, count_cost(size, config.input, settings.max_image_canvases), config

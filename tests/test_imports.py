@@ -28,6 +28,8 @@ DISTRIBUTIONS = {
 }
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
+    "pipeline/formats/tiff_file.py",
+    "pipeline/formats/tiff_plane.py",
     "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",
@@ -138,6 +140,8 @@ def _is_allowed(item: Import) -> bool:
         "pipeline",
         "service.models.repository",
         "service.engines",
+        "service.cores",
+        "service.files",
     )
     served = any(is_in(item.name, allowed) for allowed in measured)
     if room == "training":
@@ -152,7 +156,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("service.errors", "service.cores", "service.settings", "service.flags"),
-            *("service.memory", "service.version", "service.observe"),
+            *("service.memory", "service.version", "service.files", "service.observe"),
         ),
         ("service.work", "service.models", *_SERVING),
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from service.cores import count_cores
+from service.files import replace_text
 from training import distributed
 from training.configs import list_configs
 from training.configs.rules import ConfigPlan, choose_config, fit_schedule
@@ -17,7 +18,6 @@ from training.configs.statistics import Machine
 from training.configs.toml_files import format_config, load_config
 from training.data.coco import CocoDataset
 from training.data.statistics import measure_statistics
-from training.files import replace_text
 from training.weights.initial import read_network
 from training.weights.sources import has_efficientnet
 
@@ -81,7 +81,7 @@ def configure(
     if not 0 < hours < float("inf"):
         raise ValueError(f"--hours is {hours}, expected a positive number")
     machine = Machine(
-        gpu=device.startswith("cuda"), cores=os.cpu_count() or 1, efficientnet=has_efficientnet()
+        gpu=device.startswith("cuda"), cores=count_cores(), efficientnet=has_efficientnet()
     )
     start: Config | BackboneKind | Literal["imagenet"] | None = None
     if init:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from service.files import replace_text
 from training import distributed
-from training.files import replace_text
 from training.objective import DTYPES, Precision
 
 PRECISION_FILE = "precision.toml"

@@ -16,9 +16,9 @@ from pycocotools import mask as coco_mask
 
 from pipeline.draw import draw_instances
 from pipeline.types import Detection
+from service.files import replace_text
 from training.configs.schema import Config
 from training.data.coco import CocoDataset
-from training.files import replace_text
 from training.model.solo import Solo
 from training.predictors import CheckpointPredictor
 from training.run_log import NOTE

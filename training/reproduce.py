@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model_config import ModelConfig
+from service.files import replace_text
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError
 from training.evaluation_report import ALL, EvaluationReport
-from training.files import replace_text
 from training.provenance import describe_data
 
 TOLERANCE = 0.002

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from service.files import replacing
 from training import distributed
-from training.files import replaced
 from training.weights.formats import load_checkpoint
 
 ROLLBACK_FILE = "rollback.pt"
@@ -41,7 +41,7 @@ class Rollback:
         regular = step > 1 and (step - 1) % self._every == 0
         if not (regular and distributed.is_main()):
             return
-        with replaced(self.path) as partial:
+        with replacing(self.path) as partial:
             try:
                 os.link(self._last, partial)  # no copy: `last.pt` is replaced, not overwritten
             except OSError:  # a file system without hard links

@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from service.files import replace_text
 from training import distributed
 from training.configs.io import config_to_dict
 from training.configs.schema import Config
 from training.configs.tables import Change, Table, TableRow
-from training.files import replace_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 FPS = "fps"

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from pipeline.errors import CorruptImage, DecodeError
+from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8
 
 # OpenCV would report damaged files on standard error.
@@ -49,12 +50,19 @@ class EncodedImage(ABC):
         data: The file.
         height, width: Of the stored pixels, both at least 1.
         orientation: EXIF's, 1..8: how the stored pixels are turned to be seen.
+        um_per_px: Size of a pixel in micrometres, where the file states it.
     """
 
     data: bytes = field(repr=False)
     height: int
     width: int
     orientation: int
+    um_per_px: float | None = field(default=None, kw_only=True)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether `decode` applies the contrast rule, because 8 bits cannot hold the samples."""
+        return False
 
     @property
     def upright_hw(self) -> tuple[int, int]:
@@ -62,18 +70,24 @@ class EncodedImage(ABC):
         hw = (self.height, self.width)
         return hw[::-1] if self.orientation in _SIDEWAYS else hw
 
-    def decode(self, least_hw: tuple[int, int] = (0, 0)) -> UInt8:
+    def decode(
+        self, least_hw: tuple[int, int] = (0, 0), contrast: ContrastSpec | None = None
+    ) -> UInt8:
         """The pixels [H, W, 3] RGB, upright; see `pipeline.decode.decode_image`.
+
+        Args:
+            least_hw: Height and width that suffice.
+            contrast: The model's rule, applied to an image that `is_deep`.
 
         Raises:
             DecodeError: The image cannot be decoded.
         """
         stored = least_hw[::-1] if self.orientation in _SIDEWAYS else least_hw
         with damage_is_refused():
-            return turn(self._decode(stored), self.orientation)
+            return turn(self._decode(stored, contrast), self.orientation)
 
     @abstractmethod
-    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
         """The stored pixels [H, W, 3] RGB; only a JPEG may be smaller, but not than `least_hw`.
 
         Raises:

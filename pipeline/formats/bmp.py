@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import CorruptImage, UnsupportedFormat
 from pipeline.formats.base import EncodedImage
 from pipeline.formats.convert import draw_on_black, stripes
+from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8
 
 _FILE_HEADER = 14
@@ -66,7 +67,7 @@ class Bmp(EncodedImage):
     palette: UInt8 = field(repr=False)
     channels: tuple[Channel, ...]
 
-    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
         if self.compression in (_RLE8, _RLE4):
             return self._decode_run_lengths()
         self._check_length()

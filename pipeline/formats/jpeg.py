@@ -17,6 +17,7 @@ from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
 from pipeline.formats.base import DAMAGE, EncodedImage
 from pipeline.formats.convert import to_rgb
 from pipeline.formats.exif import read_orientation
+from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8
 
 MAX_SEGMENTS = 10_000
@@ -75,7 +76,7 @@ class Jpeg(EncodedImage):
     tables: bytes = field(repr=False)
     scan: int
 
-    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
         _check_scans(self.data)
         pixels = self._decode_fast(least_hw)
         if pixels is not None:

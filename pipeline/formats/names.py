@@ -6,7 +6,6 @@ import re
 
 _STARTS = (
     (re.compile(rb"GIF8[79]a"), "GIF"),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
     (re.compile(rb"....ftyp(avif|avis)", re.DOTALL), "AVIF"),
     (re.compile(rb"....ftyp(hei[cxms]|hev[cxms])", re.DOTALL), "HEIC"),
     (re.compile(rb"....ftyp(mif1|msf1|miaf)", re.DOTALL), "HEIF or AVIF"),

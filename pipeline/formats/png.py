@@ -17,6 +17,7 @@ from pipeline.errors import CorruptImage
 from pipeline.formats.base import MAX_CHUNKS, EncodedImage
 from pipeline.formats.convert import stripes, to_rgb
 from pipeline.formats.exif import read_orientation
+from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8
 
 _SIGNATURE_BYTES, _HEADER_END = 8, 33
@@ -52,7 +53,7 @@ class Png(EncodedImage):
     transparent: tuple[int, ...]
     essence: bytes = field(repr=False)
 
-    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
         with PngImageFile(io.BytesIO(self.essence)) as image:
             image.load()
             pixels = to_rgb(image)

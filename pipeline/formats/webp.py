@@ -13,6 +13,7 @@ from pipeline.errors import CorruptImage
 from pipeline.formats.base import MAX_CHUNKS, EncodedImage
 from pipeline.formats.convert import draw_on_black
 from pipeline.formats.exif import read_orientation
+from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8
 
 _BITSTREAMS = (b"VP8 ", b"VP8L")
@@ -48,7 +49,7 @@ class Webp(EncodedImage):
     frame: _Frame
     place: tuple[int, int]
 
-    def _decode(self, least_hw: tuple[int, int]) -> UInt8:
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
         frame = self.frame
         flags = cv2.IMREAD_UNCHANGED if frame.has_alpha else cv2.IMREAD_COLOR_RGB
         decoded = cv2.imdecode(np.frombuffer(frame.file, np.uint8), flags)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from service.files import locked
 
 
 def find_local_cache(wanted: Path | None = None) -> Path | None:
@@ -32,36 +29,11 @@ def find_local_cache(wanted: Path | None = None) -> Path | None:
 @contextmanager
 def lock_file(file: Path | None) -> Iterator[None]:
     """Excludes other processes that want the same file, where the system can do that."""
-    if file is None or sys.platform == "win32":
+    with ExitStack() as stack:
+        if file is not None:
+            with suppress(OSError):
+                lock = file.with_suffix(".lock")
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                lock.touch(mode=0o600)
+                stack.enter_context(locked(lock))
         yield
-        return
-    descriptor = None
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Writes and syncs a file atomically.
-
-    Raises:
-        OSError: It cannot be written; the previous file is unchanged.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as partial:
-            partial.write(data)
-            partial.flush()
-            os.fsync(partial.fileno())
-        os.replace(name, file)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

@@ -30,7 +30,8 @@ from pipeline.types import Tile, UInt8
 from service.engines.artefacts import read_file
 from service.engines.base import Backend, BackendOptions
 from service.engines.cpu import read_cpu
-from service.engines.local_cache import find_local_cache, lock_file, replace_file
+from service.engines.local_cache import find_local_cache, lock_file
+from service.files import replace_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +217,6 @@ def _write(file: Path | None, record: TrialRecord) -> None:
     if file is None:
         return
     try:
-        replace_file(file, record.model_dump_json(indent=2).encode())
+        replace_bytes(file, record.model_dump_json(indent=2).encode(), shared=True)
     except OSError as error:
         logger.info("the times of the engines are not stored: %s", error)

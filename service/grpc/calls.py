@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.grpc.places import Places
 from service.grpc.status import find_status, shorten
-from service.http.clients import client_at, find_spec
+from service.http.clients import client_at, find_origin, find_spec
 from service.http.exchange import CLIENT_LEFT, REQUEST_ID
 from service.http.keys import KeySpec
 from service.http.limits import BODY_BYTES, RequestBodies
@@ -41,9 +41,13 @@ logger = logging.getLogger(__name__)
 ERROR_CODE = "solo-error-code"
 """Trailing metadata with the code that HTTP has in its answer."""
 MAX_ARRIVING = 32
-"""Messages that may be incomplete at once, of streams and of other RPCs each: grpc does not say how
-much of them is in memory."""
+"""Messages that may be incomplete at once, of streams and of other RPCs each."""
+_ARRIVING_PER_BODY = 4
+"""For each body of the largest size for which there is memory. grpc does not say how much of a
+message has arrived, and most are small."""
 MAX_HEALTH_CALLS = 100
+MAX_HEALTH_READERS = 8
+"""Health checks whose message may be incomplete at once: no other RPC can hold them up."""
 _METHOD = "POST"  # gRPC is HTTP/2
 
 
@@ -57,7 +61,7 @@ class RpcState:
         calls: Places of RPCs but those of `streams` and `health`.
         streams: Places of streams.
         health: Places of health checks.
-        readers: Places of RPCs whose message is arriving.
+        readers: Places of RPCs whose message is arriving, but those of `health_readers`.
     """
 
     def __init__(self, application: State) -> None:
@@ -68,9 +72,10 @@ class RpcState:
         self.version: str = application.version
         self._application = application
         self.calls = Places(self.settings.max_connections)
-        self.streams = Places(MAX_ARRIVING)
-        self.health = Places(MAX_HEALTH_CALLS)
-        self.readers = Places(MAX_ARRIVING)
+        bodies = self.settings.max_bodies_bytes // self.settings.max_body_bytes
+        arriving = min(MAX_ARRIVING, _ARRIVING_PER_BODY * bodies)
+        self.streams, self.readers = Places(arriving), Places(arriving)
+        self.health, self.health_readers = Places(MAX_HEALTH_CALLS), Places(MAX_HEALTH_READERS)
 
     @property
     def keys(self) -> Any:
@@ -118,7 +123,9 @@ class Rpc:
             for key, value in reversed(context.invocation_metadata() or ())
             if isinstance(value, str)
         }
-        self.address = read_address(context.peer())
+        forwarded = self.headers.get("x-forwarded-for", "")
+        peer = read_address(context.peer())
+        self.address = find_origin(peer, forwarded, state.settings.trusted_proxies)
         self.request_id = choose_id(self.headers.get(REQUEST_ID, ""))
         self.began_s = time.monotonic()
         self.client = ClientProfile()
@@ -148,15 +155,18 @@ class Rpc:
         message = await self.context.read()
         return None if message is aio.EOF else message
 
-    async def read_only(self) -> bytes:
+    async def read_only(self, readers: Places) -> bytes:
         """The message of an RPC that has one.
+
+        Args:
+            readers: Where its place is while it arrives.
 
         Raises:
             BodyTimeout: It was not complete in time.
             InvalidRequest: There is none.
         """
         limit_s = self.state.settings.body_timeout_s
-        async with self.state.readers.wait(self.address_name):
+        async with readers.wait(self.address_name):
             try:
                 async with asyncio.timeout(limit_s):
                     message = await self.read()

@@ -18,6 +18,7 @@ from service.http.routes.triton import LOGGING, SHARED_MEMORY, TRACES
 MAX_SMALL_BYTES = 64 * 1024
 """Of a message that is not for segmentation."""
 Answer = Callable[[Rpc, bytes], Awaitable[Any]]
+_CHECK, _WATCH = (f"/{health.SERVICE}/{name}" for name in ("Check", "Watch"))
 _UNARY: dict[str, Answer] = {
     f"/{health.INFERENCE}/{name}": answer
     for name, answer in {
@@ -32,7 +33,7 @@ _UNARY: dict[str, Answer] = {
         "RepositoryModelLoad": describe.load,
         "RepositoryModelUnload": describe.unload,
     }.items()
-} | {f"/{health.SERVICE}/Check": health.check}
+} | {_CHECK: health.check}
 _NOT_OFFERED = {
     f"/{health.INFERENCE}/{name}": reason
     for name, reason in {
@@ -45,7 +46,6 @@ _NOT_OFFERED = {
         },
     }.items()
 }
-_WATCH = f"/{health.SERVICE}/Watch"
 _INFER, _STREAM = (f"/{health.INFERENCE}/Model{kind}" for kind in ("Infer", "StreamInfer"))
 
 
@@ -87,11 +87,13 @@ class RpcHandler(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _answer(self, path: str, answer: Answer, context: Any) -> bytes:
         """Answers an RPC with one message."""
         state = self._state
-        places = state.health if path.startswith(f"/{health.SERVICE}/") else state.calls
+        is_health = path == _CHECK
+        places = state.health if is_health else state.calls
+        readers = state.health_readers if is_health else state.readers
         async with self._opened(path, places, context) as rpc:
             if path == _INFER:
                 rpc.client = await rpc.find_client()
-            message = await rpc.read_only()
+            message = await rpc.read_only(readers)
             if path != _INFER and len(message) > MAX_SMALL_BYTES:
                 raise BodyTooLarge(
                     f"the message has {len(message)} bytes, the limit is {MAX_SMALL_BYTES}"
@@ -112,7 +114,8 @@ class RpcHandler(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _watch(self, messages: Any, context: Any) -> None:
         async with self._opened(_WATCH, self._state.health, context) as rpc:
-            async for response in health.watch(rpc, await rpc.read_only()):
+            message = await rpc.read_only(self._state.health_readers)
+            async for response in health.watch(rpc, message):
                 await context.write(response.SerializeToString())
 
     @asynccontextmanager

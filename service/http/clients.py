@@ -51,6 +51,32 @@ def check_admin(spec: KeySpec | None) -> None:
         raise Forbidden(f"key {spec.name!r} is not an administrator's")
 
 
+def find_origin(peer: str, forwarded: str, trusted: str) -> str:
+    """The address that a request comes from, as uvicorn finds it for HTTP.
+
+    Args:
+        peer: Address at the other end of the connection.
+        forwarded: X-Forwarded-For; each proxy appends the address that it sees.
+        trusted: Setting `trusted_proxies`.
+    """
+    hops = [hop.strip() for hop in forwarded.split(",") if hop.strip()]
+    if not hops or not _is_trusted(peer, trusted):
+        return peer
+    others = [hop for hop in hops if not _is_trusted(hop, trusted)]
+    return others[-1] if others else hops[0]
+
+
+@lru_cache(maxsize=4096)
+def _is_trusted(address: str, trusted: str) -> bool:
+    if trusted == "*":
+        return True
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in ipaddress.ip_network(part.strip()) for part in trusted.split(","))
+
+
 @lru_cache(maxsize=4096)
 def client_at(address: str) -> ClientProfile:
     """A client by address; of IPv6 addresses the /64 network, which is one client's.

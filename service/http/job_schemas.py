@@ -7,9 +7,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from service.http.job_results import ResultFormat
 from service.http.schemas import SegmentQuery
 from service.jobs.records import JobRecord, State, WebhookState
-from service.jobs.results import Format
 
 NOT_OF_JOBS = ("priority", "timeout_ms", "format", "simplify_px")
 """The results are read later, in a format that is chosen then."""
@@ -64,8 +64,16 @@ class ResultQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Annotated[
-        Format, Field(description="json and ndjson: entries as of POST /segment; coco: a list")
+        ResultFormat,
+        Field(
+            description="json, ndjson: entries as of POST /segment; coco-results: what pycocotools "
+            "loads; others: as `format` of POST /segment"
+        ),
     ] = "json"
+    simplify_px: Annotated[
+        float,
+        Field(ge=0, le=100, description="outlines of the format may be off so far; 0 is exact"),
+    ] = 0.0
 
 
 class JobFilesModel(BaseModel):

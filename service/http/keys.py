@@ -15,7 +15,6 @@ import hmac
 import json
 import logging
 import math
-import os
 import secrets
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import StartupError, TooManyWrongKeys
+from service.files import replacing
 from service.work.request import ClientProfile
 
 logger = logging.getLogger(__name__)
@@ -208,11 +208,9 @@ def add_key(file: Path, name: str, **bounds: object) -> str:
     digest = hashlib.sha256(key.encode()).hexdigest()
     spec = KeySpec.model_validate({"name": name, "sha256": digest, **bounds})
     content = KeyFile(keys=(*specs, spec)).model_dump(mode="json", exclude_defaults=True)
-    partial = file.with_name(f".{file.name}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as output:
-        output.write(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return key
 
 

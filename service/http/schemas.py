@@ -40,8 +40,27 @@ UmPerPx = Annotated[
     Field(
         gt=0,
         le=MAX_INT,
-        description="size of the image's pixels in micrometres, instead of object_size_px",
+        description="size of the image's pixels in micrometres, instead of object_size_px; "
+        "default: as a TIFF states it",
     ),
+]
+Channel = Annotated[
+    str | None,
+    Field(
+        max_length=200,
+        description="of a TIFF with several channels: the name or number, from 0, of one",
+    ),
+]
+PlaneZ = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_INT)] | Literal["max"] | None,
+    Field(
+        description="of a stack: the number of a plane or page, from 0, or max for the maximum "
+        "projection"
+    ),
+]
+PlaneT = Annotated[
+    int | None,
+    Field(ge=0, le=MAX_INT, description="of a time series: the number of a point, from 0"),
 ]
 
 
@@ -79,6 +98,9 @@ class SegmentQuery(BaseModel):
     ] = "keep"
     object_size_px: ObjectSizePx = None
     um_per_px: UmPerPx = None
+    channel: Channel = None
+    z: PlaneZ = None
+    t: PlaneT = None
     scale: Annotated[
         Scale,
         Field(
@@ -105,6 +127,9 @@ class SegmentQuery(BaseModel):
         Priority,
         Field(description="a client's interactive requests go before its batch requests"),
     ] = "interactive"
+    picture: Annotated[
+        bool, Field(description="adds picture_png, the image as the server has decoded it")
+    ] = False
     timeout_ms: TimeoutMs = None
 
 
@@ -164,11 +189,14 @@ class ImageResult(BaseModel):
         Field(description="EXIF orientation, 1 to 8, by which the stored pixels were turned"),
     ] = None
     instances: list[InstanceModel] | None = None
+    um_per_px: Annotated[
+        float | None, Field(description="size of a pixel in micrometres, as a TIFF states it")
+    ] = None
     scale: Annotated[
         float | None,
         Field(
             description="scale at which the model saw the image, relative to its usual one; 1 "
-            "unless object_size_px, um_per_px or scale asks for another"
+            "unless object_size_px, um_per_px, scale or the file asks for another"
         ),
     ] = None
     canvases: Annotated[
@@ -187,6 +215,9 @@ class ImageResult(BaseModel):
             description="with masks=png: base64 of a grey PNG of the image's size whose pixel n "
             "is the n-th instance, 0 none; 16-bit beyond 255 instances"
         ),
+    ] = None
+    picture_png: Annotated[
+        str | None, Field(description="with picture=true: base64 of the decoded image as PNG")
     ] = None
     error: ErrorDetail | None = None
 

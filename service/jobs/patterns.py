@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Self
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi"),
+)
 _RECURSIVE = "**"
 _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store")
 _APPLE_DOUBLE = "._"

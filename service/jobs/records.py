@@ -35,6 +35,7 @@ class JobOptions:
         parameters: Of `RequestOptions`.
         client: Fields of the `ClientProfile` that its canvases count for.
         webhook: URL that is told when the job is done.
+        classes: The model's, `category_id` and `name` of each.
     """
 
     model: str
@@ -42,6 +43,7 @@ class JobOptions:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     client: Mapping[str, Any] = field(default_factory=dict)
     webhook: str | None = None
+    classes: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,10 @@ class JobRunner:
         except (JobsUnavailable, StorageFull) as error:
             self._warn("no files of jobs are processed: %s", error)
             return
+        except Exception:  # whatever it is, the next look may succeed
+            logger.exception("no files of jobs are processed")
+            await asyncio.sleep(RETRY_S)
+            return
         for claim in hooks:
             self._begin(claim, self._deliver, self._webhooks)
         for claim in claims:
@@ -163,6 +167,8 @@ class JobRunner:
                 )
             except (JobsUnavailable, StorageFull) as error:
                 self._warn("jobs: %s", error)
+            except Exception:
+                logger.exception("jobs cannot be watched")
             await asyncio.sleep(BEAT_S)
 
     async def _check_leases(self) -> None:

@@ -69,7 +69,7 @@ class JobService:
 
     def _run(self, function: Callable[[JobStore], T]) -> T:
         try:
-            return function(self.open())
+            return function(self._open())
         except JournalFull as error:
             self._metrics.job_store_errors.inc()
             raise StorageFull(str(error)) from error
@@ -77,8 +77,7 @@ class JobService:
             self._metrics.job_store_errors.inc()
             raise JobsUnavailable(f"jobs: {error}") from error
 
-    def open(self) -> JobStore:
-        """The open store; called in its thread."""
+    def _open(self) -> JobStore:
         if self._store is None:
             self._store = JobStore(self._folder, self._max_bytes)
         return self._store

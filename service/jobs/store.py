@@ -79,7 +79,9 @@ class JobStore:
         database = self._database
         size = sum(len(file.data or b"") for file in submission.files)
         with database.transaction():
-            earlier = self._find_earlier(submission)
+            earlier = self.find_earlier(
+                submission.owner, submission.idempotency, submission.fingerprint
+            )
             if earlier is not None:
                 return earlier, False
             self._check_room(submission, size, max_open_files)
@@ -106,18 +108,24 @@ class JobStore:
             )
             return self._read("id = ?", submission.id)[0], True
 
-    def _find_earlier(self, submission: Submission) -> JobRecord | None:
-        if submission.idempotency is None:
+    def find_earlier(
+        self, owner: str, idempotency: str | None, fingerprint: str
+    ) -> JobRecord | None:
+        """The job that a submission has made before; None if it has made none.
+
+        Raises:
+            IdempotencyKeyReused: The key is that of another submission.
+        """
+        if idempotency is None:
             return None
-        where = "owner = ? AND idempotency = ?"
-        found = self._read(where, submission.owner, submission.idempotency)
+        found = self._read("owner = ? AND idempotency = ?", owner, idempotency)
         if not found:
             return None
         query = "SELECT fingerprint FROM jobs WHERE seq = ?"
-        if self._database.value(query, found[0].seq) != submission.fingerprint:
+        if self._database.value(query, found[0].seq) != fingerprint:
             raise IdempotencyKeyReused(
-                f"the idempotency key {submission.idempotency!r} is that of job {found[0].id}, "
-                "which has other files or parameters"
+                f"the idempotency key {idempotency!r} is that of job {found[0].id}, which has "
+                "other files or parameters"
             )
         return found[0]
 

@@ -53,17 +53,30 @@ class LoadedModel:
         """Runs an engine of this model on a known-good image; raises if that fails."""
         warm_up(backend, self.config)
 
-    def answer(self, image: UInt8, asked: RequestOptions) -> LocalAnswer:
+    def answer(
+        self,
+        image: UInt8,
+        asked: RequestOptions,
+        *,
+        stated_um_per_px: float | None = None,
+        is_stretched: bool = False,
+    ) -> LocalAnswer:
         """Segments one image in the calling thread, with the server's results.
 
         Args:
             image: [H, W, 3] uint8 RGB.
             asked: `masks`, `overlay` and `priority` mean nothing here.
+            stated_um_per_px: Size of a pixel as the image's file states it.
+            is_stretched: The contrast rule has been applied already.
 
         Raises:
             InvalidParameter: The model cannot do what is asked for.
+            PixelSizeError: The stated size of a pixel is too far from the model's.
         """
-        config = asked.adapt(self.config)
+        config = asked.adapt_to(asked.adapt(self.config), stated_um_per_px)
+        if is_stretched:
+            spec = config.input.model_copy(update={"contrast": None})
+            config = config.model_copy(update={"input": spec})
         warnings: list[AnswerWarning] = []
         if asked.scale == "auto":
             choice = self._choose_scale(image, config)

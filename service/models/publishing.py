@@ -12,9 +12,8 @@ import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.repository_config import RepositoryConfig, parse_model_config
 from pipeline.strict_json import parse_json
 from service.engines.artefacts import Artefacts, read_file
 from service.errors import ModelRefused
+from service.files import locked, replace_bytes, sync_folder
 from service.models.folders import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -33,57 +33,17 @@ from service.models.folders import (
     staged_folder,
 )
 
-if sys.platform != "win32":
-    import fcntl
-
 _STAGED = re.compile(r"\.([1-9][0-9]*)\.(?:part|next|prev)")
 
 
-@contextmanager
-def lock_repository(root: Path) -> Iterator[None]:
+def lock_repository(root: Path) -> AbstractContextManager[None]:
     """Excludes other processes that change the repository; waits for them."""
-    if sys.platform == "win32":
-        yield
-        return
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(root)
 
 
 def format_json(content: Any) -> bytes:
     """JSON as it is written in the repository."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file in one step: readers see the old or the new content, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, partial)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_version(
@@ -108,18 +68,18 @@ def write_version(
         else:
             part.mkdir(parents=True)
         for name, data in files.items():
-            write_file(part / name, data)
+            replace_bytes(part / name, data)
         if not is_new:
             os.replace(part, staged_folder(folder, version))
-        _sync_folder(home)
-        write_file(home / CONFIG_FILE, config)
+        sync_folder(home)
+        replace_bytes(home / CONFIG_FILE, config)
     except BaseException:
         with suppress(OSError):
             recover(folder)
         raise
     if is_new:
         os.replace(home, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     else:
         _take_staged(folder, version)
 
@@ -137,7 +97,7 @@ def _take_staged(folder: Path, version: int) -> None:
     if target.exists():
         os.replace(target, replaced)
     os.replace(staged_folder(folder, version), target)
-    _sync_folder(folder)
+    sync_folder(folder)
     _remove(replaced)
 
 
@@ -207,7 +167,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any], RepositoryConfig
         change(content, parsed)
         with refusing(file):
             _ = parse_model_config(json.dumps(content)).served_versions
-        write_file(file, format_json(content))
+        replace_bytes(file, format_json(content))
 
 
 def write_default(root: Path, name: str | None) -> None:
@@ -218,4 +178,4 @@ def write_default(root: Path, name: str | None) -> None:
     """
     settings = RepositorySettings(default_model=name)
     with lock_repository(root):
-        write_file(root / SETTINGS_FILE, format_json(settings.model_dump()))
+        replace_bytes(root / SETTINGS_FILE, format_json(settings.model_dump()))

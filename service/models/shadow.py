@@ -24,7 +24,7 @@ from service.models.repository import LoadedModel
 from service.models.shadow_rule import ShadowTally, Verdict, describe_shadow, judge
 from service.observe.shadow_metrics import ShadowMetrics
 from service.protocol import ShadowState
-from service.work.image import ImageWork, count_cost, peek_size, read_size
+from service.work.image import ImageWork, count_cost, peek_size, read_image_header
 from service.work.request import ImageFile, Outcome, RequestOptions
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,10 @@ class ShadowRun:
         config = task.options.adapt(self._loaded.config)
         deadline_s = time.monotonic() + PATIENCE_S
         self._wait(deadline_s)
-        size = peek_size(task.file.data) or read_size(task.file.data, self._max_pixels)
+        size = peek_size(task.file.data)
+        if size is None:
+            header = read_image_header(task.file.data, self._max_pixels)
+            size, config = header.hw, task.options.adapt_to(config, header.um_per_px)
         canvases = count_cost(size, config.input, 1 << 30)
         work = ImageWork(task.file, size, canvases, config, task.options)
         work.open(find_padding(config, self._loaded.backend.device))

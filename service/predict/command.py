@@ -12,9 +12,11 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from pipeline.formats.planes import MAXIMUM
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
 from pipeline.scale import Scale
+from pipeline.types import Window
 from service.engines.base import BackendOptions
 from service.errors import InvalidParameter, StartupError
 from service.jobs.database import JournalDiffers, JournalInUse
@@ -33,6 +35,7 @@ from service.predict.predictors import (
     RemotePredictor,
 )
 from service.predict.progress import CanvasProgress
+from service.predict.slides import SlideJob, SlideOptions
 from service.predict.sources import build_client, find_classes, find_model
 from service.work.request import RequestOptions
 
@@ -57,6 +60,7 @@ that failed.
 _ASKED = (
     *("score_threshold", "max_instances", "overlaps"),
     *("object_size_px", "um_per_px", "scale"),
+    *("channel", "z", "t"),
 )
 """Options that are parameters of a request, too."""
 _LISTED = 5
@@ -106,8 +110,12 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Calla
     """
     if not arguments.ray:
         predictor = build_predictor(arguments, canvases)
-        jobs = arguments.jobs if arguments.url is not None else 1
-        return lambda notes: PredictJob(predictor, notes, jobs)
+        if not isinstance(predictor, LocalPredictor):
+            jobs = arguments.jobs if arguments.url is not None else 1
+            return lambda notes: PredictJob(predictor, notes, jobs)
+        options = SlideOptions(arguments.region, not arguments.all_tiles)
+        slides = SlideJob(predictor.model, predictor.asked, options, canvases.update)
+        return lambda notes: PredictJob(predictor, notes, 1, slides)
     from service.predict.ray_job import Plan, Pool, RayJob
 
     folder = find_model(arguments.model_repo, arguments.model).resolve()
@@ -140,6 +148,27 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
+
+
+def _number(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _plane(text: str) -> int | str:
+    return text if text == MAXIMUM else _number(text)
+
+
+def _region(text: str) -> Window:
+    try:
+        x, y, width, height = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not X,Y,WIDTH,HEIGHT in px") from error
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a region: X,Y,WIDTH,HEIGHT in px")
+    return Window(y, x, height, width)
 
 
 def _size(text: str) -> float:
@@ -211,7 +240,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PX",
         help="typical diameter of the objects, if it is not the model's (default: no rescaling)",
     )
-    add("--um-per-px", type=_size, metavar="UM", help="size of a pixel, for models that state it")
+    add(
+        "--um-per-px",
+        type=_size,
+        metavar="UM",
+        help="size of a pixel, for models that state it (default: as a TIFF states it)",
+    )
+    add("--channel", metavar="NAME", help="name or number, from 0, of a channel of a TIFF")
+    add("--z", type=_plane, metavar="N", help="plane or page of a TIFF, from 0, or max")
+    add("--t", type=_number, metavar="N", help="point in time of a TIFF, from 0")
+    add(
+        "--region",
+        type=_region,
+        metavar="X,Y,W,H",
+        help="of TIFFs: only instances whose centres are in this region, px",
+    )
+    add("--all-tiles", action="store_true", help="of slides: also tiles that look empty")
     add(
         "--scale",
         choices=get_args(Scale),
@@ -241,6 +285,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("an INPUT or --files-from is required")
     if parsed.ray and parsed.url is not None:
         parser.error("--ray loads the model itself and cannot be combined with --url")
+    if parsed.region is not None and (parsed.ray or parsed.url is not None):
+        parser.error("--region is for a model in this process, not with --url or --ray")
     if not parsed.ray and (parsed.ray_address or parsed.actors or parsed.gpus_per_actor):
         parser.error("--ray-address, --actors and --gpus-per-actor need --ray")
     return parsed
@@ -371,6 +417,10 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: options[name] for name in ("url", "model", "version", *_ASKED)}
     if arguments.url is None:
         found["model_repo"] = as_text(arguments.model_repo.absolute())
+    if arguments.region is not None:
+        found["region"] = vars(arguments.region)
+    if arguments.all_tiles:
+        found["all_tiles"] = True
     if arguments.overlays is not None:
         found["overlays"] = as_text(arguments.overlays.absolute())
     return found

@@ -18,7 +18,8 @@ from service.jobs.errors import ImageUnusable, RunFailed, describe
 from service.jobs.files import as_line, as_text
 from service.jobs.journal import Journal
 from service.predict.job import Item, read_data
-from service.predict.outputs import UNFINISHED, replace_file
+from service.predict.outputs import REPLACED, UNFINISHED, replace_file
+from service.predict.slides import read_all_results, read_stack_hw
 
 MARK = ".solo-predict"
 """A file in each folder that is written here, so that a later run may replace it."""
@@ -137,7 +138,7 @@ class _Pages:
             yield item, stem, part
 
     def _build(self, item: Item, stem: str) -> Page:
-        results = self.journal.read_results(item.file.key)
+        results = list(read_all_results(self.journal, item.file.key))
         labels = {spec.category_id: label for label, spec in enumerate(self.classes)}
         copied = f"{stem}{_suffix_of(item)}"
         return Page(
@@ -155,7 +156,8 @@ def _read_hw(item: Item, results: Sequence[dict[str, Any]]) -> tuple[int, int]:
     if results:
         height, width = results[0]["segmentation"]["size"]
         return height, width
-    return open_image(read_data(item.file)).upright_hw
+    stack_hw = read_stack_hw(item.file)
+    return stack_hw or open_image(read_data(item.file)).upright_hw
 
 
 def _suffix_of(item: Item) -> str:
@@ -181,7 +183,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        before = path.with_name(f"{path.name}.partial-old")
+        before = path.with_name(path.name + REPLACED)
         shutil.rmtree(before, ignore_errors=True)
         if path.exists():
             path.rename(before)

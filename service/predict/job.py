@@ -15,17 +15,18 @@ from typing import Any, Protocol
 import orjson
 from PIL import Image
 
-from pipeline.decode import decode_image
+from pipeline.decode import open_image
 from pipeline.draw import draw_instances
 from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
 from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
-from service.jobs.files import ImageFile, as_line, as_text
+from service.jobs.files import ImageFile, LocalFile, as_line, as_text
 from service.jobs.journal import Journal
 from service.jobs.listing import Listing
 from service.jobs.pictures import mark_picture
 from service.predict.outputs import START, replace_file
 from service.predict.predictors import Prediction, Predictor
+from service.predict.slides import SlideJob, read_all_results
 
 MOST_BYTES = 2**30
 """Size of an image file; the largest that can be decoded is far smaller."""
@@ -226,11 +227,13 @@ class PredictJob:
         predictor: Segments the images.
         notes: Stores the results.
         jobs: Number of threads: images in progress at once.
+        slides: Processes images that are too large to be decoded at once; None: they fail.
     """
 
     predictor: Predictor
     notes: Notes
     jobs: int
+    slides: SlideJob | None = None
 
     def run(self, items: Sequence[Item]) -> Generator[tuple[Item, ImageUnusable | None]]:
         """Processes the images in threads; images in progress are completed on closing."""
@@ -251,6 +254,10 @@ class PredictJob:
 
     def _do(self, item: Item) -> ImageUnusable | None:
         try:
+            if self.slides is not None and self.slides.takes(item.file):
+                assert isinstance(item.file, LocalFile)
+                self.slides.run(item.file, item.overlay, self.notes.journal)
+                return None
             stamp = read_stamp(item.file)
             data = read_data(item.file)
             self.notes.note(item, stamp, find(self.predictor, data, draw=item.overlay is not None))
@@ -270,7 +277,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
     """
     instances = [instance_from_coco(result, 0) for result in answer.results]
     try:
-        picture = decode_image(data)
+        picture = open_image(data, choice=answer.planes).decode()
     except DecodeError as error:
         raise ImageUnusable(f"no overlay: {error}") from error
     file = io.BytesIO()
@@ -300,7 +307,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
         with replace_file(out) as file:
             file.write(START)
             for item in items:
-                for result in journal.read_results(item.file.key):
+                for result in read_all_results(journal, item.file.key):
                     named = {"image_id": item.image_id, "file_name": as_text(item.name)}
                     file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
                     count += 1

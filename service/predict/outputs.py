@@ -19,6 +19,8 @@ START = b"[\n"
 """Of a file with results; the first result or the end of the list follows."""
 _JOURNAL = ".partial"
 UNFINISHED = ".partial-new"
+REPLACED = ".partial-old"
+"""Ends of the names of a file or folder that is written, and of a folder that it replaces."""
 RESULT_STARTS = (START + b'{"image_id":', START + b"]")
 
 
@@ -46,7 +48,8 @@ class Outputs:
         names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal", UNFINISHED)]
         own = dict.fromkeys(map(self.out.with_name, names), "a file that this command writes")
         if self.is_folder:
-            own[self.out] = "the folder of --out"
+            replaced = self.out.with_name(self.out.name + REPLACED)
+            own |= {self.out: "the folder of --out", replaced: "the folder of --out"}
         return own if self.overlays is None else {**own, self.overlays: "the folder of --overlays"}
 
     def create(self) -> None:

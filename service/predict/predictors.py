@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import solo_client
-from pipeline.decode import decode_image
+from pipeline.decode import open_image
 from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
+from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import Task
 from service.jobs.errors import ImageUnusable, RunFailed
 from service.models.repository import LoadedModel
@@ -38,6 +39,7 @@ class Prediction:
         served: Model and version that were used, "name:version".
         truncated: Whether max_instances cut the results.
         warnings: `code` and `message` of each.
+        planes: The planes of the file that were asked for.
     """
 
     results: list[dict[str, Any]]
@@ -45,6 +47,7 @@ class Prediction:
     served: str
     truncated: bool = False
     warnings: Sequence[Mapping[str, str]] = ()
+    planes: PlaneChoice = field(default_factory=PlaneChoice)
 
 
 class Predictor(Protocol):
@@ -70,11 +73,19 @@ class LocalPredictor:
     def predict(self, data: bytes) -> Prediction:
         """Decodes the image and runs the model; any error is the image's."""
         try:
-            image = decode_image(data)
+            image = open_image(data, choice=self.asked.planes)
+            pixels = image.decode(contrast=self.model.config.input.contrast)
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error
         try:
-            answer = self.model.answer(image, self.asked)
+            answer = self.model.answer(
+                pixels,
+                self.asked,
+                stated_um_per_px=image.um_per_px,
+                is_stretched=image.is_deep,
+            )
+        except DecodeError as error:
+            raise ImageUnusable(f"{error.code}: {error}") from error
         except Exception as error:  # an engine's exceptions have no common base
             raise ImageUnusable(f"engine_error: {error}") from error
         config = self.model.config
@@ -86,6 +97,7 @@ class LocalPredictor:
             f"{config.name}:{self.model.version}",
             truncated=len(results) == limit,
             warnings=[vars(warning) for warning in answer.warnings],
+            planes=self.asked.planes,
         )
 
 
@@ -121,6 +133,7 @@ class RemotePredictor:
                 object_size_px=self.asked.object_size_px,
                 um_per_px=self.asked.um_per_px,
                 scale=None if self.asked.scale == "own" else self.asked.scale,
+                query=self.asked.planes.named(),
             )
         except (solo_client.ConnectionFailed, solo_client.Busy) as error:
             raise RunFailed(str(error)) from error
@@ -142,4 +155,5 @@ class RemotePredictor:
             served,
             truncated=result.truncated,
             warnings=[vars(warning) for warning in result.warnings],
+            planes=self.asked.planes,
         )

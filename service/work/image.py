@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import orjson
 from PIL import Image
 
-from pipeline.decode import open_image, peek_hw, read_image_hw
+from pipeline.decode import ImageHeader, decode_for, open_image, peek_hw, read_header
 from pipeline.domain import check_domain
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, instance_to_coco
@@ -37,15 +37,15 @@ def peek_size(data: bytes | UInt8) -> HW | None:
     return int(height), int(width)
 
 
-def read_size(data: bytes | UInt8, max_pixels: int) -> HW:
+def read_image_header(data: bytes | UInt8, max_pixels: int) -> ImageHeader:
     """Height and width from the header alone, before orientation.
 
     Raises:
         DecodeError: The image is refused.
     """
     if isinstance(data, bytes):
-        return read_image_hw(data, max_pixels=max_pixels)
-    return int(data.shape[0]), int(data.shape[1])
+        return read_header(data, max_pixels=max_pixels)
+    return ImageHeader(int(data.shape[0]), int(data.shape[1]))
 
 
 def count_cost(image_hw: HW, spec: InputSpec, max_canvases: int) -> int:
@@ -115,6 +115,7 @@ class ImageWork:
         self._options = options
         self._scaled = scaled
         self._orientation = 1
+        self._um_per_px: float | None = None
         self._prepared: Prepared | None = None
         self._picture: UInt8 | None = None
         self._collector: Collector | None = None
@@ -148,7 +149,7 @@ class ImageWork:
         if len(prepared.tiles) > self.canvases:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)
-        self._picture = pixels if self._options.overlay else None
+        self._picture = pixels if self._options.overlay or self._options.picture else None
         self.warnings += check_domain(pixels, self._config)
         self._collector = Collector(
             prepared.image_hw,
@@ -166,11 +167,14 @@ class ImageWork:
         """The pixels [H, W, 3], and the size of the image if they may be fewer."""
         data, image_hw = self._file.data, None
         if isinstance(data, bytes):
-            image = open_image(data, max_pixels=self.pixels)
+            image = open_image(data, max_pixels=self.pixels, choice=self._options.planes)
             image_hw, self._orientation = image.upright_hw, image.orientation
-            is_scaled = self._scaled and not self._options.overlay
+            self._um_per_px = image.um_per_px
+            is_scaled = self._scaled and not (self._options.overlay or self._options.picture)
             needed = needed_hw(image_hw, self._config.input) if is_scaled else (0, 0)
-            data = image.decode(needed)
+            data, spec = decode_for(image, self._config.input, needed)
+            if spec is not self._config.input:
+                self._config = self._config.model_copy(update={"input": spec})
         self._file = ImageFile(self._file.file_name, b"")
         return data, image_hw
 
@@ -231,9 +235,16 @@ class ImageWork:
         merged_s = time.monotonic()
         if options.format is not None:
             payload = encode_page(
-                self._file.file_name, prepared.image_hw, detections, self._config, options
+                self._file.file_name,
+                prepared.image_hw,
+                detections,
+                self._config,
+                options,
+                um_per_px=self._um_per_px,
             )
-        elif self._picture is None:
+        elif self._picture is not None and options.overlay:
+            payload = encode_overlay(self._picture, detections.instances, self._config.task)
+        else:
             payload = encode_entry(
                 self._file.file_name,
                 prepared.image_hw,
@@ -243,9 +254,9 @@ class ImageWork:
                 options,
                 self.canvases,
                 self.warnings,
+                um_per_px=self._um_per_px,
+                picture=self._picture,
             )
-        else:
-            payload = encode_overlay(self._picture, detections.instances, self._config.task)
         ended_s = time.monotonic()
         stages = {
             "decode": self._decoded,
@@ -283,6 +294,9 @@ def encode_entry(
     options: RequestOptions,
     canvases: int,
     warnings: Sequence[AnswerWarning] = (),
+    *,
+    um_per_px: float | None = None,
+    picture: UInt8 | None = None,
 ) -> bytes:
     """An entry of `results` as JSON."""
     instances = detections.instances
@@ -298,6 +312,10 @@ def encode_entry(
         "warnings": [vars(warning) for warning in warnings],
         "instances": [instance_to_coco(i, config, masks=options.masks) for i in instances],
     }
+    if um_per_px is not None:
+        entry["um_per_px"] = um_per_px
+    if picture is not None:
+        entry["picture_png"] = base64.b64encode(_encode_png(picture)).decode()
     if options.masks == "png":
         entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -309,6 +327,8 @@ def encode_page(
     detections: Detections,
     config: ModelConfig,
     options: RequestOptions,
+    *,
+    um_per_px: float | None = None,
 ) -> bytes:
     """An image as the writer of the format gives it.
 
@@ -322,7 +342,7 @@ def encode_page(
         instances=detections.instances,
         classes=config.classes,
         simplify_px=options.simplify_px,
-        um_per_px=options.um_per_px,
+        um_per_px=options.um_per_px or um_per_px,
     )
     try:
         return FORMATS[options.format].encode(page)
@@ -332,9 +352,12 @@ def encode_page(
 
 def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:
     """The image [H, W, 3] with its masks or contours drawn on it, as PNG."""
+    return _encode_png(draw_instances(picture, instances, task))
+
+
+def _encode_png(picture: UInt8) -> bytes:
     buffer = io.BytesIO()
-    drawn = draw_instances(picture, instances, task)
-    Image.fromarray(drawn).save(buffer, "PNG", compress_level=3)
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 

@@ -25,10 +25,19 @@ class ProbeWork(ImageWork):
         image_hw: Height and width that were admitted, before orientation.
         canvases: Canvases that were admitted.
         config: The model's.
+        options: The request's, of which the planes count.
     """
 
-    def __init__(self, file: ImageFile, image_hw: HW, canvases: int, config: ModelConfig) -> None:
-        super().__init__(file, image_hw, canvases, config, RequestOptions())
+    def __init__(
+        self,
+        file: ImageFile,
+        image_hw: HW,
+        canvases: int,
+        config: ModelConfig,
+        options: RequestOptions,
+    ) -> None:
+        planes = RequestOptions(channel=options.channel, z=options.z, t=options.t)
+        super().__init__(file, image_hw, canvases, config, planes)
         self.scaled = config
         self._probe: ImageProbe | None = None
         self._sightings: list[Sighting] = []
@@ -55,8 +64,8 @@ class ProbeWork(ImageWork):
         choice = choose_scale(self._config, sorted(self._sightings, key=_order))
         self.warnings = [*choice.warnings]
         if choice.zoom != 1:
-            scaled = zoom_input(self._config.input, choice.zoom)
-            self.scaled = self._config.model_copy(update={"input": scaled})
+            scaled = zoom_input(self.scaled.input, choice.zoom)
+            self.scaled = self.scaled.model_copy(update={"input": scaled})
         self._probe = None
         return Outcome(b"", canvases=self.canvases)
 

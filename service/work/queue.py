@@ -102,12 +102,19 @@ class WorkQueue:
         self._fair: FairQueue[_ClientQueue] = FairQueue()
         self._background: FairQueue[_ClientQueue] = FairQueue()
         self._since_background = 0
+        self._opening: set[ImageWork] = set()
+        """Images that are being decoded, with canvases that other threads will take then."""
         self._active: dict[ImageWork, Job] = {}
         self._blocked: list[Job] = []
         self._seen = budget.generation
 
     def __bool__(self) -> bool:
         return bool(self._fair or self._background)
+
+    @property
+    def has_background(self) -> bool:
+        """Whether background work waits."""
+        return bool(self._background)
 
     def add(self, job: Job) -> None:
         """Queues a request."""
@@ -140,6 +147,8 @@ class WorkQueue:
     def pick(self, *, background: bool = True) -> Pick | None:
         """The next canvas to process, or None.
 
+        Background work also waits for images that are being decoded.
+
         Args:
             background: Whether it may be one of background work.
         """
@@ -148,8 +157,10 @@ class WorkQueue:
             for waiting in blocked:
                 self._push(waiting)
         is_due = self._background and self._since_background >= BACKGROUND_EVERY - 1
-        order = [self._fair, self._background] if background else [self._fair]
-        for fair in reversed(order) if is_due else order:
+        order = [self._fair]
+        if background and (is_due or not self._opening):
+            order.insert(0 if is_due else 1, self._background)
+        for fair in order:
             picked = self._pick_from(fair)
             if picked is not None:
                 is_other = self._background and fair is self._fair
@@ -183,6 +194,8 @@ class WorkQueue:
         # Background work last; there are a few images, as each is decoded.
         active = sorted(self._active.items(), key=lambda item: item[1].is_background)
         for image, job in active:
+            if job.is_background and self._opening:
+                break
             tenant = self._tenants[job.tenant]
             job.charge()
             tenant.charge()
@@ -196,6 +209,7 @@ class WorkQueue:
             Canvases that other threads may process now.
         """
         image.is_opening = False
+        self._opening.discard(image)
         more = image.canvases - image.taken
         if job.removed or more <= 0:
             self._forget(job, image)
@@ -229,6 +243,7 @@ class WorkQueue:
         return held
 
     def _drop(self, image: ImageWork) -> int:
+        self._opening.discard(image)
         self._active.pop(image, None)
         image.drop()
         return self.release(image)
@@ -270,6 +285,8 @@ class WorkQueue:
         index = image.taken
         image.taken += 1
         image.is_opening = index == 0
+        if index == 0 and image.canvases > 1 and not job.is_background:
+            self._opening.add(image)
         if image.taken == image.canvases:
             self._forget(job, image)
         return job, image, index

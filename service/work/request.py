@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import ModelConfig
 from pipeline.postprocess import Overlaps
-from pipeline.scale import Scale, ScaleError, fit_scale
+from pipeline.scale import Scale, ScaleError, fit_scale, fit_stated
 from pipeline.types import UInt8
 from pipeline.writers import FormatName
 from service.errors import InvalidParameter
@@ -44,10 +45,13 @@ class RequestOptions:
         max_instances: Most instances of an image; None uses the model's.
         overlaps: `resolve` gives pixels of several masks to the best one.
         object_size_px: Typical diameter of the objects; None: as the model expects it.
-        um_per_px: Size of a pixel, in micrometres; None: as the model expects it.
+        um_per_px: Size of a pixel, in micrometres; None: as the file states it, or else as the
+            model expects it.
         scale: `auto` finds the scale from the objects of the image.
+        channel, z, t: Which planes of a file with several are taken, see `PlaneChoice`.
         masks: Mask encoding.
         overlay: The answer is a PNG with the masks drawn on the image.
+        picture: The answer has the decoded image.
         format: Output format of the answer; None: JSON of this service.
         simplify_px: Outlines of the format may be off so far.
         priority: Interactive requests of a client are scheduled before its batch requests, and
@@ -60,11 +64,29 @@ class RequestOptions:
     object_size_px: float | None = None
     um_per_px: float | None = None
     scale: Scale = "own"
+    channel: str | None = None
+    z: int | Literal["max"] | None = None
+    t: int | None = None
     masks: Masks = "rle"
     overlay: bool = False
+    picture: bool = False
     format: FormatName | None = None
     simplify_px: float = 0.0
     priority: Rank = "interactive"
+
+    @property
+    def planes(self) -> PlaneChoice:
+        """Which planes are taken."""
+        return PlaneChoice(self.channel, self.z, self.t)
+
+    def adapt_to(self, config: ModelConfig, stated_um_per_px: float | None) -> ModelConfig:
+        """An adapted configuration for an image whose file states the size of its pixels.
+
+        Raises:
+            PixelSizeError: The stated size counts, and is too far from the model's.
+        """
+        is_asked = self.object_size_px is not None or self.um_per_px is not None
+        return config if is_asked or self.scale == "auto" else fit_stated(config, stated_um_per_px)
 
     def adapt(self, config: ModelConfig) -> ModelConfig:
         """A model's configuration for this request.

@@ -149,6 +149,7 @@ class Scheduler:
     def _remove(self, job: Job) -> None:
         with self._lock:
             freed = self._queue.remove(job)
+            self._wake_for_background()
         for pixels in freed:
             self._release(job, pixels)
 
@@ -165,6 +166,11 @@ class Scheduler:
 
     def _wake(self) -> None:
         with self._lock:
+            self._threads.wake()
+
+    def _wake_for_background(self) -> None:
+        """Has a thread look for background work, which may have waited for an image; locked."""
+        if self._queue.has_background:
             self._threads.wake()
 
     # --- what a thread does next; the lock is held -------------------------------------------
@@ -235,6 +241,7 @@ class Scheduler:
                 if more:
                     self._threads.wake(more)
                     self._helpers.wake(more)
+                self._wake_for_background()
             if job.skips(image):  # the request was dropped meanwhile, and with it the pixels
                 image.drop()
         tile, is_freed = image.make_canvas(index)
@@ -345,6 +352,7 @@ class Scheduler:
     def _finish(self, job: Job, image: ImageWork, outcome: Outcome) -> None:
         with self._lock:
             is_done, freed = self._queue.finish(job, image, outcome)
+            self._wake_for_background()
             if is_done:
                 self._finished.append(job)
             is_first = is_done and len(self._finished) == 1

@@ -14,7 +14,7 @@ from tests.browser.demo import Demo
 from tests.browser.scene import SCENE
 
 pytestmark = pytest.mark.browser
-BUTTON = "Save in this format"
+BUTTON = "Save file"
 
 
 def test_what_is_shown_is_saved_in_another_format(demo: Demo, downloads: Path) -> None:

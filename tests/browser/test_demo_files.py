@@ -61,7 +61,7 @@ def test_a_folder_without_an_image_is_explained(demo: Demo, tmp_path: Path) -> N
     demo.segment(SCENE)
     (tmp_path / "void").mkdir()
     demo.drop(tmp_path / "void")
-    await_alert(demo, "The folder has no image. Use JPEG, PNG, WebP or BMP.")
+    await_alert(demo, "The folder has no image. Use JPEG, PNG, WebP, BMP or TIFF.")
     write_files(tmp_path / "texts", {f"{n}.txt": b"words" for n in range(7)})
     demo.drop(tmp_path / "texts")
     text = await_alert(demo, "Other files: ")

@@ -137,6 +137,16 @@ def test_every_setting_reaches_the_server(compose: dict[str, Any], name: str) ->
             assert value == fixed.get(variable), variable
 
 
+def test_all_servers_share_the_jobs(compose: dict[str, Any]) -> None:
+    from tests.deploy.test_dockerfiles import last_stage
+
+    for name in SERVERS:
+        assert "jobs-data:/jobs" in compose["services"][name]["volumes"]
+    for file in ("docker/Dockerfile", "docker/Dockerfile.gpu"):
+        (made,) = [rest for word, rest in last_stage(file) if "useradd" in rest]
+        assert "install --directory --mode=1777 /jobs" in made
+
+
 def test_the_example_names_what_the_compose_file_reads() -> None:
     text = (ROOT / "docker-compose.yml").read_text("utf-8")
     read = set(re.findall(r"\$\{(\w+)[:}]", text)) | {"COMPOSE_PROFILES"}

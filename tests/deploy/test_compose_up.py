@@ -60,6 +60,7 @@ class Stack:
             "PROXY_HOST": "127.0.0.1",
             "SOLO_MODEL_POLL_S": "1",
             "SOLO_DEFAULT_MODEL": "nuclei",
+            "SOLO_JOBS_DIR": "/jobs",
             "SOLO_TRUSTED_PROXIES": "172.16.0.0/12,192.168.0.0/16",
         }
         self.set()
@@ -227,6 +228,23 @@ def test_a_published_model_is_served_without_a_restart(stack: Stack, outside: ht
         return {model["name"] for model in answer["models"]}
 
     wait_for("two models are served", lambda: names() == {"nuclei", "blobs"})
+
+
+def test_a_job_is_known_to_both_servers(
+    stack: Stack, outside: httpx.Client, picture: bytes
+) -> None:
+    url = stack.url("HTTPS_PORT", "https")
+    files = [("images", (f"{number}.png", picture, "image/png")) for number in range(4)]
+    made = outside.post(f"{url}/v2/jobs", files=files)
+    assert made.status_code == 202, made.text
+    job = made.json()["id"]
+    answers = [outside.get(f"{url}/v2/jobs/{job}") for _ in range(8)]
+    assert [answer.status_code for answer in answers] == [200] * 8  # of either server
+    wait_for("it is done", lambda: is_done(outside, f"{url}/v2/jobs/{job}"))
+
+
+def is_done(client: httpx.Client, url: str) -> bool:
+    return bool(client.get(url).json()["state"] == "done")
 
 
 def test_too_little_memory_is_refused_in_one_line() -> None:

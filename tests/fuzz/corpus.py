@@ -24,6 +24,7 @@ def build_seeds(name: str) -> list[bytes]:
     """Good inputs of a target, from which a search can begin."""
     builders = {
         "decode": _build_images,
+        "tiff": _build_stacks,
         "form": _build_forms,
         "oip": _build_requests,
         "config": _build_configs,
@@ -55,6 +56,29 @@ def _build_images() -> list[bytes]:
     for kind, image, options in kinds:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
+        files.append(buffer.getvalue())
+    return files
+
+
+def _build_stacks() -> list[bytes]:
+    import tifffile
+
+    grey = np.random.default_rng(0).integers(0, 3000, (9, 13)).astype(np.uint16)
+    colour = np.dstack([grey, grey, grey]).astype(np.uint8)
+    stack = np.stack([grey, grey, grey, grey]).reshape(2, 2, 9, 13)
+    kinds: list[tuple[Any, dict[str, Any]]] = [
+        (grey, {"byteorder": ">"}),
+        (grey, {"compression": "zlib", "predictor": True, "rowsperstrip": 4}),
+        (grey.astype(np.float32), {"bigtiff": True}),
+        (colour, {"photometric": "rgb", "compression": "lzw", "tile": (16, 16)}),
+        (colour, {"photometric": "rgb", "compression": "jpeg"}),
+        (stack, {"ome": True, "metadata": {"axes": "ZCYX", "PhysicalSizeX": 0.5}}),
+        (stack, {"imagej": True, "metadata": {"axes": "ZCYX", "unit": "um"}}),
+    ]
+    files = []
+    for pixels, options in kinds:
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, pixels, **options)
         files.append(buffer.getvalue())
     return files
 

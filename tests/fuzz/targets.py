@@ -44,6 +44,25 @@ def check_decode(data: bytes) -> None:
     assert pixels.shape == (*open_image(data, max_pixels=most).upright_hw, 3)
 
 
+def check_tiff(data: bytes) -> None:
+    """A TIFF: header and pixels, of the first plane and of the projection of all."""
+    from pipeline.decode import open_image, read_header
+    from pipeline.errors import DecodeError
+    from pipeline.formats.planes import PlaneChoice
+
+    most = 1_000_000
+    for choice in (PlaneChoice("0", 0, 0), PlaneChoice("0", "max", 0), PlaneChoice()):
+        try:
+            image = open_image(data, max_pixels=most, choice=choice)
+            pixels = image.decode()
+        except DecodeError as error:
+            str(error).encode("utf-8", "surrogateescape")
+            continue
+        header = read_header(data, max_pixels=most)
+        assert (header.height, header.width) == (image.height, image.width)
+        assert pixels.dtype == np.uint8 and pixels.shape == (*image.upright_hw, 3)
+
+
 def check_form(data: bytes) -> None:
     """A line with Content-Type, then a body; how it is split must make no difference.
 
@@ -169,6 +188,7 @@ def check_rle(data: bytes) -> None:
 
 TARGETS = {
     "decode": FuzzTarget(check_decode, ("pipeline", "PIL")),
+    "tiff": FuzzTarget(check_tiff, ("pipeline", "tifffile")),
     "form": FuzzTarget(check_form, ("service", "multipart")),
     "oip": FuzzTarget(check_oip, ("service",)),
     "config": FuzzTarget(check_config, ("pipeline",)),

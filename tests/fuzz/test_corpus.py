@@ -12,6 +12,12 @@ from tests.fuzz.targets import TARGETS, FuzzTarget
 MOST_BYTES = 300_000
 
 
+@pytest.fixture(autouse=True)
+def _needs_tifffile(request: pytest.FixtureRequest) -> None:
+    if "name" in request.fixturenames and request.getfixturevalue("name") == "tiff":
+        pytest.importorskip("tifffile", reason="needs the extra science")
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_input_of_the_corpus_is_a_fault(name: str) -> None:
     inputs = load_corpus(name)

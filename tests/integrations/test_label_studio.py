@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from integrations.label_studio import Backend, TaskError, build_app, encode_brush, read_config
 from solo_client import Client, Instance
-from tests.integrations.conftest import PICTURE
+from tests.integrations.conftest import PICTURE, PIXELS
 from tests.support.found import draw_blobs, to_instance
 from tests.support.server import ServerProcess
 
@@ -28,6 +30,7 @@ class Studio:
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
+        self.picture = PICTURE
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -35,7 +38,7 @@ class Studio:
             return httpx.Response(200, json={"access": "short"})
         if request.url.path == "/missing.png":
             return httpx.Response(404)
-        return httpx.Response(200, content=PICTURE)
+        return httpx.Response(200, content=self.picture)
 
 
 @pytest.fixture
@@ -123,6 +126,18 @@ def test_a_long_run_is_split() -> None:
     coco = {"size": [300, 300], "counts": full.rle["counts"].decode()}
     pixels = decode_brush(encode_brush(Instance(1, "a", 0.5, (0, 0, 1, 1), 1, coco)))
     assert pixels.size == 360_000 and pixels.min() == 255
+
+
+def test_polygons_lie_on_the_picture_as_it_is_turned(asked: TestClient, studio: Studio) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "JPEG", quality=95, exif=exif)
+    studio.picture = file.getvalue()
+    for config in (POLYGONS, BRUSH):
+        (found,) = predict(asked, config, "/a.jpg")
+        sizes = {(r["original_width"], r["original_height"]) for r in found["result"]}
+        assert sizes == {(48, 64)}
 
 
 def test_a_single_label_takes_every_class(asked: TestClient) -> None:

@@ -138,7 +138,7 @@ def test_one_pixel() -> None:
     assert decode_image(_encode(Image.new("RGB", (1, 1), "white"), "PNG")).shape == (1, 1, 3)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["GIF", "PPM"])
 def test_other_formats_are_refused_by_content(kind: str) -> None:
     with pytest.raises(UnsupportedFormat, match="JPEG, PNG, WEBP, BMP"):
         decode_image(_encode(_gradient(), kind))

@@ -14,7 +14,8 @@ PROPERTIES = sorted({name.partition("-")[0] for name in COLUMNS})
 
 def check(mask: np.ndarray) -> None:
     found = measure_shape(to_instance(mask))
-    expected = regionprops_table(mask.astype(np.uint8), properties=PROPERTIES)
+    filled = mask.astype(np.uint8)
+    expected = regionprops_table(filled, properties=PROPERTIES)  # type: ignore[no-untyped-call, unused-ignore]
     assert tuple(found) == COLUMNS and set(expected) == set(COLUMNS)
     for name, (value,) in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-7), name

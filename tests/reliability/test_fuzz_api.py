@@ -46,8 +46,8 @@ def test_no_request_of_the_openapi_document_is_a_server_error(
 ) -> None:
     publish(tmp_path / "repo")
     log = tmp_path / "log"
-    flags = ("--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--model-control", "true")
-    flags += ("--jobs-dir", str(tmp_path / "jobs"))
+    flags = ["--model-repo", str(tmp_path / "repo"), *CPU_FLAGS, "--model-control", "true"]
+    flags += ["--jobs-dir", str(tmp_path / "jobs")]
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG, encoding="utf-8")
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]

@@ -89,6 +89,21 @@ def test_what_is_admitted_stays_within_the_limit(limit: int) -> None:
     assert fitted.max_body_bytes <= fitted.max_bodies_bytes <= settings.max_bodies_bytes
 
 
+def test_images_and_bodies_share_what_the_process_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "service.memory"):
+        fitted = fit_memory(Settings(), 1024 * MIB)
+    assert 3 * fitted.max_decoded_pixels == fitted.max_bodies_bytes == 384 * MIB
+    assert caplog.messages == []  # exactly the limit is within it
+
+
+def test_a_bound_that_just_fits_is_not_lowered(caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings()
+    with caplog.at_level(logging.INFO, "service.memory"):
+        fitted = fit_memory(settings, PROCESS_BYTES + 6 * settings.max_decoded_pixels)
+    assert fitted.max_decoded_pixels == settings.max_decoded_pixels
+    assert caplog.messages == []
+
+
 def test_a_generous_limit_lowers_nothing(caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings()
     with caplog.at_level(logging.INFO, "service.memory"):

@@ -378,19 +378,32 @@ async def test_it_is_not_watched_unless_that_is_asked_for(
 
 
 def test_what_an_image_costs(settings: Settings) -> None:
-    spec = (
+    config = (
         load_repository(settings.model_repo, BackendOptions(device="cpu", threads=1))
         .models["blobs"][1]
-        .config.input
+        .config
     )
+    options = RequestOptions()
     pixels = np.zeros((100, 48, 3), np.uint8)
-    assert measure(ImageFile(None, NINE), (128, 128), spec, settings) == ((128, 128), 9)
-    assert measure(ImageFile(None, NINE), None, spec, settings) == ((128, 128), 9)
-    assert measure(ImageFile(None, pixels), None, spec, settings) == ((100, 48), 2)
+    assert measure(ImageFile(None, NINE), (128, 128), config, options, settings) == (
+        (128, 128),
+        9,
+        config,
+    )
+    assert measure(ImageFile(None, NINE), None, config, options, settings) == (
+        (128, 128),
+        9,
+        config,
+    )
+    assert measure(ImageFile(None, pixels), None, config, options, settings) == (
+        (100, 48),
+        2,
+        config,
+    )
     bounded = settings.model_copy(update={"max_image_canvases": 8})
     with pytest.raises(TooManyCanvases, match="128x128 px needs 9 canvases, the server allows 8"):
-        measure(ImageFile(None, NINE), (128, 128), spec, bounded)
+        measure(ImageFile(None, NINE), (128, 128), config, options, bounded)
     small = settings.model_copy(update={"max_image_pixels": 128 * 128 - 1})
     for size in ((128, 128), None):
         with pytest.raises(ImageTooLarge):
-            measure(ImageFile(None, NINE), size, spec, small)
+            measure(ImageFile(None, NINE), size, config, options, small)

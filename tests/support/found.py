@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+from skimage.draw import polygon2mask
 
 from pipeline.model_config import ClassSpec
 from pipeline.runs import BoxMask, build_instance
@@ -59,6 +60,14 @@ def build_page(
     ]
     given = {"name": name, "image_hw": hw, "classes": CLASSES, "instances": instances}
     return Page(**{**given, **fields})
+
+
+def fill_rings(rings: Iterable[NDArray[Any]], hw: tuple[int, int]) -> Mask:
+    """What scikit-image draws inside rings [P, 2] of x, y, by the even-odd rule."""
+    drawn = np.zeros(hw, bool)
+    for ring in rings:
+        drawn ^= polygon2mask(hw, ring[:, ::-1] - 0.5)  # type: ignore[no-untyped-call, unused-ignore]
+    return drawn
 
 
 def merge_polygons(polygons: Sequence[Sequence[float]], hw: tuple[int, int]) -> Mask:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline.decode import open_image
 from pipeline.errors import DecodeError
+from service.files import replace_bytes
 from training.weights.download import cache_folder
 
 _THREADS = 8
@@ -89,12 +88,4 @@ def _load(folder: Path) -> dict[str, _Entry]:
 def _store(folder: Path, entries: dict[str, _Entry]) -> None:
     path = _cache_file(folder)
     with suppress(OSError, ValueError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(entries, file)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_bytes(path, json.dumps(entries).encode(), shared=True)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 Action = Literal["refused", "skipped", "read"]
 ACTIONS: tuple[Action, ...] = ("refused", "skipped", "read")
 _EXAMPLES = 3
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
 
 
 class Kind(Enum):
@@ -148,4 +150,4 @@ class Report:
 
 def shorten(value: Any) -> str:
     """A value of a file, on one line, however long it is."""
-    return reprlib.repr(value)
+    return _REPR.repr(value)

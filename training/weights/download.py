@@ -11,20 +11,16 @@ import hashlib
 import http.client
 import json
 import os
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-if sys.platform != "win32":
-    import fcntl
+from service.files import locked
 
 CHUNK_BYTES = 1 << 18
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
@@ -97,7 +93,9 @@ def fetch(
     target = (folder or cache_folder()) / file_name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(file_name + ".lock")):
+        lock = target.with_name(file_name + ".lock")
+        lock.touch()
+        with locked(lock):
             if target.exists():
                 if hash_file(target).startswith(sha256.lower()):
                     return target
@@ -109,15 +107,6 @@ def fetch(
     except OSError as error:  # of the disk: network errors are already a DownloadError
         raise DownloadError(f"{target} cannot be written: {error}") from error
     return target
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; waits while another process holds it. Not on Windows."""
-    with path.open("w") as file:
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Partial:

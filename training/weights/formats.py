@@ -9,7 +9,6 @@ stand-ins, so such files can be read without running any of that code.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.files import replacing
 from training.configs.io import config_from_dict, config_to_dict
 from training.configs.schema import Config
-from training.files import replaced
 from training.model.solo import Solo
 
 FORMAT = "solo-serve checkpoint"
@@ -101,26 +100,14 @@ def save_checkpoint(path: Path, config: Config, state: dict[str, Any]) -> None:
     data = io.BytesIO()
     torch.save(content, data)  # to memory: on a full disk its own writer hides the cause
     try:
-        with replaced(path) as partial, partial.open("wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        _flush(path.parent)
+        with replacing(path) as partial:
+            partial.write_bytes(data.getbuffer())
     except OSError as error:
         stays = "; the one before stays" if path.exists() else ""
         raise OSError(
             f"the checkpoint {path} ({len(data.getbuffer()) / 1e6:.0f} MB) cannot be written: "
             f"{error.strerror or error}{stays}"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:

@@ -15,12 +15,12 @@ import importlib.metadata
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from service.engines.base import BackendError
+from service.files import replace_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +145,7 @@ def write_cubin(path: Path, recipe: Recipe, code: bytes) -> None:
         OSError: It cannot be written.
     """
     header = {**asdict(recipe), "sha256": hashlib.sha256(code).hexdigest()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(json.dumps(header, sort_keys=True).encode() + b"\n" + code)
-            file.close()
-            os.chmod(file.name, 0o644)  # the cache may be shared by users
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_bytes(path, json.dumps(header, sort_keys=True).encode() + b"\n" + code, shared=True)
 
 
 def read_cubin(path: Path, recipe: Recipe, *, any_compiler: bool = False) -> bytes | None:

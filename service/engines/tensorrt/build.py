@@ -22,7 +22,6 @@ from pipeline.canvases import cover_canvases, list_canvases
 from pipeline.model_config import ModelConfig
 from service.engines.base import BackendError
 from service.engines.builder import Report
-from service.engines.local_cache import replace_file
 from service.engines.tensorrt.cache import (
     BuildOptions,
     EngineCache,
@@ -31,6 +30,7 @@ from service.engines.tensorrt.cache import (
     build_key,
 )
 from service.engines.tensorrt.log import Messages, PhaseProgress, build_logger, build_monitor
+from service.files import replace_bytes
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -294,7 +294,7 @@ def _save_timings(config: trt.IBuilderConfig, timings: trt.ITimingCache, file: P
         if others is not None:
             timings.combine(others, False)
     try:
-        replace_file(file, bytes(timings.serialize()))
+        replace_bytes(file, bytes(timings.serialize()), shared=True)
     except OSError as error:
         logger.warning("timing cache %s is not written: %s", file, error)
 

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,15 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.canvases import Bucket
 from service.engines.base import Precision
-from service.engines.local_cache import replace_file
+from service.files import replace_bytes
 
 logger = logging.getLogger(__name__)
 
 BUILDER_VERSION = 1
 """Incremented when `build` makes a different engine of the same inputs."""
-
-STALE_S = 24 * 3600.0
-"""A temporary file of this age belongs to no running builder."""
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -181,12 +177,12 @@ class EngineCache:
             build_s=round(build_s, 1),
         )
         file = self.engine_file(key)
-        _sweep(self.folder)
-        replace_file(file, plan)
         try:
-            replace_file(self._record_file(key), record.model_dump_json(indent=2).encode())
+            replace_bytes(file, plan, shared=True)
+            data = record.model_dump_json(indent=2).encode()
+            replace_bytes(self._record_file(key), data, shared=True)
         except OSError:
-            file.unlink(missing_ok=True)
+            self.forget(key)
             raise
         return file
 
@@ -200,14 +196,6 @@ class EngineCache:
         """File of the timings of this TensorRT on this GPU."""
         gpu = "".join(c if c.isalnum() else "-" for c in environment.gpu)
         return self.folder / f"{environment.tensorrt}-{environment.sm}-{gpu}.timing"
-
-
-def _sweep(folder: Path) -> None:
-    """Removes temporary files of builders that were killed."""
-    for file in folder.glob(".*.engine-*"):
-        with suppress(OSError):
-            if time.time() - file.stat().st_mtime > STALE_S:
-                file.unlink()
 
 
 def choose_cache(version_folder: Path, wanted: Path | None = None) -> EngineCache:

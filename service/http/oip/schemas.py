@@ -91,6 +91,11 @@ class InferParameters(_StrictModel):
     um_per_px: Annotated[
         float | None, Field(gt=0, le=MAX_INT, description="as in POST /segment")
     ] = None
+    channel: Annotated[
+        str | None, Field(max_length=200, description="as in POST /segment, like z and t")
+    ] = None
+    z: Annotated[int, Field(ge=0, le=MAX_INT)] | Literal["max"] | None = None
+    t: Annotated[int | None, Field(ge=0, le=MAX_INT)] = None
     scale: Annotated[Scale, Field(description="as in POST /segment")] = "own"
     priority: Annotated[
         int,

@@ -47,7 +47,7 @@ class DocumentAnswer:
             Exception: The error of an image that failed.
         """
         chunks, name, media_type = self._write(segmented)
-        headers = {"vary": "accept", "content-disposition": f"attachment; {_describe(name)}"}
+        headers = {"vary": "accept", "content-disposition": f"attachment; {describe_name(name)}"}
         return StreamingResponse(chunks, media_type=media_type, headers=headers)
 
     def build_line(self, segmented: Segmented) -> bytes:
@@ -75,12 +75,12 @@ class DocumentAnswer:
                 for stem, part in zip(stems, parts, strict=True)
             }
             files |= self.format.add_files(classes)
-            return _gather(_zip(files)), f"{self.format.name}.zip", "application/zip"
+            return gather(zip_files(files.items())), f"{self.format.name}.zip", "application/zip"
         last = stems[0].rpartition("/")[2] if len(parts) == 1 else "results"
         name = f"{last}{self.format.suffix}"
         if self.format.join is None:
             return iter(parts), name, self.format.media_type
-        return _gather(self.format.join(classes, enumerate(parts, 1))), name, self.format.media_type
+        return gather(self.format.join(classes, enumerate(parts, 1))), name, self.format.media_type
 
 
 def choose_document(query: SegmentQuery, images: Sequence[ImageFile]) -> DocumentAnswer | None:
@@ -113,13 +113,13 @@ def _only_page(outcome: Outcome, number: int, names: Sequence[str | None]) -> by
     raise error
 
 
-def _describe(name: str) -> str:
+def describe_name(name: str) -> str:
     """The file name of a Content-Disposition header, for old and new clients."""
     plain = name.encode("ascii", "replace").decode().replace("?", "_").replace('"', "_")
     return f"filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
-def _gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The same bytes in pieces that are worth sending."""
     waiting: list[bytes] = []
     size = 0
@@ -153,11 +153,11 @@ class _Pieces(io.RawIOBase):
         return data
 
 
-def _zip(files: dict[str, bytes]) -> Iterator[bytes]:
-    """A ZIP of files, which is the same whenever it is written."""
+def zip_files(files: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """A ZIP of files, by name, which is the same whenever it is written."""
     out = _Pieces()
     with zipfile.ZipFile(out, "w") as archive:
-        for name, data in files.items():
+        for name, data in files:
             packed = not name.endswith((".png", ".tif"))
             kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
             archive.writestr(zipfile.ZipInfo(name, _NO_DATE), data, kind)

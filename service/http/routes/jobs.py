@@ -19,6 +19,7 @@ from service.errors import Draining, InvalidParameter, InvalidRequest, JobNotFin
 from service.http.body import check_encoding, read_body
 from service.http.explain import explain_errors
 from service.http.form import PART_NAME, read_form
+from service.http.job_results import build_answer
 from service.http.job_schemas import (
     NOT_OF_JOBS,
     JobBody,
@@ -30,12 +31,13 @@ from service.http.job_schemas import (
     build_job_model,
 )
 from service.http.oip.schemas import ProtocolError, inline_schema
-from service.http.routes.segment import split_query
+from service.http.routes.documents import FILE_TYPES, describe_name
+from service.http.routes.segment import NDJSON, split_query
 from service.http.routes.state import ClientDep, KeyDep, SegmenterDep
-from service.jobs.records import JobFile, JobOptions, Submission
-from service.jobs.results import FORMATS
+from service.jobs.records import JobFile, JobOptions, JobRecord, Submission
 from service.jobs.service import JobService
-from service.work.request import ImageFile, RequestOptions
+from service.protocol import ModelState
+from service.work.request import ClientProfile, ImageFile, RequestOptions
 
 P = TypeVar("P", bound=JobParameters)
 router = APIRouter(tags=["jobs"])
@@ -146,12 +148,15 @@ async def submit(
         raise Draining("the server is going down")
     settings = request.app.state.settings
     sent = await read_submission(request, settings.jobs_max_files)
-    parameters = sent.parameters
-    if parameters.webhook is not None:
-        jobs.webhooks.check(parameters.webhook)
-    asked = {name: v for name, v in parameters.model_dump().items() if name in _OPTIONS}
-    model = segmenter.find(parameters.model, parameters.version)
-    RequestOptions(**asked).adapt(model.config)  # else every file would fail
+    fingerprint = await asyncio.to_thread(sent.fingerprint)
+    # First, as files and models may be gone since the job was made.
+    earlier = await jobs.call(lambda s: s.find_earlier(owner, idempotency_key, fingerprint))
+    if earlier is not None:
+        return answer_job(response, earlier, is_new=False)
+    if sent.parameters.webhook is not None:
+        jobs.webhooks.check(sent.parameters.webhook)
+    model = segmenter.find(sent.parameters.model, sent.parameters.version)
+    options = build_options(sent.parameters, model, client)
     files, left_out = sent.files, None
     if sent.inputs:
         files, listing = await asyncio.to_thread(jobs.sources.list_files, sent.inputs)
@@ -164,21 +169,18 @@ async def submit(
         id=secrets.token_hex(16),
         owner=owner,
         idempotency=idempotency_key,
-        fingerprint=await asyncio.to_thread(sent.fingerprint),
-        options=JobOptions(
-            model=model.name,
-            version=parameters.version,
-            parameters={n: v for n, v in asked.items() if n in parameters.model_fields_set},
-            client={
-                "name": f"jobs of {client.name}",
-                "weight": client.weight,
-                "canvases_per_minute": client.canvases_per_minute,
-            },
-            webhook=parameters.webhook,
-        ),
+        fingerprint=fingerprint,
+        options=options,
         files=files,
     )
     job, is_new = await jobs.accept(submission, None if key is None else key.max_job_files)
+    return answer_job(response, job, left_out, is_new=is_new)
+
+
+def answer_job(
+    response: Response, job: JobRecord, left_out: list[str] | None = None, *, is_new: bool
+) -> JobModel:
+    """The answer to a submission."""
     response.status_code = 202 if is_new else 200
     response.headers["location"] = f"/v2/jobs/{job.id}"
     return build_job_model(job, left_out)
@@ -211,7 +213,10 @@ async def show_job(job_id: str, owner: OwnerDep, jobs: JobsDep) -> JobModel:
     "/v2/jobs/{job_id}/results",
     response_class=StreamingResponse,
     responses={
-        200: {"content": {f.media_type: {} for f in FORMATS.values()}, "description": "Results"},
+        200: {
+            "content": {kind: {} for kind in ("application/json", NDJSON, *FILE_TYPES)},
+            "description": "Results",
+        },
         **_failures(*_COMMON, 409, 422),
     },
 )
@@ -223,15 +228,45 @@ async def read_results(
     if job.finished_s is None:
         finished = job.done + job.failed
         raise JobNotFinished(f"{finished} of {job.files} files of job {job.id} are finished")
-    chosen = FORMATS[query.format]
-    results = await jobs.call(lambda store: store.iterate_results(job.id))
-    return StreamingResponse(chosen.stream(job, results), media_type=chosen.media_type)
+    store = await jobs.call(lambda store: store)
+    answer = build_answer(
+        job, lambda: store.iterate_results(job.id), query.format, query.simplify_px
+    )
+    headers = {}
+    if answer.file_name is not None:
+        headers["content-disposition"] = f"attachment; {describe_name(answer.file_name)}"
+    return StreamingResponse(answer.pieces, headers=headers, media_type=answer.media_type)
 
 
 @router.delete("/v2/jobs/{job_id}", status_code=204, responses=_failures(*_COMMON))
 async def delete_job(job_id: str, owner: OwnerDep, jobs: JobsDep) -> None:
     """Stops a job, and deletes it with its results."""
     await jobs.call(lambda store: store.delete(store.find(owner, job_id)))
+
+
+def build_options(
+    parameters: JobParameters, model: ModelState, client: ClientProfile
+) -> JobOptions:
+    """What is stored of a job's parameters.
+
+    Raises:
+        InvalidParameter: The model cannot do what is asked for.
+    """
+    asked = {
+        name: value
+        for name, value in parameters.model_dump(exclude_unset=True).items()
+        if name in _OPTIONS
+    }
+    RequestOptions(**asked).adapt(model.config)  # else every file would fail
+    bounds = {"weight": client.weight, "canvases_per_minute": client.canvases_per_minute}
+    return JobOptions(
+        model=model.name,
+        version=parameters.version,
+        parameters=asked,
+        client={"name": f"jobs of {client.name}", **bounds},
+        webhook=parameters.webhook,
+        classes=[spec.model_dump(include={"category_id", "name"}) for spec in model.config.classes],
+    )
 
 
 class SentJob:

@@ -32,7 +32,7 @@ from service.work.in_time import Stopped, describe_deadline, run_in_time
 from service.work.request import ClientProfile, ImageFile, RequestOptions, RequestProgress
 
 PATH = "/segment"
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp")
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CHOICES = ("model", "version")
 """Parameters that must be in the query: the model is chosen before the body is read."""
@@ -138,6 +138,10 @@ async def segment(
             overlaps=query.overlaps,
             object_size_px=query.object_size_px,
             um_per_px=query.um_per_px,
+            channel=query.channel,
+            z=query.z,
+            t=query.t,
+            picture=query.picture,
             scale=query.scale,
             masks=query.masks,
             overlay=media_type == PNG,

@@ -1,7 +1,8 @@
 // Requests to the server; its errors in plain words.
 
 const PLAIN_WORDS = {
-  unsupported_format: "The server cannot read this file as an image. Use JPEG, PNG, WebP or BMP.",
+  unsupported_format: "The server cannot read this file as an image. Use JPEG, PNG, WebP, BMP or TIFF.",
+  invalid_plane: "This file has several planes. Choose what is segmented.",
   corrupt_image: "This image is damaged or incomplete.",
   empty_image: "This file is empty.",
   empty_body: "This file is empty.",
@@ -33,9 +34,12 @@ const PROGRESS_LINES = "application/x-ndjson";
 
 /** A request that failed; `message` is for the user, `detail` is the server's text. */
 export class Refused extends Error {
-  constructor(message, { detail = "", requestId = "", canRetry = false, needsKey = false } = {}) {
+  constructor(
+    message,
+    { detail = "", requestId = "", canRetry = false, needsKey = false, needsPlane = false } = {},
+  ) {
     super(message);
-    Object.assign(this, { detail, requestId, canRetry, needsKey });
+    Object.assign(this, { detail, requestId, canRetry, needsKey, needsPlane });
   }
 }
 
@@ -69,6 +73,7 @@ function refuse(response, status, { code, message }) {
     requestId: response.headers.get("x-request-id") ?? "",
     canRetry: status === 429 || status >= 500,
     needsKey: status === 401,
+    needsPlane: code === "invalid_plane",
   });
 }
 
@@ -94,16 +99,20 @@ export async function fetchSample(name, signal) {
  * The request has the lowest score that the model keeps, so that the page can apply any higher
  * threshold without another request.
  *
+ * @param planes Parameters that choose among the planes of a file: {channel, z, t}.
+ * @param picture Whether the answer has the image that the server decoded, as `picture_png`.
  * @param onProgress Called with {canvases_done, canvases, elapsed_s} while the server works.
  * @param signal Aborts the request; then the server stops the work.
  * @returns {result, timing, canvases, version, roundTripMs}; result is the image's entry of
  *   `results`.
  */
-export async function segment(file, model, { onProgress, signal }) {
+export async function segment(file, model, { planes, picture, onProgress, signal }) {
   const query = new URLSearchParams({
     model: model.name,
     score_threshold: leastScore(model),
     masks: "rle",
+    ...planes,
+    ...(picture && { picture }),
   });
   const body = new FormData();
   body.append("images", file, file.name || "image");

@@ -16,7 +16,7 @@ import { Editor } from "./edit.js";
 import { countCanvases, Pace, TimeLeft } from "./estimate.js";
 import { checkFile, describeRest, findImages, listEntries } from "./files.js";
 import { InstanceList } from "./list.js";
-import { decodePicture, turnPicture } from "./orient.js";
+import { decodePicture, readPicture, turnPicture } from "./orient.js";
 import { save, savePicture, saveResult } from "./save.js";
 import {
   announce,
@@ -38,6 +38,7 @@ import { Viewer } from "./viewer.js";
 const state = {
   model: null, // as GET /v2/models/{name} describes it
   file: null,
+  planes: {}, // parameters that choose among the planes of the file
   images: [], // to choose from: {file, path}
   answer: null, // what `segment` of api.js returns
   instances: [], // by descending score
@@ -107,13 +108,14 @@ async function run(work, retry) {
   }
 }
 
-function open(file) {
+function open(file, planes = {}) {
   return run(async (signal) => {
     state.file = file;
+    state.planes = planes;
     await show(file, signal).catch((error) => {
       throw Object.assign(error, { fileName: file.name });
     });
-  }, () => open(file));
+  }, () => open(file, planes));
 }
 
 /** Opens the first image of files and folders, and offers the others. */
@@ -143,6 +145,7 @@ function openSample(name) {
     const file = await fetchSample(name, signal);
     signal.throwIfAborted();
     state.file = file;
+    state.planes = {};
     await show(file, signal);
   }, () => openSample(name));
 }
@@ -160,12 +163,15 @@ async function show(file, signal) {
   const expected = bitmap && (await confirmCost(bitmap, model, signal));
   const left = new TimeLeft(expected);
   const onProgress = (line) => showProgress(line, left.update(line));
-  const answer = await segment(file, model, { onProgress, signal }).catch(async (error) => {
+  const request = { planes: state.planes, picture: !bitmap, onProgress, signal };
+  const answer = await segment(file, model, request).catch(async (error) => {
     signal.throwIfAborted();
     await checkFile(file); // it may have been changed while it was sent
     throw error;
   });
   signal.throwIfAborted();
+  const { picture_png: png } = answer.result;
+  if (png) viewer.showPicture(await readPicture(png));
   if (isStored) viewer.showPicture(await turnPicture(bitmap, answer.result.orientation));
   signal.throwIfAborted();
   pace.learn(model.name, answer.canvases, answer.timing.total / 1000);
@@ -242,6 +248,12 @@ function showProblem(error, retry) {
   byId("problem-detail").textContent = `${known ? error.detail : error.message}${id}`;
   byId("retry").hidden = !error.canRetry;
   byId("retry").onclick = retry;
+  byId("plane-form").hidden = !error.needsPlane;
+  byId("plane-form").onsubmit = (event) => {
+    event.preventDefault();
+    const given = [...new FormData(event.target)].filter(([, value]) => value.trim());
+    open(state.file, Object.fromEntries(given));
+  };
   byId("key-form").hidden = !error.needsKey;
   byId("key-form").onsubmit = (event) => {
     event.preventDefault();

@@ -95,7 +95,7 @@ export async function checkFile(file) {
 
 function describeNoImage(hasFolder, others) {
   const where = hasFolder ? "The folder has no image." : "None of these files is an image.";
-  const hint = "Use JPEG, PNG, WebP or BMP.";
+  const hint = "Use JPEG, PNG, WebP, BMP or TIFF.";
   return others.length ? `${where} ${hint} Other files: ${listNames(others)}.` : `${where} ${hint}`;
 }
 

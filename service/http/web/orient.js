@@ -29,6 +29,12 @@ export async function decodePicture(file) {
   }
 }
 
+/** The picture in an answer, base64 of a PNG, for a file that the browser cannot read. */
+export async function readPicture(png) {
+  const bytes = Uint8Array.from(atob(png), (letter) => letter.charCodeAt(0));
+  return createImageBitmap(new Blob([bytes])).catch(() => null);
+}
+
 /** The WebP with its EXIF data renamed, so that no browser turns it; null for other formats. */
 async function dropWebpExif(file) {
   const start = new Uint8Array(await file.slice(0, 12).arrayBuffer());

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from pipeline.errors import DecodeError
-from pipeline.model_config import InputSpec
-from pipeline.scale import Scale
+from pipeline.model_config import ModelConfig
 from service.errors import (
     Draining,
     EngineRestarting,
@@ -152,8 +151,8 @@ class ClusterSegmenter:
         progress: RequestProgress,
     ) -> Segmented:
         """Has a worker segment a request's images; cancelling it cancels the worker's work."""
-        spec = options.adapt(model.state.config).input
-        costs = await asyncio.to_thread(self._measure, spec, images, options.scale)
+        config = options.adapt(model.state.config)
+        costs = await asyncio.to_thread(self._measure, config, options, images)
         admitted = [image for image, cost in zip(images, costs, strict=True) if type(cost) is int]
         call = Call(
             model=model.name,
@@ -176,14 +175,17 @@ class ClusterSegmenter:
         return Segmented(answer.model or model.state, outcomes)
 
     def _measure(
-        self, spec: InputSpec, images: Sequence[ImageFile], scale: Scale
+        self, config: ModelConfig, options: RequestOptions, images: Sequence[ImageFile]
     ) -> list[int | Outcome]:
         """Canvases of each image, or the outcome of one that is refused."""
         costs: list[int | Outcome] = []
         for image in images:
             try:
                 size = peek_size(image.data)
-                costs.append(measure(image, size, spec, self._settings, scale=scale)[1])
+                probing = options.scale == "auto"
+                costs.append(
+                    measure(image, size, config, options, self._settings, probing=probing)[1]
+                )
             except (DecodeError, ServiceError) as error:
                 costs.append(fail(image.file_name, error))
         return costs

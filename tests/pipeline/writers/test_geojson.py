@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import shapely
 from shapely.geometry import shape
-from skimage.draw import polygon2mask
 
 from pipeline.writers import FORMATS
-from tests.support.found import CLASSES, NAMES, Mask, build_page, to_mask
+from tests.support.found import CLASSES, NAMES, Mask, build_page, fill_rings, to_mask
 
 
 def write(**fields: Any) -> list[dict[str, Any]]:
@@ -21,12 +20,9 @@ def write(**fields: Any) -> list[dict[str, Any]]:
 
 
 def draw(geometry: dict[str, Any], hw: tuple[int, int]) -> Mask:
-    drawn = np.zeros(hw, bool)
     multi = geometry["type"] == "MultiPolygon"
-    for part in geometry["coordinates"] if multi else [geometry["coordinates"]]:
-        for ring in part:
-            drawn ^= polygon2mask(hw, np.array(ring)[:, ::-1] - 0.5)
-    return drawn
+    parts = geometry["coordinates"] if multi else [geometry["coordinates"]]
+    return fill_rings((np.array(ring) for part in parts for ring in part), hw)
 
 
 def test_geometries_are_valid_and_give_the_same_masks() -> None:

@@ -24,7 +24,6 @@ from service.models.publishing import (
     lock_repository,
     recover,
     write_default,
-    write_file,
     write_version,
 )
 from service.models.repository import load_version, read_config
@@ -268,44 +267,8 @@ def test_a_version_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Pat
     assert (elsewhere / "model.onnx").read_bytes() == OLD
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
-    fsync, rename = os.fsync, os.replace
-
-    def note_fsync(descriptor: int) -> None:
-        steps.append(f"fsync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
-        fsync(descriptor)
-
-    def note_replace(source: Path, target: Path) -> None:
-        assert source.read_bytes() == b"new"
-        steps.append(f"replace {target.name}")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
-    write_file(tmp_path / "a.txt", b"new")
-    assert steps == ["fsync .a.txt.partial", "replace a.txt", f"fsync {tmp_path.name}"]
-
-
-def test_a_file_that_cannot_be_opened_is_the_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
-        write_file(tmp_path / "missing" / "a.txt", b"new")
-    assert caught.value.__context__ is None
-
-
 def test_json_is_readable_text(tmp_path: Path) -> None:
     assert format_json({"a": "\u00e9"}) == '{\n  "a": "\u00e9"\n}\n'.encode()
-
-
-def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_bytes(b"old")
-    file.chmod(0o640)
-    write_file(file, b"new")
-    assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"new", 0o640)
-    assert list_files(tmp_path) == ["config.json"]
 
 
 def test_one_process_changes_a_repository_at_a_time(tmp_path: Path) -> None:

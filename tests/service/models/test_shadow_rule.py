@@ -41,6 +41,7 @@ def tally_of(
         (tally_of(1, 1, 1, 1, shadow_s=2.1), "rejected", "takes 2.10 times as long, 2 is allowed"),
         (tally_of(0.7, 0.7, 0.7, 0.7, shadow_s=9), "rejected", "9.00 times"),
         (tally_of(1, 1, 1, 1, live_s=0.0), "promoted", ""),
+        (tally_of(1, 1, 1, 1, live_s=0.1, shadow_s=0.3), "rejected", "takes 3.00 times"),
     ],
 )
 def test_the_rule(tally: ShadowTally, verdict: str | None, reason: str) -> None:
@@ -68,6 +69,7 @@ def test_what_is_shown() -> None:
 
 def test_nothing_is_shown_of_nothing() -> None:
     state = describe_shadow(POLICY, ShadowTally(), "running", "")
+    assert (state.images, state.failures, state.dropped) == (0, 0, 0)
     assert state.agreement is state.mean_iou is state.slowdown is None
     assert state.unmatched_share is state.score_difference is None
 

@@ -128,7 +128,7 @@ def test_any_name_gets_results_and_a_picture(predictor: EchoPredictor) -> None:
 
 
 def test_names_in_messages_are_one_line(predictor: EchoPredictor) -> None:
-    write("a\n\x1b[31m.png", "M\udcfcller.png", "b\n.tif")
+    write("a\n\x1b[31m.png", "M\udcfcller.png", "b\n.gif")
     predictor.failures = {
         encode(0): ImageUnusable("bad\r\nreason \ud800"),
         encode(1): ValueError(),
@@ -143,7 +143,7 @@ def test_names_in_messages_are_one_line(predictor: EchoPredictor) -> None:
 def test_what_is_left_out_is_said_and_does_not_fail_the_run(
     predictor: EchoPredictor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("a.png", ".b.png", "c.tif", "dir.jpg/d.jfif", "._a.png")
+    write("a.png", ".b.png", "c.gif", "dir.jpg/d.jfif", "._a.png")
     Path("in/link.png").symlink_to("a.png")
     main(["in", "--quiet"])
     assert names() == ["a.png", "dir.jpg/d.jfif"]
@@ -151,7 +151,7 @@ def test_what_is_left_out_is_said_and_does_not_fail_the_run(
         "solo-predict: 4 entries are left out:",
         "in/._a.png: a file of the operating system",
         "in/.b.png: hidden",
-        "in/c.tif: no suffix of a supported image",
+        "in/c.gif: no suffix of a supported image",
         "in/link.png: listed already, by this or another name",
     ]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,11 @@ def test_a_distance_is_a_number(images: Path, value: str) -> None:
 
 
 def test_its_own_folder_is_not_an_input(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        predict("images", "--format", "labels", "--copy-images", "--out", "images/found")
+    predict("images", "--format", "labels", "--copy-images", "--out", "images/found")
+    for end in ("new", "old"):  # of a run that was killed
+        shutil.copytree("images/found", f"images/found.partial-{end}")
+    predict("images", "--format", "labels", "--copy-images", "--out", "images/found")
+    assert not list(images.glob("found.*"))
     assert "4 instances in 3 images" in capsys.readouterr().out
     with Image.open("images/found/masks/a_2.png") as image:
         assert np.asarray(image).max() == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -10,12 +11,13 @@ import orjson
 import pytest
 from PIL import Image
 
-from pipeline.errors import CorruptImage, ImageTooLarge, UnsupportedFormat
+from pipeline.errors import CorruptImage, ImageTooLarge, UnsupportedFormat, WriteError
 from pipeline.model_config import ModelConfig
 from pipeline.repository_config import parse_model_config
 from pipeline.types import Candidates, Tile, UInt8
-from service.errors import EngineError, TooManyCanvases
-from service.work.image import Dropped, ImageWork, count_cost, fail, peek_size, read_size
+from pipeline.writers import FORMATS, Page
+from service.errors import EngineError, InvalidParameter, TooManyCanvases
+from service.work.image import Dropped, ImageWork, count_cost, fail, peek_size, read_image_header
 from service.work.request import ImageFile, Outcome, RequestOptions
 from tests.support.blob_model import (
     CLASSES,
@@ -48,7 +50,7 @@ def find_colours(tile: Tile) -> Candidates:
 
 
 def build(data: bytes | UInt8, config: ModelConfig = TILES, **options: object) -> ImageWork:
-    size = peek_size(data) or read_size(data, 10_000_000)
+    size = peek_size(data) or read_image_header(data, 10_000_000).hw
     canvases = count_cost(size, config.input, 1000)
     scaled = bool(options.pop("scaled", False))
     return ImageWork(
@@ -82,12 +84,13 @@ class TestSize:
     def test_sizes_are_read_without_decoding(self) -> None:
         picture = draw_picture(30, 40)
         assert peek_size(encode_picture(picture)) == peek_size(picture) == (30, 40)
-        assert read_size(encode_picture(picture), 1200) == read_size(picture, 1) == (30, 40)
+        header = read_image_header(encode_picture(picture), 1200)
+        assert header == read_image_header(picture, 1) and header.hw == (30, 40)
         assert peek_size(b"no image") is None
         with pytest.raises(UnsupportedFormat):
-            read_size(b"no image", 1200)
+            read_image_header(b"no image", 1200)
         with pytest.raises(ImageTooLarge, match="40x30"):
-            read_size(encode_picture(picture), 1199)
+            read_image_header(encode_picture(picture), 1199)
 
     def test_the_cost_is_the_number_of_canvases(self) -> None:
         assert count_cost((64, 64), CONFIG.input, 256) == 256
@@ -233,6 +236,20 @@ class TestAnswer:
 
 
 class TestFailures:
+    def test_a_format_that_cannot_hold_the_instances_is_an_invalid_parameter(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        picture = draw_picture(48, 64, {"red": (4, 8, 12, 16)})
+        assert run(build(picture, format="labels")).payload.startswith(b"\x89PNG")
+
+        def refuse(page: Page) -> bytes:
+            raise WriteError(f"{len(page.instances)} instances of {page.name} do not fit")
+
+        chosen = dataclasses.replace(FORMATS["labels"], encode=refuse)
+        monkeypatch.setitem(FORMATS, "labels", chosen)
+        with pytest.raises(InvalidParameter, match=r"format: 1 instances of a\.png do not fit"):
+            run(build(picture, format="labels"))
+
     def test_an_image_that_failed_has_an_error_as_its_answer(self) -> None:
         outcome = build(draw_picture(30, 40)).fail(EngineError("the engine failed"))
         assert orjson.loads(outcome.payload) == {

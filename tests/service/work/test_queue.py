@@ -386,3 +386,41 @@ async def test_helpers_take_background_canvases_last() -> None:
     pick(queue)
     picked = [queue.pick_active() for _ in range(3)]
     assert [found and found[0] for found in picked] == [other, background, background]
+
+
+async def test_background_work_waits_for_an_image_that_is_being_decoded() -> None:
+    queue = build_queue()
+    background, other = build_background(1, 2, 3, 4, 5), build_job(build_work(1, 2, 3))
+    queue.add(background)
+    pick(queue)
+    queue.add(other)
+    first = queue.pick()
+    assert first is not None and first[0] is other
+    assert queue.pick() is None and queue.pick_active() is None and queue.has_background
+    other.images[0].open()
+    assert queue.opened(other, other.images[0]) == 2
+    assert pick_all(queue, 3) == [other, other, background]
+
+
+@pytest.mark.parametrize("end", ["remove", "fail"])
+async def test_background_work_goes_on_after_an_image_that_is_not_decoded(end: str) -> None:
+    queue = build_queue()
+    background, other = build_background(1, 2, 3), build_job(build_work(1, 2, 3))
+    queue.add(other)
+    queue.add(background)
+    assert queue.pick() is not None
+    assert queue.pick() is None
+    if end == "remove":
+        queue.remove(other)
+    else:
+        queue.finish(other, other.images[0], DONE)
+    assert pick(queue)[0] is background
+
+
+async def test_background_work_does_not_wait_for_an_image_of_one_canvas() -> None:
+    queue = build_queue()
+    background, other = build_background(1, 2), build_job(build_work(1))
+    queue.add(other)
+    queue.add(background)
+    picked = [queue.pick(), queue.pick()]
+    assert [found and found[0] for found in picked] == [other, background]

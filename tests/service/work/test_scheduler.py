@@ -254,3 +254,20 @@ async def test_images_wait_encoded_until_pixels_are_given_back() -> None:
         one.engine.go.set()
         await settle([held, waits])
         assert other.engine.values == [3, 4] and budget.held == 0
+
+
+async def test_background_work_never_stops_for_good() -> None:
+    """Whatever becomes of the requests beside it: done, cancelled while decoded, or refused."""
+    async with open_bench(Policy(threads=2)) as bench:
+        slow = build_job(*[build_work(1, 2, 3) for _ in range(30)], client="jobs")
+        slow.priority = "background"
+        running = bench.start_job(slow)
+        for round_ in range(60):
+            task = bench.start(*range(1, 2 + round_ % 4), client=f"{round_ % 3}")
+            for _ in range(round_ % 5):
+                await asyncio.sleep(0)
+            if round_ % 3:
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        (job,) = await settle([running])
+        assert errors_of(job) == [None] * 30

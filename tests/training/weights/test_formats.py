@@ -177,7 +177,7 @@ def test_a_crash_while_writing_leaves_the_old_file(
     before = path.read_bytes()
 
     def crash(descriptor: int) -> None:
-        os.ftruncate(descriptor, 9)
+        os.truncate(tmp_path / ".last.pt.partial", 9)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", crash)
@@ -205,8 +205,8 @@ def test_the_content_is_on_the_disk_before_the_name(
     monkeypatch.setattr(os, "replace", renaming)
     write(tmp_path / "last.pt")
     assert done == [
-        str(tmp_path / "last.pt.partial"),
-        "last.pt.partial -> last.pt",
+        str(tmp_path / ".last.pt.partial"),
+        ".last.pt.partial -> last.pt",
         str(tmp_path),
     ]
 

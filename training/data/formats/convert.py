@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from service.files import replace_text
 from training.data.content import CocoContent
 from training.data.formats import choose_format, labelme, list_splits, open_dataset
 from training.data.formats.splits import list_divided
 from training.data.records import DatasetError
-from training.files import replace_text
 
 
 def convert(

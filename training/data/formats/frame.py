@@ -20,6 +20,7 @@ from pipeline.errors import DecodeError
 from pipeline.formats.base import turn
 from training.data.formats.files import read_bytes
 from training.data.records import DatasetError
+from training.data.report import shorten
 
 _SWAPPED, _FLIPPED_Y, _FLIPPED_X = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
 """EXIF orientations, applied in this order."""
@@ -60,12 +61,6 @@ def number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not math.isfinite(result):
         raise DatasetError(f"{where}: {shorten(value)} is not a finite number")
     return result
-
-
-def shorten(value: Any) -> str:
-    """A value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from training.data.content import CocoContent
-from training.data.federated import NEGATIVES, NOT_EXHAUSTIVE
+from training.data.federated import NEGATIVES, NOT_EXHAUSTIVE, read_federated
 from training.data.formats import list_splits, open_dataset
 from training.data.formats.convert import copy_images, name_copies, write_content
 from training.data.formats.splits import list_divided
 from training.data.headers import read_sizes
 from training.data.ids import read_image_id, read_whole
-from training.data.records import DatasetError
+from training.data.records import DatasetError, FederatedLabels
 from training.data.validate import check_content
 
 
@@ -105,7 +105,9 @@ def _add(joined: _Joined, content: CocoContent, names: dict[str, str], ids: dict
     }
     for annotation in content.annotations or ():
         old = read_image_id(annotation["image_id"])
-        category_id = new_ids[read_whole(annotation["category_id"])]
+        own_id = read_whole(annotation["category_id"])
+        assert own_id is not None  # the split is checked
+        category_id = new_ids[own_id]
         present[old].add(category_id)
         joined.annotations.append(
             {
@@ -123,18 +125,14 @@ def _add(joined: _Joined, content: CocoContent, names: dict[str, str], ids: dict
 
 
 def _label_fields(
-    image: dict[str, Any],
-    new_ids: dict[int | None, int],
-    present: set[int],
-    every: Collection[int],
+    image: dict[str, Any], new_ids: dict[int, int], present: set[int], every: Collection[int]
 ) -> dict[str, list[int]]:
     """The federated fields of an image in the new categories."""
-    partial = {new_ids[read_whole(i)] for i in image.get(NOT_EXHAUSTIVE) or ()}
-    given = image.get(NEGATIVES)
-    own = set(new_ids.values())
-    fields = {NOT_EXHAUSTIVE: sorted(partial)} if partial else {}
-    if given is not None:
-        fields[NEGATIVES] = sorted({new_ids[read_whole(i)] for i in given})
-    elif own != set(every):
-        fields[NEGATIVES] = sorted(own - present - partial)
+    labelled = read_federated(image, new_ids) or FederatedLabels()
+    negatives, own = labelled.negatives, frozenset(new_ids.values())
+    if negatives is None and own != set(every):
+        negatives = own - present - labelled.not_exhaustive
+    fields = {} if negatives is None else {NEGATIVES: sorted(negatives)}
+    if labelled.not_exhaustive:
+        fields[NOT_EXHAUSTIVE] = sorted(labelled.not_exhaustive)
     return fields

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.data.formats.files import PICTURES, read_json, read_start, walk
-from training.data.formats.frame import Frame, LabelNotes, Polygon, number, open_frame, shorten
+from training.data.formats.frame import Frame, LabelNotes, Polygon, number, open_frame
 from training.data.formats.source import Entry, Labelled, Source, split_of
 from training.data.records import DatasetError
+from training.data.report import shorten
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _JSON = frozenset((".json",))

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.formats.files import PICTURES, read_mask, read_text, walk
-from training.data.formats.frame import LabelNotes, Segmentation, open_frame, shorten
+from training.data.formats.frame import LabelNotes, Segmentation, open_frame
 from training.data.formats.source import Entry, Labelled, Source, split_name, split_of
 from training.data.records import DatasetError
+from training.data.report import shorten
 
 _BORDER = 255
 _BORDER_COLOUR = (224, 224, 192)

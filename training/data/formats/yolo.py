@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from training.data.formats.files import PICTURES, read_text, walk
-from training.data.formats.frame import LabelNotes, Segmentation, number, open_frame, shorten
+from training.data.formats.frame import LabelNotes, Segmentation, number, open_frame
 from training.data.formats.source import NAMES, Entry, Labelled, Source, split_of
 from training.data.records import DatasetError
+from training.data.report import shorten
 
 _TEXT = frozenset((".txt",))
 _OUTSIDE = 0.01

@@ -198,7 +198,7 @@ async def test_a_bad_image_among_several_fails_the_file_and_is_named(
 
 
 async def test_a_large_document_is_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = list(documents._gather(b"x" * 1000 for _ in range(200)))
+    pieces = list(documents.gather(b"x" * 1000 for _ in range(200)))
     assert b"".join(pieces) == b"x" * 200_000
     assert len(pieces) == 4 and min(map(len, pieces[:-1])) >= 1 << 16
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import time
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.service.http.routes.conftest import OpenGated
 from tests.support.blob_model import draw_picture, encode_picture
+from tests.support.gate import EngineGate
 from tests.support.receiver import receive_webhooks
 
 IMAGE = encode_picture(draw_picture())
@@ -111,7 +114,7 @@ async def test_a_job_finds_what_a_request_finds(client: httpx.AsyncClient) -> No
     ]
     lines = await client.get(f"/v2/jobs/{job['id']}/results?format=ndjson")
     assert [orjson.loads(line) for line in lines.content.splitlines()] == results.json()["results"]
-    coco = await client.get(f"/v2/jobs/{job['id']}/results?format=coco")
+    coco = await client.get(f"/v2/jobs/{job['id']}/results?format=coco-results")
     assert coco.json() == [
         {"image_id": n, "file_name": e["file_name"], **instance}
         for n, e in enumerate(expected, 1)
@@ -258,6 +261,19 @@ async def test_a_submission_that_is_repeated_makes_one_job(client: httpx.AsyncCl
     assert len((await client.get("/v2/jobs")).json()["jobs"]) == 2
 
 
+async def test_a_repeated_submission_does_not_need_its_files_any_more(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "a.png").write_bytes(IMAGE)
+    body, headers = {"inputs": [f"file://{tmp_path}/in/a.png"]}, {"idempotency-key": "k"}
+    job = await client.post("/v2/jobs", json=body, headers=headers)
+    (tmp_path / "in" / "a.png").unlink()
+    again = await client.post("/v2/jobs", json=body, headers=headers)
+    assert (job.status_code, again.status_code) == (202, 200)
+    assert again.json()["id"] == job.json()["id"]
+    assert (await client.post("/v2/jobs", json=body)).status_code == 422
+
+
 async def test_the_list_has_pages(client: httpx.AsyncClient) -> None:
     ids = [(await submit(client, IMAGE))["id"] for _ in range(3)][::-1]
     first = (await client.get("/v2/jobs?limit=2")).json()
@@ -371,3 +387,58 @@ async def test_jobs_are_counted_but_not_as_latency(client: httpx.AsyncClient) ->
     assert samples['solo_images_total{model="blobs"}'] == "1.0"
     stage = 'solo_stage_duration_seconds_count{model="blobs",stage="total"}'
     assert samples[stage] == "0.0"
+
+
+async def test_results_are_written_in_the_output_formats(client: httpx.AsyncClient) -> None:
+    job = await submit(client, IMAGE, b"bad", LARGE)
+    await wait(client, job)
+    path = f"/v2/jobs/{job['id']}/results"
+    asked = await client.post("/segment?format=coco", files=upload(IMAGE))
+    (image,) = asked.json()["images"]
+    coco = await client.get(f"{path}?format=coco")
+    assert coco.headers["content-disposition"].startswith("attachment; filename=")
+    data = coco.json()
+    assert [entry["id"] for entry in data["images"]] == [1, 3]
+    assert data["images"][0] == image and data["categories"] == asked.json()["categories"]
+    own = [found for found in data["annotations"] if found["image_id"] == 1]
+    assert own == asked.json()["annotations"] and len(data["annotations"]) > len(own)
+    one = await client.post("/segment?format=geojson", files=upload(IMAGE))
+    packed = await client.get(f"{path}?format=geojson")
+    assert packed.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(packed.content)) as archive:
+        assert archive.namelist() == ["1.geojson", "3.geojson"]
+        assert archive.read("1.geojson") == one.content
+    for query in ("format=jpeg", "simplify_px=1", "format=labels&simplify_px=1"):
+        refused = await client.get(f"{path}?{query}")
+        assert refused.status_code == 422, query
+    boxes = await submit(client, IMAGE, params={"masks": "none"})
+    await wait(client, boxes)
+    refused = await client.get(f"/v2/jobs/{boxes['id']}/results?format=csv")
+    assert "needs a job with masks=rle" in refused.json()["error"]
+
+
+async def test_a_request_waits_for_no_more_of_a_job_than_is_in_progress(
+    with_jobs: Settings, open_gated: OpenGated
+) -> None:
+    async with open_gated(**changes_of(with_jobs)) as (app, gate), talk(app) as client:
+        await submit(client, *[LARGE] * 4)
+        for _ in range(5):  # in the middle of an image
+            await call_once(gate)
+        asked = asyncio.create_task(client.post("/segment", files=upload(IMAGE)))
+        while app.state.segmenter.admission.images < 4:  # three of the job, and its own
+            await asyncio.sleep(0.005)
+        before = gate.calls
+        while not asked.done():
+            await call_once(gate)
+        # One in progress, one that is prepared, its own, and one that begins before the answer.
+        assert gate.calls - before <= 4
+        assert asked.result().status_code == 200
+
+
+async def call_once(gate: EngineGate) -> None:
+    """Lets one call of the engine through, and waits until the next one is there."""
+    calls = gate.calls
+    gate.let(1)
+    deadline_s = time.monotonic() + 10
+    while not (gate.calls > calls and gate.is_waiting) and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.005)

@@ -127,6 +127,7 @@ def test_a_url_with_escapes_and_a_query(tmp_path: Path) -> None:
         (["x\\y\\a.png"], ["images/x/y/a.png"], "images"),
         (["a.png", "b.png"], ["images/a.png", "train/a.png", "train/b.png"], "train"),
         (["a.png", "b.png"], ["images/a.png"], "images"),
+        (["a.png"], ["images/a.png", "train/a.png"], "images"),
         (["missing.png", "b.png"], ["train/b.png", "images/c.png"], "train"),
     ],
 )

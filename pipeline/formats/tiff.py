@@ -1,0 +1,148 @@
+"""TIFF as an image of a request: one picture of the planes in the file, as RGB."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ImageTooLarge, UnsupportedFormat
+from pipeline.formats.base import EncodedImage
+from pipeline.formats.convert import draw_on_black, stripes
+from pipeline.formats.planes import ChosenPlanes, PlaneChoice, choose_planes
+from pipeline.formats.stretch import find_limits, stretch
+from pipeline.formats.tiff_file import TiffStack
+from pipeline.model_config import ContrastSpec
+from pipeline.types import UInt8, Window
+
+MAX_PROJECTED_PIXELS = 1 << 28
+"""Pixels of all planes of a maximum projection."""
+_PALETTE_SCALE = 257
+"""A TIFF's palette has 16 bits."""
+
+
+@dataclass(frozen=True)
+class Tiff(EncodedImage):
+    """A picture in a TIFF.
+
+    Attributes:
+        stack: The file.
+        picture: The planes that are shown.
+    """
+
+    stack: TiffStack = field(repr=False)
+    picture: ChosenPlanes
+
+    @property
+    def is_deep(self) -> bool:
+        """The samples have more than 8 bits, or are signed or floating-point numbers."""
+        plane = self.stack.plane(self.picture.planes[0][0])
+        return self.stack.palette is None and plane.dtype not in (np.uint8, np.bool_)
+
+    def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
+        samples = self.read(Window(0, 0, self.height, self.width))
+        return self.convert(samples, find_limits(samples, contrast) if self.is_deep else None)
+
+    def read(self, region: Window) -> NDArray[Any]:
+        """The samples [h, w, S] of a region: grey, red green blue, or these with alpha."""
+        samples = list(self.picture.samples)
+        if len(samples) == 3 and self.stack.has_alpha and not self.is_deep:
+            samples.append(3)
+        if len(self.picture.planes) == 1:
+            return self._project(self.picture.planes[0], samples, region)
+        parts = [self._project(planes, samples[:1], region) for planes in self.picture.planes]
+        return np.concatenate(parts, axis=2)
+
+    def _project(
+        self, planes: Sequence[int], samples: Sequence[int], region: Window
+    ) -> NDArray[Any]:
+        """The brightest values of some planes."""
+        pixels = self.stack.plane(planes[0]).read(region, samples)
+        for index in planes[1:]:
+            np.fmax(pixels, self.stack.plane(index).read(region, samples), out=pixels)
+        return pixels
+
+    def convert(self, samples: NDArray[Any], limits: tuple[float, float] | None) -> UInt8:
+        """Samples [h, w, S] as RGB.
+
+        Args:
+            samples: From `read`.
+            limits: Of an image that `is_deep`, see `stretch`.
+        """
+        stack = self.stack
+        if stack.palette is not None:
+            return _look_up(samples[..., 0], stack.palette)
+        if limits is not None:
+            return _invert(stretch(samples, limits), stack.is_inverted)
+        if samples.shape[2] == 4:
+            return draw_on_black(samples)
+        if stack.bits < 8:
+            samples = np.asarray(samples * np.uint8(255 // (2**stack.bits - 1)), np.uint8)
+        pixels = np.asarray(samples, np.uint8)
+        return _invert(np.repeat(pixels, 3 // pixels.shape[2], axis=2), stack.is_inverted)
+
+
+def _look_up(indices: NDArray[Any], palette: NDArray[Any]) -> UInt8:
+    table = np.zeros((1 << 16, 3), np.uint8)
+    table[: palette.shape[1]] = palette.T // _PALETTE_SCALE
+    pixels = np.empty((*indices.shape, 3), np.uint8)
+    for rows in stripes(*indices.shape):
+        pixels[rows] = table[indices[rows].astype(np.uint16)]
+    return pixels
+
+
+def _invert(pixels: UInt8, is_inverted: bool) -> UInt8:
+    return np.asarray(255 - pixels, np.uint8) if is_inverted else pixels
+
+
+def open_stack(data: bytes) -> TiffStack:
+    """Reads the directories of a file in memory."""
+    return TiffStack(io.BytesIO(data), len(data))
+
+
+def open_slide(file: BinaryIO, size: int, choice: PlaneChoice, *, is_ndpi: bool = False) -> Tiff:
+    """A picture of any size in an open file, of which regions are read.
+
+    Args:
+        file: Stays open, and belongs to the picture.
+        size: Its bytes.
+        choice: Selects the picture.
+        is_ndpi: Hamamatsu's dialect.
+
+    Raises:
+        DecodeError: As `open_picture`.
+    """
+    return open_picture(b"", TiffStack(file, size, is_ndpi=is_ndpi), choice)
+
+
+def open_picture(data: bytes, stack: TiffStack, choice: PlaneChoice) -> Tiff:
+    """The picture of a file that a choice selects.
+
+    Raises:
+        PlaneError: The file has several planes and the choice does not select a picture.
+        ImageTooLarge: A maximum projection reads too many pixels.
+    """
+    picture = choose_planes(stack.stack, choice)
+    planes = sum(map(len, picture.planes))
+    if max(map(len, picture.planes)) > 1 and (
+        planes * stack.height * stack.width > MAX_PROJECTED_PIXELS
+    ):
+        raise ImageTooLarge(
+            f"z=max reads {planes} planes of {stack.width}x{stack.height} px, more than the "
+            f"{MAX_PROJECTED_PIXELS} px allowed"
+        )
+    if stack.palette is not None and stack.bits > 16:
+        raise UnsupportedFormat(f"a TIFF with a palette and {stack.bits} bits is not read")
+    return Tiff(
+        data,
+        stack.height,
+        stack.width,
+        stack.orientation,
+        stack,
+        picture,
+        um_per_px=stack.um_per_px,
+    )

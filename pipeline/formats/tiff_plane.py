@@ -1,0 +1,235 @@
+"""One plane of a TIFF, read by regions: only the strips or tiles that a region touches are decoded.
+
+Symbols: H W plane, h w region, S samples of a pixel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CorruptImage, DecodeError, ImageTooLarge, UnsupportedFormat
+from pipeline.formats import jpeg
+from pipeline.types import Window
+
+if TYPE_CHECKING:
+    from tifffile import TiffFrame, TiffPage
+
+Samples = NDArray[Any]
+"""[h, w, S] of any number type."""
+
+_JPEG = 7
+_COMPRESSIONS = {1: "none", 5: "LZW", _JPEG: "JPEG", 8: "Deflate", 32946: "Deflate"} | {
+    32773: "PackBits",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
+"""Codes of the compressions that are read: decoders that are told how large a result may be."""
+_MAX_SAMPLES = 1024
+_BYTES_A_PIXEL, _USUAL_PART_BYTES = 16, 1 << 26
+"""A strip or tile takes at most so many bytes for each pixel of the plane, or so many at all."""
+_CACHED_BYTES = 1 << 28
+
+
+class TiffPlane:
+    """A plane of a series of pages; any number of threads may read it.
+
+    Args:
+        page: The page.
+        keyframe: The page that describes it; the same one, or the first of its series.
+        contiguous: Where the plane begins, if it has no page of its own and is not compressed.
+
+    Attributes:
+        height, width, samples: H, W and S.
+        dtype: Of the samples.
+
+    Raises:
+        UnsupportedFormat: Samples or compression are of a kind that is not read.
+        ImageTooLarge: One strip or tile would need too much memory.
+        CorruptImage: The page's fields contradict each other.
+    """
+
+    def __init__(
+        self,
+        page: TiffPage | TiffFrame,
+        keyframe: TiffPage,
+        *,
+        contiguous: int | None = None,
+    ) -> None:
+        self._page, self._keyframe = page, keyframe
+        separate, depth, self.height, self.width, self._packed = keyframe.shaped
+        self.samples = separate * self._packed
+        self._check_kind(depth)
+        assert keyframe.dtype is not None
+        self.dtype = keyframe.dtype
+        self._part_hw = self._find_part_hw()
+        bound = max(_BYTES_A_PIXEL * self.height * self.width, _USUAL_PART_BYTES)
+        needed = math.prod(self._part_hw) * self._packed * self.dtype.itemsize
+        if needed > bound and contiguous is None:
+            raise ImageTooLarge(
+                f"a strip or tile of the TIFF takes {needed} bytes, more than the {bound} allowed"
+            )
+        self._grid = tuple(
+            -(-length // part)
+            for length, part in zip((self.height, self.width), self._part_hw, strict=True)
+        )
+        self._file = keyframe.parent.filehandle
+        self._contiguous = contiguous
+        self._cache: OrderedDict[int, Samples] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    def _check_kind(self, depth: int) -> None:
+        page = self._keyframe
+        if page.dtype is None or page.dtype.kind not in "buif" or page.dtype.itemsize > 8:
+            raise UnsupportedFormat(
+                f"a TIFF with samples of {page.bitspersample} bits in format "
+                f"{int(page.sampleformat)} ({page.dtype}) is not read"
+            )
+        if depth != 1 or self.samples > _MAX_SAMPLES:
+            raise UnsupportedFormat(
+                f"a TIFF with {depth} planes and {self.samples} samples in one page is not read"
+            )
+        if int(page.compression) not in _COMPRESSIONS:
+            known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
+            name = getattr(page.compression, "name", page.compression)
+            raise UnsupportedFormat(f"a TIFF with compression {name} is not read; {known} are")
+        if page.is_subsampled and int(page.compression) != _JPEG:
+            raise UnsupportedFormat("a TIFF with subsampled colour outside JPEG is not read")
+
+    def _find_part_hw(self) -> tuple[int, int]:
+        """Height and width of a tile or strip."""
+        page = self._keyframe
+        if page.is_tiled:
+            part_hw, depth = (page.tilelength, page.tilewidth), page.tiledepth
+        else:
+            part_hw, depth = (page.rowsperstrip, page.imagewidth), 1
+        if depth != 1 or not all(isinstance(side, int) and side > 0 for side in part_hw):
+            raise CorruptImage(f"the TIFF has tiles or strips of {part_hw} px (height, width)")
+        return part_hw
+
+    def read(self, region: Window, samples: Sequence[int]) -> Samples:
+        """Decodes a region.
+
+        Args:
+            region: Inside the plane.
+            samples: Which samples of a pixel are wanted.
+
+        Returns:
+            [h, w, len(samples)]; parts that the file leaves out are 0.
+
+        Raises:
+            DecodeError: A strip or tile is damaged or outside the file.
+        """
+        if self._contiguous is not None:
+            return self._read_rows(self._contiguous, region, samples)
+        out = np.zeros((region.height, region.width, len(samples)), self.dtype)
+        is_whole = region == Window(0, 0, self.height, self.width)
+        decode = self._decode if is_whole else self._decode_cached
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for place, sample in enumerate(samples):
+            plane, inner = divmod(sample, self._packed)
+            wanted.setdefault(plane, []).append((place, inner))
+        for (row, column), plane in itertools.product(self._touched(region), wanted):
+            part = decode((plane * self._grid[0] + row) * self._grid[1] + column)
+            if part is not None:
+                y, x = row * self._part_hw[0] - region.y, column * self._part_hw[1] - region.x
+                for place, inner in wanted[plane]:
+                    _paste(out[..., place], part[..., inner], y, x)
+        return out
+
+    def _touched(self, region: Window) -> Iterator[tuple[int, int]]:
+        """Rows and columns, in the grid of strips or tiles, of those that a region touches."""
+        (ph, pw), (rows, columns) = self._part_hw, self._grid
+        return itertools.product(
+            range(region.y // ph, min(rows, -(-(region.y + region.height) // ph))),
+            range(region.x // pw, min(columns, -(-(region.x + region.width) // pw))),
+        )
+
+    def _decode_cached(self, index: int) -> Samples | None:
+        """[h, w, S of a strip or tile]; None if the file leaves it out."""
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+        part = self._decode(index)
+        if part is None:
+            return None
+        with self._lock:
+            if index not in self._cache:
+                self._cache[index] = part
+                self._cached_bytes += part.nbytes
+            while self._cached_bytes > _CACHED_BYTES and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return part
+
+    def _decode(self, index: int) -> Samples | None:
+        page, keyframe = self._page, self._keyframe
+        if index >= min(len(page.dataoffsets), len(page.databytecounts)):
+            raise CorruptImage(
+                f"the TIFF has no strip or tile {index}, only {len(page.dataoffsets)}"
+            )
+        offset, length = page.dataoffsets[index], page.databytecounts[index]
+        if not length:
+            return None
+        data = self._read_bytes(offset, length, f"strip or tile {index}")
+        if int(keyframe.compression) == _JPEG:
+            self._check_jpeg(data)
+        # tifffile and its codecs raise what they like on damaged data.
+        try:
+            decoded, _, shape = keyframe.decode(
+                data, index, jpegtables=keyframe.jpegtables, jpegheader=keyframe.jpegheader
+            )
+        except (DecodeError, MemoryError):
+            raise
+        except Exception as error:
+            raise CorruptImage(f"strip or tile {index} of the TIFF is damaged: {error}") from error
+        return None if decoded is None else np.asarray(decoded).reshape(-1, *shape[2:])
+
+    def _read_bytes(self, offset: int, length: int, what: str) -> bytes:
+        size = self._file.size
+        if offset + length > size:
+            raise CorruptImage(
+                f"{what} of the TIFF is outside the file: {length} bytes at {offset} of {size}"
+            )
+        with self._file.lock:
+            self._file.seek(offset)
+            data: bytes = self._file.read(length)
+        return data
+
+    def _check_jpeg(self, data: bytes) -> None:
+        """The decoder allocates memory for the size inside, not for that of the strip or tile."""
+        height, width = jpeg.read_hw(data)
+        if height > self._part_hw[0] or width > self._part_hw[1]:
+            raise CorruptImage(
+                f"a JPEG of {width}x{height} px is in a strip or tile of "
+                f"{self._part_hw[1]}x{self._part_hw[0]} px"
+            )
+
+    def _read_rows(self, start: int, region: Window, samples: Sequence[int]) -> Samples:
+        """A region of a plane that is stored as plain rows."""
+        dtype = self.dtype.newbyteorder(self._keyframe.parent.byteorder)
+        pixel_bytes = self.samples * dtype.itemsize
+        row_bytes, used_bytes = self.width * pixel_bytes, region.width * pixel_bytes
+        first = start + region.y * row_bytes + region.x * pixel_bytes
+        last = first + (region.height - 1) * row_bytes
+        data = b"".join(
+            self._read_bytes(position, used_bytes, "a plane")
+            for position in range(first, last + 1, row_bytes)
+        )
+        rows = np.frombuffer(data, dtype).reshape(region.height, region.width, self.samples)
+        return np.ascontiguousarray(rows[..., list(samples)].astype(self.dtype))
+
+
+def _paste(out: Samples, part: Samples, y: int, x: int) -> None:
+    """Copies what of a part at y, x (may be negative) lies inside [h, w]."""
+    top, left = max(0, y), max(0, x)
+    part = part[top - y : out.shape[0] - y, left - x : out.shape[1] - x]
+    out[top : top + part.shape[0], left : left + part.shape[1]] = part

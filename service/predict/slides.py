@@ -1,0 +1,425 @@
+"""Slides: images too large to be decoded at once, processed by rows of tiles in constant memory.
+
+Every row of tiles is in the journal when it is complete, together with the instances that may go on
+in the next row, so that an interrupted run continues at the row where it stopped. Tiles lie where
+they would if the slide were processed as a whole: the results are the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+
+import solo_client
+from pipeline.calibration import to_reported
+from pipeline.decode import MAX_PIXELS
+from pipeline.encode import instance_to_coco
+from pipeline.errors import DecodeError
+from pipeline.formats.tiff import Tiff, open_slide
+from pipeline.formats.tiff_file import TiffStack, is_tiff
+from pipeline.merge import TileInstance
+from pipeline.merge_stream import StreamMerger
+from pipeline.model_config import ModelConfig, TileResize
+from pipeline.postprocess import Collector
+from pipeline.preprocess import prepare_regions, windows_of
+from pipeline.survey import Survey, survey
+from pipeline.types import Detection, Prepared, UInt8, Window
+from service.jobs.errors import ImageUnusable, blame_image
+from service.jobs.files import ImageFile, LocalFile
+from service.jobs.journal import Journal
+from service.models.repository import LoadedModel
+from service.work.request import RequestOptions
+
+MAX_SLIDE_PIXELS = 2**32 - 1
+"""pycocotools counts the pixels of a mask in 32 bits."""
+_SUFFIX_NDPI = ".ndpi"
+
+
+def name_part(key: str, number: int) -> str:
+    """The journal's key of a row of tiles; no file has such a key."""
+    return f"{number}//{key}"
+
+
+def read_all_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
+    """The results of a file; those of a slide are in parts."""
+    yield from journal.read_results(key)
+    entry = journal.find(key)
+    for number in range(0 if entry is None else entry.get("parts", 0)):
+        yield from journal.read_results(name_part(key, number))
+
+
+def read_stack_hw(file: ImageFile) -> tuple[int, int] | None:
+    """Height and width of the upright planes of a local TIFF; None for other files.
+
+    Raises:
+        OSError, DecodeError: It cannot be read.
+    """
+    if not isinstance(file, LocalFile):
+        return None
+    with open(file.path, "rb") as opened:
+        if not is_tiff(opened.read(4)):
+            return None
+        size = opened.seek(0, 2)
+        stack = TiffStack(opened, size, is_ndpi=file.path.lower().endswith(_SUFFIX_NDPI))
+        hw = stack.height, stack.width
+        return hw[::-1] if stack.orientation > 4 else hw
+
+
+@dataclass(frozen=True)
+class SlideOptions:
+    """How slides are processed.
+
+    Attributes:
+        region: Instances whose boxes have their centres in it are wanted; None: all.
+        find_tissue: Tiles that show only background are left out.
+    """
+
+    region: Window | None = None
+    find_tissue: bool = True
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The tiles of a slide.
+
+    Attributes:
+        image_hw: Height and width of the slide.
+        rows, columns: First rows and columns of the tiles, px.
+        tile_hw: Height and width of a tile, px.
+        region: As in `SlideOptions`.
+        seen: The survey of the slide.
+    """
+
+    image_hw: tuple[int, int]
+    rows: Sequence[int]
+    columns: Sequence[int]
+    tile_hw: tuple[int, int]
+    region: Window | None
+    seen: Survey
+
+    def takes(self, window: Window) -> bool:
+        """Whether a tile is processed: those of the region and their neighbours, with tissue."""
+        if self.region is not None and not _touches(_grow(self.region, self.tile_hw), window):
+            return False
+        return self.seen.shows_tissue(window)
+
+    def window(self, row: int, column: int) -> Window:
+        """The region of the slide that a tile shows."""
+        return Window(self.rows[row], self.columns[column], *self.tile_hw)
+
+    def list_rows(self) -> list[tuple[int, list[int]]]:
+        """Rows of tiles, each with the columns that are processed; rows without any are absent."""
+        found = []
+        for row in range(len(self.rows)):
+            columns = [c for c in range(len(self.columns)) if self.takes(self.window(row, c))]
+            if columns:
+                found.append((row, columns))
+        return found
+
+    def owns(self, instance: Detection) -> bool:
+        """Whether an instance's centre is in the region."""
+        if self.region is None:
+            return True
+        x, y, width, height = instance.bbox_xywh
+        centre = Window(2 * y + height, 2 * x + width, 1, 1)
+        region = self.region
+        doubled = Window(2 * region.y, 2 * region.x, 2 * region.height, 2 * region.width)
+        return _touches(doubled, centre)
+
+
+def _grow(region: Window, by_hw: tuple[int, int]) -> Window:
+    height, width = by_hw
+    return Window(
+        region.y - height, region.x - width, region.height + 2 * height, region.width + 2 * width
+    )
+
+
+def _touches(a: Window, b: Window) -> bool:
+    return (
+        a.y < b.y + b.height
+        and b.y < a.y + a.height
+        and a.x < b.x + b.width
+        and b.x < a.x + a.width
+    )
+
+
+@dataclass
+class _State:
+    """How far a slide has come.
+
+    Attributes:
+        done: Rows of tiles that are in the journal.
+        truncated: Whether max_instances cut the instances of a tile.
+        waiting: Instances that may go on in the next row.
+    """
+
+    done: int
+    truncated: bool
+    waiting: list[TileInstance]
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """Processes slides with a model in this process.
+
+    Attributes:
+        model: The model.
+        asked: Limits of the results, planes and scale.
+        options: Region and tissue.
+        on_progress: Called after every batch of tiles.
+    """
+
+    model: LoadedModel
+    asked: RequestOptions
+    options: SlideOptions
+    on_progress: Callable[[solo_client.Progress], None]
+
+    def takes(self, file: ImageFile) -> bool:
+        """Whether a file is a slide: a TIFF of more pixels than are decoded at once.
+
+        Raises:
+            ImageUnusable: A region is wanted of a file that is no TIFF.
+        """
+        if isinstance(file, LocalFile):
+            try:
+                with open(file.path, "rb") as opened:
+                    if is_tiff(opened.read(4)):
+                        if self.options.region is not None:
+                            return True
+                        slide = self._open(file, opened)
+                        return slide.height * slide.width > MAX_PIXELS
+            except (OSError, DecodeError):  # reading it as an image gives the reason
+                return False
+        if self.options.region is not None:
+            raise ImageUnusable("--region is for local TIFF files")
+        return False
+
+    def _open(self, file: LocalFile, opened: BinaryIO) -> Tiff:
+        size = opened.seek(0, 2)
+        is_ndpi = file.path.lower().endswith(_SUFFIX_NDPI)
+        return open_slide(opened, size, self.asked.planes, is_ndpi=is_ndpi)
+
+    def run(self, file: LocalFile, overlay: str | None, journal: Journal) -> None:
+        """Processes a slide, or what is left of it.
+
+        Args:
+            file: The slide.
+            overlay: Must be None.
+            journal: Has the rows that are complete.
+
+        Raises:
+            ImageUnusable: The slide cannot be processed.
+            RunFailed: The journal cannot be written.
+        """
+        if overlay is not None:
+            raise ImageUnusable("a slide has no picture with masks; leave --overlays out")
+        with blame_image(), open(file.path, "rb") as opened:
+            stamp = file.read_stamp()
+            try:
+                slide = self._open(file, opened)
+                self._process(slide, file.key, stamp, journal)
+            except DecodeError as error:
+                raise ImageUnusable(f"{error.code}: {error}") from error
+
+    def _process(self, slide: Tiff, key: str, stamp: list[int], journal: Journal) -> None:
+        config = self._adapt(slide)
+        image_hw = slide.height, slide.width
+        seen = self._survey(slide, key, stamp, journal)
+        rows, columns, tile_hw = windows_of(image_hw, config.input)
+        plan = _Plan(image_hw, rows, columns, tile_hw, self.options.region, seen)
+        prepared = prepare_regions(
+            lambda window: _read(slide, window, seen), image_hw, config.input, seen.table
+        )
+        taken = plan.list_rows()
+        state = _read_state(key, stamp, journal)
+        merger = StreamMerger(config.postprocess.compare, state.waiting)
+        clock = _Clock(taken, state.done, self.on_progress)
+        for number in range(state.done, len(taken)):
+            row, kept = taken[number]
+            found, is_cut = self._search(plan, prepared, row, kept, clock)
+            next_y = rows[taken[number + 1][0]] if number + 1 < len(taken) else None
+            complete = [i for i in merger.add(found, next_y) if plan.owns(i)]
+            state = _State(number + 1, state.truncated or is_cut, merger.waiting)
+            journal.append(
+                name_part(key, number), self._encode(complete), served=self._served, properties={}
+            )
+            properties = {"stamp": stamp, **_write_state(state)}
+            journal.append(_name_state(key), [], served=self._served, properties=properties)
+        properties = {"stamp": stamp, "overlay": None, "truncated": state.truncated}
+        properties["parts"] = len(taken)
+        journal.append(key, [], served=self._served, properties=properties)
+
+    @property
+    def _served(self) -> str:
+        return f"{self.model.config.name}:{self.model.version}"
+
+    def _adapt(self, slide: Tiff) -> ModelConfig:
+        """The model's configuration for a slide.
+
+        Raises:
+            ImageUnusable: The slide cannot be processed by tiles.
+        """
+        config = self.asked.adapt(self.model.config)
+        config = self.asked.adapt_to(config, slide.um_per_px)
+        if not isinstance(config.input.resize, TileResize):
+            raise ImageUnusable("a slide needs a model with tiles; this one resizes every image")
+        if self.asked.overlaps == "resolve":
+            raise ImageUnusable("--overlaps resolve is not possible for a slide")
+        if any(len(planes) > 1 for planes in slide.picture.planes):
+            raise ImageUnusable("--z max is not possible for a slide")
+        if slide.orientation != 1:
+            raise ImageUnusable(f"a slide of orientation {slide.orientation} is not read")
+        if slide.height * slide.width > MAX_SLIDE_PIXELS:
+            raise ImageUnusable(
+                f"the slide has {slide.width}x{slide.height} px; COCO's run-length masks hold at "
+                f"most {MAX_SLIDE_PIXELS} px"
+            )
+        region = self.options.region
+        if region is not None and not _touches(region, Window(0, 0, slide.height, slide.width)):
+            raise ImageUnusable(
+                f"the region {region} is outside the slide of {slide.width}x{slide.height} px"
+            )
+        return config
+
+    def _survey(self, slide: Tiff, key: str, stamp: list[int], journal: Journal) -> Survey:
+        """The survey of a slide, which is made once."""
+        name = f"survey//{key}"
+        entry = journal.find(name)
+        if entry is None or entry["stamp"] != stamp:
+            contrast = self.model.config.input.contrast
+            made = survey(slide, contrast, find_tissue=self.options.find_tissue)
+            entry = {"stamp": stamp, **_write_survey(made)}
+            journal.append(name, [], served=self._served, properties=entry)
+        return _read_survey(entry)
+
+    def _search(
+        self, plan: _Plan, prepared: Prepared, row: int, kept: Sequence[int], clock: _Clock
+    ) -> tuple[list[TileInstance], bool]:
+        """Instances of a row of tiles, and whether max_instances cut those of any tile."""
+        config = self.model.config
+        collector = Collector(
+            plan.image_hw,
+            len(prepared.tiles),
+            config.postprocess,
+            score_threshold=self.asked.score_threshold,
+            max_instances=self.asked.max_instances,
+            calibration=config.calibration,
+        )
+        found: list[TileInstance] = []
+        is_cut = False
+        for start in range(0, len(kept), config.limits.max_batch):
+            columns = kept[start : start + config.limits.max_batch]
+            tiles = [prepared.tiles[row * len(plan.columns) + column] for column in columns]
+            for tile, candidates in zip(tiles, self.model.backend.infer(tiles), strict=True):
+                entries, count = collector.search(tile, candidates)
+                found += [_keep_own(entry, plan) for entry in entries]
+                is_cut |= count > len(entries)
+            clock.advance(len(columns))
+        return found, is_cut
+
+    def _encode(self, instances: Sequence[Detection]) -> list[dict[str, Any]]:
+        config = self.model.config
+        if config.calibration is not None:
+            instances = [
+                replace(i, score=to_reported(config.calibration, i.score)) for i in instances
+            ]
+        return [instance_to_coco(instance, config) for instance in instances]
+
+
+def _keep_own(entry: TileInstance, plan: _Plan) -> TileInstance:
+    """An instance that is not left to a tile that is not processed."""
+    if entry.elsewhere is None or plan.takes(entry.elsewhere):
+        return entry
+    return replace(entry, elsewhere=None)
+
+
+def _read(slide: Tiff, window: Window, seen: Survey) -> UInt8:
+    return slide.convert(slide.read(window), seen.limits)
+
+
+class _Clock:
+    """Reports progress in tiles."""
+
+    def __init__(
+        self,
+        taken: Sequence[tuple[int, Sequence[int]]],
+        done: int,
+        report: Callable[[solo_client.Progress], None],
+    ) -> None:
+        self._total = sum(len(columns) for _, columns in taken)
+        self._before = self._done = sum(len(columns) for _, columns in taken[:done])
+        self._began_s = time.monotonic()
+        self._report = report
+
+    def advance(self, tiles: int) -> None:
+        self._done += tiles
+        elapsed_s = time.monotonic() - self._began_s
+        rest_s = elapsed_s / (self._done - self._before) * (self._total - self._done)
+        self._report(solo_client.Progress(self._done, self._total, elapsed_s, rest_s))
+
+
+def _name_state(key: str) -> str:
+    return f"state//{key}"
+
+
+def _read_state(key: str, stamp: list[int], journal: Journal) -> _State:
+    entry = journal.find(_name_state(key))
+    if entry is None or entry["stamp"] != stamp:
+        return _State(0, False, [])
+    return _State(entry["done"], entry["truncated"], [*_read_waiting(entry["waiting"])])
+
+
+def _write_state(state: _State) -> dict[str, Any]:
+    waiting = [
+        {
+            "label": entry.instance.label,
+            "score": entry.instance.score,
+            "size": entry.instance.rle["size"],
+            "counts": entry.instance.rle["counts"].decode(),
+            "bbox": entry.instance.bbox_xywh,
+            "area": entry.instance.area,
+            "window": _list(entry.window),
+            "cut": entry.cut,
+            "elsewhere": None if entry.elsewhere is None else _list(entry.elsewhere),
+        }
+        for entry in state.waiting
+    ]
+    return {"done": state.done, "truncated": state.truncated, "waiting": waiting}
+
+
+def _list(window: Window) -> list[int]:
+    return [window.y, window.x, window.height, window.width]
+
+
+def _read_waiting(waiting: Sequence[dict[str, Any]]) -> Iterator[TileInstance]:
+    for entry in waiting:
+        rle = {"size": entry["size"], "counts": entry["counts"].encode()}
+        instance = Detection(
+            entry["label"], entry["score"], rle, tuple(entry["bbox"]), entry["area"]
+        )
+        elsewhere = None if entry["elsewhere"] is None else Window(*entry["elsewhere"])
+        yield TileInstance(instance, Window(*entry["window"]), entry["cut"], elsewhere)
+
+
+def _write_survey(made: Survey) -> dict[str, Any]:
+    return {
+        "limits": made.limits,
+        "table": None if made.table is None else made.table.tolist(),
+        "shape": made.tissue.shape,
+        "tissue": base64.b64encode(np.packbits(made.tissue).tobytes()).decode(),
+    }
+
+
+def _read_survey(entry: dict[str, Any]) -> Survey:
+    limits = None if entry["limits"] is None else (entry["limits"][0], entry["limits"][1])
+    table = None if entry["table"] is None else np.array(entry["table"], np.uint8)
+    height, width = entry["shape"]
+    bits = np.unpackbits(
+        np.frombuffer(base64.b64decode(entry["tissue"]), np.uint8), count=height * width
+    )
+    return Survey(limits, table, bits.reshape(height, width).astype(np.bool_))

@@ -1,0 +1,242 @@
+"""Slides give the results of the whole image, in any order of regions and after interruptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.jobs.journal import Journal
+from service.models.repository import LoadedModel, load_version
+from service.predict import main
+from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
+
+tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
+
+HEIGHT, WIDTH = 330, 250
+Predict = Callable[..., list[dict[str, Any]]]
+
+
+def _draw(*, empty_from: int = HEIGHT) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(4)
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for _ in range(40):
+        y, x = rng.integers(0, empty_from - 20), rng.integers(0, WIDTH - 20)
+        size = rng.integers(6, 20, 2)
+        pixels[y : y + size[0], x : x + size[1], rng.integers(3)] = 255
+    return pixels
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the tiles of each engine call; all TIFFs are slides."""
+    monkeypatch.setattr("service.predict.slides.MAX_PIXELS", 0)
+    counted: list[int] = []
+
+    def count(self: LoadedModel) -> None:
+        infer = self.backend.infer
+
+        def counting(tiles: Any) -> Any:
+            counted.append(len(tiles))
+            return infer(tiles)
+
+        monkeypatch.setattr(self.backend, "infer", counting)
+
+    def load_counting(*arguments: Any) -> LoadedModel:
+        model = load_version(*arguments)
+        count(model)
+        return model
+
+    monkeypatch.setattr("service.predict.command.load_version", load_counting)
+    return counted
+
+
+@pytest.fixture
+def predict(tmp_path: Path) -> Predict:
+    publish(tmp_path / "repo", card={"object_size_px": 16, "um_per_px": 0.5})
+
+    def run(file: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+        out = tmp_path / f"{name}.json"
+        repo = str(tmp_path / "repo")
+        options = ["--out", str(out), "--model-repo", repo, "--device", "cpu", "--quiet"]
+        main([str(file), *options, *arguments])
+        found: list[dict[str, Any]] = json.loads(out.read_bytes())
+        return found
+
+    return run
+
+
+def _write(tmp_path: Path, pixels: NDArray[Any], **options: Any) -> Path:
+    path = tmp_path / "slide.tif"
+    photometric = "rgb" if pixels.ndim == 3 else "minisblack"
+    tifffile.imwrite(path, pixels, photometric=photometric, **options)
+    return path
+
+
+def _keys(results: list[dict[str, Any]]) -> list[str]:
+    return sorted(json.dumps(result, sort_keys=True) for result in results)
+
+
+def _segment_whole(
+    predict: Predict, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
+    with monkeypatch.context() as patched:
+        patched.setattr("service.predict.slides.MAX_PIXELS", 1 << 40)
+        return predict(file, "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": (64, 32), "compression": "zlib"},
+        {"rowsperstrip": 7},
+        {"rowsperstrip": 50, "compression": "lzw"},
+    ],
+)
+def test_a_slide_gives_what_the_whole_image_gives(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    file = _write(tmp_path, _draw(), **options)
+    whole = _segment_whole(predict, file, monkeypatch)
+    all_tiles, tiles[:] = sum(tiles), []
+    assert len(whole) > 10
+    assert _keys(predict(file, "slide", "--all-tiles")) == _keys(whole)
+    assert sum(tiles) == all_tiles
+    assert _keys(predict(file, "tissue")) == _keys(whole)
+
+
+def test_deep_samples_are_stretched_by_the_whole_slide(
+    tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = (_draw()[..., 0].astype(np.uint16) * 13 + np.arange(WIDTH, dtype=np.uint16)) + 300
+    file = _write(tmp_path, deep, tile=(64, 64))
+    assert _keys(predict(file, "slide", "--all-tiles")) == _keys(
+        _segment_whole(predict, file, monkeypatch)
+    )
+
+
+def _draw_apart() -> NDArray[np.uint8]:
+    """Objects so far from each other that a tile shows one of each colour."""
+    rng = np.random.default_rng(6)
+    pixels = np.zeros((520, 410, 3), np.uint8)
+    for y in range(10, 480, 90):
+        for x in range(10, 380, 90):
+            top, left = y + rng.integers(0, 24), x + rng.integers(0, 24)
+            height, width = rng.integers(5, 30, 2)
+            pixels[top : top + height, left : left + width, rng.integers(3)] = 255
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [((0, 100, 410), (0, 170, 520)), ((0, 410), (0, 33, 300, 520)), ((0, 205, 410), (0, 520))],
+)
+def test_regions_together_give_the_whole(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    cuts: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    file = _write(tmp_path, _draw_apart(), tile=(64, 64))
+    whole = _segment_whole(predict, file, monkeypatch)
+    all_tiles, tiles[:] = sum(tiles), []
+    found = []
+    for (left, right), (top, bottom) in product(pairwise(cuts[0]), pairwise(cuts[1])):
+        region = f"{left},{top},{right - left},{bottom - top}"
+        found += predict(file, f"part-{left}-{top}", "--region", region, "--all-tiles")
+        assert sum(tiles) < all_tiles
+        tiles[:] = []
+    assert len(whole) > 20 and _keys(found) == _keys(whole)
+
+
+def test_an_interrupted_slide_continues_at_its_row(
+    tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path, _draw(), tile=(64, 64))
+    expected = predict(file, "expected", "--all-tiles")
+    all_tiles, tiles[:] = sum(tiles), []
+    append, calls = Journal.append, []
+
+    def stop(self: Journal, key: str, *arguments: Any, **named: Any) -> None:
+        calls.append(key)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        append(self, key, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", stop)
+        with pytest.raises(SystemExit):
+            predict(file, "resumed", "--all-tiles")
+    first, tiles[:] = sum(tiles), []
+    assert 0 < first < all_tiles
+    assert _keys(predict(file, "resumed", "--all-tiles")) == _keys(expected)
+    assert 0 < sum(tiles) < all_tiles <= first + sum(tiles)
+    tiles[:] = []
+    changed = _draw()
+    changed[:60] = 0
+    _write(tmp_path, changed, tile=(64, 64), software="another size of file")
+    assert _keys(predict(file, "resumed", "--all-tiles")) != _keys(expected)
+
+
+def test_tiles_without_tissue_are_left_out(
+    tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path, _draw(empty_from=130), tile=(64, 64))
+    whole = _segment_whole(predict, file, monkeypatch)
+    all_tiles, tiles[:] = sum(tiles), []
+    assert _keys(predict(file, "slide")) == _keys(whole)
+    assert sum(tiles) < 0.8 * all_tiles
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--region", "900,0,10,10"), "is outside the slide of 250x330 px"),
+        (("--overlaps", "resolve"), "--overlaps resolve is not possible for a slide"),
+        (("--overlays", "drawn"), "leave --overlays out"),
+        (("--channel", "9"), "invalid_plane: channel='9'"),
+        (("--z", "1"), "invalid_plane: z=1"),
+    ],
+)
+def test_what_a_slide_cannot_do_is_said(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = _write(tmp_path, _draw(), tile=(64, 64))
+    with pytest.raises(SystemExit, match=message):
+        predict(file, "slide", *arguments)
+
+
+def test_other_files_have_no_regions(tmp_path: Path, predict: Predict) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(encode_picture(draw_picture(48, 64)))
+    with pytest.raises(SystemExit, match="--region is for local TIFF files"):
+        predict(file, "slide", "--region", "0,0,9,9")
+    for region in ("1,2,3", "a,b,c,d", "0,0,0,5", "-1,0,4,4"):
+        with pytest.raises(SystemExit, match="2"):
+            predict(file, "slide", f"--region={region}")
+    with pytest.raises(SystemExit, match="2"):
+        predict(file, "slide", "--region", "0,0,9,9", "--ray")
+
+
+def test_a_slide_needs_tiles(tmp_path: Path, predict: Predict, tiles: list[int]) -> None:
+    publish(tmp_path / "repo", "whole", input=KEEP_RATIO_INPUT)
+    file = _write(tmp_path, _draw(), tile=(64, 64))
+    with pytest.raises(SystemExit, match="a slide needs a model with tiles"):
+        predict(file, "slide", "--model", "whole")
