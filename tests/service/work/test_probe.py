@@ -42,7 +42,7 @@ def test_the_scale_is_that_of_the_objects(folder: Path, is_file: bool) -> None:
     config = load_version(folder, None, OPTIONS).config
     count = count_probes((108, 108), config.input)
     data: bytes | UInt8 = encode_picture(LARGE) if is_file else LARGE
-    probe = ProbeWork(ImageFile("a", data), (108, 108), count, config)
+    probe = ProbeWork(ImageFile("a", data), (108, 108), count, config, RequestOptions())
     _run(probe, folder)
     outcome = probe.finish(0.0)
     assert (outcome.canvases, outcome.error, probe.warnings) == (count, None, [])
@@ -54,7 +54,7 @@ def test_the_order_of_the_canvases_does_not_matter(folder: Path) -> None:
     count = count_probes((108, 108), config.input)
     zooms = set()
     for order in itertools.islice(itertools.permutations(range(count)), 0, 720, 240):
-        probe = ProbeWork(ImageFile("a", LARGE), (108, 108), count, config)
+        probe = ProbeWork(ImageFile("a", LARGE), (108, 108), count, config, RequestOptions())
         _run(probe, folder, list(order))
         probe.finish(0.0)
         zooms.add(probe.scaled.input.zoom)
@@ -64,7 +64,7 @@ def test_the_order_of_the_canvases_does_not_matter(folder: Path) -> None:
 def test_the_image_goes_on_with_the_warnings_and_the_costs(folder: Path) -> None:
     config = load_version(folder, None, OPTIONS).config
     count = count_probes((108, 108), config.input)
-    probe = ProbeWork(ImageFile("a", BLANK), (108, 108), count, config)
+    probe = ProbeWork(ImageFile("a", BLANK), (108, 108), count, config, RequestOptions())
     _run(probe, folder)
     probe.finish(0.0)
     assert probe.scaled == config and [w.code for w in probe.warnings] == [UNCERTAIN]
