@@ -46,9 +46,10 @@ def _moments(mask: UInt8, area: int) -> tuple[tuple[float, float], tuple[float, 
     in_column = mask.sum(axis=0, dtype=np.int64)
     rows, columns = np.arange(mask.shape[0]), np.arange(mask.shape[1])
     row, column = float(rows @ in_row) / area, float(columns @ in_column) / area
-    along = (mask @ (columns - column)) @ (rows - row) / area
-    across = float((rows - row) ** 2 @ in_row) / area, float((columns - column) ** 2 @ in_column)
-    return (row, column), (across[0], float(along), across[1] / area)
+    rr = float((rows - row) ** 2 @ in_row) / area
+    rc = float((mask @ (columns - column)) @ (rows - row)) / area
+    cc = float((columns - column) ** 2 @ in_column) / area
+    return (row, column), (rr, rc, cc)
 
 
 def _orient(rr: float, rc: float, cc: float) -> float:

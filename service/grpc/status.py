@@ -30,7 +30,8 @@ def find_status(http_status: int, code: str) -> StatusCode:
         http_status: What HTTP answers it with.
         code: Of `service.errors`.
     """
-    return _BY_CODE.get(code) or _BY_HTTP_STATUS.get(http_status, StatusCode.INVALID_ARGUMENT)
+    other = StatusCode.INTERNAL if http_status >= 500 else StatusCode.INVALID_ARGUMENT
+    return _BY_CODE.get(code) or _BY_HTTP_STATUS.get(http_status, other)
 
 
 def shorten(text: str) -> str:
