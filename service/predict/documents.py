@@ -19,7 +19,8 @@ from service.jobs.files import as_line, as_text
 from service.jobs.journal import Journal
 from service.predict.job import Item, read_data
 from service.predict.outputs import REPLACED, UNFINISHED, replace_file
-from service.predict.slides import read_all_results, read_stack_hw
+from service.predict.slide_journal import read_all_results
+from service.predict.slides import read_stack_hw
 
 MARK = ".solo-predict"
 """A file in each folder that is written here, so that a later run may replace it."""

@@ -26,7 +26,8 @@ from service.jobs.listing import Listing
 from service.jobs.pictures import mark_picture
 from service.predict.outputs import START, replace_file
 from service.predict.predictors import Prediction, Predictor
-from service.predict.slides import SlideJob, read_all_results
+from service.predict.slide_journal import read_all_results
+from service.predict.slides import SlideJob
 
 MOST_BYTES = 2**30
 """Size of an image file; the largest that can be decoded is far smaller."""

@@ -7,13 +7,10 @@ they would if the slide were processed as a whole: the results are the same.
 
 from __future__ import annotations
 
-import base64
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
-
-import numpy as np
 
 import solo_client
 from pipeline.calibration import to_reported
@@ -33,24 +30,20 @@ from service.jobs.errors import ImageUnusable, blame_image
 from service.jobs.files import ImageFile, LocalFile
 from service.jobs.journal import Journal
 from service.models.repository import LoadedModel
+from service.predict.slide_journal import (
+    SlideState,
+    name_part,
+    name_state,
+    read_state,
+    read_survey,
+    write_state,
+    write_survey,
+)
 from service.work.request import RequestOptions
 
 MAX_SLIDE_PIXELS = 2**32 - 1
 """pycocotools counts the pixels of a mask in 32 bits."""
 _SUFFIX_NDPI = ".ndpi"
-
-
-def name_part(key: str, number: int) -> str:
-    """The journal's key of a row of tiles; no file has such a key."""
-    return f"{number}//{key}"
-
-
-def read_all_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
-    """The results of a file; those of a slide are in parts."""
-    yield from journal.read_results(key)
-    entry = journal.find(key)
-    for number in range(0 if entry is None else entry.get("parts", 0)):
-        yield from journal.read_results(name_part(key, number))
 
 
 def read_stack_hw(file: ImageFile) -> tuple[int, int] | None:
@@ -148,21 +141,6 @@ def _touches(a: Window, b: Window) -> bool:
     )
 
 
-@dataclass
-class _State:
-    """How far a slide has come.
-
-    Attributes:
-        done: Rows of tiles that are in the journal.
-        truncated: Whether max_instances cut the instances of a tile.
-        waiting: Instances that may go on in the next row.
-    """
-
-    done: int
-    truncated: bool
-    waiting: list[TileInstance]
-
-
 @dataclass(frozen=True)
 class SlideJob:
     """Processes slides with a model in this process.
@@ -236,7 +214,7 @@ class SlideJob:
             lambda window: _read(slide, window, seen), image_hw, config.input, seen.table
         )
         taken = plan.list_rows()
-        state = _read_state(key, stamp, journal)
+        state = read_state(key, stamp, journal)
         merger = StreamMerger(config.postprocess.compare, state.waiting)
         clock = _Clock(taken, state.done, self.on_progress)
         for number in range(state.done, len(taken)):
@@ -244,12 +222,12 @@ class SlideJob:
             found, is_cut = self._search(plan, prepared, row, kept, clock)
             next_y = rows[taken[number + 1][0]] if number + 1 < len(taken) else None
             complete = [i for i in merger.add(found, next_y) if plan.owns(i)]
-            state = _State(number + 1, state.truncated or is_cut, merger.waiting)
+            state = SlideState(number + 1, state.truncated or is_cut, merger.waiting)
             journal.append(
                 name_part(key, number), self._encode(complete), served=self._served, properties={}
             )
-            properties = {"stamp": stamp, **_write_state(state)}
-            journal.append(_name_state(key), [], served=self._served, properties=properties)
+            properties = {"stamp": stamp, **write_state(state)}
+            journal.append(name_state(key), [], served=self._served, properties=properties)
         properties = {"stamp": stamp, "overlay": None, "truncated": state.truncated}
         properties["parts"] = len(taken)
         journal.append(key, [], served=self._served, properties=properties)
@@ -293,9 +271,9 @@ class SlideJob:
         if entry is None or entry["stamp"] != stamp:
             contrast = self.model.config.input.contrast
             made = survey(slide, contrast, find_tissue=self.options.find_tissue)
-            entry = {"stamp": stamp, **_write_survey(made)}
+            entry = {"stamp": stamp, **write_survey(made)}
             journal.append(name, [], served=self._served, properties=entry)
-        return _read_survey(entry)
+        return read_survey(entry)
 
     def _search(
         self, plan: _Plan, prepared: Prepared, row: int, kept: Sequence[int], clock: _Clock
@@ -361,65 +339,3 @@ class _Clock:
         elapsed_s = time.monotonic() - self._began_s
         rest_s = elapsed_s / (self._done - self._before) * (self._total - self._done)
         self._report(solo_client.Progress(self._done, self._total, elapsed_s, rest_s))
-
-
-def _name_state(key: str) -> str:
-    return f"state//{key}"
-
-
-def _read_state(key: str, stamp: list[int], journal: Journal) -> _State:
-    entry = journal.find(_name_state(key))
-    if entry is None or entry["stamp"] != stamp:
-        return _State(0, False, [])
-    return _State(entry["done"], entry["truncated"], [*_read_waiting(entry["waiting"])])
-
-
-def _write_state(state: _State) -> dict[str, Any]:
-    waiting = [
-        {
-            "label": entry.instance.label,
-            "score": entry.instance.score,
-            "size": entry.instance.rle["size"],
-            "counts": entry.instance.rle["counts"].decode(),
-            "bbox": entry.instance.bbox_xywh,
-            "area": entry.instance.area,
-            "window": _list(entry.window),
-            "cut": entry.cut,
-            "elsewhere": None if entry.elsewhere is None else _list(entry.elsewhere),
-        }
-        for entry in state.waiting
-    ]
-    return {"done": state.done, "truncated": state.truncated, "waiting": waiting}
-
-
-def _list(window: Window) -> list[int]:
-    return [window.y, window.x, window.height, window.width]
-
-
-def _read_waiting(waiting: Sequence[dict[str, Any]]) -> Iterator[TileInstance]:
-    for entry in waiting:
-        rle = {"size": entry["size"], "counts": entry["counts"].encode()}
-        instance = Detection(
-            entry["label"], entry["score"], rle, tuple(entry["bbox"]), entry["area"]
-        )
-        elsewhere = None if entry["elsewhere"] is None else Window(*entry["elsewhere"])
-        yield TileInstance(instance, Window(*entry["window"]), entry["cut"], elsewhere)
-
-
-def _write_survey(made: Survey) -> dict[str, Any]:
-    return {
-        "limits": made.limits,
-        "table": None if made.table is None else made.table.tolist(),
-        "shape": made.tissue.shape,
-        "tissue": base64.b64encode(np.packbits(made.tissue).tobytes()).decode(),
-    }
-
-
-def _read_survey(entry: dict[str, Any]) -> Survey:
-    limits = None if entry["limits"] is None else (entry["limits"][0], entry["limits"][1])
-    table = None if entry["table"] is None else np.array(entry["table"], np.uint8)
-    height, width = entry["shape"]
-    bits = np.unpackbits(
-        np.frombuffer(base64.b64decode(entry["tissue"]), np.uint8), count=height * width
-    )
-    return Survey(limits, table, bits.reshape(height, width).astype(np.bool_))

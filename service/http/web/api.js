@@ -3,6 +3,7 @@
 const PLAIN_WORDS = {
   unsupported_format: "The server cannot read this file as an image. Use JPEG, PNG, WebP, BMP or TIFF.",
   invalid_plane: "This file has several planes. Choose what is segmented.",
+  pixel_size: "The size of a pixel that this file states is too far from that of the model.",
   corrupt_image: "This image is damaged or incomplete.",
   empty_image: "This file is empty.",
   empty_body: "This file is empty.",

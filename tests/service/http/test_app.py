@@ -118,7 +118,7 @@ async def test_the_openapi_document_shows_the_contract(client: httpx.AsyncClient
     assert names == {
         *("model", "version", "score_threshold", "max_instances", "masks"),
         *("overlaps", "object_size_px", "um_per_px", "priority", "timeout_ms", "x-timeout-ms"),
-        *("channel", "z", "t", "picture"),
+        *("channel", "z", "t", "picture", "scale", "format", "simplify_px"),
     }
     assert "SegmentResponse" in json.dumps(operation["responses"]["200"])
     assert (await client.get("/docs")).status_code == 200

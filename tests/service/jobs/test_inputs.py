@@ -159,7 +159,7 @@ def test_linked_folders_are_followed_and_real_names_are_preferred(
 
 
 def test_every_entry_that_is_left_out_is_named(images: Path) -> None:
-    for name in (".b.png", "._a.png", "Thumbs.db", "scan.tif", ".cache/x.png", "none/.keep"):
+    for name in (".b.png", "._a.png", "Thumbs.db", "scan.gif", ".cache/x.png", "none/.keep"):
         make(images / name)
     make(images / "dir.jpg" / "d.png")
     os.mkfifo(images / "pipe.png")
@@ -167,7 +167,7 @@ def test_every_entry_that_is_left_out_is_named(images: Path) -> None:
     assert below(found, images) == ["a.png", "deeper/b.JPG", "deeper/more/c.jfif", "dir.jpg/d.png"]
     assert left_out(found, images) == {
         "notes.txt": "no suffix of a supported image",
-        "scan.tif": "no suffix of a supported image",
+        "scan.gif": "no suffix of a supported image",
         ".b.png": "hidden",
         ".cache": "hidden",
         "none/.keep": "hidden",
