@@ -48,6 +48,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({FP32: 1.23, BF16: 0.57}, BF16),
         ({FP32: 1.0, BF16: 0.94}, BF16),
+        ({FP32: 1.0, BF16: 0.95}, FP32),
         ({FP32: 1.0, BF16: 0.96}, FP32),  # within what a measurement may be wrong by
         ({FP32: 0.5, BF16: 1.5}, FP32),
     ],
