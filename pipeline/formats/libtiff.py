@@ -21,8 +21,8 @@ def decompress(data: bytes, compression: int, size: int) -> bytes:
     Raises:
         OSError: It is damaged, or has fewer bytes.
     """
-    tags = ((256, size), (257, 1), (258, 8), (259, compression), (262, 1), (273, 0), (277, 1))
-    tags += ((278, 1), (279, len(data)))
+    tags = [(256, size), (257, 1), (258, 8), (259, compression), (262, 1), (273, 0), (277, 1)]
+    tags += [(278, 1), (279, len(data))]
     start = 8 + 2 + 12 * len(tags) + 4
     entries = [struct.pack("<HHII", tag, 4, 1, start if tag == 273 else v) for tag, v in tags]
     head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + bytes(4)

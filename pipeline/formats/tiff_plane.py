@@ -205,8 +205,9 @@ class TiffPlane:
         (rows, width), keyframe = self._part_hw, self._keyframe
         if not keyframe.is_tiled:
             rows = min(rows, self.height - index % self._grid[0] * rows)
-        bits = keyframe.bitspersample
-        return rows * -(-width * self._packed * (bits if isinstance(bits, int) else 16) // 8)
+        stated = keyframe.bitspersample
+        bits = stated if isinstance(stated, int) else max(stated)
+        return int(rows * -(-width * self._packed * bits // 8))
 
     def _read_bytes(self, offset: int, length: int, what: str) -> bytes:
         size = self._file.size
