@@ -164,7 +164,17 @@ def choose_scale(config: ModelConfig, sightings: Sequence[Sighting]) -> ScaleCho
         )
     if OWN_RANGE[0] <= 1 / zoom <= OWN_RANGE[1]:
         zoom = 1.0
+    elif zoom > 1 and _mean_score(sightings, 2.0) < _mean_score(sightings, 1.0):
+        zoom = 1.0  # what looked like small objects is less certain when it is enlarged
+        message = "small objects were found that are less certain when they are enlarged"
+        warnings = (AnswerWarning(UNCERTAIN, f"{message}; the scale was not changed"),)
     return ScaleChoice(zoom, warnings)
+
+
+def _mean_score(sightings: Sequence[Sighting], zoom: float) -> float:
+    """Of the objects at a scale; 0 without any."""
+    scores = [s.score for s in sightings if s.zoom == zoom]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def _weighted_quantiles(

@@ -14,9 +14,9 @@ from training.data.formats import add_format_options
 from training.data.records import DatasetError
 from training.data.validate import check_classes
 from training.error_analysis import with_ground_truth_masks
-from training.evaluation_report import evaluate_results, group_images
+from training.evaluation_report import EvaluationReport, evaluate_results, group_images
 from training.instance_metrics import SIZES_PX2
-from training.predictors import RepositoryPredictor, build_predictor, predict
+from training.predictors import build_predictor, predict
 from training.reproduce import (
     IMAGES_FILE,
     TOLERANCE,
@@ -27,6 +27,9 @@ from training.reproduce import (
     record,
 )
 from training.run_folder import require_writable
+
+MAX_DETS = 100
+"""COCO's."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
     add_format_options(parser)
     parser.add_argument("--split", default="val", help="name of the annotation file (default: val)")
-    parser.add_argument("--max-dets", type=int, default=100, help="detections per image (100)")
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        help=f"detections per image ({MAX_DETS}; with --record the model's max_instances)",
+    )
     parser.add_argument(
         "--device", default="cpu", help="device for a checkpoint: cpu, cuda, ... (cpu)"
     )
@@ -116,8 +123,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts, scores if there are annotations, and writes the files of the options."""
-    _choose_folder(options)
-    stated = _read_stated(options) if options.reproduce else None
+    _check_numbers(options)
+    stated = _prepare_published(options)
     data = open_split(options, options.split)
     if stated is not None:
         check_data(stated, data)
@@ -152,43 +159,61 @@ def run(options: argparse.Namespace) -> None:
         sizes_px2=sorted(set(options.sizes)),
     )
     print("\n".join(report.describe()))
+    _write(options, report)
+    if options.record or stated is not None:
+        measured = describe_measured(report, data, options.split, options.max_dets)
+        if options.record:
+            record(Path(options.model), options.version, measured, report.format_images())
+        if stated is not None:
+            print("\n".join(compare_measured(stated, measured, options.tolerance)))
+
+
+def _write(options: argparse.Namespace, report: EvaluationReport) -> None:
     if options.json:
         options.json.write_text(json.dumps(report.rows, indent=2))
     if options.per_image:
         options.per_image.write_text(report.format_images(), encoding="utf-8")
-    measured = describe_measured(report, data, options.split, options.max_dets)
-    if options.record:
-        assert isinstance(predictor, RepositoryPredictor)
-        folder, version = Path(options.model), predictor.loaded.version
-        record(folder, version, measured, report.format_images())
-    if stated is not None:
-        print("\n".join(compare_measured(stated, measured, options.tolerance)))
 
 
-def _read_stated(options: argparse.Namespace) -> dict[str, Any]:
-    """What a version states of its evaluation; sets the options to those of that evaluation."""
-    from service.models.repository import read_config
+def _prepare_published(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Sets the options for a published version.
 
-    stated = find_measured(read_config(Path(options.model), options.version))
-    for name in ("split", "max_dets", "score_threshold"):
-        setattr(options, name, stated[name])
-    return stated
-
-
-def _choose_folder(options: argparse.Namespace) -> None:
-    """Splits `model_repo/<model>/<version>` into folder and version.
+    Returns:
+        What the version states of its evaluation, with `--reproduce`.
 
     Raises:
-        ValueError: `--reproduce` or `--record` names no published version.
+        ValueError: `--reproduce` or `--record` names no published version, or states nothing.
     """
     path = Path(options.model)
     if path.name.isdecimal() and (path.parent / "config.json").is_file():
-        options.model, options.version = str(path.parent), int(path.name)
-    flag = "--reproduce" if options.reproduce else "--record"
-    if (options.reproduce or options.record) and not (
-        Path(options.model) / "config.json"
-    ).is_file():
-        raise ValueError(f"{flag} needs a folder model_repo/<model>, {options.model!r} is none")
+        path, options.version = path.parent, int(path.name)
+        options.model = str(path)
+    flag = "--reproduce" if options.reproduce else "--record" if options.record else None
+    stated = None
+    if flag is not None:
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{flag} needs a folder model_repo/<model>, {options.model!r} is none")
+        if options.ground_truth_masks:
+            raise ValueError(f"{flag} is not possible with --ground-truth-masks")
+        from service.models.repository import read_config
+
+        config = read_config(path, options.version)
+        options.version = config.version
+        options.max_dets = options.max_dets or config.postprocess.max_instances
+        if options.reproduce:
+            stated = find_measured(config)
+            for name in ("split", "max_dets", "score_threshold"):
+                setattr(options, name, stated[name])
+    options.max_dets = options.max_dets or MAX_DETS
+    return stated
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    threshold, sizes = options.score_threshold, options.sizes
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--score-threshold {threshold} is not in 0..1")
+    if min(sizes) < 1:
+        raise ValueError(f"--sizes {' '.join(map(str, sizes))}: areas are at least 1 px2")
 
 
 def main(arguments: list[str] | None = None) -> int:

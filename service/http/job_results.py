@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import orjson
@@ -15,7 +16,7 @@ from pipeline.encode import instance_from_coco
 from pipeline.errors import WriteError
 from pipeline.model_config import ClassSpec
 from pipeline.writers import Classes, FormatName, OutputFormat, Page, choose_writer, name_files
-from service.errors import InvalidParameter
+from service.errors import InvalidParameter, UnknownJob
 from service.http.routes.documents import gather, zip_files
 from service.jobs.records import JobRecord
 
@@ -56,6 +57,7 @@ def build_answer(
     Raises:
         InvalidParameter: The format cannot be written here, or not of this job.
     """
+    read = partial(_read_all, job, read)
     if wanted in get_args(EntryFormat):
         if simplify_px:
             raise InvalidParameter(f"simplify_px: the format {wanted} has no outlines")
@@ -72,6 +74,16 @@ def build_answer(
     suffix = ".zip" if chosen.join is None else chosen.suffix
     kind = "application/zip" if chosen.join is None else chosen.media_type
     return ResultAnswer(kind, f"{job.id}{suffix}", gather(document.write()))
+
+
+def _read_all(job: JobRecord, read: ReadResults) -> Iterator[Stored]:
+    """The results; fails, so that the answer is cut, if the job was deleted meanwhile."""
+    count = 0
+    for stored in read():
+        count += 1
+        yield stored
+    if count != job.files:
+        raise UnknownJob(f"job {job.id} was deleted while its results were read")
 
 
 def _write_entry(stored: Stored) -> bytes:
@@ -130,7 +142,6 @@ class _Document:
         names = [entry["file_name"] for _, entry, _ in self._found()]
         folder = f"{self.format.folder}/" if self.format.folder else ""
         yield from self.format.add_files(self._classes).items()
-        # Strict: a job that is deleted meanwhile must not look as if it had fewer files.
         for stem, (_, page) in zip(name_files(names), self._pages(), strict=True):
             yield f"{folder}{stem}{self.format.suffix}", self.format.encode(page)
 

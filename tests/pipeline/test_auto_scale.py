@@ -48,7 +48,7 @@ def _noise(height: int, width: int) -> UInt8:
     [(16, 1), (31, 1), (43, 1), (48, 1 / 3), (9, 1), (6.4, 2.5), (2, 4), (99, 0.25)],
 )
 def test_objects_get_the_size_that_the_model_expects(size_px: float, zoom: float) -> None:
-    choice = choose_scale(CONFIG, _sightings(*[size_px] * 5))
+    choice = choose_scale(CONFIG, _sightings(*[size_px] * 5, zoom=2.0))
     assert choice.zoom == pytest.approx(zoom) and choice.warnings == ()
 
 
@@ -57,6 +57,14 @@ def test_tiles_in_which_the_objects_have_the_models_size_count_most() -> None:
     merged = _sightings(*[20.0] * 20, zoom=0.5)
     right = _sightings(*[6.4] * 10, zoom=2.0)
     assert choose_scale(CONFIG, merged + right).zoom == pytest.approx(2.5)
+
+
+def test_small_objects_that_are_less_certain_when_enlarged_change_nothing() -> None:
+    small = [Sighting(2.0, 7.0, 0.5)] * 20
+    choice = choose_scale(CONFIG, [*small, *[Sighting(1.0, 7.0, 0.7)] * 5])
+    assert (choice.zoom, [w.code for w in choice.warnings]) == (1, [UNCERTAIN])
+    choice = choose_scale(CONFIG, [*small, *[Sighting(1.0, 7.0, 0.4)] * 5])
+    assert choice.zoom == pytest.approx(16 / 7) and choice.warnings == ()
 
 
 @pytest.mark.parametrize("count", range(LEAST_OBJECTS))

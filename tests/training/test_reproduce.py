@@ -120,6 +120,31 @@ def test_only_folders_of_models_can_be_recorded(
     assert f"{flag} needs a folder" in capsys.readouterr().err
 
 
+def test_the_evaluation_of_the_served_instances_is_recorded(data: Path, tmp_path: Path) -> None:
+    folder = publish(tmp_path / "repo")
+    assert main([str(folder), "--data", str(data), "--record"]) == 0
+    measured = read_config(folder).provenance["measured"]
+    assert (measured["max_dets"], measured["score_threshold"]) == (100, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--record", "--ground-truth-masks"], "not possible with --ground-truth-masks"),
+        (["--score-threshold", "1.5"], "--score-threshold 1.5 is not in 0..1"),
+        (["--score-threshold", "nan"], "nan is not in 0..1"),
+        (["--sizes", "64", "0"], "--sizes 64 0: areas are at least 1 px2"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    more: list[str], reason: str, recorded: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (recorded / "config.json").read_bytes()
+    assert main([str(recorded), "--data", str(data), *more]) == 1
+    assert reason in capsys.readouterr().err
+    assert (recorded / "config.json").read_bytes() == before
+
+
 def test_the_tolerance_is_absolute_for_shares_and_relative_for_counts() -> None:
     stated = {"AP": 0.5, "count_MAE": 40.0}
     assert len(compare_measured(stated, {"AP": 0.5009, "count_MAE": 40.03}, 0.001)) == 2

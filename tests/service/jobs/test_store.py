@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +47,10 @@ def test_a_job_goes_from_queued_to_done(store: JobStore) -> None:
     assert orjson.loads(results[0][2]) == [{"score": 0.5}]
     assert orjson.loads(results[1][1])["error"]["code"] == "corrupt_image"
     assert store.claim("w", 10) == []
+
+
+def test_the_folder_is_made_for_this_user_alone(store: JobStore, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "jobs").stat().st_mode) == 0o700
 
 
 def test_what_is_stored_is_there_after_reopening(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from service.errors import InvalidParameter, UnknownJob
+from service.http.job_results import ResultFormat, Stored, build_answer
+from service.jobs.records import FileResult, JobRecord
+from service.jobs.store import JobStore
+from tests.support.jobs import FAILED, build_submission
+
+CLASSES = [{"category_id": 4, "name": "cell"}, {"category_id": 9, "name": "other"}]
+INSTANCE = {
+    "category_id": 9,
+    "category": "other",
+    "score": 0.5,
+    "bbox": [1, 0, 2, 3],
+    "area": 6,
+    "segmentation": {"size": [3, 4], "counts": "363"},
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    opened = JobStore(tmp_path, 10**6)
+    yield opened
+    opened.close()
+
+
+def make_job(store: JobStore, *results: FileResult, masks: str = "rle") -> JobRecord:
+    """A job that is done."""
+    submission = build_submission(len(results), classes=CLASSES, parameters={"masks": masks})
+    job, _ = store.accept(submission, None)
+    for claim, result in zip(store.claim("w", len(results)), results, strict=True):
+        store.finish("w", claim, result)
+    return store.find(job.owner, job.id)
+
+
+def found(name: str, *instances: dict[str, object]) -> FileResult:
+    return FileResult("m:1", {"file_name": name, "width": 4, "height": 3}, instances)
+
+
+def read(store: JobStore, job: JobRecord, wanted: ResultFormat) -> bytes:
+    answer = build_answer(job, lambda: store.iterate_results(job.id), wanted, 0.0)
+    return b"".join(answer.pieces)
+
+
+def test_entries_of_good_and_bad_files(store: JobStore) -> None:
+    job = make_job(store, found("a", INSTANCE), FAILED, found("b"))
+    entries = json.loads(read(store, job, "json"))["results"]
+    assert [entry["number"] for entry in entries] == [1, 2, 3]
+    assert entries[0]["instances"] == [INSTANCE] and entries[2]["instances"] == []
+    assert entries[1]["error"]["code"] == "corrupt_image" and "instances" not in entries[1]
+    lines = read(store, job, "ndjson").splitlines()
+    assert [orjson.loads(line) for line in lines] == entries
+    coco = json.loads(read(store, job, "coco-results"))
+    assert coco == [{"image_id": 1, "file_name": "a", **INSTANCE}]
+
+
+def test_no_instances_are_valid_json(store: JobStore) -> None:
+    job = make_job(store, FAILED)
+    assert json.loads(read(store, job, "coco-results")) == []
+    assert json.loads(read(store, job, "coco"))["images"] == []
+
+
+def test_documents_have_the_classes_of_the_job(store: JobStore) -> None:
+    job = make_job(store, FAILED, found("a.png", INSTANCE))
+    data = json.loads(read(store, job, "coco"))
+    assert [entry["id"] for entry in data["images"]] == [2]
+    assert [entry["name"] for entry in data["categories"]] == ["cell", "other"]
+    (annotation,) = data["annotations"]
+    assert (annotation["image_id"], annotation["category_id"]) == (2, 9)
+    assert annotation["segmentation"] == INSTANCE["segmentation"]
+
+
+@pytest.mark.parametrize("names", [["a.png", "a.jpg"], ["../../x.png", "/etc/y.png"]])
+def test_files_of_a_zip_are_safe_and_different(store: JobStore, names: list[str]) -> None:
+    job = make_job(store, *(found(name, INSTANCE) for name in names))
+    with zipfile.ZipFile(io.BytesIO(read(store, job, "labelme"))) as archive:
+        inside = archive.namelist()
+    assert len(set(inside)) == 2
+    assert all(name.startswith("images/") and ".." not in name for name in inside)
+
+
+@pytest.mark.parametrize("wanted", ["json", "ndjson", "coco-results", "coco", "labelme"])
+def test_a_job_that_is_deleted_meanwhile_is_not_one_without_results(
+    store: JobStore, wanted: ResultFormat
+) -> None:
+    job = make_job(store, found("a.png", INSTANCE))
+    none: list[Stored] = []
+    answer = build_answer(job, lambda: iter(none), wanted, 0.0)
+    with pytest.raises(UnknownJob, match="was deleted while"):
+        list(answer.pieces)
+
+
+def test_what_cannot_be_written_is_refused(store: JobStore) -> None:
+    boxes = make_job(store, found("a.png"), masks="none")
+    with pytest.raises(InvalidParameter, match="csv needs a job with masks=rle"):
+        read(store, boxes, "csv")
+    job = make_job(store, found("a.png"))
+    for wanted in ("json", "labels"):
+        with pytest.raises(InvalidParameter, match="simplif"):
+            build_answer(job, lambda: store.iterate_results(job.id), wanted, 1.0)
