@@ -144,6 +144,7 @@ def _is_plain(page: TiffPage) -> bool:
     """Whether the page's pixels are stored as they are, row by row."""
     return bool(
         page.is_contiguous
+        and int(page.tags.valueof(259, default=1)) == 1
         and page.shaped[0] == 1
         and int(page.fillorder) == 1
         and int(page.predictor) == 1

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptImage, DecodeError, ImageTooLarge, UnsupportedFormat
-from pipeline.formats import jpeg
+from pipeline.formats import jpeg, libtiff
 from pipeline.types import Window
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ class TiffPlane:
         self._page, self._keyframe = page, keyframe
         separate, depth, self.height, self.width, self._packed = keyframe.shaped
         self.samples = separate * self._packed
+        self._compression = int(keyframe.tags.valueof(259, default=1))
         self._check_kind(depth)
+        if self._compression in (libtiff.LZW, libtiff.PACKBITS):
+            keyframe.compression = 1  # tifffile is given what is decompressed here
         assert keyframe.dtype is not None
         self.dtype = keyframe.dtype
         self._part_hw = self._find_part_hw()
@@ -97,11 +100,13 @@ class TiffPlane:
             raise UnsupportedFormat(
                 f"a TIFF with {depth} planes and {self.samples} samples in one page is not read"
             )
-        if int(page.compression) not in _COMPRESSIONS:
+        if self._compression in (libtiff.LZW, libtiff.PACKBITS) and int(page.fillorder) != 1:
+            raise UnsupportedFormat("a TIFF with LZW or PackBits in reversed bits is not read")
+        if self._compression not in _COMPRESSIONS:
             known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
             name = getattr(page.compression, "name", page.compression)
             raise UnsupportedFormat(f"a TIFF with compression {name} is not read; {known} are")
-        if page.is_subsampled and int(page.compression) != _JPEG:
+        if page.is_subsampled and self._compression != _JPEG:
             raise UnsupportedFormat("a TIFF with subsampled colour outside JPEG is not read")
 
     def _find_part_hw(self) -> tuple[int, int]:
@@ -180,10 +185,12 @@ class TiffPlane:
         if not length:
             return None
         data = self._read_bytes(offset, length, f"strip or tile {index}")
-        if int(keyframe.compression) == _JPEG:
+        if self._compression == _JPEG:
             self._check_jpeg(data)
         # tifffile and its codecs raise what they like on damaged data.
         try:
+            if self._compression in (libtiff.LZW, libtiff.PACKBITS):
+                data = libtiff.decompress(data, self._compression, self._count_bytes(index))
             decoded, _, shape = keyframe.decode(
                 data, index, jpegtables=keyframe.jpegtables, jpegheader=keyframe.jpegheader
             )
@@ -192,6 +199,15 @@ class TiffPlane:
         except Exception as error:
             raise CorruptImage(f"strip or tile {index} of the TIFF is damaged: {error}") from error
         return None if decoded is None else np.asarray(decoded).reshape(-1, *shape[2:])
+
+    def _count_bytes(self, index: int) -> int:
+        """Of a strip or tile that is not compressed."""
+        (rows, width), keyframe = self._part_hw, self._keyframe
+        if not keyframe.is_tiled:
+            rows = min(rows, self.height - index % self._grid[0] * rows)
+        stated = keyframe.bitspersample
+        bits = stated if isinstance(stated, int) else max(stated)
+        return int(rows * -(-width * self._packed * bits // 8))
 
     def _read_bytes(self, offset: int, length: int, what: str) -> bytes:
         size = self._file.size
