@@ -175,12 +175,14 @@ def decode_image(
 
 def decode_for(
     image: EncodedImage, spec: InputSpec, least_hw: tuple[int, int] = (0, 0)
-) -> tuple[UInt8, InputSpec]:
+) -> tuple[UInt8, InputSpec, UInt8 | None]:
     """Decodes an image for a model.
 
     Returns:
-        The pixels, and the model's input as it applies to them: without the contrast rule if that
-        was applied to samples of more than 8 bits.
+        The pixels, the model's input as it applies to them, without the contrast rule if that was
+        applied to samples of more than 8 bits, and in that case the map of `decode_stretched`.
     """
-    pixels = image.decode(least_hw, spec.contrast)
-    return pixels, spec.model_copy(update={"contrast": None}) if image.is_deep else spec
+    pixels, levels = image.decode_stretched(least_hw, spec.contrast)
+    if levels is not None:
+        spec = spec.model_copy(update={"contrast": None})
+    return pixels, spec, levels

@@ -26,16 +26,24 @@ LEAST_RANGE = 6.0
 """Difference of the 1st and 99th percentile of the grey levels."""
 _LEAST_THUMBNAIL_PX = 8
 _LEAST_STD = 0.02
+_SAME = np.arange(256, dtype=np.uint8)
 
 
-def describe_image(image: UInt8) -> NDArray[np.float64] | None:
-    """The `STATISTICS` of an image [H, W, 3] RGB uint8; None if it is too small or too uniform."""
+def describe_image(image: UInt8, levels: UInt8 | None = None) -> NDArray[np.float64] | None:
+    """The `STATISTICS` of an image; None if it is too small or too uniform.
+
+    Args:
+        image: [H, W, 3] RGB uint8.
+        levels: Map [256] of its intensities to those that are described; None: they stay.
+    """
+    if levels is None:
+        levels = _SAME
     height, width = image.shape[:2]
     if min(height, width) < LEAST_SIDE_PX:
         return None
     scale = min(1.0, THUMBNAIL_PX / max(height, width))
     size = [max(_LEAST_THUMBNAIL_PX, round(length * scale)) for length in (width, height)]
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    small = cv2.LUT(cv2.resize(image, size, interpolation=cv2.INTER_AREA), levels)
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     least, low, high, most = (float(v) for v in np.percentile(grey, (1, 5, 95, 99)))
     if most - least < LEAST_RANGE:
@@ -45,15 +53,15 @@ def describe_image(image: UInt8) -> NDArray[np.float64] | None:
     most_of_pixel = cv2.max(cv2.max(red, green), blue)
     saturation = cv2.mean(cv2.subtract(most_of_pixel, cv2.min(cv2.min(red, green), blue)))[0]
     yellow = cv2.mean(cv2.subtract(cv2.min(red, green), blue))[0]
-    levels = np.array([mean, std, low, high, saturation, yellow]) / 255
-    return np.concatenate([levels, _texture(image, max(std / 255, _LEAST_STD))])
+    shares = np.array([mean, std, low, high, saturation, yellow]) / 255
+    return np.concatenate([shares, _texture(image, levels, max(std / 255, _LEAST_STD))])
 
 
-def _texture(image: UInt8, contrast: float) -> tuple[float, float]:
+def _texture(image: UInt8, levels: UInt8, contrast: float) -> tuple[float, float]:
     """Fine detail relative to the contrast, and how far gradients have one direction."""
     details, directions = [], []
     for patch in _patches(image):
-        grey = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY)
+        grey = cv2.cvtColor(cv2.LUT(patch, levels), cv2.COLOR_RGB2GRAY)
         fine = cv2.Laplacian(grey, cv2.CV_16S)
         details.append(cv2.norm(fine, cv2.NORM_L1) / fine.size / 255 / contrast)
         dx = cv2.Sobel(grey, cv2.CV_32F, 1, 0, scale=1 / 255)
@@ -79,17 +87,21 @@ def measure_distance(statistics: NDArray[np.float64], spec: DomainSpec) -> float
     return float(np.sqrt((offsets**2).sum(axis=1).min()))
 
 
-def check_domain(image: UInt8, config: ModelConfig) -> list[AnswerWarning]:
+def check_domain(
+    image: UInt8, config: ModelConfig, levels: UInt8 | None = None
+) -> list[AnswerWarning]:
     """A warning if an image is unlike those that the model was trained on, or cannot be judged.
 
     Args:
         image: [H, W, 3] RGB uint8.
         config: Of the model; without `domain` there is no warning.
+        levels: Of an image whose contrast was stretched: the training images are described as they
+            were recorded. See `EncodedImage.decode_stretched`.
     """
     spec = config.domain
     if spec is None:
         return []
-    statistics = describe_image(image)
+    statistics = describe_image(image, levels)
     if statistics is None:
         reason = f"too small or too uniform to tell whether model {config.name!r} suits it"
         return [AnswerWarning(NOT_JUDGED, f"the image is {reason}")]

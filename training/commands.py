@@ -30,7 +30,7 @@ def main() -> int:
         if (error.name or "").split(".")[0] in _OWN:
             raise
         extra = "export" if name == "solo-export" else "training"
-        advice = f"install the extra: pip install '.[{extra}]'"
+        advice = f"it is in the extra '{extra}' of solo-serve (make install-training)"
         print(f"{name}: {error.name} is not installed; {advice}", file=sys.stderr)
         return 1
     status: int = module.main()

@@ -82,9 +82,27 @@ class EncodedImage(ABC):
         Raises:
             DecodeError: The image cannot be decoded.
         """
+        return self.decode_stretched(least_hw, contrast)[0]
+
+    def decode_stretched(
+        self, least_hw: tuple[int, int] = (0, 0), contrast: ContrastSpec | None = None
+    ) -> tuple[UInt8, UInt8 | None]:
+        """As `decode`.
+
+        Returns:
+            The pixels, and of an image that `is_deep` the map [256] from their intensities to
+            those that a camera of 8 bits would have recorded.
+        """
         stored = least_hw[::-1] if self.orientation in _SIDEWAYS else least_hw
         with damage_is_refused():
-            return turn(self._decode(stored, contrast), self.orientation)
+            pixels, levels = self._decode_stretched(stored, contrast)
+            return turn(pixels, self.orientation), levels
+
+    def _decode_stretched(
+        self, least_hw: tuple[int, int], contrast: ContrastSpec | None
+    ) -> tuple[UInt8, UInt8 | None]:
+        """`decode_stretched` of the stored pixels."""
+        return self._decode(least_hw, contrast), None
 
     @abstractmethod
     def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:

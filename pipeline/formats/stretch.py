@@ -41,9 +41,31 @@ def find_limits(pixels: NDArray[Any], spec: ContrastSpec | None) -> tuple[float,
 
 def least_range(high: float, spec: ContrastSpec) -> float:
     """The least difference that is stretched, for integers with this upper percentile."""
-    bits = int(abs(high)).bit_length()
-    depth = next(depth for depth in _CAMERA_BITS if depth >= bits)
-    return spec.min_range / 255 * float(2**depth - 1)
+    return spec.min_range / 255 * _sensor_range(high)
+
+
+def _sensor_range(high: float) -> float:
+    """The greatest value of the sensor, for integers with this upper percentile."""
+    bits = min(int(abs(high)).bit_length(), _CAMERA_BITS[-1])  # 2**64 - 1 is rounded up
+    return float(2 ** next(depth for depth in _CAMERA_BITS if depth >= bits) - 1)
+
+
+def undo_stretch(limits: tuple[float, float], dtype: np.dtype[Any]) -> UInt8:
+    """The map [256] from stretched intensities to those of a camera of 8 bits.
+
+    Its range is the sensor's. Floating-point values have 0..1, or up to the upper limit if that is
+    greater; without positive values nothing is mapped.
+
+    Args:
+        limits: What `stretch` was given.
+        dtype: Of the samples.
+    """
+    low, high = limits
+    if high <= 0:
+        return np.arange(256, dtype=np.uint8)
+    most = max(1.0, high) if dtype.kind == "f" else _sensor_range(high)
+    values = np.linspace(low / most, high / most, 256)
+    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def count_values(pixels: NDArray[np.uint16]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from pipeline.errors import ImageTooLarge, UnsupportedFormat
 from pipeline.formats.base import EncodedImage
 from pipeline.formats.convert import draw_on_black, stripes
 from pipeline.formats.planes import ChosenPlanes, PlaneChoice, choose_planes
-from pipeline.formats.stretch import find_limits, stretch
+from pipeline.formats.stretch import find_limits, stretch, undo_stretch
 from pipeline.formats.tiff_file import TiffStack
 from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8, Window
@@ -44,8 +44,19 @@ class Tiff(EncodedImage):
         return self.stack.palette is None and plane.dtype not in (np.uint8, np.bool_)
 
     def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
+        return self._decode_stretched(least_hw, contrast)[0]
+
+    def _decode_stretched(
+        self, least_hw: tuple[int, int], contrast: ContrastSpec | None
+    ) -> tuple[UInt8, UInt8 | None]:
         samples = self.read(Window(0, 0, self.height, self.width))
-        return self.convert(samples, find_limits(samples, contrast) if self.is_deep else None)
+        if not self.is_deep:
+            return self.convert(samples, None), None
+        limits = find_limits(samples, contrast)
+        levels = undo_stretch(limits, samples.dtype)
+        if self.stack.is_inverted:
+            levels = 255 - levels[::-1]
+        return self.convert(samples, limits), levels
 
     def read(self, region: Window) -> NDArray[Any]:
         """The samples [h, w, S] of a region: grey, red green blue, or these with alpha."""

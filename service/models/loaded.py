@@ -59,7 +59,7 @@ class LoadedModel:
         asked: RequestOptions,
         *,
         stated_um_per_px: float | None = None,
-        is_stretched: bool = False,
+        levels: UInt8 | None = None,
     ) -> LocalAnswer:
         """Segments one image in the calling thread, with the server's results.
 
@@ -67,14 +67,14 @@ class LoadedModel:
             image: [H, W, 3] uint8 RGB.
             asked: `masks`, `overlay` and `priority` mean nothing here.
             stated_um_per_px: Size of a pixel as the image's file states it.
-            is_stretched: The contrast rule has been applied already.
+            levels: Of `decode_stretched` if the contrast rule has been applied already.
 
         Raises:
             InvalidParameter: The model cannot do what is asked for.
             PixelSizeError: The stated size of a pixel is too far from the model's.
         """
         config = asked.adapt_to(asked.adapt(self.config), stated_um_per_px)
-        if is_stretched:
+        if levels is not None:
             spec = config.input.model_copy(update={"contrast": None})
             config = config.model_copy(update={"input": spec})
         warnings: list[AnswerWarning] = []
@@ -84,7 +84,7 @@ class LoadedModel:
             if choice.zoom != 1:
                 scaled = zoom_input(config.input, choice.zoom)
                 config = config.model_copy(update={"input": scaled})
-        warnings += check_domain(image, config)
+        warnings += check_domain(image, config, levels)
         return LocalAnswer(self._run(image, config, asked), warnings, config.input.zoom)
 
     def segment(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import solo_client
-from pipeline.decode import open_image
+from pipeline.decode import decode_for, open_image
 from pipeline.encode import instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.formats.planes import PlaneChoice
@@ -74,7 +74,7 @@ class LocalPredictor:
         """Decodes the image and runs the model; any error is the image's."""
         try:
             image = open_image(data, choice=self.asked.planes)
-            pixels = image.decode(contrast=self.model.config.input.contrast)
+            pixels, _, levels = decode_for(image, self.model.config.input)
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error
         try:
@@ -82,7 +82,7 @@ class LocalPredictor:
                 pixels,
                 self.asked,
                 stated_um_per_px=image.um_per_px,
-                is_stretched=image.is_deep,
+                levels=levels,
             )
         except DecodeError as error:
             raise ImageUnusable(f"{error.code}: {error}") from error

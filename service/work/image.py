@@ -116,6 +116,7 @@ class ImageWork:
         self._scaled = scaled
         self._orientation = 1
         self._um_per_px: float | None = None
+        self._levels: UInt8 | None = None
         self._prepared: Prepared | None = None
         self._picture: UInt8 | None = None
         self._collector: Collector | None = None
@@ -150,7 +151,7 @@ class ImageWork:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)
         self._picture = pixels if self._options.overlay or self._options.picture else None
-        self.warnings += check_domain(pixels, self._config)
+        self.warnings += check_domain(pixels, self._config, self._levels)
         self._collector = Collector(
             prepared.image_hw,
             self.canvases,
@@ -172,7 +173,7 @@ class ImageWork:
             self._um_per_px = image.um_per_px
             is_scaled = self._scaled and not (self._options.overlay or self._options.picture)
             needed = needed_hw(image_hw, self._config.input) if is_scaled else (0, 0)
-            data, spec = decode_for(image, self._config.input, needed)
+            data, spec, self._levels = decode_for(image, self._config.input, needed)
             if spec is not self._config.input:
                 self._config = self._config.model_copy(update={"input": spec})
         self._file = ImageFile(self._file.file_name, b"")

@@ -67,6 +67,14 @@ def test_an_image_of_another_kind_gets_a_warning_that_says_what_the_model_is_for
         assert text in warning.message
 
 
+def test_a_stretched_image_is_judged_as_it_was_recorded() -> None:
+    dim = _discs() // 8
+    config = _config(domain=_spec(dim, 0.2))
+    levels = np.linspace(0, 15, 256).round().astype(np.uint8)  # of a stretch of 0..15 to 0..255
+    assert check_domain(dim, config) == check_domain(dim * 17, config, levels) == []
+    assert [w.code for w in check_domain(dim * 17, config)] == [UNUSUAL]
+
+
 def test_a_model_without_a_domain_never_warns() -> None:
     assert check_domain(_stripes(), _config()) == []
 

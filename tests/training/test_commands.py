@@ -40,7 +40,8 @@ def test_a_missing_package_is_one_line_with_the_extra(
     monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.setattr(commands, "import_module", fail)
     assert main() == 1
-    message = f"{name}: torhc is not installed; install the extra: pip install '.[{extra}]'\n"
+    advice = f"it is in the extra '{extra}' of solo-serve (make install-training)"
+    message = f"{name}: torhc is not installed; {advice}\n"
     assert capsys.readouterr().err == message
 
 

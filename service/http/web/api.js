@@ -28,6 +28,7 @@ const BY_STATUS = {
   403: "The server does not allow this.",
   413: PLAIN_WORDS.body_too_large,
   429: "You have reached your limit. Try again in a moment.",
+  501: "The server does not offer this.",
   503: "The server is not available. Try again in a moment.",
   504: "The server did not finish in time. Try again in a moment.",
 };

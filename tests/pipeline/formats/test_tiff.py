@@ -111,10 +111,39 @@ def test_the_contrast_rule_sees_the_samples_at_full_depth() -> None:
         contrast=ContrastSpec(low=0, high=100, min_range=1),
     )
     image = open_image(write(dim))
-    pixels, rest = decode_for(image, spec)
+    pixels, rest, levels = decode_for(image, spec)
+    assert levels is not None
     assert image.is_deep and rest.contrast is None and rest.resize == spec.resize
     assert len(np.unique(pixels)) > 200
     assert (np.diff(pixels[..., 0].ravel().astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("is_inverted", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "gain"),
+    [("u2", 257), ("u2", 16), ("i4", 257), ("u8", (2**64 - 1) // 255), ("f4", 1 / 255)],
+)
+def test_how_an_image_was_recorded_is_known_after_the_stretch(
+    kind: str, gain: float, is_inverted: bool
+) -> None:
+    """The exposure of a dim image: what the same image has in 8 bits."""
+    rng = np.random.default_rng(0)
+    recorded = rng.integers(8, 120, (70, 50)).astype(np.uint8)
+    recorded[:4] = 255
+    shown = 255 - recorded if is_inverted else recorded
+    photometric = "miniswhite" if is_inverted else "minisblack"
+    with np.errstate(invalid="ignore"):
+        samples = (recorded * np.asarray(gain, "u8" if kind[0] == "u" else None)).astype(kind)
+    image = open_image(write(samples, photometric=photometric))
+    pixels, levels = image.decode_stretched(contrast=ContrastSpec(low=0.5, high=99.8))
+    assert levels is not None and pixels.max() == 255 and pixels.min() == 0
+    assert np.abs(levels[pixels].astype(int) - as_rgb(shown)).max() <= 2
+
+
+@pytest.mark.parametrize("value", [-5.0, 0.0, 1e300, 3e38, np.nan])
+def test_values_without_a_range_have_levels_all_the_same(value: float) -> None:
+    pixels, levels = open_image(write(np.full((30, 40), value))).decode_stretched()
+    assert levels is not None and levels.shape == (256,) and pixels.shape == (30, 40, 3)
 
 
 def test_eight_bits_are_left_to_the_models_rule() -> None:
@@ -122,8 +151,8 @@ def test_eight_bits_are_left_to_the_models_rule() -> None:
         resize=TileResize(scale=1, tile_hw=(64, 64), overlap_px=8),
         contrast=ContrastSpec(low=1, high=99),
     )
-    pixels, rest = decode_for(open_image(write(GREY)), spec)
-    assert rest is spec and spec.contrast is not None
+    pixels, rest, levels = decode_for(open_image(write(GREY)), spec)
+    assert rest is spec and spec.contrast is not None and levels is None
     np.testing.assert_array_equal(pixels, as_rgb(GREY))
     assert not np.array_equal(stretch_contrast(pixels, spec.contrast), pixels)
 

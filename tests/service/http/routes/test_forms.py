@@ -171,8 +171,10 @@ async def test_every_get_route_answers_head(client: httpx.AsyncClient) -> None:
     paths = [path for path, methods in document["paths"].items() if "get" in methods]
     assert {"/healthz", "/v2/health/live", "/v2/health/ready", "/metrics"} <= set(paths)
     for path in [*paths, "/", "/docs", "/openapi.json", "/web/app.js"]:
-        path = path.format(name="blobs", version=1)
-        assert (await client.head(path)).status_code == 200, path
+        status = 501 if path.startswith("/v2/jobs") else 200  # this server has no jobs
+        path = path.format(name="blobs", version=1, job_id="0")
+        assert (await client.get(path)).status_code == status, path
+        assert (await client.head(path)).status_code == status, path
     assert (await client.head("/segment")).status_code == 405
     assert (await client.head("/nowhere")).status_code == 404
     assert (await client.delete("/healthz")).headers["allow"] == "GET, HEAD"

@@ -150,7 +150,7 @@ def test_every_refusal_has_plain_words() -> None:
         *("not_found", "unknown_version", "method_not_allowed", "unsupported_encoding"),
     }
     of_jobs = {
-        *("unknown_job", "job_not_finished", "jobs_disabled", "jobs_unavailable", "storage_full"),
+        *("unknown_job", "job_not_finished", "jobs_unavailable", "storage_full"),
         *("idempotency_key_reused", "source_forbidden", "source_unavailable", "process_lost"),
     }
     for code, status in STATUS_BY_CODE.items():
