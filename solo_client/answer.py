@@ -109,7 +109,8 @@ class AnswerParser:
         data = b"".join(self._pieces)
         if not self._response.is_success:
             raise read_failure(self._response, data)
-        if self._response.status_code == httpx.codes.NO_CONTENT:
+        is_deleted = self._response.status_code == httpx.codes.NO_CONTENT
+        if is_deleted and self._response.request.method == "DELETE":
             return None
         if not self._is_stream:
             try:

@@ -5,7 +5,8 @@ ONNX Runtime, the graph with early exits, our network in eager PyTorch, and mmde
 with the same weights. All must give the same candidates before anything is timed.
 
 mmdetection gives the masks of all cells, not of the candidates alone, and its selection and NMS are
-not timed; it has no counterpart of the bundled model. Its interpreter is named by --mmdet-python
+not timed; it has no counterpart of the bundled model. OpenVINO in bf16, where it is installed, is
+timed too, and its candidates are counted only. Its interpreter is named by --mmdet-python
 (`python -m benchmarks training --help` says how to make one); without it that side is left out.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +34,7 @@ from benchmarks.harness.process import ChildProcess
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.rounds import Samples, take_turns
 from benchmarks.inputs import NUCLEI, NUCLEI_IMAGE, build_jpeg
-from benchmarks.sides.model_ours import EAGER, GRAPHS
+from benchmarks.sides.model_ours import EAGER, GRAPHS, OPENVINO
 from export.exit_graph import add_exits
 from export.onnx_graph import build_onnx, num_candidates
 from export.parity import Difference, match_candidates
@@ -51,6 +53,7 @@ TITLES = {
     "mmdet": "mmdetection, eager",
     "graph": "graph, ONNX Runtime",
     "exits": "graph with early exits",
+    OPENVINO: "graph with early exits, OpenVINO in bf16",
 }
 IMAGE_HW = (800, 1333)
 """Of the image for SOLO-512, on a canvas of 512x864."""
@@ -173,9 +176,10 @@ def measure(
         for process in sides.values():
             process.ask("step")
         outputs = {side: load_candidates(folder / f"{side}.npz") for side in sides}
-        agreement = {
-            side: check_same(side, outputs[EAGER], outputs[side]) for side in sides if side != EAGER
-        }
+        exact = [side for side in sides if side not in (EAGER, OPENVINO)]
+        agreement = {side: check_same(side, outputs[EAGER], outputs[side]) for side in exact}
+        if OPENVINO in sides:
+            agreement[OPENVINO] = {"candidates": len(outputs[OPENVINO].scores)}
         if not np.array_equal(outputs["graph"].mask_probs, outputs["exits"].mask_probs):
             raise BenchmarkError("the graph with early exits gives other masks than the plain one")
         variants = {side: partial(process.ask, "step") for side, process in sides.items()}
@@ -202,7 +206,8 @@ def write_inputs(
     canvas = {"images": subject.images, "valid_hw": subject.valid_hw}
     torch.save({"network": subject.network, "threads": threads, **canvas}, file)
     ours = [sys.executable, "-m", "benchmarks.sides.model_ours"]
-    commands = {side: [*ours, side, str(file)] for side in (EAGER, *GRAPHS)}
+    installed = (OPENVINO,) if find_spec("openvino") else ()
+    commands = {side: [*ours, side, str(file)] for side in (EAGER, *GRAPHS, *installed)}
     if mmdet_python is not None and subject.config.name == "solo_512_r50":
         mmdet = [str(mmdet_python), "-m", "benchmarks.sides.model_mmdet"]
         weights = write_mmdet(subject, folder / "mmdet.pt", mmdet, threads)

@@ -236,7 +236,7 @@ def read_images(server: ServerProcess) -> int:
 def test_predict_ends_when_the_server_does_and_goes_on_with_it(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.predict.command.RETRY", Retry(attempts=2, backoff_s=0.01))
+    monkeypatch.setattr("service.predict.sources.RETRY", Retry(attempts=2, backoff_s=0.01))
     write_pictures(tmp_path / "images", 6)
     port = str(free_port())
     flags = ("--model-repo", str(repo), *FLAGS, "--port", port)

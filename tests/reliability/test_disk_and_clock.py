@@ -49,7 +49,7 @@ def test_predict_on_a_full_disk_says_so_and_goes_on_later(tmp_path: Path, report
         (tmp_path / f"{index:02}.png").write_bytes(encode_picture(draw_picture(90, 70, boxes)))
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
     assert predict(tmp_path, whole).returncode == 0
-    failed = predict(tmp_path, cut, 2**16)
+    failed = predict(tmp_path, cut, 2**17)
     assert failed.returncode == 1
     assert failed.stderr.startswith("solo-predict: error: ")
     assert "cannot use the journal" in failed.stderr and "cut.json.partial: " in failed.stderr

@@ -82,7 +82,7 @@ def test_a_retry_has_the_same_key() -> None:
         ({"images": [b"x"], "inputs": ["file:///x"]}, ValueError, "either images"),
         ({"inputs": "file:///x"}, TypeError, "a list of URIs"),
         ({"images": b"x"}, TypeError, "several images"),
-        ({"images": [b"x"], "scale": 3}, TypeError, "unknown options"),
+        ({"images": [b"x"], "zoom": 3}, TypeError, "unknown options"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
