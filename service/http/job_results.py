@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import orjson
@@ -127,16 +127,25 @@ class _Document:
     format: OutputFormat
     simplify_px: float
 
-    @property
+    @cached_property
     def _classes(self) -> Classes:
-        return tuple(ClassSpec(**spec) for spec in self.job.options.classes)
+        """Those of the model when the job was made, and then those that other versions found."""
+        names = {spec["category_id"]: spec["name"] for spec in self.job.options.classes}
+        found = {
+            instance["category_id"]: instance["category"]
+            for _, _, instances in self._found()
+            for instance in orjson.loads(instances)
+        }
+        names |= {number: found[number] for number in sorted(found) if number not in names}
+        return tuple(ClassSpec(category_id=number, name=name) for number, name in names.items())
 
     def write(self) -> Iterator[bytes]:
         """The document, or a ZIP with a file for each image."""
         if self.format.join is not None:
             pages = ((number, self.format.encode(page)) for number, page in self._pages())
-            return self.format.join(self._classes, pages)
-        return zip_files(self._files())
+            yield from self.format.join(self._classes, pages)
+        else:
+            yield from zip_files(self._files())
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         names = [entry["file_name"] for _, entry, _ in self._found()]
@@ -158,7 +167,8 @@ class _Document:
                     instances=[instance_from_coco(i, labels[i["category_id"]]) for i in found],
                     classes=classes,
                     simplify_px=self.simplify_px,
-                    um_per_px=self.job.options.parameters.get("um_per_px"),
+                    um_per_px=self.job.options.parameters.get("um_per_px")
+                    or entry.get("um_per_px"),
                 ),
             )
 

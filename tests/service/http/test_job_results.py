@@ -3,12 +3,15 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import orjson
 import pytest
 
+from pipeline.decode import read_header
+from pipeline.writers import FormatName
 from service.errors import InvalidParameter, UnknownJob
 from service.http.job_results import ResultFormat, Stored, build_answer
 from service.jobs.records import FileResult, JobRecord
@@ -33,9 +36,11 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
     opened.close()
 
 
-def make_job(store: JobStore, *results: FileResult, masks: str = "rle") -> JobRecord:
+def make_job(
+    store: JobStore, *results: FileResult, parameters: Mapping[str, object] | None = None
+) -> JobRecord:
     """A job that is done."""
-    submission = build_submission(len(results), classes=CLASSES, parameters={"masks": masks})
+    submission = build_submission(len(results), classes=CLASSES, parameters=parameters or {})
     job, _ = store.accept(submission, None)
     for claim, result in zip(store.claim("w", len(results)), results, strict=True):
         store.finish("w", claim, result)
@@ -79,6 +84,29 @@ def test_documents_have_the_classes_of_the_job(store: JobStore) -> None:
     assert annotation["segmentation"] == INSTANCE["segmentation"]
 
 
+@pytest.mark.parametrize("wanted", get_args(FormatName))
+def test_a_version_with_further_classes_may_have_come_since_the_job_was_made(
+    store: JobStore, wanted: FormatName
+) -> None:
+    added = {**INSTANCE, "category_id": 2, "category": "spindle"}
+    job = make_job(store, found("a.png", INSTANCE), found("b.png", added))
+    assert read(store, job, wanted)
+    data = json.loads(read(store, job, "coco"))
+    assert [c["name"] for c in data["categories"]] == ["cell", "other", "spindle"]
+    assert [a["category_id"] for a in data["annotations"]] == [9, 2]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [({}, 0.25), ({"um_per_px": 0.5}, 0.5)])
+def test_the_size_of_a_pixel_is_that_of_the_file_unless_the_job_states_it(
+    store: JobStore, asked: dict[str, float], expected: float
+) -> None:
+    properties = {**found("a.tif").properties, "um_per_px": 0.25}
+    job = make_job(store, FileResult("m:1", properties, [INSTANCE]), parameters=asked)
+    with zipfile.ZipFile(io.BytesIO(read(store, job, "ome-tiff"))) as archive:
+        written = archive.read("masks/a.ome.tif")
+    assert read_header(written).um_per_px == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("names", [["a.png", "a.jpg"], ["../../x.png", "/etc/y.png"]])
 def test_files_of_a_zip_are_safe_and_different(store: JobStore, names: list[str]) -> None:
     job = make_job(store, *(found(name, INSTANCE) for name in names))
@@ -100,7 +128,7 @@ def test_a_job_that_is_deleted_meanwhile_is_not_one_without_results(
 
 
 def test_what_cannot_be_written_is_refused(store: JobStore) -> None:
-    boxes = make_job(store, found("a.png"), masks="none")
+    boxes = make_job(store, found("a.png"), parameters={"masks": "none"})
     with pytest.raises(InvalidParameter, match="csv needs a job with masks=rle"):
         read(store, boxes, "csv")
     job = make_job(store, found("a.png"))
