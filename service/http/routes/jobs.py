@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import ValidationError
 from starlette.responses import StreamingResponse
 
+from pipeline.strict_json import parse_json
 from service.errors import Draining, InvalidParameter, InvalidRequest, JobNotFinished, JobsDisabled
 from service.http.body import check_encoding, read_body
 from service.http.explain import explain_errors
@@ -142,6 +143,8 @@ async def submit(
     curl --fail-with-body -F images=@$image -F images=@$image localhost:8000/v2/jobs
     ```
     """
+    if len(request.headers.getlist("idempotency-key")) > 1:
+        raise InvalidParameter("Idempotency-Key: it is given more than once")
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise InvalidParameter("Idempotency-Key: 1 to 255 printable ASCII characters are needed")
     if not segmenter.admission.is_open:
@@ -317,8 +320,8 @@ async def read_submission(request: Request, max_files: int) -> SentJob:
         )
     body = await read_body(request, _MAX_JSON_BYTES)
     try:
-        fields_given = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        fields_given = parse_json(body)
+    except ValueError as error:
         raise InvalidRequest(f"the body is no JSON: {error}") from error
     if not isinstance(fields_given, dict):
         raise InvalidRequest("the body is no JSON object")

@@ -30,6 +30,7 @@ from tests.support.receiver import receive_webhooks
 
 IMAGE = encode_picture(draw_picture())
 LARGE = encode_picture(draw_picture(256, 256))
+JSON = {"content-type": "application/json"}
 SECRET = SecretStr("whsec_" + base64.b64encode(bytes(32)).decode())
 
 
@@ -205,8 +206,24 @@ def talk(app: FastAPI) -> httpx.AsyncClient:
         ({"json": ["file:///etc/"]}, 400, "invalid_request", "no JSON object"),
         ({"json": {"inputs": [3]}}, 422, "invalid_parameter", "inputs.0"),
         (
-            {"content": b"{", "headers": {"content-type": "application/json"}},
+            {"content": b"{", "headers": JSON},
             *(400, "invalid_request", "no JSON"),
+        ),
+        (
+            {"content": b'{"inputs": [], "inputs": ["file:///etc/"]}', "headers": JSON},
+            *(400, "invalid_request", "'inputs' stands twice"),
+        ),
+        (
+            {"content": b"[" * 100_000, "headers": JSON},
+            *(400, "invalid_request", "nested deeper"),
+        ),
+        (
+            {"content": b'{"inputs": ["\xff"]}', "headers": JSON},
+            *(400, "invalid_request", "no JSON"),
+        ),
+        (
+            {"files": upload(IMAGE), "headers": [("idempotency-key", k) for k in "ab"]},
+            *(422, "invalid_parameter", "more than once"),
         ),
         (
             {"files": upload(IMAGE), "headers": {"idempotency-key": "a b"}},
