@@ -180,7 +180,7 @@ def decode_for(
 
     Returns:
         The pixels, the model's input as it applies to them, without the contrast rule if that was
-        applied to samples of more than 8 bits, and in that case the map of `decode_stretched`.
+        applied to samples of more than 8 bits, and in that case the maps of `decode_stretched`.
     """
     pixels, levels = image.decode_stretched(least_hw, spec.contrast)
     if levels is not None:

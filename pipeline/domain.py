@@ -95,17 +95,20 @@ def check_domain(
     Args:
         image: [H, W, 3] RGB uint8.
         config: Of the model; without `domain` there is no warning.
-        levels: Of an image whose contrast was stretched: the training images are described as they
-            were recorded. See `EncodedImage.decode_stretched`.
+        levels: Of an image whose contrast was stretched, as the training images are described as
+            they were recorded: maps [K, 256], see `EncodedImage.decode_stretched`. One that makes
+            it usual suffices.
     """
     spec = config.domain
     if spec is None:
         return []
-    statistics = describe_image(image, levels)
-    if statistics is None:
+    exposures = [None] if levels is None else list(levels)
+    described = [describe_image(image, exposure) for exposure in exposures]
+    known = [statistics for statistics in described if statistics is not None]
+    if not known:
         reason = f"too small or too uniform to tell whether model {config.name!r} suits it"
         return [AnswerWarning(NOT_JUDGED, f"the image is {reason}")]
-    distance = measure_distance(statistics, spec)
+    distance = min(measure_distance(statistics, spec) for statistics in known)
     if distance <= spec.threshold:
         return []
     purpose = f" ({config.card.domain})" if config.card.domain else ""

@@ -90,8 +90,8 @@ class EncodedImage(ABC):
         """As `decode`.
 
         Returns:
-            The pixels, and of an image that `is_deep` the map [256] from their intensities to
-            those that a camera of 8 bits would have recorded.
+            The pixels, and of an image that `is_deep` maps [K, 256] from their intensities to
+            those that a camera of 8 bits may have recorded.
         """
         stored = least_hw[::-1] if self.orientation in _SIDEWAYS else least_hw
         with damage_is_refused():

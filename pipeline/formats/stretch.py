@@ -41,20 +41,20 @@ def find_limits(pixels: NDArray[Any], spec: ContrastSpec | None) -> tuple[float,
 
 def least_range(high: float, spec: ContrastSpec) -> float:
     """The least difference that is stretched, for integers with this upper percentile."""
-    return spec.min_range / 255 * _sensor_range(high)
+    return spec.min_range / 255 * _sensor_ranges(high)[0]
 
 
-def _sensor_range(high: float) -> float:
-    """The greatest value of the sensor, for integers with this upper percentile."""
+def _sensor_ranges(high: float) -> list[float]:
+    """The greatest values of sensors that may have given this upper percentile, ascending."""
     bits = min(int(abs(high)).bit_length(), _CAMERA_BITS[-1])  # 2**64 - 1 is rounded up
-    return float(2 ** next(depth for depth in _CAMERA_BITS if depth >= bits) - 1)
+    return [float(2**depth - 1) for depth in _CAMERA_BITS if depth >= bits]
 
 
 def undo_stretch(limits: tuple[float, float], dtype: np.dtype[Any]) -> UInt8:
-    """The map [256] from stretched intensities to those of a camera of 8 bits.
+    """Maps [K, 256] from stretched intensities to those that a camera of 8 bits may have recorded.
 
-    Its range is the sensor's. Floating-point values have 0..1, or up to the upper limit if that is
-    greater; without positive values nothing is mapped.
+    There is one for each range that the sensor may have had. Floating-point values have 0..1, or up
+    to the upper limit if that is greater; without positive values nothing is mapped.
 
     Args:
         limits: What `stretch` was given.
@@ -62,9 +62,12 @@ def undo_stretch(limits: tuple[float, float], dtype: np.dtype[Any]) -> UInt8:
     """
     low, high = limits
     if high <= 0:
-        return np.arange(256, dtype=np.uint8)
-    most = max(1.0, high) if dtype.kind == "f" else _sensor_range(high)
-    values = np.linspace(low / most, high / most, 256)
+        return np.arange(256, dtype=np.uint8)[None]
+    if dtype.kind == "f":
+        ranges = [max(1.0, high)]
+    else:
+        ranges = [most for most in _sensor_ranges(high) if most < 256.0**dtype.itemsize]
+    values = np.stack([np.linspace(low / most, high / most, 256) for most in ranges or [high]])
     return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

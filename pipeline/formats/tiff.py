@@ -55,7 +55,7 @@ class Tiff(EncodedImage):
         limits = find_limits(samples, contrast)
         levels = undo_stretch(limits, samples.dtype)
         if self.stack.is_inverted:
-            levels = 255 - levels[::-1]
+            levels = 255 - levels[:, ::-1]
         return self.convert(samples, limits), levels
 
     def read(self, region: Window) -> NDArray[Any]:

@@ -70,7 +70,8 @@ def test_an_image_of_another_kind_gets_a_warning_that_says_what_the_model_is_for
 def test_a_stretched_image_is_judged_as_it_was_recorded() -> None:
     dim = _discs() // 8
     config = _config(domain=_spec(dim, 0.2))
-    levels = np.linspace(0, 15, 256).round().astype(np.uint8)  # of a stretch of 0..15 to 0..255
+    recorded = np.linspace(0, 15, 256).round().astype(np.uint8)  # of a stretch of 0..15 to 0..255
+    levels = np.stack([np.arange(256, dtype=np.uint8), recorded])
     assert check_domain(dim, config) == check_domain(dim * 17, config, levels) == []
     assert [w.code for w in check_domain(dim * 17, config)] == [UNUSUAL]
 

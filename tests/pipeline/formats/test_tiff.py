@@ -120,11 +120,14 @@ def test_the_contrast_rule_sees_the_samples_at_full_depth() -> None:
 
 @pytest.mark.parametrize("is_inverted", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "gain"),
-    [("u2", 257), ("u2", 16), ("i4", 257), ("u8", (2**64 - 1) // 255), ("f4", 1 / 255)],
+    ("kind", "gain", "ranges"),
+    [
+        *(("u2", 257, 1), ("u2", 16, 3), ("i4", 257, 3)),
+        *(("u8", (2**64 - 1) // 255, 1), ("f4", 1 / 255, 1)),
+    ],
 )
 def test_how_an_image_was_recorded_is_known_after_the_stretch(
-    kind: str, gain: float, is_inverted: bool
+    kind: str, gain: float, ranges: int, is_inverted: bool
 ) -> None:
     """The exposure of a dim image: what the same image has in 8 bits."""
     rng = np.random.default_rng(0)
@@ -137,13 +140,14 @@ def test_how_an_image_was_recorded_is_known_after_the_stretch(
     image = open_image(write(samples, photometric=photometric))
     pixels, levels = image.decode_stretched(contrast=ContrastSpec(low=0.5, high=99.8))
     assert levels is not None and pixels.max() == 255 and pixels.min() == 0
-    assert np.abs(levels[pixels].astype(int) - as_rgb(shown)).max() <= 2
+    assert np.abs(levels[0][pixels].astype(int) - as_rgb(shown)).max() <= 2
+    assert len(levels) == ranges
 
 
 @pytest.mark.parametrize("value", [-5.0, 0.0, 1e300, 3e38, np.nan])
 def test_values_without_a_range_have_levels_all_the_same(value: float) -> None:
     pixels, levels = open_image(write(np.full((30, 40), value))).decode_stretched()
-    assert levels is not None and levels.shape == (256,) and pixels.shape == (30, 40, 3)
+    assert levels is not None and levels.shape == (1, 256) and pixels.shape == (30, 40, 3)
 
 
 def test_eight_bits_are_left_to_the_models_rule() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -37,12 +37,10 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 
 def make_job(
-    store: JobStore, *results: FileResult, masks: str = "rle", **parameters: object
+    store: JobStore, *results: FileResult, parameters: Mapping[str, object] | None = None
 ) -> JobRecord:
     """A job that is done."""
-    submission = build_submission(
-        len(results), classes=CLASSES, parameters={"masks": masks, **parameters}
-    )
+    submission = build_submission(len(results), classes=CLASSES, parameters=parameters or {})
     job, _ = store.accept(submission, None)
     for claim, result in zip(store.claim("w", len(results)), results, strict=True):
         store.finish("w", claim, result)
@@ -102,9 +100,8 @@ def test_a_version_with_further_classes_may_have_come_since_the_job_was_made(
 def test_the_size_of_a_pixel_is_that_of_the_file_unless_the_job_states_it(
     store: JobStore, asked: dict[str, float], expected: float
 ) -> None:
-    result = found("a.tif", INSTANCE)
-    result.properties["um_per_px"] = 0.25
-    job = make_job(store, result, **asked)
+    properties = {**found("a.tif").properties, "um_per_px": 0.25}
+    job = make_job(store, FileResult("m:1", properties, [INSTANCE]), parameters=asked)
     with zipfile.ZipFile(io.BytesIO(read(store, job, "ome-tiff"))) as archive:
         written = archive.read("masks/a.ome.tif")
     assert read_header(written).um_per_px == pytest.approx(expected)
@@ -131,7 +128,7 @@ def test_a_job_that_is_deleted_meanwhile_is_not_one_without_results(
 
 
 def test_what_cannot_be_written_is_refused(store: JobStore) -> None:
-    boxes = make_job(store, found("a.png"), masks="none")
+    boxes = make_job(store, found("a.png"), parameters={"masks": "none"})
     with pytest.raises(InvalidParameter, match="csv needs a job with masks=rle"):
         read(store, boxes, "csv")
     job = make_job(store, found("a.png"))
