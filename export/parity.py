@@ -296,8 +296,8 @@ def require_parity(report: dict[str, Any]) -> None:
     compared = total["candidates_torch"] + total["candidates_onnx"]
     if not compared:
         raise ParityError(
-            "no candidate was found on the test images, so nothing could be compared; is the "
-            "network trained? --data adds images of a data set to the comparison"
+            "no candidate was found on the test images, so nothing could be compared; train "
+            "longer, or use --data to add images with objects of the trained classes"
         )
     raise ParityError(
         f"PyTorch and ONNX Runtime disagree on {total['unmatched']} of {compared} candidates "

@@ -37,7 +37,7 @@ def build_parser(
     parser.add_argument("--version", action="version", version=f"solo-serve {read_version()}")
     for name, setting in kind.model_fields.items():
         computed = setting.default_factory is not None or setting.default is None
-        default = "" if computed else f", default {setting.default}"
+        default = "" if computed or setting.default == "" else f", default {setting.default}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,

@@ -21,10 +21,12 @@ def explain_errors(errors: Sequence[Mapping[str, Any]], kind: str) -> str:
     parts = []
     for error in errors[:_MOST_ERRORS]:
         name = ".".join(str(part) for part in error["loc"]) or "the body"
+        reason = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             parts.append(f"there is no {kind} {_SHORT.repr(name)}")
+        elif not error["loc"] and error["type"] == "value_error":
+            parts.append(reason)  # of a validator of the whole, which names the value itself
         else:
-            reason = error["msg"].removeprefix("Value error, ")
             parts.append(f"{name}: {reason}, not {_SHORT.repr(error['input'])}")
     if len(errors) > _MOST_ERRORS:
         parts.append(f"and {len(errors) - _MOST_ERRORS} more")

@@ -182,6 +182,7 @@ def test_every_setting_has_a_flag_with_a_help_text() -> None:
     for name, setting in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert setting.description, name
+    assert "(SOLO_CORS_ORIGINS)" in " ".join(text.split())  # an empty default is not shown
 
 
 def test_the_bundled_models_serve_where_there_is_no_repository(

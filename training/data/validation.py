@@ -19,8 +19,8 @@ def describe_validation(val: CocoDataset) -> str:
         text += f", none of {', '.join(missing[:_LISTED])}{more}, which the AP leaves out"
     if _is_small(val):
         text += (
-            f"; that is few (less than {FEW_IMAGES} images or {FEW_OBJECTS} objects): on other "
-            "images the AP may differ by 0.1 and more"
+            f"; that is few (less than {FEW_IMAGES} images or {FEW_OBJECTS} objects), so the AP "
+            "is only a rough estimate"
         )
     return text
 

@@ -17,6 +17,8 @@ def test_each_value_is_named() -> None:
     assert explain_errors([{**error("a"), "loc": ()}], "field") == "the body: Wrong, not 1"
     own = {**error("a"), "msg": "Value error, it is odd"}
     assert explain_errors([own], "field") == "a: it is odd, not 1"
+    whole = {**error("a", "value_error"), "loc": (), "msg": "Value error, a is odd"}
+    assert explain_errors([whole], "field") == "a is odd"
 
 
 def test_much_is_abbreviated() -> None:
