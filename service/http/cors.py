@@ -20,9 +20,9 @@ def build_cors_options(origins: str) -> dict[str, Any] | None:
         return None
     return {
         "allow_origins": allowed,
-        "allow_methods": ["GET", "HEAD", "POST"],
+        "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
         "allow_headers": ["*"],
-        "expose_headers": ["x-request-id", "retry-after"],
+        "expose_headers": ["x-request-id", "retry-after", "location", "content-disposition"],
     }
 
 

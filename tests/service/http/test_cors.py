@@ -57,6 +57,19 @@ async def test_every_answer_has_the_headers(
         await ask(503, "/segment", content=PICTURE)
 
 
+async def test_a_page_may_delete_a_job_and_read_where_it_is(
+    shared: FastAPI, open_client: OpenClient
+) -> None:
+    asked = {"origin": ORIGIN, "access-control-request-method": "DELETE"}
+    async with open_client(shared) as client:
+        allowed = await client.options("/v2/jobs/1", headers=asked)
+        assert allowed.status_code == 200
+        assert "DELETE" in allowed.headers["access-control-allow-methods"]
+        answer = await client.get("/healthz", headers={"origin": ORIGIN})
+    exposed = answer.headers["access-control-expose-headers"]
+    assert {"location", "content-disposition"} <= {name.strip() for name in exposed.split(",")}
+
+
 async def test_a_body_that_the_guard_refuses_is_answered_with_the_headers(
     settings: Settings,
 ) -> None:
