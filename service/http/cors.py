@@ -22,7 +22,13 @@ def build_cors_options(origins: str) -> dict[str, Any] | None:
         "allow_origins": allowed,
         "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
         "allow_headers": ["*"],
-        "expose_headers": ["x-request-id", "retry-after", "location", "content-disposition"],
+        "expose_headers": [
+            "x-request-id",
+            "retry-after",
+            "location",
+            "content-disposition",
+            "x-solo-warnings",
+        ],
     }
 
 

@@ -272,6 +272,7 @@ class ImageWork:
             canvases=self.canvases + self._probed,
             engine_s=self._engine_s,
             instances=len(detections.instances),
+            warnings=tuple(warning.code for warning in self.warnings),
             stages={**stages},
             whole=(began_s, ended_s),
         )

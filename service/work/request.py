@@ -161,6 +161,7 @@ class Outcome:
         canvases: Canvases that the engine processed.
         engine_s: Engine time of these canvases; calls that were shared count by their share.
         instances: Instances in the answer.
+        warnings: Codes, for answers that are no JSON.
         stages: For tracing: when the image was in each stage.
         whole: For tracing: from the start of the request to the end of the image.
     """
@@ -171,5 +172,6 @@ class Outcome:
     canvases: int = 0
     engine_s: float = 0.0
     instances: int = 0
+    warnings: tuple[str, ...] = ()
     stages: dict[str, Sequence[Interval]] = field(default_factory=dict)
     whole: Interval = (0.0, 0.0)

@@ -47,7 +47,10 @@ class DocumentAnswer:
             Exception: The error of an image that failed.
         """
         chunks, name, media_type = self._write(segmented)
-        headers = {"vary": "accept", "content-disposition": f"attachment; {describe_name(name)}"}
+        headers = {
+            **describe_warnings(segmented.outcomes),
+            "content-disposition": f"attachment; {describe_name(name)}",
+        }
         return StreamingResponse(chunks, media_type=media_type, headers=headers)
 
     def build_line(self, segmented: Segmented) -> bytes:
@@ -58,7 +61,10 @@ class DocumentAnswer:
         """
         chunks, name, media_type = self._write(segmented)
         data = base64.b64encode(b"".join(chunks)).decode()
-        return orjson.dumps({"file_name": name, "media_type": media_type, "base64": data})
+        warnings = [[*outcome.warnings] for outcome in segmented.outcomes]
+        return orjson.dumps(
+            {"file_name": name, "media_type": media_type, "base64": data, "warnings": warnings}
+        )
 
     def _write(self, segmented: Segmented) -> tuple[Iterator[bytes], str, str]:
         """The pieces of the file, its name and its media type."""
@@ -111,6 +117,12 @@ def _only_page(outcome: Outcome, number: int, names: Sequence[str | None]) -> by
         error = copy.copy(error)
         error.args = (f"image {number + 1} ({names[number]!r}): {error}", *error.args[1:])
     raise error
+
+
+def describe_warnings(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """The headers of an answer that is no JSON: with the codes of the images' warnings, if any."""
+    codes = sorted({code for outcome in outcomes for code in outcome.warnings})
+    return {"vary": "accept"} | ({"x-solo-warnings": ", ".join(codes)} if codes else {})
 
 
 def describe_name(name: str) -> str:

@@ -22,7 +22,7 @@ from service.errors import (
 )
 from service.http.body import check_encoding, read_body
 from service.http.form import PART_NAME, read_form
-from service.http.routes.documents import FILE_TYPES, choose_document
+from service.http.routes.documents import FILE_TYPES, choose_document, describe_warnings
 from service.http.routes.progress import ProgressResponse
 from service.http.routes.state import ClientDep, SegmenterDep, find_client, get_segmenter
 from service.http.schemas import ErrorResponse, SegmentQuery, SegmentResponse, TimeoutMs
@@ -164,7 +164,7 @@ async def segment(
         return document.respond(segmented)
     if media_type == PNG:
         outcome = only_success(segmented)
-        return Response(outcome.payload, media_type=PNG, headers={"vary": "accept"})
+        return Response(outcome.payload, media_type=PNG, headers=describe_warnings([outcome]))
     return Response(build_body(segmented), media_type=JSON, headers={"vary": "accept"})
 
 

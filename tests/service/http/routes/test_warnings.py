@@ -62,6 +62,24 @@ async def test_each_image_has_its_own_warnings(blobs: httpx.AsyncClient) -> None
     assert plain.json()["results"][0]["warnings"] == []
 
 
+async def test_answers_that_are_no_json_have_the_codes_in_a_header(
+    blobs: httpx.AsyncClient,
+) -> None:
+    for image, expected in ((USUAL, None), (STRIPES, UNUSUAL)):
+        content = encode_picture(image)
+        picture = await blobs.post("/segment", content=content, headers={"accept": "image/png"})
+        assert picture.headers["content-type"] == "image/png"
+        assert picture.headers.get("x-solo-warnings") == expected
+    parts = [("images", encode_picture(image)) for image in (USUAL, BLANK, STRIPES, STRIPES)]
+    table = await blobs.post("/segment?format=csv", files=parts)
+    assert table.headers["x-solo-warnings"] == f"{NOT_JUDGED}, {UNUSUAL}"
+    lines = await blobs.post(
+        "/segment?format=csv", files=parts, headers={"accept": "application/x-ndjson"}
+    )
+    result = json.loads(lines.text.splitlines()[-1])["result"]
+    assert result["warnings"] == [[], [NOT_JUDGED], [UNUSUAL], [UNUSUAL]]
+
+
 async def test_infer_has_an_output_of_them(blobs: httpx.AsyncClient) -> None:
     data = [base64.b64encode(encode_picture(image)).decode() for image in (USUAL, STRIPES)]
     tensor = {"name": "image", "datatype": "BYTES", "shape": [2], "data": data}
