@@ -29,6 +29,7 @@ from tests.browser.scene import (
 )
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.server import run_server
+from tests.support.waiting import poll_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Route
@@ -154,7 +155,8 @@ def test_waiting_is_shown_and_can_be_cancelled(demo: Demo) -> None:
     demo.by_id("busy").wait_for()
     assert demo.by_id("busy-text").inner_text() == "Segmenting slow.png"
     assert demo.by_id("panel").get_attribute("aria-busy") == "true"
-    assert demo.read_pixels(IN_RED) == [(255, 0, 0)], "the image is there already"
+    # The image is shown before the answer has come.
+    poll_until(lambda: demo.read_pixels(IN_RED) == [(255, 0, 0)], timeout_s=30, pause_s=0.1)
     demo.page.get_by_role("button", name="Cancel").click()
     assert demo.by_id("busy").is_hidden()
     assert demo.by_id("panel").get_attribute("aria-busy") == "false"
