@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
+
+from pipeline.mask_iou import measure_iou
 
 MATCH_IOU = 0.5
 
@@ -53,9 +54,7 @@ def compare_instances(
         raise ValueError(f"the masks are of different sizes: {sorted(sizes)}")
     if not first or not second:
         return AnswerMatch((), (), (len(first), len(second)))
-    ious = np.asarray(coco_mask.iou(_masks_of(first), _masks_of(second), [0] * len(second)))
-    classes = [np.array([i["category_id"] for i in instances]) for instances in (first, second)]
-    ious = np.where(classes[0][:, None] == classes[1], ious, 0.0)
+    ious = measure_iou(first, second)
     pairs = np.argwhere(ious > MATCH_IOU)
     pairs = pairs[np.argsort(-ious[tuple(pairs.T)], kind="stable")]
     taken: tuple[set[int], set[int]] = set(), set()
@@ -70,13 +69,3 @@ def compare_instances(
         tuple(second[j]["score"] - first[i]["score"] for i, j in matched),
         (len(first) - len(matched), len(second) - len(matched)),
     )
-
-
-def _masks_of(instances: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "size": instance["segmentation"]["size"],
-            "counts": instance["segmentation"]["counts"].encode(),
-        }
-        for instance in instances
-    ]

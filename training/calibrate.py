@@ -24,13 +24,14 @@ from pipeline.calibration import (
     to_network,
     to_reported,
 )
+from pipeline.mask_iou import measure_iou
 from pipeline.model_config import Calibration
 from pipeline.repository_config import RepositoryConfig
 from service.models.repository import edit_config
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 from training.data.records import ImageId
-from training.matching import match, measure_iou, rank
+from training.matching import match, rank
 from training.predictors import RepositoryPredictor, Result, predict
 
 MATCH_IOU = 0.5

@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.mask_iou import Entry
 from training.coco_metrics import describe_metrics, score_masks
 from training.data.coco import CocoDataset
 from training.data.records import DatasetError, ImageId
 from training.instance_metrics import SIZES_PX2, ImageScore, score_images, summarise
-from training.matching import Entry
 
 ALL = "all"
 Row = dict[str, Any]

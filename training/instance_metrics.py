@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from pipeline.mask_iou import Entry, measure_iou
 from training.data.records import ImageId
 from training.federated import ignore_unlabelled
-from training.matching import Entry, match, measure_iou, rank
+from training.matching import match, rank
 
 SIZES_PX2 = (64, 256, 1024)
 """Areas that separate the groups of `recall`."""

@@ -5,42 +5,14 @@ Symbols: N instances, M objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
-
-Entry = Mapping[str, Any]
-Float64 = NDArray[np.float64]
+from pipeline.mask_iou import Entry, Float64
 
 
 def rank(results: Sequence[Entry]) -> list[Entry]:
     """COCO results, best first; those of equal scores keep their order."""
     return sorted(results, key=lambda result: -float(result["score"]))
-
-
-def measure_iou(
-    found: Sequence[Entry], objects: Sequence[Entry], *, crowd: bool = False
-) -> Float64:
-    """IoU of masks; 0 between different classes.
-
-    Args:
-        found: N COCO results with RLE.
-        objects: M COCO annotations with RLE.
-        crowd: Gives the share of the instance that the object covers instead.
-
-    Returns:
-        [N, M].
-    """
-    if not found or not objects:
-        return np.zeros((len(found), len(objects)))
-    masks = [[dict(entry["segmentation"]) for entry in entries] for entries in (found, objects)]
-    iou = np.asarray(coco_mask.iou(masks[0], masks[1], [crowd] * len(objects)), np.float64)
-    classes = ([entry["category_id"] for entry in entries] for entries in (found, objects))
-    iou[np.not_equal.outer(*classes)] = 0
-    return iou
 
 
 def match(iou: Float64, threshold: float) -> list[int | None]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.mask_iou import measure_iou
 from tests.support.tiny import annotation_of, disc
-from training.matching import match, measure_iou, rank
+from training.matching import match, rank
 
 
 def _entry(x: int, category_id: int = 3, score: float = 1.0) -> dict[str, Any]:
