@@ -97,7 +97,7 @@ def read_config(text: str) -> Target:
 
 
 @dataclass
-class Backend:
+class LabelStudioBackend:
     """Predicts tasks.
 
     Attributes:
@@ -260,7 +260,7 @@ def _encode_run(length: int, value: int) -> Iterator[str]:
         length -= part
 
 
-def build_app(backend: Backend) -> Starlette:
+def build_app(backend: LabelStudioBackend) -> Starlette:
     """The HTTP application."""
 
     async def health(request: Request) -> JSONResponse:
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     key, token = (None if file is None else file.read_text().strip() for file in files)
     options = {"model": parsed.model, "score_threshold": parsed.score_threshold}
     with Client(parsed.url, api_key=key) as client:
-        backend = Backend(client, parsed.label_studio_url, token, options)
+        backend = LabelStudioBackend(client, parsed.label_studio_url, token, options)
         uvicorn.run(build_app(backend), host=parsed.host, port=parsed.port)
 
 

@@ -12,7 +12,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from integrations.label_studio import Backend, TaskError, build_app, encode_brush, read_config
+from integrations.label_studio import (
+    LabelStudioBackend,
+    TaskError,
+    build_app,
+    encode_brush,
+    read_config,
+)
 from solo_client import Client, Instance
 from tests.integrations.conftest import PICTURE, PIXELS
 from tests.support.found import draw_blobs, to_instance
@@ -47,14 +53,14 @@ def studio() -> Studio:
 
 
 @pytest.fixture
-def backend(server: ServerProcess, studio: Studio) -> Iterator[Backend]:
+def backend(server: ServerProcess, studio: Studio) -> Iterator[LabelStudioBackend]:
     http = httpx.Client(transport=httpx.MockTransport(studio))
     with Client(server.url) as client:
-        yield Backend(client, STUDIO, token="legacy", http=http)
+        yield LabelStudioBackend(client, STUDIO, token="legacy", http=http)
 
 
 @pytest.fixture
-def asked(backend: Backend) -> TestClient:
+def asked(backend: LabelStudioBackend) -> TestClient:
     return TestClient(build_app(backend))
 
 
@@ -157,7 +163,9 @@ def test_tasks_are_answered_in_their_order_and_none_is_none(asked: TestClient) -
     assert asked.post("/predict", json=content).json()["results"] == []
 
 
-def test_the_token_is_sent_to_label_studio_only(backend: Backend, studio: Studio) -> None:
+def test_the_token_is_sent_to_label_studio_only(
+    backend: LabelStudioBackend, studio: Studio
+) -> None:
     backend.fetch("/data/upload/a.png")
     backend.fetch("https://elsewhere.invalid/a.png")
     backend.token = "a.b.c"
@@ -170,7 +178,9 @@ def test_the_token_is_sent_to_label_studio_only(backend: Backend, studio: Studio
     ]
 
 
-def test_label_studio_sees_whether_the_server_is_there(asked: TestClient, backend: Backend) -> None:
+def test_label_studio_sees_whether_the_server_is_there(
+    asked: TestClient, backend: LabelStudioBackend
+) -> None:
     assert asked.get("/health").json() == {"status": "UP", "model_class": "solo-serve"}
     content = {"project": "1.2", "schema": POLYGONS, "hostname": "", "access_token": ""}
     assert asked.post("/setup", json=content).json() == {"model_version": "blobs:1"}
@@ -201,7 +211,9 @@ def test_a_bad_request_is_named(asked: TestClient, content: Any, reason: str) ->
     assert reason in response.json()["error"]
 
 
-def test_an_error_of_the_server_is_passed_on(asked: TestClient, backend: Backend) -> None:
+def test_an_error_of_the_server_is_passed_on(
+    asked: TestClient, backend: LabelStudioBackend
+) -> None:
     backend.options["model"] = "missing"
     content = {"tasks": [{"data": {"image": "/a.png"}}], "label_config": BRUSH}
     response = asked.post("/predict", json=content)
