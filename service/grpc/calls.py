@@ -131,7 +131,7 @@ class Rpc:
         self.client = ClientProfile()
 
     async def find_key(self) -> KeySpec | None:
-        """See `find_spec`."""
+        """The API key of its metadata, None if the server needs none; refused as over HTTP."""
         return await find_spec(self.state.keys, self.headers, self.address)
 
     async def find_client(self) -> ClientProfile:

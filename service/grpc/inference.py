@@ -73,7 +73,7 @@ async def infer(rpc: Rpc, client: ClientProfile, call: RpcCall, began_s: float) 
 
 
 async def parse_call(rpc: Rpc, message: bytes) -> RpcCall:
-    """See `read_call`; a large message is parsed in a thread."""
+    """The call of a message, as `read_call` parses it; in a thread if the message is large."""
     max_images = min(MAX_FILES, rpc.state.segmenter.admission.max_canvases)
     if len(message) < _LARGE_BYTES:
         return read_call(message, max_images)

@@ -178,11 +178,11 @@ class ClusterSegmenter:
         self, config: ModelConfig, options: RequestOptions, images: Sequence[ImageFile]
     ) -> list[int | Outcome]:
         """Canvases of each image, or the outcome of one that is refused."""
+        probing = options.scale == "auto"
         costs: list[int | Outcome] = []
         for image in images:
             try:
                 size = peek_size(image.data)
-                probing = options.scale == "auto"
                 costs.append(
                     measure(image, size, config, options, self._settings, probing=probing)[1]
                 )
