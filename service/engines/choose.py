@@ -23,7 +23,7 @@ from service.engines.artefacts import ONNX_FILE, Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions, EngineKind, Precision
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
-from service.engines.trial import Candidate, measure_candidates, rank
+from service.engines.trial import Candidate, measure_candidates, rank, use_one_thread
 from service.errors import DeviceError, ModelRefused
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def _list_timed_routes(
         Candidate(
             route.name,
             route.file,
-            partial(_build, route, _options_of(route, options), artefacts, config),
+            partial(_build, route, use_one_thread(_options_of(route, options)), artefacts, config),
         )
         for route in routes
     ]

@@ -2,8 +2,9 @@
 
     <cache>/engine-times/<digest of the key>.json    the key in full, seconds by candidate
 
-The key is all that decides the times: processor, graphs, versions, threads. Without a folder that
-can be written, times are remembered until the process ends.
+The key is all that decides the times: processor, graphs, versions. Candidates run one call of one
+thread, whatever is asked for, so that a server and `solo-predict` choose the same precision on a
+machine. Without a folder that can be written, times are remembered until the process ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +68,6 @@ class TrialKey(BaseModel):
     packages: dict[str, str]
     graphs: dict[str, str]
     input: InputSpec
-    threads: int | None
-    slots: int | None
-    divide: str
 
     @property
     def digest(self) -> str:
@@ -95,10 +94,10 @@ def measure_candidates(
 
     Args:
         candidates: The baseline, and others.
-        options: Threads, slots and cache.
+        options: Where the times are stored.
         config: The model's.
     """
-    key = build_key(candidates, options, config)
+    key = build_key(candidates, config)
     folder = find_local_cache(options.cache)
     file = None if folder is None else folder / "engine-times" / f"{key.digest}.json"
     with lock_file(file):  # worker processes that start together: one measures, undisturbed
@@ -118,9 +117,12 @@ def rank(seconds: Mapping[str, float]) -> list[str]:
     return [*(name for _, name in faster), BASELINE]
 
 
-def build_key(
-    candidates: Sequence[Candidate], options: BackendOptions, config: ModelConfig
-) -> TrialKey:
+def use_one_thread(options: BackendOptions) -> BackendOptions:
+    """The options of an engine that is timed."""
+    return replace(options, threads=1, slots=1, divide="none")
+
+
+def build_key(candidates: Sequence[Candidate], config: ModelConfig) -> TrialKey:
     """The key of a trial on this machine."""
     name, flags = read_cpu()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
@@ -130,9 +132,6 @@ def build_key(
         packages={name: found for name in PACKAGES if (found := _find_version(name))},
         graphs={c.name: config.files[c.file].sha256 for c in candidates},
         input=config.input,
-        threads=options.threads,
-        slots=options.slots,
-        divide=options.divide,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.model_config import Precision
 from pipeline.repository_config import parse_model_config
-from service.engines import choose, openvino
+from service.engines import choose, onnxruntime, openvino
 from service.engines.base import Backend, BackendError, BackendOptions
 from service.engines.slots import HostSlot, SlotBackend
 from service.engines.trial import Candidate
@@ -98,6 +98,33 @@ def test_a_recorded_precision_is_a_candidate(
     backend = version.build(replace(FREE, engine=engine))
     assert (backend.name, backend.precision) == ("onnxruntime", "int8")
     assert trials.asked == [{ORT: "model.onnx", "onnxruntime int8": "model.int8.onnx"}]
+
+
+def test_engines_are_timed_with_one_thread_and_serve_with_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BackendOptions] = []
+
+    def build(model: bytes, options: BackendOptions, config: Any) -> SlotBackend:
+        asked.append(options)
+        slot = HostSlot(lambda images, valid_hw: [])
+        return SlotBackend(
+            [slot], name="onnxruntime", device="cpu", precision=options.precision, reason="CPU"
+        )
+
+    def measure(candidates: Sequence[Candidate], *_: Any) -> dict[str, float]:
+        for candidate in candidates:
+            candidate.build().close()
+        return {ORT: 0.04, "onnxruntime int8": 0.02}
+
+    monkeypatch.setattr(onnxruntime, "build_ort_backend", build)
+    monkeypatch.setattr(choose, "measure_candidates", measure)
+    version = with_ap_cost(Version(tmp_path, INT8_FILE), int8=0.0)
+    wanted = replace(FREE, threads=3, slots=2, divide="tiles")
+    version.build(wanted).close()
+    timed = [(o.threads, o.slots, o.divide, o.precision) for o in asked[:2]]
+    assert timed == [(1, 1, "none", "fp32"), (1, 1, "none", "int8")]
+    assert asked[2:] == [replace(wanted, precision="int8")]
 
 
 def test_the_fastest_is_taken_and_the_times_are_shown(

@@ -186,9 +186,7 @@ def test_a_record_with_another_key_is_not_taken(clock: SetClock, options: Backen
     assert measure(options, baseline=TimedEngine(clock, 0.25)) == {BASELINE: 0.25}
 
 
-def test_what_decides_the_times_is_in_the_key(
-    monkeypatch: pytest.MonkeyPatch, options: BackendOptions
-) -> None:
+def test_what_decides_the_times_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     config = read_config()
     candidates = [Candidate(BASELINE, "model.onnx", lambda: None)]  # type: ignore[arg-type, return-value]
@@ -197,24 +195,33 @@ def test_what_decides_the_times_is_in_the_key(
     digest = hashlib.sha256(b"other").hexdigest()
     other_file = {"model.onnx": spec.model_copy(update={"sha256": digest})}
     keys = [
-        build_key(candidates, options, config),
-        build_key(more, options, config),
-        build_key(candidates, replace(options, threads=2), config),
-        build_key(candidates, replace(options, slots=2), config),
-        build_key(candidates, replace(options, divide="tiles"), config),
-        build_key(candidates, options, read_config(input=KEEP_RATIO_INPUT)),
-        build_key(candidates, options, config.model_copy(update={"files": other_file})),
+        build_key(candidates, config),
+        build_key(more, config),
+        build_key(candidates, read_config(input=KEEP_RATIO_INPUT)),
+        build_key(candidates, config.model_copy(update={"files": other_file})),
     ]
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    keys.append(build_key(candidates, options, config))
+    keys.append(build_key(candidates, config))
     monkeypatch.setattr(trial, "read_cpu", lambda: ("another processor", "avx2"))
-    keys.append(build_key(candidates, options, config))
+    keys.append(build_key(candidates, config))
     monkeypatch.setattr(trial, "read_cpu", lambda: ("another processor", "avx2 avx512f"))
-    keys.append(build_key(candidates, options, config))
+    keys.append(build_key(candidates, config))
     monkeypatch.setattr(trial, "_find_version", lambda name: "99.0")
-    keys.append(build_key(candidates, options, config))
+    keys.append(build_key(candidates, config))
     assert len({key.digest for key in keys}) == len(keys)
-    assert build_key(candidates, options, config) == keys[-1]
+    assert build_key(candidates, config) == keys[-1]
+
+
+def test_callers_that_differ_in_threads_choose_the_same(
+    clock: SetClock, options: BackendOptions
+) -> None:
+    server = measure(options, baseline=TimedEngine(clock, 0.25))
+    for caller in (
+        replace(options, threads=None),
+        replace(options, threads=64, slots=8, divide="all"),
+    ):
+        trial._remembered.clear()
+        assert measure(caller, baseline=TimedEngine(clock, 1.0)) == server
 
 
 @pytest.mark.parametrize(
