@@ -75,6 +75,8 @@ class Trainer:
         torch.manual_seed(options.seed)
         if config.schedule.skip_empty_images:
             data = data.with_objects()
+        if config.schedule.repeat_below:
+            data = data.with_repeats(config.schedule.repeat_below)
         self.config, self.data, self.options, self.validate = config, data, options, validate
         self.pictures = pictures
         self.share = plan_share(

@@ -299,6 +299,25 @@ def test_images_without_objects_are_left_out_if_the_configuration_says_so(
     assert not get_config("nuclei").schedule.skip_empty_images
 
 
+def test_images_of_rare_classes_are_repeated_if_the_configuration_says_so(
+    data: CocoDataset, tmp_path: Path
+) -> None:
+    data.records = [replace(data.records[0], image_id=n) for n in range(9)]
+    (first, *others) = data.records
+    data.records = [first, *(replace(r, objects=r.objects[:1]) for r in others)]
+    schedule = replace(TINY.schedule, repeat_below=1.0)
+    trainer = build(replace(TINY, schedule=schedule), data, tmp_path)
+    assert [r.image_id for r in trainer.data.records] == [0, 0, 0, *range(1, 9)]
+    assert trainer.steps_per_epoch == 11 // TINY.schedule.batch_size
+    assert get_config("facades").schedule.repeat_below > 0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_of_images_is_checked(share: float) -> None:
+    with pytest.raises(ValueError, match=f"repeat_below is {share}, expected 0 to 1"):
+        replace(TINY.schedule, repeat_below=share)
+
+
 def _batches(trainer: Trainer) -> Any:
     return build_loader(trainer.data, trainer.config, seed=0, start_step=0, stop_step=1, workers=0)
 

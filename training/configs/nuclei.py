@@ -72,6 +72,26 @@ NUCLEI = Config(
     postprocess=PostprocessSpec(nms=MatrixNms(), score_threshold=0.3, max_instances=500),
 )
 
+NUCLEI_CONTINUED = replace(
+    NUCLEI,
+    name="nuclei_continued",
+    model=replace(NUCLEI.model, backbone=replace(NUCLEI.model.backbone, norm="frozen_bn")),
+    augment=replace(
+        NUCLEI.augment,
+        scale_jitter=(0.6, 1.6),
+        brightness=0.15,
+        contrast=0.3,
+        gamma=0.4,
+        stain=0.25,
+        levels=12,
+        blur=1.2,
+        noise=0.08,
+    ),
+    schedule=replace(NUCLEI.schedule, lr=1e-3, epochs=56),
+)
+"""Goes on from the weights of `nuclei`, with more magnifications, stains, noise and blur
+(`solo-train nuclei_continued --init model_repo/nuclei`)."""
+
 NUCLEI_ABLATION = replace(
     NUCLEI,
     name="nuclei_ablation",
@@ -124,4 +144,4 @@ tenth of the category loss. Batch norm is frozen because weights.pt of `nuclei` 
 the convolutions.
 """
 
-NUCLEI_CONFIGS = (NUCLEI, NUCLEI_ABLATION, NUCLEI_CONTOUR)
+NUCLEI_CONFIGS = (NUCLEI, NUCLEI_CONTINUED, NUCLEI_ABLATION, NUCLEI_CONTOUR)

@@ -276,6 +276,8 @@ class ScheduleConfig(StrictFields):
         frozen_backbone_epochs: First epochs in which the backbone keeps its trained weights; 0: it
             is trained from the start.
         skip_empty_images: Leave images without objects out of training, as mmdetection does.
+        repeat_below: Images with a class that less than this share f of the images has are repeated
+            sqrt(f / its share) times, rounded (LVIS, arXiv 1908.03195); 0: none.
         ema_decay: Decay of the moving average of the weights used for evaluation (0: no average).
     """
 
@@ -293,6 +295,7 @@ class ScheduleConfig(StrictFields):
     clip_norm: float | None = 35.0
     frozen_backbone_epochs: int = 0
     skip_empty_images: bool = False
+    repeat_below: float = 0.0
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -303,6 +306,8 @@ class ScheduleConfig(StrictFields):
             raise ValueError(
                 f"frozen_backbone_epochs is {self.frozen_backbone_epochs}, expected at least 0"
             )
+        if not 0 <= self.repeat_below <= 1:
+            raise ValueError(f"repeat_below is {self.repeat_below}, expected 0 to 1")
 
     @property
     def canvas_group(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,26 @@ class CocoDataset:
         other.records = records
         return other
 
+    def with_repeats(self, below: float) -> CocoDataset:
+        """Repeats images of rare classes (LVIS, arXiv 1908.03195).
+
+        Args:
+            below: Share f of the images; an image is repeated sqrt(f / s) times, rounded, where s
+                is the share of the images that have the rarest of its classes.
+        """
+        labels = [{item.label for item in record.objects} for record in self.records]
+        counts = Counter(label for present in labels for label in present)
+        records = []
+        for record, present in zip(self.records, labels, strict=True):
+            rarest = min((counts[label] for label in present), default=len(self))
+            factor = math.sqrt(below * len(self) / rarest)
+            records += [record] * max(1, math.floor(factor + 0.5))
+        if len(records) == len(self):
+            return self
+        other = self._copy()
+        other.records = records
+        return other
+
     def with_contrast(self, contrast: ContrastSpec | None) -> CocoDataset:
         """The same images with another contrast rule; nothing is checked again."""
         other = self._copy()
@@ -101,9 +123,9 @@ class CocoDataset:
         Raises:
             DatasetError: The file cannot be decoded, or its size is not that in the annotations.
         """
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
         record = self.records[index]
+        if self._cache is not None and record.image_id in self._cache:
+            return self._cache[record.image_id]
         try:
             image = decode_image(self.image_bytes(index))
         except DecodeError as error:
@@ -116,7 +138,7 @@ class CocoDataset:
         if self.contrast is not None:
             image = stretch_contrast(image, self.contrast)
         if self._cache is not None:
-            self._cache[index] = image
+            self._cache[record.image_id] = image
         return image
 
     def truth(self) -> dict[str, Any]:

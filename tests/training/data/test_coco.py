@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,34 @@ def test_images_without_objects_can_be_left_out(tmp_path: Path) -> None:
     assert some.image(0).shape != whole.shape  # no image of the other order is taken from a cache
     empty = build(tmp_path / "b", [])
     assert len(empty) > 0 and empty.with_objects() is empty
+
+
+@pytest.mark.parametrize(
+    ("below", "copies"),
+    [
+        (0.0, [1, 1, 1, 1, 1]),
+        (0.2, [1, 1, 1, 1, 1]),  # the rarest class is in a fifth of the images
+        (0.44, [1, 1, 1, 1, 1]),  # sqrt(0.44 / 0.2) is 1.48
+        (0.46, [1, 1, 1, 2, 1]),
+        (1.0, [1, 1, 1, 2, 1]),
+    ],
+)
+def test_images_of_rare_classes_are_repeated(
+    tmp_path: Path, below: float, copies: list[int]
+) -> None:
+    data = CocoDataset(build_tiny_data(tmp_path), "train")
+    common, rare = data.records[0].objects
+    objects = [(common,), (common,), (common,), (common, rare), ()]
+    data.records = [
+        replace(data.records[0], image_id=number, objects=found)
+        for number, found in enumerate(objects)
+    ]
+    found = data.with_repeats(below)
+    assert [r.image_id for r in found.records] == [
+        number for number, count in enumerate(copies) for _ in range(count)
+    ]
+    assert (found is data) is (len(found) == len(data))
+    assert found.image(len(found) - 1) is not None and len(data) == 5
 
 
 def test_labels_are_contiguous_in_the_order_of_the_category_ids(tmp_path: Path) -> None:
