@@ -29,7 +29,7 @@ _SCRIPTS = (
     *("api", "app", "busy", "docs", "draw", "edit", "estimate", "files"),
     *("list", "orient", "rle", "save", "text", "viewer"),
 )
-_SAMPLES = ("cat", "crowded", "sparse", "tissue")
+_SAMPLES = ("cat", "crowded", "sparse", "street", "tissue")
 WEB_FILES = frozenset(
     (
         *("icon.svg", "style.css"),
