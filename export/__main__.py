@@ -35,7 +35,8 @@ from export.publish import Artefact, Release, add_artefacts, describe_served, ke
 from export.variants import VariantInputs, build_variants
 from pipeline.errors import PipelineError
 from pipeline.model_config import FileSpec, ModelConfig
-from service.models.repository import CONFIG_FILE, ONNX_FILE, lock_repository, recover
+from service.files import locked
+from service.models.repository import CONFIG_FILE, ONNX_FILE, recover
 from training.coco_metrics import AP_METRICS
 from training.data.coco import CocoDataset, open_split
 from training.data.records import DatasetError
@@ -192,7 +193,7 @@ def add_variants(options: argparse.Namespace, command: str) -> list[Path]:
     if not target.name.isdecimal():
         raise PublishError(f"{target} is not a version: expected <model_repo>/<name>/<number>")
     model = read_version(folder, int(target.name))
-    with lock_repository(folder.parent):
+    with locked(folder.parent):
         recover(folder)  # what was interrupted may have left the graphs elsewhere
     _require_replaceable(target, model, options)
     plain = [ONNX_FILE, *(name for name in PLAIN_FILES if name in model.files and options.exits)]

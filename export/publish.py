@@ -26,12 +26,12 @@ from export.config_json import (
 from export.errors import GraphError, PublishError
 from export.gpu_graph import GPU_FILES, require_gpu_graph
 from pipeline.model_config import FileSpec, ModelConfig
+from service.files import locked
 from service.models.repository import (
     CONFIG_FILE,
     ONNX_FILE,
     find_default,
     format_json,
-    lock_repository,
     read_default,
     recover,
     write_default,
@@ -148,7 +148,7 @@ def publish(root: Path, release: Release, *, force: bool = False) -> Path:
     config = _list_artefacts(release.config, release.artefacts)
     add_version(folder, config)  # an invalid config.json fails before anything is written
     root.mkdir(parents=True, exist_ok=True)
-    with lock_repository(root):
+    with locked(root):
         recover(folder)
         require_free(root, release.config.name, release.version, force=force)
         content = format_json(add_version(folder, config))
@@ -251,7 +251,7 @@ def add_artefacts(
         _require_passed(target / artefact.name, artefact.parity)
     _require_gpu_graphs(target, _name_files(artefacts))
     read_version(folder, version)
-    with lock_repository(folder.parent):
+    with locked(folder.parent):
         recover(folder)
         current = read_version(folder, version)
         listed = sorted({artefact.name for artefact in artefacts} & set(current.files))

@@ -328,7 +328,6 @@ def export_aoti(
     options: AotiOptions = AotiOptions(),
     *,
     onnx_sha256: str | None = None,
-    more_cases: Iterable[Case] = (),
 ) -> AotiArtefact:
     """Compiles a network, runs the package and compares it with PyTorch.
 
@@ -337,7 +336,6 @@ def export_aoti(
         config: Of the network.
         options: What is compiled.
         onnx_sha256: Of the model.onnx of the same weights, for the package's provenance.
-        more_cases: Batches that join the comparison, of sizes that the package takes.
 
     Raises:
         GraphError: See `build_aoti`.
@@ -346,7 +344,7 @@ def export_aoti(
     """
     data = build_aoti(network, config, options, onnx_sha256=onnx_sha256)
     info = describe_package(config, options, onnx_sha256)
-    cases = [*package_cases(config, options), *more_cases]
+    cases = package_cases(config, options)
     report = compare_aoti(network, load_runner(data, options.device), cases, options)
     require_parity(report)
     middle = f"{info.target}.{info.precision}"

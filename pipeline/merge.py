@@ -214,7 +214,6 @@ class _Objects:
 def merge_tiles(
     found: Sequence[TileInstance],
     *,
-    max_instances: int | None = None,
     compare: Literal["masks", "enclosed"] = "masks",
 ) -> list[Detection]:
     """Instances of all tiles, each object once.
@@ -226,7 +225,6 @@ def merge_tiles(
 
     Args:
         found: Of all tiles, in any order.
-        max_instances: Most instances returned.
         compare: `enclosed` compares the regions that the masks enclose, and of parts that are
             joined the outline remains: for masks that are contours.
 
@@ -254,4 +252,4 @@ def merge_tiles(
         else:
             objects.add(index)
     merged = (join([masks[i] for i in group]) for group in objects.groups())
-    return sorted(merged, key=lambda instance: -instance.score)[:max_instances]
+    return sorted(merged, key=lambda instance: -instance.score)

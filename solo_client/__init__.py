@@ -1,7 +1,8 @@
 """A Python client of solo-serve: `Client("http://localhost:8000").segment("image.jpg")`."""
 
 from solo_client.answer import Progress
-from solo_client.client import AsyncClient, Client
+from solo_client.async_client import AsyncClient
+from solo_client.client import Client
 from solo_client.errors import (
     Busy,
     ConnectionFailed,

@@ -265,6 +265,14 @@ def blame_image(error: ServerError, names: Sequence[str | None]) -> list[Result 
     return [failed]
 
 
+def only_result(results: list[Result | ImageFailed]) -> Result:
+    """The only image's; raises its error if it failed."""
+    (result,) = results
+    if isinstance(result, ImageFailed):
+        raise result
+    return result
+
+
 def read_models(content: Any, url: str) -> list[dict[str, Any]]:
     """The list of models of GET /v2/models.
 

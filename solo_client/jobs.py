@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,21 @@ def read_statuses(content: Any, url: str) -> tuple[list[JobStatus], str | None]:
         return [read_status(job, url) for job in content["jobs"]], content["next"]
     except MISFITS as error:
         raise not_ours(url, content, error) from error
+
+
+def check_time(job: JobStatus, began_s: float, timeout_s: float | None) -> None:
+    """Raises TimeoutError if a job that is not done has been waited for too long.
+
+    Args:
+        job: Its last status.
+        began_s: Monotonic time.
+        timeout_s: Longest wait; None: no bound.
+    """
+    if timeout_s is not None and time.monotonic() - began_s >= timeout_s:
+        finished = job.done + job.failed
+        raise TimeoutError(
+            f"job {job.id} is not done after {timeout_s:g} s: {finished} of {job.total} files"
+        )
 
 
 def read_job_results(content: Any, url: str) -> list[Result | ImageFailed]:

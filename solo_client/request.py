@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 from solo_client.images import ImageInput, read_input
 
+READY: dict[str, Any] = {"method": "GET", "url": "/v2/health/ready"}
+MODELS: dict[str, Any] = {"method": "GET", "url": "/v2/models"}
 _HEADERS = {
     "accept": "application/x-ndjson, application/json;q=0.9",
     "accept-encoding": "identity",

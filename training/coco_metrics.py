@@ -29,10 +29,9 @@ def mask_ap(
     results: Sequence[Mapping[str, Any]],
     *,
     max_dets: int = 100,
-    image_ids: Collection[int | str] | None = None,
 ) -> dict[str, float]:
     """The first part of `score_masks`."""
-    return score_masks(truth, results, max_dets=max_dets, image_ids=image_ids)[0]
+    return score_masks(truth, results, max_dets=max_dets)[0]
 
 
 def score_masks(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from service.cores import count_cores
 from training.configs import list_configs
 from training.configs.coco import SCHEDULES
 from training.configs.recipes import Recipe
@@ -93,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=int,
-        help="data loading processes (1; with cuda the CPUs of each process, at most "
+        help="data loading processes (1; with cuda the cores of each process, at most "
         f"{MAX_WORKERS})",
     )
     parser.add_argument(
@@ -173,6 +174,4 @@ def choose_workers(options: argparse.Namespace) -> int:
     if not options.device.startswith("cuda"):
         return 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cpus // processes))
+    return max(1, min(MAX_WORKERS, count_cores() // processes))

@@ -36,6 +36,7 @@ Predictor = Callable[[bytes], list[Result]]
 """Encoded image -> COCO results without their image_id."""
 
 EVALUATION_THRESHOLD = 0.0
+_TILES_AT_ONCE = 4
 """Score threshold in evaluation: COCO AP is computed from all ranked instances."""
 
 
@@ -78,13 +79,12 @@ class CheckpointPredictor:
         model: The network in evaluation mode.
         config: Its configuration, with classes.
         max_dets: Maximum number of instances per image.
-        batch_size: Tiles per forward pass.
     """
 
-    def __init__(self, model: Solo, config: Config, *, max_dets: int, batch_size: int = 4) -> None:
+    def __init__(self, model: Solo, config: Config, *, max_dets: int) -> None:
         self.model, self.config = model, config
         self.classes, self.score_threshold = config.classes, config.postprocess.score_threshold
-        self.max_dets, self.batch_size = max_dets, batch_size
+        self.max_dets = max_dets
 
     @torch.inference_mode()
     def __call__(self, data: bytes) -> list[Result]:
@@ -92,8 +92,8 @@ class CheckpointPredictor:
         prepared = prepare(decode_image(data), self.config.input)
         device = self.model.pixel_mean.device
         found: list[Candidates] = []
-        for start in range(0, len(prepared.tiles), self.batch_size):
-            tiles = prepared.tiles[start : start + self.batch_size]
+        for start in range(0, len(prepared.tiles), _TILES_AT_ONCE):
+            tiles = prepared.tiles[start : start + _TILES_AT_ONCE]
             images = torch.from_numpy(np.stack([tile.image for tile in tiles])).to(device)
             valid_hw = torch.tensor([tile.valid_hw for tile in tiles], device=device)
             scores, labels, probs = self.model.candidates(images, valid_hw)

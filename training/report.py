@@ -35,6 +35,7 @@ COLOURS = ("#1668b8", "#c2500c", "#2c8a3d")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 240, 70, 24  # of a chart and its margins, px
 _POINTS = 1000  # of a curve; longer ones are thinned out
 _SIDE = 400  # longer side of a picture, px
+_PICTURES, _MOST_DRAWN = 4, 100  # pictures of a report, and instances of one
 _STYLE = (
     "body{font:15px sans-serif;margin:2em auto;max-width:900px;padding:0 1em}"
     "img,svg{max-width:100%;height:auto}figure{margin:1em 0}text{font:12px sans-serif}"
@@ -53,14 +54,14 @@ class Picture:
 Pictures = Callable[[Solo, Config], list[Picture]]
 
 
-def build_pictures(data: CocoDataset, *, count: int = 4, max_dets: int = 100) -> Pictures:
+def build_pictures(data: CocoDataset) -> Pictures:
     """Draws the same images of a split each time, spread over those that have objects."""
     indices = [i for i, record in enumerate(data.records) if record.objects]
-    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)
+    places = np.linspace(0, len(indices) - 1, min(_PICTURES, len(indices))).astype(int)
     chosen = [indices[place] for place in places]
 
     def draw(model: Solo, config: Config) -> list[Picture]:
-        predictor = CheckpointPredictor(model, config, max_dets=max_dets)
+        predictor = CheckpointPredictor(model, config, max_dets=_MOST_DRAWN)
         pictures = []
         for index in chosen:
             image = data.image(index)

@@ -14,6 +14,7 @@ from training.trainer import Trainer
 
 MAX_IMAGES = 50
 MAX_SECONDS = 20.0
+STEPS = 3
 
 
 def measure_fps(predict: Callable[[bytes], object], images: list[bytes]) -> float:
@@ -36,15 +37,15 @@ def measure_fps(predict: Callable[[bytes], object], images: list[bytes]) -> floa
     return 1 / median(seconds)
 
 
-def measure_step(trainer: Trainer, steps: int = 3) -> float:
-    """Median time of a step with its data, s, after one that is not counted.
+def measure_step(trainer: Trainer) -> float:
+    """Median time of `STEPS` steps with their data, s, after one that is not counted.
 
     Changes the weights.
     """
     times: list[float] = []
     trainer.model.train()
     with contextlib.closing(trainer.batches()) as batches:
-        while len(times) <= steps:
+        while len(times) <= STEPS:
             started = time.monotonic()
             step = next(batches, None)
             if step is None:

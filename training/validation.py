@@ -44,9 +44,7 @@ def load_validation(options: argparse.Namespace) -> CocoDataset:
 
 
 def open_splits(
-    options: argparse.Namespace,
-    contrast: ContrastSpec | None,
-    train: CocoDataset | None = None,
+    options: argparse.Namespace, contrast: ContrastSpec | None
 ) -> tuple[CocoDataset, CocoDataset | None]:
     """The data for training and, unless `--val-split` is empty, for validation.
 
@@ -55,13 +53,12 @@ def open_splits(
     Args:
         options: Of solo-train.
         contrast: Contrast rule of the model's input; validation applies it by itself.
-        train: The training split, if it is open already.
 
     Raises:
         DatasetError: A split is refused, or the two do not fit together.
     """
     val = load_validation(options) if options.val_split else None
-    data = (train or open_split(options, options.train_split)).with_contrast(contrast)
+    data = open_split(options, options.train_split).with_contrast(contrast)
     warnings = [*data.report.warnings()]
     if val is not None:
         check_classes(val.checked, data.classes, data.report.source)

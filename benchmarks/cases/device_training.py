@@ -6,7 +6,6 @@ The last checkpoint stays in --run. NOT RUN ON HARDWARE. `--quick` trains a tiny
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.harness import BenchmarkError
 from benchmarks.harness.report import Report, Row
+from service.cores import count_cores
 from tests.support.tiny import TINY
 from training.configs import get_config
 from training.data.coco import CocoDataset
@@ -44,7 +44,7 @@ def device_training(
         device=device,
         precision=precision,
         channels_last=True,
-        workers=0 if quick else min(MAX_WORKERS, os.cpu_count() or 1),
+        workers=0 if quick else min(MAX_WORKERS, count_cores()),
         max_seconds=seconds,
         resume=False,
         log_every=1 if quick else 10,

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ from service.models.folders import (
 _STAGED = re.compile(r"\.([1-9][0-9]*)\.(?:part|next|prev)")
 
 
-def lock_repository(root: Path) -> AbstractContextManager[None]:
-    """Excludes other processes that change the repository; waits for them."""
-    return locked(root)
-
-
 def format_json(content: Any) -> bytes:
     """JSON as it is written in the repository."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -49,7 +44,7 @@ def format_json(content: Any) -> bytes:
 def write_version(
     folder: Path, version: int, files: Mapping[str, bytes], config: bytes, *, keep: bool = False
 ) -> None:
-    """Publishes a version; the repository is locked, and the model's folder recovered.
+    """Publishes a version; the repository is `locked`, and the model's folder recovered.
 
     Args:
         folder: The model's, which may not exist yet.
@@ -158,7 +153,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any], RepositoryConfig
         OSError: It cannot be written.
     """
     file = folder / CONFIG_FILE
-    with lock_repository(folder.parent):
+    with locked(folder.parent):
         with refusing(file):
             text = read_file(file, MAX_CONFIG_BYTES)
             parsed = parse_model_config(text)
@@ -177,5 +172,5 @@ def write_default(root: Path, name: str | None) -> None:
         OSError: repository.json cannot be written.
     """
     settings = RepositorySettings(default_model=name)
-    with lock_repository(root):
+    with locked(root):
         replace_bytes(root / SETTINGS_FILE, format_json(settings.model_dump()))

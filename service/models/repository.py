@@ -37,7 +37,6 @@ from service.models.loaded import LoadedModel, warm_up
 from service.models.publishing import (
     edit_config,
     format_json,
-    lock_repository,
     recover,
     write_default,
     write_version,
@@ -56,7 +55,6 @@ __all__ = [
     "format_json",
     "load_repository",
     "load_version",
-    "lock_repository",
     "read_config",
     "read_default",
     "read_repository_config",

@@ -22,11 +22,10 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from service.engines.base import Precision
 from service.engines.state import EngineState
+from service.observe.exposition import choose_format
 from service.observe.gpus import GpuCollector
 from service.observe.shadow_metrics import ShadowMetrics
 from service.observe.shared import SharedCalls
@@ -57,7 +56,6 @@ _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
     *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
 )
-_OPENMETRICS = "application/openmetrics-text"
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -392,37 +390,16 @@ class Metrics:
             accept: The request's header.
 
         Returns:
-            Body and content type: Prometheus' text format, or OpenMetrics if the header has it
-            first; their parameters do not count, as there is one version of each.
+            Body and content type.
         """
-        encode, content_type = choose_encoder(_find_format(accept))
+        encode, content_type = choose_format(accept)
         return await self._answers.get(content_type, partial(self._write, encode)), content_type
 
-    async def _write(self, encode: Callable[[Collector], bytes]) -> bytes:
+    async def _write(self, encode: Callable[[Iterable[Metric]], bytes]) -> bytes:
         shown = await self._collect_shown()
-        return await asyncio.to_thread(lambda: encode(Collected(shown())))
+        return await asyncio.to_thread(lambda: encode(shown()))
 
     async def _collect_shown(self) -> Callable[[], Iterable[Metric]]:
         """Collects what an answer shows; the result is called in a thread."""
         collected = await self.collect()
         return lambda: collected
-
-
-class Collected(Collector):
-    """Metrics that have been collected, for an encoder."""
-
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterable[Metric]:
-        """The metrics."""
-        return self._metrics
-
-
-def _find_format(accept: str) -> str:
-    """`_OPENMETRICS`, or nothing for the text format."""
-    for item in accept.lower().split(","):
-        media_type = item.partition(";")[0].strip()
-        if media_type in (_OPENMETRICS, "text/plain"):
-            return media_type.replace("text/plain", "")
-    return ""

@@ -172,10 +172,10 @@ def test_disagreeing_cut_masks_stay_two() -> None:
     assert len(merge_tiles(found)) == 2
 
 
-def test_bound_and_order() -> None:
+def test_the_best_come_first() -> None:
     window = Window(0, 0, 64, 64)
     found = [p for n in range(5) for p in _see(_disc(30, 6 + 12 * n, 3), window, 0.2 + 0.1 * n)]
-    assert [round(i.score, 1) for i in merge_tiles(found, max_instances=2)] == [0.6, 0.5]
+    assert [round(i.score, 1) for i in merge_tiles(found)] == [0.6, 0.5, 0.4, 0.3, 0.2]
 
 
 def test_nothing_to_merge() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from service import cores
 from tests.support.tiny import CLASSES, build_tiny_data
 from training.configs import get_config
 from training.configs.schema import Config
@@ -210,11 +211,23 @@ def test_a_split_without_annotations_is_no_validation_split(
 def test_the_data_loading_processes_fit_the_machine(
     arguments: list[str], processes: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr("training.options.count_cores", lambda: 12)
     if processes is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     options = build_parser().parse_args(["nuclei", "--data", "x", *arguments])
     assert choose_workers(options) == expected
+
+
+def test_the_data_loading_processes_fit_the_quota_of_cpu_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path / "none")
+    monkeypatch.setattr(cores, "_CGROUP", tmp_path)
+    monkeypatch.setattr(cores, "_OWN_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    options = build_parser().parse_args(["nuclei", "--data", "x", "--device", "cuda"])
+    assert choose_workers(options) == 3
 
 
 def test_the_paper_recipe_from_the_command_line(root: Path, tmp_path: Path) -> None:

@@ -172,14 +172,8 @@ class CocoDataset:
         }
 
 
-def open_split(
-    options: argparse.Namespace, split: str, contrast: ContrastSpec | None = None
-) -> CocoDataset:
+def open_split(options: argparse.Namespace, split: str) -> CocoDataset:
     """A split of the data set that the options `data`, `format` and `val_fraction` name."""
     return CocoDataset(
-        options.data,
-        split,
-        contrast,
-        format=options.format,
-        val_fraction=options.val_fraction,
+        options.data, split, format=options.format, val_fraction=options.val_fraction
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from service.http.routes.state import SegmenterDep
-from service.http.schemas import (
+from service.http.model_schemas import (
     EngineBuildModel,
     EngineModel,
     HealthResponse,
     LiveResponse,
     ReadyResponse,
 )
+from service.http.routes.state import SegmenterDep
 from service.protocol import ModelState
 
 router = APIRouter(tags=["health"])

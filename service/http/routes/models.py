@@ -6,15 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from service.http.model_schemas import ModelDetail, ModelList, ModelSummary, ShadowModel
 from service.http.oip.schemas import INPUT, OUTPUTS, ProtocolError
 from service.http.routes.state import SegmenterDep
-from service.http.schemas import (
-    ModelDetail,
-    ModelList,
-    ModelSummary,
-    ShadowModel,
-    VersionNumber,
-)
+from service.http.schemas import VersionNumber
 from service.protocol import ModelState, Segmenter
 
 router = APIRouter(tags=["models"])

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from service.errors import Forbidden, InvalidParameter
 from service.http.body import read_body
 from service.http.explain import explain_errors
+from service.http.model_schemas import IndexQuery, LoadQuery, LoadResponse, RepositoryEntry
 from service.http.oip.schemas import ProtocolError, inline_schema
 from service.http.routes.state import SegmenterDep, require_admin
-from service.http.schemas import IndexQuery, LoadQuery, LoadResponse, RepositoryEntry
 from service.protocol import Segmenter
 from service.settings import Settings
 

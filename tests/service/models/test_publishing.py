@@ -17,11 +17,11 @@ import pytest
 
 from service.engines.base import BackendOptions
 from service.errors import ModelRefused
+from service.files import locked
 from service.models.folders import find_artefacts, read_default
 from service.models.publishing import (
     edit_config,
     format_json,
-    lock_repository,
     recover,
     write_default,
     write_version,
@@ -71,7 +71,7 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
 def write(folder: Path, version: int, graph: bytes, *, keep: bool = False) -> None:
     """Publishes a version as `solo-export` does."""
     folder.parent.mkdir(exist_ok=True)
-    with lock_repository(folder.parent):
+    with locked(folder.parent):
         recover(folder)
         config = folder / "config.json"
         content = json.loads(config.read_bytes()) if config.exists() else None
@@ -274,12 +274,12 @@ def test_json_is_readable_text(tmp_path: Path) -> None:
 def test_one_process_changes_a_repository_at_a_time(tmp_path: Path) -> None:
     import fcntl
 
-    with lock_repository(tmp_path):
+    with locked(tmp_path):
         descriptor = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)
-    with lock_repository(tmp_path):
+    with locked(tmp_path):
         pass
 
 

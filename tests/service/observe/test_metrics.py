@@ -177,46 +177,6 @@ def test_an_engine_that_is_dead_in_one_version_is_not_up() -> None:
     assert 'solo_engine_up{model="nuclei"} 0.0' in render(metrics)
 
 
-OPENMETRICS = "application/openmetrics-text"
-
-
-@pytest.mark.parametrize(
-    ("accept", "media_type"),
-    [
-        ("", "text/plain"),
-        ("*/*", "text/plain"),
-        ("text/html", "text/plain"),
-        (f"{OPENMETRICS};version=1.0.0,text/plain;version=0.0.4;q=0.5", OPENMETRICS),
-    ],
-)
-async def test_openmetrics_is_written_for_those_who_ask_for_it(
-    accept: str, media_type: str
-) -> None:
-    body, content_type = await Metrics().answer(accept)
-    assert content_type.partition(";")[0] == media_type
-    assert body.endswith(b"# EOF\n") == (media_type == OPENMETRICS)
-    assert b"solo_ready 0.0" in body
-
-
-@pytest.mark.parametrize(
-    ("accept", "content_type"),
-    [
-        ("", "text/plain"),
-        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
-        ("application/openmetrics-text; version=x.y", "application/openmetrics-text; version=1.0"),
-        ("Application/OpenMetrics-Text;q=0.5, text/plain", "application/openmetrics-text"),
-        ("text/plain;version=0.0.4, application/openmetrics-text", "text/plain; version=0.0.4"),
-        ("text/html, */*", "text/plain"),
-        ("text/plain; version=" + "1" * 5000, "text/plain"),
-        ("text/plain; version=\u00b2", "text/plain"),
-    ],
-)
-async def test_the_format_is_one_that_is_asked_for_or_plain(accept: str, content_type: str) -> None:
-    body, found = await Metrics().answer(accept)
-    assert found.startswith(content_type)
-    assert b"solo_ready 0.0" in body
-
-
 async def test_requests_at_once_share_an_answer_and_later_ones_do_not() -> None:
     metrics, reads = Metrics(), 0
 

@@ -98,6 +98,34 @@ def test_objects_that_no_grid_separates_are_reported() -> None:
     assert any("75.0% of the objects get no cell (75.0% with" in line for line in plan.reasons)
 
 
+def test_whole_images_have_levels_for_objects_of_all_sizes() -> None:
+    config = choose_config("a", SCENES, GPU).config
+    assert isinstance(config.input.resize, KeepRatioResize)
+    assert config.input.resize.short_side == 480
+    head = config.model.head
+    assert head.scale_ranges == ((1, 48), (24, 96), (48, 192), (96, 2048))
+    assert (head.level_strides, head.mask_strides) == ((8, 8, 16, 32), (4, 4, 8, 16))
+
+
+def test_whole_images_are_enlarged_until_objects_of_one_pixel_are_seen() -> None:
+    boxes = np.array([(2.0 * i, 0, 1, 1) for i in range(9)] + [(2.0, 2, 17, 17)])
+    resize = choose_config(
+        "a", statistics(ImageObjects(image_hw=(20, 20), boxes_xywh=boxes)), GPU
+    ).config.input.resize
+    assert isinstance(resize, KeepRatioResize)
+    assert resize.short_side == 20 * SMALL_OBJECT_PX
+
+
+def test_candidates_are_five_halves_of_the_objects_in_steps_of_fifty() -> None:
+    few = lattice(10, 40, 30, height=400, width=400).boxes_xywh
+    boxes = np.concatenate([few, np.tile((20.0, 20.0, 350.0, 350.0), (2, 1))])
+    config = choose_config(
+        "a", statistics(ImageObjects(image_hw=(400, 400), boxes_xywh=boxes)), GPU
+    ).config
+    assert isinstance(config.input.resize, KeepRatioResize)  # so all are on one canvas
+    assert config.model.candidates == 300 and config.postprocess.max_instances == 200
+
+
 def test_limits_follow_the_most_crowded_image() -> None:
     crowd, few = (
         lattice(30, 10, 8, height=300, width=300),

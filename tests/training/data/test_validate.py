@@ -153,11 +153,17 @@ def test_ids_0_and_doubled_ids_of_annotations() -> None:
     assert len(checked.records[0].objects) == 4
 
 
-@pytest.mark.parametrize("area", [None, "x", -1, float("nan"), float("inf"), True, 10**400])
+@pytest.mark.parametrize("area", [None, "x", -1, float("nan"), float("inf"), True, 2**62, 10**400])
 def test_an_area_that_is_none_is_that_of_the_mask(area: Any) -> None:
     checked = check(annotation(area=area))
     assert kinds(checked) == {Kind.NO_AREA}
     assert checked.records[0].objects[0].area is None
+
+
+@pytest.mark.parametrize("area", [0, 0.5, 2**61])
+def test_an_area_that_is_stated_is_kept(area: float) -> None:
+    checked = check(annotation(area=area))
+    assert checked.records[0].objects[0].area == area and not kinds(checked)
 
 
 @pytest.mark.parametrize(

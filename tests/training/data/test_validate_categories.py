@@ -69,6 +69,13 @@ def test_categories_of_one_name_that_both_have_objects_are_refused_with_their_nu
     assert refusal and "'disc': the ids 0 (1 annotations) and 3 (2)" in refusal
 
 
+def test_of_three_categories_of_one_name_two_are_named() -> None:
+    objects = [annotation(id=n, category_id=n) for n in (3, 5, 7)]
+    categories = [{"id": n, "name": "disc"} for n in (3, 5, 7)]
+    refusal = check(*objects, categories=categories).report.refusal
+    assert refusal and "'disc': the ids 3 (1 annotations) and 5 (1)" in refusal
+
+
 @pytest.mark.parametrize(
     ("categories", "message"),
     [

@@ -64,12 +64,19 @@ def copy_sources(target: Path) -> list[Path]:
     return [target / source.relative_to(ROOT) for source in SOURCES]
 
 
+def is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
 def misspell(source: Path, names: set[str]) -> Counter[str]:
-    """Appends `zz` to every attribute of these names in a file; how often each."""
+    """Appends `zz` to every attribute of these names in a file; how often each.
+
+    Not to attributes of `self`: those are our own methods, some of which have the same names.
+    """
     uses = [
         (node.end_lineno or 0, node.end_col_offset or 0, node.attr)
         for node in ast.walk(ast.parse(source.read_bytes()))
-        if isinstance(node, ast.Attribute) and node.attr in names
+        if isinstance(node, ast.Attribute) and node.attr in names and not is_own(node)
     ]
     lines = source.read_bytes().splitlines()
     for line, column, _ in sorted(uses, reverse=True):

@@ -13,10 +13,10 @@ from fastapi import FastAPI
 
 from service.http.app import create_app
 from service.http.keys import add_key
+from service.http.model_schemas import ModelDetail
 from service.http.oip.infer import build_options
 from service.http.oip.read import read_request
 from service.http.oip.schemas import InferResponse, ProtocolError
-from service.http.schemas import ModelDetail
 from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
