@@ -80,21 +80,25 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def name_files(names: Iterable[str]) -> list[str]:
+def name_files(names: Iterable[str], suffix: str = "") -> list[str]:
     """Relative paths without suffix for the files of images, safe on every system, none twice.
 
     Folders are kept; what would leave the folder or cannot be in a file name is replaced.
 
     Args:
         names: File names or relative paths of the images; anything may be in them.
+        suffix: What will follow each path. Its parts before the last are taken off the names:
+            `a.ome.tif` with `.ome.tif` gives `a`.
     """
+    inner = suffix.split(".")[1:-1]
     taken: set[str] = set()
     found = []
     for name in names:
         parts = [part for part in name.replace("\\", "/").split("/") if part.strip(". ")]
         *folders, last = parts or ["image"]
-        stem, dot, _ = last.rpartition(".")
-        stem = stem if dot and stem.strip(". ") else last
+        stem, _ = _split(last)
+        while (shorter := _split(stem))[1] in inner:
+            stem = shorter[0]
         path = "/".join(_clean(part) for part in (*folders[-8:], stem))
         unique, number = path, 1
         while unique.casefold() in taken:
@@ -103,6 +107,12 @@ def name_files(names: Iterable[str]) -> list[str]:
         taken.add(unique.casefold())
         found.append(unique)
     return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name and its suffix in lower case, without the dot; empty if nothing is before it."""
+    stem, dot, end = name.rpartition(".")
+    return (stem, end.lower()) if dot and stem.strip(". ") else (name, "")
 
 
 def _clean(part: str) -> str:

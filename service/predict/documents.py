@@ -128,7 +128,7 @@ class _Pages:
         Raises:
             RunFailed: A page cannot be written.
         """
-        stems = name_files(as_text(item.name) for item in self.items)
+        stems = name_files((as_text(i.name) for i in self.items), self.plan.format.suffix)
         for item, stem in zip(self.items, stems, strict=True):
             try:
                 page = self._build(item, stem)

@@ -73,7 +73,7 @@ class DocumentAnswer:
             for number, outcome in enumerate(segmented.outcomes)
         ]
         classes = segmented.model.config.classes
-        stems = name_files(name or "image" for name in self.names)
+        stems = name_files((name or "image" for name in self.names), self.format.suffix)
         if self.format.join is None and len(parts) > 1:
             folder = f"{self.format.folder}/" if self.format.folder else ""
             files = {
