@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.model_config import ClassSpec
 from pipeline.types import Detection
@@ -43,6 +44,20 @@ class Page:
     um_per_px: float | None = None
 
 
+Write = Callable[[Page, BinaryIO], None]
+
+
+def in_memory(write: Write) -> Callable[[Page], bytes]:
+    """What a function writes into a file, as bytes."""
+
+    def encode(page: Page) -> bytes:
+        file = io.BytesIO()
+        write(page, file)
+        return file.getvalue()
+
+    return encode
+
+
 def _no_files(classes: Classes) -> dict[str, bytes]:
     return {}
 
@@ -62,6 +77,7 @@ class OutputFormat:
         add_files: Further files of that folder.
         has_outlines: Whether `Page.simplify_px` applies.
         needs: Package that must be installed for it.
+        stream: Writes what `encode` gives into a file, part by part, for images of any size.
     """
 
     name: str
@@ -73,6 +89,18 @@ class OutputFormat:
     add_files: Callable[[Classes], dict[str, bytes]] = field(default=_no_files)
     has_outlines: bool = False
     needs: str | None = None
+    stream: Write | None = None
+
+    def write(self, page: Page, file: BinaryIO) -> None:
+        """Writes a page.
+
+        Raises:
+            WriteError: The format cannot hold it.
+        """
+        if self.stream is not None:
+            self.stream(page, file)
+        else:
+            file.write(self.encode(page))
 
 
 def to_json(value: Any) -> bytes:
