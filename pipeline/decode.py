@@ -50,9 +50,9 @@ def _find_reader(data: bytes) -> ModuleType:
 
 def _open_stack(data: bytes) -> TiffStack | dicom.DicomStack | None:
     """A file that may have several planes; None for other files."""
-    if is_tiff(data):
-        return tiff.open_stack(data)
-    return dicom.DicomStack(data) if dicom.is_dicom(data) else None
+    if dicom.is_dicom(data):  # its preamble may be the start of a TIFF
+        return dicom.DicomStack(data)
+    return tiff.open_stack(data) if is_tiff(data) else None
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:

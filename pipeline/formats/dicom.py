@@ -77,6 +77,8 @@ class DicomStack:
     def __init__(self, data: bytes) -> None:
         syntax, header, position = _read_header(data)
         photometric = str(_find(header, "PhotometricInterpretation") or "")
+        if not photometric:
+            raise UnsupportedFormat("a DICOM without an image is not read")
         samples = _read_number(header, "SamplesPerPixel", 1)
         if _PHOTOMETRICS.get(photometric) != samples:
             raise UnsupportedFormat(

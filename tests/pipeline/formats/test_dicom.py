@@ -190,6 +190,11 @@ HOSTILE = {
         "tiles of a slide",
     ),
     "no syntax": (bytes(128) + b"DICM" + bytes(200), UnsupportedFormat, "transfer syntax 'none'"),
+    "no image": (
+        save(build(GREY, PhotometricInterpretation="")),
+        UnsupportedFormat,
+        "without an image",
+    ),
     "no pixels": (PLAIN[:PIXELS], CorruptImage, "no pixels within"),
     "header": (PLAIN[: PIXELS - 20], CorruptImage, "."),
     "preamble": (PLAIN[:132], UnsupportedFormat, "transfer syntax 'none'"),
@@ -277,6 +282,12 @@ def test_damage_anywhere_is_refused_or_read(data: bytes) -> None:
             outcomes.add("refused")
             assert str(error)
     assert outcomes == {"read", "refused"}
+
+
+def test_the_preamble_may_be_that_of_a_tiff() -> None:
+    data = b"II*\0" + struct.pack("<I", 1 << 20) + PLAIN[8:]
+    np.testing.assert_array_equal(decode_image(data), as_rgb(GREY))
+    assert peek_hw(data) is None
 
 
 def test_without_pydicom_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
