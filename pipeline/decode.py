@@ -13,15 +13,15 @@ from pipeline.errors import (
     PlaneError,
     UnsupportedFormat,
 )
-from pipeline.formats import bmp, jpeg, png, tiff, webp
+from pipeline.formats import bmp, dicom, jpeg, png, tiff, webp
 from pipeline.formats.base import EncodedImage, damage_is_refused
 from pipeline.formats.names import name_format
 from pipeline.formats.planes import PlaneChoice
-from pipeline.formats.tiff_file import is_tiff
+from pipeline.formats.tiff_file import TiffStack, is_tiff
 from pipeline.model_config import InputSpec
 from pipeline.types import UInt8
 
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "DICOM")
 MAX_PIXELS = 64_000_000
 _PEEKED_BYTES, _PEEKED_SEGMENTS = 1 << 18, 32
 
@@ -46,6 +46,13 @@ def _find_reader(data: bytes) -> ModuleType:
         f"not an image of an allowed format ({allowed}); its {len(data)} bytes start with "
         f"{data[:12].hex(' ')}"
     )
+
+
+def _open_stack(data: bytes) -> TiffStack | dicom.DicomStack | None:
+    """A file that may have several planes; None for other files."""
+    if dicom.is_dicom(data):  # its preamble may be the start of a TIFF
+        return dicom.DicomStack(data)
+    return tiff.open_stack(data) if is_tiff(data) else None
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -86,8 +93,8 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         DecodeError: As `decode_image`, but for damage behind the header.
     """
     with damage_is_refused():
-        if is_tiff(data):
-            stack = tiff.open_stack(data)
+        stack = _open_stack(data)
+        if stack is not None:
             header = ImageHeader(stack.height, stack.width, stack.um_per_px)
         else:
             header = ImageHeader(*_find_reader(data).read_hw(data))
@@ -108,7 +115,7 @@ def peek_hw(data: bytes) -> tuple[int, int] | None:
     Returns:
         Before EXIF orientation; None where `read_header` has to parse the header.
     """
-    if is_tiff(data):
+    if is_tiff(data) or dicom.is_dicom(data):
         return None
     try:
         with damage_is_refused():
@@ -134,15 +141,15 @@ def open_image(
     """
     choice = choice or PlaneChoice()
     with damage_is_refused():
-        if is_tiff(data):
-            stack = tiff.open_stack(data)
+        stack = _open_stack(data)
+        if stack is not None:
             check_size(stack.height, stack.width, max_pixels)
             return tiff.open_picture(data, stack, choice)
     read_header(data, max_pixels=max_pixels)
     reader = _find_reader(data)
     if given := choice.named():
         raise PlaneError(
-            f"{', '.join(given)}: the image has one picture; only a TIFF can have several planes"
+            f"{', '.join(given)}: the image has one picture; only TIFF and DICOM may have several"
         )
     with damage_is_refused():
         image: EncodedImage = reader.open_file(data)
@@ -152,10 +159,10 @@ def open_image(
 def decode_image(
     data: bytes, *, max_pixels: int = MAX_PIXELS, least_hw: tuple[int, int] = (0, 0)
 ) -> UInt8:
-    """Decodes a JPEG, PNG, WebP, BMP or TIFF; of an animation the first frame.
+    """Decodes an image of `ALLOWED_FORMATS`; of an animation the first frame.
 
     The format is known by content, not by name. EXIF orientation is applied; ICC profiles are
-    ignored. Of a TIFF, see `pipeline.formats.planes` and `pipeline.formats.stretch`.
+    ignored. Of TIFF and DICOM, see `pipeline.formats.planes` and `pipeline.formats.stretch`.
 
     Args:
         data: The file's bytes.

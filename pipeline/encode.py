@@ -13,23 +13,28 @@ from PIL import Image
 from pipeline.model_config import ModelConfig
 from pipeline.polygons import trace_outlines
 from pipeline.runs import read_counts
-from pipeline.types import Detection, UInt8
+from pipeline.types import Detection, UInt8, Window
 
 SCORE_DIGITS = 6
 
 
 def decode_box(instance: Detection) -> UInt8:
     """The mask's pixels inside its box: [h, w] uint8 0/1, without building the full mask."""
-    x, y, box_w, box_h = instance.bbox_xywh
+    x, y, width, height = instance.bbox_xywh
+    return decode_window(instance, Window(y, x, height, width))
+
+
+def decode_window(instance: Detection, window: Window) -> UInt8:
+    """The mask's pixels inside a window of the image: [h, w] uint8 0/1."""
     height, width = instance.rle["size"]
     edges = np.cumsum(read_counts(instance.rle["counts"], height * width))
     column, row = np.divmod(edges, height)
-    # Number of box pixels before each edge, in column-major order.
-    before = (column - x) * box_h + np.clip(row - y, 0, box_h)
-    before = np.clip(before, 0, box_w * box_h)
-    lengths = np.diff(np.concatenate([[0], before, [box_w * box_h]]))
+    # Number of the window's pixels before each edge, in column-major order.
+    before = (column - window.x) * window.height + np.clip(row - window.y, 0, window.height)
+    before = np.clip(before, 0, window.width * window.height)
+    lengths = np.diff(np.concatenate([[0], before, [window.width * window.height]]))
     values = np.arange(len(lengths), dtype=np.uint8) & 1
-    return np.ascontiguousarray(np.repeat(values, lengths).reshape(box_w, box_h).T)
+    return np.ascontiguousarray(np.repeat(values, lengths).reshape(window.width, window.height).T)
 
 
 def encode_polygons(instance: Detection) -> list[list[float]]:

@@ -8,7 +8,7 @@ overlap, cut by all of them (the parts are joined).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,15 +36,34 @@ class TileInstance:
         window: The tile's region of the image.
         cut: Whether the mask reaches a border of the tile behind which the image goes on.
         elsewhere: Another tile that shows all of the mask and what lies beyond those borders.
+        number: Its place among the tile's instances.
     """
 
     instance: Detection
     window: Window
     cut: bool
     elsewhere: Window | None = None
+    number: int = 0
 
 
-def _overlap(a: Window, b: Window) -> Window:
+Rank = tuple[float, bool, float, int, int, int]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A merged instance.
+
+    Attributes:
+        rank: Orders the instances of an image, the best first, whichever are merged together.
+        instance: The instance.
+    """
+
+    rank: Rank
+    instance: Detection
+
+
+def intersect(a: Window, b: Window) -> Window:
+    """What two windows share; without height or width if that is nothing."""
     y, x = max(a.y, b.y), max(a.x, b.x)
     height = min(a.y + a.height, b.y + b.height) - y
     width = min(a.x + a.width, b.x + b.width) - x
@@ -83,7 +102,7 @@ def _neighbours(windows: Collection[Window]) -> Iterator[tuple[Window, Window]]:
             b = ordered[place]
             if span(b)[0] >= span(a)[1]:
                 break
-            overlap = _overlap(a, b)
+            overlap = intersect(a, b)
             if overlap.height and overlap.width:
                 yield a, b
 
@@ -97,7 +116,7 @@ def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
     indices = {window: np.array(members) for window, members in tiles.items()}
     shared: dict[int, dict[int, int]] = defaultdict(dict)
     for a, b in _neighbours(indices):
-        region, in_a, in_b = _overlap(a, b), indices[a], indices[b]
+        region, in_a, in_b = intersect(a, b), indices[a], indices[b]
         left, right = _find_in(region, in_a, boxes), _find_in(region, in_b, boxes)
         if not left or not right:
             continue
@@ -135,7 +154,7 @@ def _yields(found: Sequence[TileInstance], index: int, shared: Mapping[int, int]
 
 def _agreement(found: Sequence[TileInstance], index: int, kept: int, pixels: int) -> float:
     """IoU of two cut masks inside the region that both tiles see."""
-    region = _overlap(found[index].window, found[kept].window)
+    region = intersect(found[index].window, found[kept].window)
     areas = (_area_inside(found[i].instance, region) for i in (index, kept))
     return pixels / (sum(areas) - pixels)
 
@@ -160,15 +179,19 @@ def find_groups(
     """
     if compare == "enclosed":
         found = [replace(entry, instance=fill_instance(entry.instance)) for entry in found]
-    shared = _shared_pixels(found) if found else {}
-    groups = [-1] * len(found)
-    for start in range(len(found)):
+    return label_groups(len(found), _shared_pixels(found) if found else {})
+
+
+def label_groups(count: int, linked: Mapping[int, Iterable[int]]) -> list[int]:
+    """The group of each of some numbers, which links connect; links lead in both directions."""
+    groups = [-1] * count
+    for start in range(count):
         stack = [start] if groups[start] < 0 else []
         while stack:
             index = stack.pop()
             if groups[index] < 0:
                 groups[index] = start
-                stack += shared.get(index, {})
+                stack += linked.get(index, ())
     return groups
 
 
@@ -206,10 +229,6 @@ class _Objects:
                 self.members[home] += moved
                 self.object_of.update(dict.fromkeys(moved, home))
 
-    def groups(self) -> list[list[int]]:
-        """Indices of each object's masks."""
-        return list(self.members.values())
-
 
 def merge_tiles(
     found: Sequence[TileInstance],
@@ -231,6 +250,14 @@ def merge_tiles(
     Returns:
         By descending score.
     """
+    merged = sorted(merge_ranked(found, compare=compare), key=lambda entry: entry.rank)
+    return [entry.instance for entry in merged]
+
+
+def merge_ranked(
+    found: Sequence[TileInstance], *, compare: Literal["masks", "enclosed"] = "masks"
+) -> list[Ranked]:
+    """As `merge_tiles`, in any order."""
     masks, join = [entry.instance for entry in found], _union
     if compare == "enclosed":
         join = join_contours
@@ -251,5 +278,14 @@ def merge_tiles(
             objects.join(index, parts)
         else:
             objects.add(index)
-    merged = (join([masks[i] for i in group]) for group in objects.groups())
-    return sorted(merged, key=lambda instance: -instance.score)
+    return [
+        Ranked(_rank(instance.score, found[home]), instance)
+        for home, group in objects.members.items()
+        for instance in [join([masks[i] for i in group])]
+    ]
+
+
+def _rank(score: float, home: TileInstance) -> Rank:
+    """The rank of a merged instance, whose first part is `home`."""
+    window = home.window
+    return -score, home.cut, -home.instance.score, window.y, window.x, home.number

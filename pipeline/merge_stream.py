@@ -1,4 +1,4 @@
-"""Instances of a slide's tiles are merged row by row of tiles: `merge_tiles` in constant memory.
+"""`merge_tiles` and `resolve_overlaps` for slides: row by row of tiles, in constant memory.
 
 Masks that share no pixels, directly or through others, do not influence each other. A group of
 such masks is complete when none of them reaches into the rows that are still to come.
@@ -7,10 +7,15 @@ such masks is complete when none of them reaches into the rows that are still to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pipeline.merge import TileInstance, find_groups, merge_tiles
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipeline.merge import Ranked, TileInstance, find_groups, label_groups, merge_ranked
+from pipeline.overlaps import resolve_overlaps
+from pipeline.postprocess import Overlaps
 from pipeline.types import Detection
 
 
@@ -33,7 +38,7 @@ class StreamMerger:
         self.waiting = list(waiting)
         self._compare = compare
 
-    def add(self, found: Sequence[TileInstance], next_y: int | None) -> list[Detection]:
+    def add(self, found: Sequence[TileInstance], next_y: int | None) -> list[Ranked]:
         """Takes the instances of a row of tiles.
 
         Args:
@@ -48,17 +53,92 @@ class StreamMerger:
         for index, group in enumerate(find_groups(entries, compare=self._compare)):
             members[group].append(entries[index])
         self.waiting = []
-        complete: list[Detection] = []
+        complete: list[Ranked] = []
         for group_entries in members.values():
-            if next_y is not None and any(_end(entry) > next_y for entry in group_entries):
+            if any(_reaches(entry.instance, next_y) for entry in group_entries):
                 self.waiting += group_entries
             else:
-                complete += merge_tiles(group_entries, compare=self._compare)
+                complete += merge_ranked(group_entries, compare=self._compare)
         self.waiting.sort(key=lambda entry: (entry.window.y, entry.window.x))
         return complete
 
+    def first_open(self, next_y: int | None) -> int | None:
+        """The first row of pixels of what is still to come; None if nothing is."""
+        tops = [entry.instance.bbox_xywh[1] for entry in self.waiting]
+        return None if next_y is None else min([next_y, *tops])
 
-def _end(entry: TileInstance) -> int:
-    """The row of pixels after the last one of a mask."""
-    _, y, _, height = entry.instance.bbox_xywh
-    return y + height
+
+class StreamResolver:
+    """Gives each pixel to one of the merged instances, which come row by row.
+
+    Args:
+        overlaps: `keep` leaves them as they are.
+        waiting: What an earlier resolver had waiting.
+
+    Attributes:
+        waiting: Instances whose group may still grow.
+    """
+
+    def __init__(self, overlaps: Overlaps, waiting: Sequence[Ranked] = ()) -> None:
+        self.waiting = list(waiting)
+        self._keeps = overlaps == "keep"
+
+    def add(self, merged: Sequence[Ranked], open_y: int | None) -> list[Detection]:
+        """Takes merged instances.
+
+        Args:
+            merged: In any order.
+            open_y: First row of pixels of instances that are still to come; None if none are.
+
+        Returns:
+            What is left of the instances of the groups that are complete.
+        """
+        if self._keeps:
+            return [entry.instance for entry in merged]
+        entries = [*self.waiting, *merged]
+        members = defaultdict(list)
+        linked = _link([entry.instance for entry in entries])
+        for index, group in enumerate(label_groups(len(entries), linked)):
+            members[group].append(entries[index])
+        self.waiting = []
+        complete: list[Detection] = []
+        for group_entries in members.values():
+            if any(_reaches(entry.instance, open_y) for entry in group_entries):
+                self.waiting += group_entries
+            else:
+                group_entries.sort(key=lambda entry: entry.rank)
+                complete += resolve_overlaps([entry.instance for entry in group_entries])
+        return complete
+
+
+def _reaches(instance: Detection, next_y: int | None) -> bool:
+    """Whether a mask has pixels in a row or below it."""
+    _, y, _, height = instance.bbox_xywh
+    return next_y is not None and y + height > next_y
+
+
+def _link(instances: Sequence[Detection]) -> dict[int, list[int]]:
+    """The instances that share pixels with each one."""
+    boxes = np.array([i.bbox_xywh for i in instances], np.int64).reshape(-1, 4)
+    order = np.argsort(boxes[:, 1], kind="stable")
+    starts, ends = boxes[order, :2], boxes[order, :2] + boxes[order, 2:]
+    linked: dict[int, list[int]] = defaultdict(list)
+    for place, index in enumerate(order.tolist()):
+        last = int(np.searchsorted(starts[:, 1], ends[place, 1], side="left"))
+        near = slice(place + 1, last)
+        beside = (starts[near, 0] < ends[place, 0]) & (ends[near, 0] > starts[place, 0])
+        others = order[near][beside].tolist()
+        for other in _keep_touching(instances, index, others):
+            linked[index].append(other)
+            linked[other].append(index)
+    return linked
+
+
+def _keep_touching(
+    instances: Sequence[Detection], index: int, others: Sequence[int]
+) -> Iterable[int]:
+    if not others:
+        return ()
+    rles = [instances[other].rle for other in others]
+    shared = np.asarray(coco_mask.iou(rles, [instances[index].rle], [0])).ravel()
+    return [other for other, iou in zip(others, shared.tolist(), strict=True) if iou > 0]

@@ -305,7 +305,10 @@ class Collector:
         entries = []
         if detections.instances:
             stride = mask_stride(tile, candidates.mask_hw)
-            entries = [_place(instance, tile, stride) for instance in detections.instances]
+            entries = [
+                replace(_place(instance, tile, stride), number=number)
+                for number, instance in enumerate(detections.instances)
+            ]
         return entries, detections.found
 
     def add(self, index: int, found: Found) -> None:

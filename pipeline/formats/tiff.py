@@ -1,4 +1,4 @@
-"""TIFF as an image of a request: one picture of the planes in the file, as RGB."""
+"""TIFF and DICOM as images of a request: one picture of the planes in the file, as RGB."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ImageTooLarge, UnsupportedFormat
 from pipeline.formats.base import EncodedImage
 from pipeline.formats.convert import draw_on_black, stripes
+from pipeline.formats.dicom import DicomStack
 from pipeline.formats.planes import ChosenPlanes, PlaneChoice, choose_planes
 from pipeline.formats.stretch import find_limits, stretch, undo_stretch
 from pipeline.formats.tiff_file import TiffStack
@@ -27,14 +28,14 @@ _PALETTE_SCALE = 257
 
 @dataclass(frozen=True)
 class Tiff(EncodedImage):
-    """A picture in a TIFF.
+    """A picture in a TIFF or DICOM.
 
     Attributes:
         stack: The file.
         picture: The planes that are shown.
     """
 
-    stack: TiffStack = field(repr=False)
+    stack: TiffStack | DicomStack = field(repr=False)
     picture: ChosenPlanes
 
     @property
@@ -130,7 +131,7 @@ def open_slide(file: BinaryIO, size: int, choice: PlaneChoice, *, is_ndpi: bool 
     return open_picture(b"", TiffStack(file, size, is_ndpi=is_ndpi), choice)
 
 
-def open_picture(data: bytes, stack: TiffStack, choice: PlaneChoice) -> Tiff:
+def open_picture(data: bytes, stack: TiffStack | DicomStack, choice: PlaneChoice) -> Tiff:
     """The picture of a file that a choice selects.
 
     Raises:

@@ -6,8 +6,8 @@ import importlib.util
 from typing import Literal
 
 from pipeline.errors import WriteError
-from pipeline.writers import coco, cvat, geojson, labelme, labels, table, yolo
-from pipeline.writers.page import Classes, OutputFormat, Page, name_files
+from pipeline.writers import coco, cvat, geojson, labelme, labels, ome_zarr, table, yolo
+from pipeline.writers.page import Classes, OutputFormat, Page, in_memory, name_files
 
 __all__ = [
     "FORMATS",
@@ -20,7 +20,16 @@ __all__ = [
 ]
 
 FormatName = Literal[
-    "coco", "coco-polygons", "geojson", "labels", "ome-tiff", "yolo", "labelme", "cvat", "csv"
+    "coco",
+    "coco-polygons",
+    "geojson",
+    "labels",
+    "ome-tiff",
+    "ome-zarr",
+    "yolo",
+    "labelme",
+    "cvat",
+    "csv",
 ]
 _JSON = "application/json"
 _ALL = (
@@ -50,7 +59,8 @@ _ALL = (
         name="labels",
         suffix=".png",
         media_type="image/png",
-        encode=labels.encode_png,
+        encode=in_memory(labels.write_png),
+        stream=labels.write_png,
         folder="masks",
         add_files=labels.list_classes,
     ),
@@ -58,10 +68,19 @@ _ALL = (
         name="ome-tiff",
         suffix=".ome.tif",
         media_type="image/tiff",
-        encode=labels.encode_ome_tiff,
+        encode=in_memory(labels.write_ome_tiff),
+        stream=labels.write_ome_tiff,
         folder="masks",
         add_files=labels.list_classes,
         needs="tifffile",
+    ),
+    OutputFormat(
+        name="ome-zarr",
+        suffix=".ome.zarr.zip",
+        media_type="application/zip",
+        encode=in_memory(ome_zarr.write_ome_zarr),
+        stream=ome_zarr.write_ome_zarr,
+        folder="masks",
     ),
     OutputFormat(
         name="yolo",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.model_config import ClassSpec
 from pipeline.types import Detection
@@ -43,6 +44,20 @@ class Page:
     um_per_px: float | None = None
 
 
+Write = Callable[[Page, BinaryIO], None]
+
+
+def in_memory(write: Write) -> Callable[[Page], bytes]:
+    """What a function writes into a file, as bytes."""
+
+    def encode(page: Page) -> bytes:
+        file = io.BytesIO()
+        write(page, file)
+        return file.getvalue()
+
+    return encode
+
+
 def _no_files(classes: Classes) -> dict[str, bytes]:
     return {}
 
@@ -62,6 +77,7 @@ class OutputFormat:
         add_files: Further files of that folder.
         has_outlines: Whether `Page.simplify_px` applies.
         needs: Package that must be installed for it.
+        stream: Writes what `encode` gives into a file, part by part, for images of any size.
     """
 
     name: str
@@ -73,6 +89,18 @@ class OutputFormat:
     add_files: Callable[[Classes], dict[str, bytes]] = field(default=_no_files)
     has_outlines: bool = False
     needs: str | None = None
+    stream: Write | None = None
+
+    def write(self, page: Page, file: BinaryIO) -> None:
+        """Writes a page.
+
+        Raises:
+            WriteError: The format cannot hold it.
+        """
+        if self.stream is not None:
+            self.stream(page, file)
+        else:
+            file.write(self.encode(page))
 
 
 def to_json(value: Any) -> bytes:
@@ -80,21 +108,25 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def name_files(names: Iterable[str]) -> list[str]:
+def name_files(names: Iterable[str], suffix: str = "") -> list[str]:
     """Relative paths without suffix for the files of images, safe on every system, none twice.
 
     Folders are kept; what would leave the folder or cannot be in a file name is replaced.
 
     Args:
         names: File names or relative paths of the images; anything may be in them.
+        suffix: What will follow each path. Its parts before the last are taken off the names:
+            `a.ome.tif` with `.ome.tif` gives `a`.
     """
+    inner = suffix.split(".")[1:-1]
     taken: set[str] = set()
     found = []
     for name in names:
         parts = [part for part in name.replace("\\", "/").split("/") if part.strip(". ")]
         *folders, last = parts or ["image"]
-        stem, dot, _ = last.rpartition(".")
-        stem = stem if dot and stem.strip(". ") else last
+        stem, _ = _split(last)
+        while (shorter := _split(stem))[1] in inner:
+            stem = shorter[0]
         path = "/".join(_clean(part) for part in (*folders[-8:], stem))
         unique, number = path, 1
         while unique.casefold() in taken:
@@ -103,6 +135,12 @@ def name_files(names: Iterable[str]) -> list[str]:
         taken.add(unique.casefold())
         found.append(unique)
     return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name and its suffix in lower case, without the dot; empty if nothing is before it."""
+    stem, dot, end = name.rpartition(".")
+    return (stem, end.lower()) if dot and stem.strip(". ") else (name, "")
 
 
 def _clean(part: str) -> str:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from pipeline.errors import DecodeError
 from service.errors import (
@@ -53,6 +54,7 @@ _FIXED_PATHS = (
 )
 _HANDLED = (ServiceError, DecodeError, RequestValidationError, HTTPException, ClientDisconnect)
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
+_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -219,9 +221,22 @@ def _answer_http(request: Request, error: HTTPException) -> Response:
     message = f"{error.detail}: {request.method} {request.url.path}"
     detail = {"code": code, "message": message}
     headers = dict(error.headers or {})
-    if headers.get("Allow") == "GET":
-        headers["Allow"] = "GET, HEAD"  # see RequestContextMiddleware
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(_list_methods(request))
     return _error_response(request, error.status_code, detail, headers)
+
+
+def _list_methods(request: Request) -> list[str]:
+    """The methods that any route takes at the request's path."""
+    place = {"type": "http", **{name: request.scope[name] for name in ("path", "root_path")}}
+    taken = {
+        method
+        for method in _METHODS
+        for route in request.app.router.routes
+        if route.matches({**place, "method": method})[0] is Match.FULL
+    }
+    # See RequestContextMiddleware.
+    return sorted(taken | {"HEAD"} if "GET" in taken else taken)
 
 
 def _explain(error: RequestValidationError) -> str:

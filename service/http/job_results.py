@@ -151,7 +151,9 @@ class _Document:
         names = [entry["file_name"] for _, entry, _ in self._found()]
         folder = f"{self.format.folder}/" if self.format.folder else ""
         yield from self.format.add_files(self._classes).items()
-        for stem, (_, page) in zip(name_files(names), self._pages(), strict=True):
+        for stem, (_, page) in zip(
+            name_files(names, self.format.suffix), self._pages(), strict=True
+        ):
             yield f"{folder}{stem}{self.format.suffix}", self.format.encode(page)
 
     def _pages(self) -> Iterator[tuple[int, Page]]:

@@ -10,7 +10,7 @@ from typing import Self
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi"),
+    *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".dcm"),
 )
 _RECURSIVE = "**"
 _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store")

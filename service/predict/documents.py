@@ -91,9 +91,12 @@ class DocumentPlan:
                     self._fill(folder, pages)
             else:
                 assert self.format.join is not None
-                parts = ((item.image_id, part) for item, _, part in pages)
+                encode = self.format.encode
+                parts = ((item.image_id, encode(page)) for item, _, page in pages)
                 with replace_file(out) as file:
                     file.writelines(self.format.join(classes, parts))
+        except (WriteError, ImageUnusable, DecodeError) as error:
+            raise RunFailed(f"{as_line(pages.current)}: {error}") from error
         except OSError as error:
             raise RunFailed(f"cannot write {as_line(out)}: {describe(error)}") from error
         return pages.instances
@@ -102,10 +105,15 @@ class DocumentPlan:
         (folder / MARK).write_text(f"{self.format.name}\n")
         for name, data in self.format.add_files(pages.classes).items():
             (folder / name).write_bytes(data)
-        for item, stem, part in pages:
-            _write(folder / self.format.folder / f"{stem}{self.format.suffix}", part)
+        for item, stem, page in pages:
+            path = folder / self.format.folder / f"{stem}{self.format.suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                self.format.write(page, file)
             if self.copy_images:
-                _write(folder / _IMAGES / f"{stem}{_suffix_of(item)}", read_data(item.file))
+                copied = folder / _IMAGES / f"{stem}{_suffix_of(item)}"
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                copied.write_bytes(read_data(item.file))
 
 
 @dataclass
@@ -114,6 +122,7 @@ class _Pages:
 
     Attributes:
         instances: Of the pages so far.
+        current: Name of the image of the last page.
     """
 
     plan: DocumentPlan
@@ -121,25 +130,24 @@ class _Pages:
     journal: Journal
     classes: Classes
     instances: int = 0
+    current: str = ""
 
-    def __iter__(self) -> Iterator[tuple[Item, str, bytes]]:
+    def __iter__(self) -> Iterator[tuple[Item, str, Page]]:
         """Each image, the path of its files without suffix, and its page.
 
         Raises:
-            RunFailed: A page cannot be written.
+            ImageUnusable, DecodeError: The size of an image cannot be read.
         """
-        stems = name_files(as_text(item.name) for item in self.items)
+        stems = name_files((as_text(i.name) for i in self.items), self.plan.format.suffix)
         for item, stem in zip(self.items, stems, strict=True):
-            try:
-                page = self._build(item, stem)
-                part = self.plan.format.encode(page)
-            except (WriteError, ImageUnusable, DecodeError) as error:
-                raise RunFailed(f"{as_line(item.name)}: {error}") from error
+            self.current = item.name
+            page = self._build(item, stem)
             self.instances += len(page.instances)
-            yield item, stem, part
+            yield item, stem, page
 
     def _build(self, item: Item, stem: str) -> Page:
         results = list(read_all_results(self.journal, item.file.key))
+        results.sort(key=lambda result: -result["score"])  # those of a slide are by rows of tiles
         labels = {spec.category_id: label for label, spec in enumerate(self.classes)}
         copied = f"{stem}{_suffix_of(item)}"
         return Page(
@@ -163,11 +171,6 @@ def _read_hw(item: Item, results: Sequence[dict[str, Any]]) -> tuple[int, int]:
 
 def _suffix_of(item: Item) -> str:
     return PurePosixPath(as_line(item.name)).suffix.lower()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
-from PIL import Image
 
 from pipeline.decode import open_image
 from pipeline.draw import draw_instances
@@ -23,8 +20,7 @@ from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
 from service.jobs.files import ImageFile, LocalFile, as_line, as_text
 from service.jobs.journal import Journal
 from service.jobs.listing import Listing
-from service.jobs.pictures import mark_picture
-from service.predict.outputs import START, replace_file
+from service.predict.outputs import START, encode_picture, replace_file, write_picture
 from service.predict.predictors import Prediction, Predictor
 from service.predict.slide_journal import read_all_results
 from service.predict.slides import SlideJob
@@ -33,8 +29,6 @@ MOST_BYTES = 2**30
 """Size of an image file; the largest that can be decoded is far smaller."""
 _MOST_NAME_BYTES = 120
 """Of an image's name in the name of its picture; file systems allow 143 or 255 in all."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of writing that every image would get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +139,7 @@ class Notes:
             RunFailed: The disk is full, or the journal cannot be written.
         """
         if self.overlays is not None and item.overlay is not None and found.picture is not None:
-            _write_picture(self.overlays / item.overlay, found.picture)
+            write_picture(self.overlays / item.overlay, found.picture)
         properties = {
             "stamp": stamp,
             "overlay": item.overlay,
@@ -170,15 +164,6 @@ class Notes:
             for warning in entry.get("warnings", ()):
                 found.setdefault(warning["code"], []).append((item, warning["message"]))
         return found
-
-
-def _write_picture(path: Path, picture: bytes) -> None:
-    try:
-        with replace_file(path) as file:
-            file.write(picture)
-    except OSError as error:
-        kind = RunFailed if error.errno in _FULL else ImageUnusable
-        raise kind(f"cannot write {as_line(path)}: {describe(error)}") from error
 
 
 def read_stamp(file: ImageFile) -> list[int]:
@@ -257,7 +242,9 @@ class PredictJob:
         try:
             if self.slides is not None and self.slides.takes(item.file):
                 assert isinstance(item.file, LocalFile)
-                self.slides.run(item.file, item.overlay, self.notes.journal)
+                folder, name = self.notes.overlays, item.overlay
+                picture = None if folder is None or name is None else folder / name
+                self.slides.run(item.file, picture, self.notes.journal)
                 return None
             stamp = read_stamp(item.file)
             data = read_data(item.file)
@@ -281,11 +268,7 @@ def draw_overlay(data: bytes, answer: Prediction) -> bytes:
         picture = open_image(data, choice=answer.planes).decode()
     except DecodeError as error:
         raise ImageUnusable(f"no overlay: {error}") from error
-    file = io.BytesIO()
-    Image.fromarray(draw_instances(picture, instances, answer.task)).save(
-        file, "PNG", pnginfo=mark_picture()
-    )
-    return file.getvalue()
+    return encode_picture(draw_instances(picture, instances, answer.task))
 
 
 def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:

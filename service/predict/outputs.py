@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import stat
@@ -12,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+from pipeline.types import UInt8
 from service.errors import StartupError
-from service.jobs.errors import describe
+from service.jobs.errors import ImageUnusable, RunFailed, describe
+from service.jobs.files import as_line
+from service.jobs.pictures import mark_picture
 
 START = b"[\n"
 """Of a file with results; the first result or the end of the list follows."""
@@ -21,6 +28,8 @@ _JOURNAL = ".partial"
 UNFINISHED = ".partial-new"
 REPLACED = ".partial-old"
 """Ends of the names of a file or folder that is written, and of a folder that it replaces."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing that every image would get."""
 RESULT_STARTS = (START + b'{"image_id":', START + b"]")
 
 
@@ -86,6 +95,28 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # it is there only after an exception
             unfinished.unlink()
+
+
+def encode_picture(pixels: UInt8) -> bytes:
+    """A PNG of pixels [H, W, 3] that a later run does not take for an image."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=mark_picture())
+    return file.getvalue()
+
+
+def write_picture(path: Path, picture: bytes) -> None:
+    """Writes a picture with masks.
+
+    Raises:
+        ImageUnusable: It cannot be written.
+        RunFailed: No picture could be.
+    """
+    try:
+        with replace_file(path) as file:
+            file.write(picture)
+    except OSError as error:
+        kind = RunFailed if error.errno in _FULL else ImageUnusable
+        raise kind(f"cannot write {as_line(path)}: {describe(error)}") from error
 
 
 def check_outputs(

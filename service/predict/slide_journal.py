@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.merge import TileInstance
+from pipeline.merge import Ranked, TileInstance
 from pipeline.survey import Survey
 from pipeline.types import Detection, Window
 from service.jobs.journal import Journal
@@ -24,7 +24,12 @@ def read_all_results(journal: Journal, key: str) -> Iterator[dict[str, Any]]:
     """The results of a file; those of a slide are in parts."""
     yield from journal.read_results(key)
     entry = journal.find(key)
-    for number in range(0 if entry is None else entry.get("parts", 0)):
+    yield from read_parts(journal, key, 0 if entry is None else entry.get("parts", 0))
+
+
+def read_parts(journal: Journal, key: str, parts: int) -> Iterator[dict[str, Any]]:
+    """The results of the first rows of tiles of a slide."""
+    for number in range(parts):
         yield from journal.read_results(name_part(key, number))
 
 
@@ -36,11 +41,13 @@ class SlideState:
         done: Rows of tiles that are in the journal.
         truncated: Whether max_instances cut the instances of a tile.
         waiting: Instances that may go on in the next row.
+        merged: Instances whose overlaps are not resolved yet.
     """
 
     done: int
     truncated: bool
     waiting: list[TileInstance]
+    merged: list[Ranked]
 
 
 def name_state(key: str) -> str:
@@ -52,27 +59,50 @@ def read_state(key: str, stamp: list[int], journal: Journal) -> SlideState:
     """How far a slide has come; at its start if the file has another stamp."""
     entry = journal.find(name_state(key))
     if entry is None or entry["stamp"] != stamp:
-        return SlideState(0, False, [])
-    return SlideState(entry["done"], entry["truncated"], [*_read_waiting(entry["waiting"])])
+        return SlideState(0, False, [], [])
+    waiting = [*_read_waiting(entry["waiting"])]
+    merged = [
+        Ranked((*item["rank"],), _read_instance(item["instance"]))
+        for item in entry.get("merged", ())
+    ]
+    return SlideState(entry["done"], entry["truncated"], waiting, merged)
 
 
 def write_state(state: SlideState) -> dict[str, Any]:
     """The state as JSON."""
     waiting = [
         {
-            "label": entry.instance.label,
-            "score": entry.instance.score,
-            "size": entry.instance.rle["size"],
-            "counts": entry.instance.rle["counts"].decode(),
-            "bbox": entry.instance.bbox_xywh,
-            "area": entry.instance.area,
+            **_write_instance(entry.instance),
             "window": _list(entry.window),
             "cut": entry.cut,
             "elsewhere": None if entry.elsewhere is None else _list(entry.elsewhere),
+            "number": entry.number,
         }
         for entry in state.waiting
     ]
-    return {"done": state.done, "truncated": state.truncated, "waiting": waiting}
+    merged = [{"rank": e.rank, "instance": _write_instance(e.instance)} for e in state.merged]
+    return {
+        "done": state.done,
+        "truncated": state.truncated,
+        "waiting": waiting,
+        "merged": merged,
+    }
+
+
+def _write_instance(instance: Detection) -> dict[str, Any]:
+    return {
+        "label": instance.label,
+        "score": instance.score,
+        "size": instance.rle["size"],
+        "counts": instance.rle["counts"].decode(),
+        "bbox": instance.bbox_xywh,
+        "area": instance.area,
+    }
+
+
+def _read_instance(entry: dict[str, Any]) -> Detection:
+    rle = {"size": entry["size"], "counts": entry["counts"].encode()}
+    return Detection(entry["label"], entry["score"], rle, tuple(entry["bbox"]), entry["area"])
 
 
 def _list(window: Window) -> list[int]:
@@ -81,12 +111,13 @@ def _list(window: Window) -> list[int]:
 
 def _read_waiting(waiting: Sequence[dict[str, Any]]) -> Iterator[TileInstance]:
     for entry in waiting:
-        rle = {"size": entry["size"], "counts": entry["counts"].encode()}
-        instance = Detection(
-            entry["label"], entry["score"], rle, tuple(entry["bbox"]), entry["area"]
+        yield TileInstance(
+            _read_instance(entry),
+            Window(*entry["window"]),
+            entry["cut"],
+            None if entry["elsewhere"] is None else Window(*entry["elsewhere"]),
+            entry.get("number", 0),
         )
-        elsewhere = None if entry["elsewhere"] is None else Window(*entry["elsewhere"])
-        yield TileInstance(instance, Window(*entry["window"]), entry["cut"], elsewhere)
 
 
 def write_survey(made: Survey) -> dict[str, Any]:

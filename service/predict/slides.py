@@ -8,20 +8,22 @@ they would if the slide were processed as a whole: the results are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import solo_client
 from pipeline.calibration import to_reported
 from pipeline.decode import MAX_PIXELS
-from pipeline.encode import instance_to_coco
+from pipeline.encode import instance_from_coco, instance_to_coco
 from pipeline.errors import DecodeError
 from pipeline.formats.tiff import Tiff, open_slide
 from pipeline.formats.tiff_file import TiffStack, is_tiff
-from pipeline.merge import TileInstance
-from pipeline.merge_stream import StreamMerger
+from pipeline.merge import TileInstance, intersect
+from pipeline.merge_stream import StreamMerger, StreamResolver
 from pipeline.model_config import ModelConfig, TileResize
+from pipeline.overview import draw_overview
 from pipeline.postprocess import Collector
 from pipeline.preprocess import prepare_regions, windows_of
 from pipeline.survey import Survey, survey
@@ -30,10 +32,12 @@ from service.jobs.errors import ImageUnusable, blame_image
 from service.jobs.files import ImageFile, LocalFile
 from service.jobs.journal import Journal
 from service.models.repository import LoadedModel
+from service.predict.outputs import encode_picture, write_picture
 from service.predict.slide_journal import (
     SlideState,
     name_part,
     name_state,
+    read_parts,
     read_state,
     read_survey,
     write_state,
@@ -182,29 +186,29 @@ class SlideJob:
         is_ndpi = file.path.lower().endswith(_SUFFIX_NDPI)
         return open_slide(opened, size, self.asked.planes, is_ndpi=is_ndpi)
 
-    def run(self, file: LocalFile, overlay: str | None, journal: Journal) -> None:
+    def run(self, file: LocalFile, picture: Path | None, journal: Journal) -> None:
         """Processes a slide, or what is left of it.
 
         Args:
             file: The slide.
-            overlay: Must be None.
+            picture: Where its picture with the masks is written, reduced; None: nowhere.
             journal: Has the rows that are complete.
 
         Raises:
             ImageUnusable: The slide cannot be processed.
             RunFailed: The journal cannot be written.
         """
-        if overlay is not None:
-            raise ImageUnusable("a slide has no picture with masks; leave --overlays out")
         with blame_image(), open(file.path, "rb") as opened:
             stamp = file.read_stamp()
             try:
                 slide = self._open(file, opened)
-                self._process(slide, file.key, stamp, journal)
+                self._process(slide, file.key, stamp, picture, journal)
             except DecodeError as error:
                 raise ImageUnusable(f"{error.code}: {error}") from error
 
-    def _process(self, slide: Tiff, key: str, stamp: list[int], journal: Journal) -> None:
+    def _process(
+        self, slide: Tiff, key: str, stamp: list[int], picture: Path | None, journal: Journal
+    ) -> None:
         config = self._adapt(slide)
         image_hw = slide.height, slide.width
         seen = self._survey(slide, key, stamp, journal)
@@ -216,21 +220,41 @@ class SlideJob:
         taken = plan.list_rows()
         state = read_state(key, stamp, journal)
         merger = StreamMerger(config.postprocess.compare, state.waiting)
+        resolver = StreamResolver(self.asked.overlaps, state.merged)
         clock = _Clock(taken, state.done, self.on_progress)
         for number in range(state.done, len(taken)):
             row, kept = taken[number]
             found, is_cut = self._search(plan, prepared, row, kept, clock)
             next_y = rows[taken[number + 1][0]] if number + 1 < len(taken) else None
-            complete = [i for i in merger.add(found, next_y) if plan.owns(i)]
-            state = SlideState(number + 1, state.truncated or is_cut, merger.waiting)
+            complete = resolver.add(merger.add(found, next_y), merger.first_open(next_y))
+            complete = [instance for instance in complete if plan.owns(instance)]
+            is_cut |= state.truncated
+            state = SlideState(number + 1, is_cut, merger.waiting, resolver.waiting)
             journal.append(
                 name_part(key, number), self._encode(complete), served=self._served, properties={}
             )
             properties = {"stamp": stamp, **write_state(state)}
             journal.append(name_state(key), [], served=self._served, properties=properties)
-        properties = {"stamp": stamp, "overlay": None, "truncated": state.truncated}
+        if picture is not None:
+            self._draw(slide, seen, picture, read_parts(journal, key, len(taken)))
+        overlay = None if picture is None else picture.name
+        properties = {"stamp": stamp, "overlay": overlay, "truncated": state.truncated}
         properties["parts"] = len(taken)
         journal.append(key, [], served=self._served, properties=properties)
+
+    def _draw(
+        self, slide: Tiff, seen: Survey, path: Path, results: Iterable[dict[str, Any]]
+    ) -> None:
+        ordered = sorted(results, key=lambda result: -result["score"])
+        whole = Window(0, 0, slide.height, slide.width)
+        region = self.options.region
+        drawn = draw_overview(
+            lambda window: _read(slide, window, seen),
+            whole if region is None else intersect(region, whole),
+            (instance_from_coco(result, 0) for result in ordered),
+            self.model.config.task,
+        )
+        write_picture(path, encode_picture(drawn))
 
     @property
     def _served(self) -> str:
@@ -246,8 +270,6 @@ class SlideJob:
         config = self.asked.adapt_to(config, slide.um_per_px)
         if not isinstance(config.input.resize, TileResize):
             raise ImageUnusable("a slide needs a model with tiles; this one resizes every image")
-        if self.asked.overlaps == "resolve":
-            raise ImageUnusable("--overlaps resolve is not possible for a slide")
         if any(len(planes) > 1 for planes in slide.picture.planes):
             raise ImageUnusable("--z max is not possible for a slide")
         if slide.orientation != 1:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from pipeline.merge import TileInstance, find_groups, merge_tiles
-from pipeline.merge_stream import StreamMerger
+from pipeline.merge import Ranked, TileInstance, find_groups, merge_tiles
+from pipeline.merge_stream import StreamMerger, StreamResolver
+from pipeline.overlaps import resolve_overlaps
 from pipeline.preprocess import tile_starts
 from pipeline.runs import BoxMask, encode_box_mask
 from pipeline.types import Detection, Window
@@ -61,7 +64,9 @@ def _scatter(rng: np.random.Generator, discs: int) -> dict[int, list[TileInstanc
                 and box.x + box.pixels.shape[1] < other.x + TILE
             ]
             elsewhere = others[0] if is_cut and others else None
-            found[window.y].append(TileInstance(instance, window, is_cut, elsewhere))
+            number = sum(entry.window == window for entry in found[window.y])
+            entry = TileInstance(instance, window, is_cut, elsewhere, number)
+            found[window.y].append(entry)
     return found
 
 
@@ -80,7 +85,54 @@ def test_rows_that_come_one_by_one_give_what_all_tiles_give(seed: int) -> None:
         merged += merger.add(found[y], next_y)
         merger = StreamMerger(waiting=merger.waiting)  # as after an interruption
     assert not merger.waiting
-    assert _keys(merged) == _keys(merge_tiles(everything))
+    assert _keys([entry.instance for entry in merged]) == _keys(merge_tiles(everything))
+    merged.sort(key=lambda entry: entry.rank)
+    assert [entry.instance for entry in merged] == merge_tiles(everything)
+
+
+@pytest.mark.parametrize("scores", [1000, 3])
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_overlaps_are_resolved_row_by_row_as_in_the_whole(seed: int, scores: int) -> None:
+    """Equal scores, too, as networks give them to what they are sure of."""
+    found = {
+        y: [
+            replace(
+                e, instance=replace(e.instance, score=round(e.instance.score * scores) / scores)
+            )
+            for e in entries
+        ]
+        for y, entries in _scatter(np.random.default_rng(seed), 6 + 4 * seed).items()
+    }
+    merger, resolver, rows, resolved = StreamMerger(), StreamResolver("resolve"), list(found), []
+    waited = 0
+    for number, y in enumerate(rows):
+        next_y = rows[number + 1] if number + 1 < len(rows) else None
+        merged = merger.add(found[y], next_y)
+        resolved += resolver.add(merged, merger.first_open(next_y))
+        waited += len(resolver.waiting)
+        merger = StreamMerger(waiting=merger.waiting)  # as after an interruption
+        resolver = StreamResolver("resolve", resolver.waiting)
+    assert waited and not resolver.waiting
+    everything = [entry for entries in found.values() for entry in entries]
+    whole = merge_tiles(everything)
+    assert resolve_overlaps(whole) != whole
+    assert _keys(resolved) == _keys(resolve_overlaps(whole))
+
+
+def test_an_instance_waits_for_those_that_it_overlaps() -> None:
+    found = [
+        Detection(label, 0.5, encode_box_mask(BoxMask(y, x, np.ones((10, 10), np.bool_)), HW),
+                  (x, y, 10, 10), 100)
+        for label, (y, x) in enumerate([(0, 0), (5, 9), (14, 18), (14, 100)])
+    ]  # fmt: skip
+    entries = [Ranked((-1.0, False, -1.0, 0, 0, n), i) for n, i in enumerate(found)]
+    for open_y, waiting in ((9, 4), (15, 4), (23, 4), (24, 0)):
+        resolver = StreamResolver("resolve")
+        done = resolver.add(entries, open_y)
+        assert (len(resolver.waiting), len(done)) == (waiting, 4 - waiting)
+    resolver = StreamResolver("resolve")
+    assert [i.label for i in resolver.add([entries[0], entries[3]], 20)] == [0]
+    assert resolver.add([], None) == [found[3]]
 
 
 def test_only_what_reaches_the_next_row_waits() -> None:

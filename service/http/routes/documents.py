@@ -73,7 +73,7 @@ class DocumentAnswer:
             for number, outcome in enumerate(segmented.outcomes)
         ]
         classes = segmented.model.config.classes
-        stems = name_files(name or "image" for name in self.names)
+        stems = name_files((name or "image" for name in self.names), self.format.suffix)
         if self.format.join is None and len(parts) > 1:
             folder = f"{self.format.folder}/" if self.format.folder else ""
             files = {
@@ -170,7 +170,7 @@ def zip_files(files: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
     out = _Pieces()
     with zipfile.ZipFile(out, "w") as archive:
         for name, data in files:
-            packed = not name.endswith((".png", ".tif"))
+            packed = not name.endswith((".png", ".tif", ".zip"))
             kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
             archive.writestr(zipfile.ZipInfo(name, _NO_DATE), data, kind)
             yield out.take()

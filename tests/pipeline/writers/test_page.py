@@ -5,6 +5,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 
+from pipeline.writers import FORMATS
 from pipeline.writers.page import name_files
 
 HOSTILE = (
@@ -39,6 +40,17 @@ def test_names_are_kept_without_their_suffix() -> None:
     assert name_files(names) == [
         *("a", "deeper/b c", "no suffix", "hidden", "ядро.v2", "win/d"),
     ]
+
+
+@pytest.mark.parametrize("suffix", sorted({chosen.suffix for chosen in FORMATS.values()}))
+def test_a_suffix_of_several_parts_is_not_written_twice(suffix: str) -> None:
+    names = ["a.b.tif", f"c{suffix}", f"D{suffix.upper()}", f"deep/e{suffix}"]
+    paths = [f"{stem}{suffix}" for stem in name_files(names, suffix)]
+    assert paths == [f"a.b{suffix}", f"c{suffix}", f"D{suffix}", f"deep/e{suffix}"]
+    head = suffix.rpartition(".")[0]
+    if head:
+        assert name_files([f"f{head}.x", f"f{head}.y", head], suffix)[:2] == ["f", "f_2"]
+        assert name_files([f"f{head}.x"], ".txt") == [f"f{head}"]
 
 
 def test_no_two_images_have_the_same_file() -> None:

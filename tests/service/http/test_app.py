@@ -37,6 +37,20 @@ async def test_unknown_paths_and_methods_have_the_error_shape(client: httpx.Asyn
     assert response.headers["allow"] == "POST"
 
 
+async def test_an_unknown_method_is_answered_with_all_that_the_path_has(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    described = {path: {*map(str.upper, item)} for path, item in app.openapi()["paths"].items()}
+    assert {"POST", "GET"} <= described["/v2/jobs"]
+    described |= {path: {"GET"} for path in ("/", "/docs", "/openapi.json")}
+    for path, methods in described.items():
+        allowed = methods | ({"HEAD"} if "GET" in methods else set())
+        for method in {"GET", "PUT", "PATCH", "DELETE", "POST", "BREW"} - allowed:
+            response = await client.request(method, re.sub(r"{\w+}", "7", path))
+            assert response.status_code == 405, (method, path)
+            assert set(response.headers["allow"].split(", ")) == allowed, (method, path)
+
+
 async def test_an_error_of_our_own_is_a_500_that_tells_nothing(
     app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,11 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
@@ -115,6 +117,54 @@ def test_a_slide_gives_what_the_whole_image_gives(
     assert _keys(predict(file, "tissue")) == _keys(whole)
 
 
+def test_overlaps_are_resolved_as_in_the_whole_image(
+    tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path, _draw(), tile=(64, 64))
+    options = ("--overlaps", "resolve", "--score-threshold", "0.05")
+    kept = predict(file, "kept", "--all-tiles", *options[2:])
+    with monkeypatch.context() as patched:
+        patched.setattr("service.predict.slides.MAX_PIXELS", 1 << 40)
+        whole = predict(file, "whole", *options)
+    assert len(whole) > 10 and _keys(whole) != _keys(kept)
+    assert _keys(predict(file, "slide", "--all-tiles", *options)) == _keys(whole)
+
+
+def _picture(folder: Path) -> NDArray[np.uint8]:
+    (path,) = folder.iterdir()
+    assert path.name == "00001_slide.png"
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_the_picture_of_a_slide_has_the_masks_and_fits_on_a_screen(
+    tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = _draw()
+    file = _write(tmp_path, pixels, tile=(64, 64))
+    with monkeypatch.context() as patched:
+        patched.setattr("service.predict.slides.MAX_PIXELS", 1 << 40)
+        predict(file, "whole", "--overlays", str(tmp_path / "whole"))
+    expected = _picture(tmp_path / "whole")
+    predict(file, "slide", "--overlays", str(tmp_path / "slide"))
+    drawn = _picture(tmp_path / "slide")
+    is_drawn = (expected != pixels).any(axis=2)
+    assert is_drawn.any()
+    np.testing.assert_array_equal((drawn != pixels).any(axis=2), is_drawn)
+    region = ("--region", "40,50,100,200")
+    predict(file, "part", "--overlays", str(tmp_path / "part"), *region)
+    assert _picture(tmp_path / "part").shape == (200, 100, 3)
+    monkeypatch.setattr("pipeline.overview.MAX_SIDE_PX", 100)
+    predict(file, "small", "--overlays", str(tmp_path / "small"))
+    small = _picture(tmp_path / "small")
+    assert small.shape == (83, 63, 3)
+    plain = cv2.resize(pixels[:328, :248], (62, 82), interpolation=cv2.INTER_AREA)
+    drawn_small = (small[:82, :62] != plain).any(axis=2)
+    np.testing.assert_array_equal(
+        drawn_small, is_drawn[:328, :248].reshape(82, 4, 62, 4).any(axis=(1, 3))
+    )
+
+
 def test_deep_samples_are_stretched_by_the_whole_slide(
     tmp_path: Path, predict: Predict, tiles: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,8 +253,6 @@ def test_tiles_without_tissue_are_left_out(
     ("arguments", "message"),
     [
         (("--region", "900,0,10,10"), "is outside the slide of 250x330 px"),
-        (("--overlaps", "resolve"), "--overlaps resolve is not possible for a slide"),
-        (("--overlays", "drawn"), "leave --overlays out"),
         (("--channel", "9"), "invalid_plane: channel='9'"),
         (("--z", "1"), "invalid_plane: z=1"),
     ],

@@ -1,4 +1,4 @@
-"""TIFF over HTTP: planes, size of a pixel, the picture that browsers cannot show."""
+"""TIFF and DICOM over HTTP: planes, size of a pixel, the picture that browsers cannot show."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.dicom_files import build, save
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
 
@@ -62,6 +63,19 @@ async def test_a_tiff_is_answered_as_the_same_png(blobs: httpx.AsyncClient) -> N
     expected = await ask(blobs, encode_picture(RED))
     assert len(expected["instances"]) == 1
     assert await ask(blobs, write(RED, photometric="rgb", compression="zlib")) == expected
+
+
+async def test_a_dicom_is_answered_as_the_same_png(blobs: httpx.AsyncClient) -> None:
+    expected = await ask(blobs, encode_picture(RED))
+    assert await ask(blobs, save(build(RED), rle=True)) == expected
+    sized = await ask(blobs, save(build(RED, PixelSpacing=[0.0005, 0.0005])))
+    assert sized["um_per_px"] == pytest.approx(0.5)
+    frames = save(build(STACK, frames=2))
+    assert len((await ask(blobs, frames, "z=1"))["instances"]) == 3
+    answer = await blobs.post("/segment", content=frames)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_plane")
+    answer = await blobs.post("/segment", content=save(build(RED, SamplesPerPixel=4)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_format")
 
 
 async def test_planes_are_parameters(blobs: httpx.AsyncClient) -> None:
