@@ -191,6 +191,12 @@ class JobRunner:
     async def _process(self, claim: Claim) -> None:
         try:
             result = await self._find_result(claim)
+        except ProcessLost as error:  # other files go first, see `JobStore.claim`
+            logger.warning("file %d of job %s: %s", claim.number, claim.job, error)
+            await asyncio.sleep(RETRY_S)
+            await self._insist(lambda store: store.release(self._worker, [claim], is_attempt=True))
+            self._held.pop(claim.place, None)
+            return
         finally:
             self._working.pop(claim.place, None)
         stored = await self._insist(lambda store: store.finish(self._worker, claim, result))
@@ -209,19 +215,22 @@ class JobRunner:
             await asyncio.sleep(RETRY_S)
 
     async def _find_result(self, claim: Claim) -> FileResult:
-        """Processes a file; whatever is wrong with it becomes its result."""
+        """Processes a file; whatever is wrong with it becomes its result.
+
+        Raises:
+            ProcessLost: Another process, which had the file, has ended.
+        """
+        if claim.attempts > MAX_ATTEMPTS:
+            lost = f"{MAX_ATTEMPTS} times the server ended before the file was processed"
+            return _build_failure(claim, ProcessLost(lost))
         try:
-            if claim.attempts > MAX_ATTEMPTS:
-                raise ProcessLost(
-                    f"{MAX_ATTEMPTS} times the server ended before the file was processed"
-                )
-            data = await self._read(claim)
-            return await self._segment(claim, data)
+            return await self._segment(claim, await self._read(claim))
+        except ProcessLost:
+            raise
         except Exception as error:
             if not isinstance(error, (ServiceError, DecodeError)):
                 logger.exception("file %d of job %s failed", claim.number, claim.job)
-            _, detail = describe_error(error)
-            return FileResult("", {"file_name": claim.name, "error": detail})
+            return _build_failure(claim, error)
 
     async def _read(self, claim: Claim) -> bytes:
         if claim.source is not None:
@@ -288,6 +297,11 @@ class JobRunner:
             lambda store: store.note_webhook(self._worker, claim, problem, last=last)
         )
         return wait_s(attempt) if kept and problem is not None and not last else None
+
+
+def _build_failure(claim: Claim, error: Exception) -> FileResult:
+    _, detail = describe_error(error)
+    return FileResult("", {"file_name": claim.name, "error": detail})
 
 
 def describe_event(job: JobRecord) -> bytes:

@@ -14,6 +14,7 @@ from service.errors import (
     EngineRestarting,
     JobsUnavailable,
     Overloaded,
+    ProcessLost,
     QuotaExceeded,
     TooManyCanvases,
     UnknownModel,
@@ -44,7 +45,7 @@ class FakeSegmenter:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.admission = Admission(100)
-        self.answers: list[Exception] = []
+        self.answers: list[Exception | None] = []
         self.go = asyncio.Event()
         self.go.set()
         self.asked: list[str] = []
@@ -178,6 +179,20 @@ async def test_a_file_that_ends_the_process_is_given_up(
     (entry,) = await finish(service, job)
     assert entry["error"]["code"] == "process_lost"
     assert segmenter.asked == []
+    await started.stop()
+
+
+async def test_a_file_that_ends_other_processes_goes_last_and_is_given_up(
+    service: JobService, segmenter: FakeSegmenter
+) -> None:
+    job = await submit(service, 2)
+    segmenter.answers = [ProcessLost("gone"), None, *[ProcessLost("gone")] * (MAX_ATTEMPTS - 1)]
+    started = JobRunner(service, cast(Segmenter, segmenter), 1)
+    started.start()
+    first, second = await finish(service, job)
+    assert first["error"]["code"] == "process_lost" and str(MAX_ATTEMPTS) in str(first)
+    assert "error" not in second
+    assert segmenter.asked == ["1.png", "2.png", *["1.png"] * (MAX_ATTEMPTS - 1)]
     await started.stop()
 
 
