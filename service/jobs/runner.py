@@ -25,6 +25,7 @@ from service.errors import (
     ProcessLost,
     QuotaExceeded,
     ServiceError,
+    SourceBusy,
     SourceUnavailable,
     StorageFull,
     describe_error,
@@ -48,11 +49,13 @@ RETRY_S = 2.0
 EXPIRE_S = 60.0
 """Time between two looks for jobs to delete."""
 MAX_ATTEMPTS = 10
-"""How often a file may have been taken by processes that ended before it was finished."""
+"""How often a file is taken: by processes that end, or while its store does not answer."""
 ENGINE_TRIES = 3
 _WEBHOOKS_AT_ONCE = 8
 _PASSING = (Overloaded, QuotaExceeded, EngineRestarting, ModelUnavailable, Draining)
 """Errors that the file has nothing to do with."""
+_LATER = (ProcessLost, SourceBusy)
+"""Errors after which a file is tried again, a bounded number of times."""
 
 
 class JobRunner:
@@ -191,9 +194,9 @@ class JobRunner:
     async def _process(self, claim: Claim) -> None:
         try:
             result = await self._find_result(claim)
-        except ProcessLost as error:  # other files go first, see `JobStore.claim`
+        except _LATER as error:  # other files go first, see `JobStore.claim`
             logger.warning("file %d of job %s: %s", claim.number, claim.job, error)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S * claim.attempts)
             await self._insist(lambda store: store.release(self._worker, [claim], is_attempt=True))
             self._held.pop(claim.place, None)
             return
@@ -219,22 +222,23 @@ class JobRunner:
 
         Raises:
             ProcessLost: Another process, which had the file, has ended.
+            SourceBusy: It cannot be read now.
         """
         if claim.attempts > MAX_ATTEMPTS:
             lost = f"{MAX_ATTEMPTS} times the server ended before the file was processed"
             return _build_failure(claim, ProcessLost(lost))
         try:
             return await self._segment(claim, await self._read(claim))
-        except ProcessLost:
-            raise
         except Exception as error:
+            if isinstance(error, _LATER) and claim.attempts < MAX_ATTEMPTS:
+                raise
             if not isinstance(error, (ServiceError, DecodeError)):
                 logger.exception("file %d of job %s failed", claim.number, claim.job)
             return _build_failure(claim, error)
 
     async def _read(self, claim: Claim) -> bytes:
         if claim.source is not None:
-            return await asyncio.to_thread(self._service.sources.read, claim.source)
+            return await self._service.read_file(claim.source)
         data = await self._insist(lambda store: store.read_upload(claim))
         if data is None:
             raise SourceUnavailable("the upload is not there any more")

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from service.http.app import create_app
 from service.http.keys import add_key
 from service.jobs import runner
+from service.jobs.files import ATTEMPTS
 from service.jobs.store import FILE_NAME
 from service.models.repository import load_repository
 from service.settings import Settings
@@ -26,6 +27,7 @@ from tests.service.http.routes.conftest import OpenGated
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.gate import EngineGate
 from tests.support.receiver import receive_webhooks
+from tests.support.s3_server import ENVIRONMENT, serve_store
 
 IMAGE = encode_picture(draw_picture())
 LARGE = encode_picture(draw_picture(256, 256))
@@ -143,6 +145,33 @@ async def test_files_of_the_server_good_and_bad(
         "empty_image",
     ]
     assert all(len(e["instances"]) == 1 for e in results if "error" not in e)
+
+
+async def test_files_of_a_store_good_and_bad(
+    with_jobs: Settings, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra s3")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with serve_store({f"bucket/in/{name}.png": IMAGE for name in "abcd"}) as store:
+        store.page = 3
+        root = {"jobs_roots": f"s3://bucket/in{store.settings}"}
+        async with open_client(build(with_jobs.model_copy(update=root))) as client:
+            store.always = {"bucket": 503}
+            answer = await client.post("/v2/jobs", json={"inputs": ["s3://bucket/in/"]})
+            assert (answer.status_code, answer.json()["code"]) == (503, "jobs_unavailable")
+            store.always = {"bucket/in/b.png": 403}
+            store.statuses = {
+                "bucket/in/c.png": [500] * ATTEMPTS,
+                "bucket/in/d.png": [200, 200, -1],
+            }
+            answer = await client.post("/v2/jobs", json={"inputs": ["s3://bucket/in/"]})
+            assert answer.status_code == 202, answer.text
+            done = await wait(client, answer.json())
+            entries = (await client.get(f"/v2/jobs/{done['id']}/results")).json()["results"]
+            codes = [entry.get("error", {}).get("code") for entry in entries]
+            assert codes == [None, "source_unavailable", None, None]
+            assert entries[0]["instances"] == entries[2]["instances"] == entries[3]["instances"]
 
 
 async def test_an_input_that_is_deleted_fails_alone(
