@@ -32,6 +32,7 @@
     ├── JobNotFinished            its results are asked for
     ├── SourceForbidden           a file or webhook that the settings do not allow
     ├── SourceUnavailable         a file of a job cannot be read
+    │   └── SourceBusy            now, but perhaps later
     ├── ProcessLost               processing a file has ended the server's process again and again
     ├── Draining                  the server is shutting down
     ├── EngineRestarting          the engine has failed and is being rebuilt
@@ -264,6 +265,10 @@ class SourceUnavailable(ServiceError):
     """A file of a job cannot be read."""
 
     code = "source_unavailable"
+
+
+class SourceBusy(SourceUnavailable):
+    """The store with a file of a job does not answer, or cannot at the moment."""
 
 
 class ProcessLost(ServiceError):

@@ -77,6 +77,16 @@ class Settings(BaseSettings):
             "a free one; needs the extra grpc (default: none)",
         ),
     ] = None
+    grpc_tls_cert: Annotated[
+        Path | None,
+        Field(
+            description="PEM file with the certificate of the gRPC port and those that lead to its "
+            "authority; read again after a change (default: no TLS)"
+        ),
+    ] = None
+    grpc_tls_key: Annotated[
+        Path | None, Field(description="PEM file with its key, without a password")
+    ] = None
     model_repo: Annotated[
         Path,
         Field(
@@ -413,6 +423,13 @@ class Settings(BaseSettings):
                     f"{self.max_body_bytes}: the largest allowed body could not be received"
                 )
             object.__setattr__(self, "max_bodies_bytes", self.max_body_bytes)
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Settings:
+        files = self.grpc_tls_cert, self.grpc_tls_key
+        if files != (None, None) and (None in files or self.grpc_port is None):
+            raise ValueError("grpc_tls_cert and grpc_tls_key need each other, and grpc_port")
         return self
 
     @model_validator(mode="after")

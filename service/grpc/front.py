@@ -11,7 +11,8 @@ def build_front_ends(settings: Settings) -> list[FrontEnd]:
     """The front ends beside HTTP.
 
     Raises:
-        StartupError: The port is not available, or the extra is not installed.
+        StartupError: The port is not available, the extra is not installed, or the certificate
+            cannot be used.
     """
     if settings.grpc_port is None:
         return []

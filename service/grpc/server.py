@@ -19,6 +19,7 @@ from grpc import aio
 
 from service.grpc.calls import RpcState
 from service.grpc.handler import RpcHandler
+from service.grpc.tls import read_tls
 
 logger = logging.getLogger(__name__)
 logging.getLogger("grpc").setLevel(logging.INFO)
@@ -39,7 +40,7 @@ class GrpcServer:
         settings: Host, port and limits.
 
     Raises:
-        StartupError: The port is not available.
+        StartupError: The port is not available, or certificate or key cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,6 +48,7 @@ class GrpcServer:
         self._settings = settings
         self._reserved: socket.socket | None = None
         self._server: aio.Server | None = None
+        self._tls = read_tls(settings)
         self.port = settings.grpc_port
         if settings.workers == 1:
             self._reserved = bind(settings.host, settings.grpc_port, GRPC)
@@ -66,7 +68,10 @@ class GrpcServer:
         server = aio.server(options=_build_options(self._settings))
         server.add_generic_rpc_handlers([RpcHandler(RpcState(state))])
         try:
-            server.add_insecure_port(f"{shown}:{self.port}")
+            if self._tls is None:
+                server.add_insecure_port(f"{shown}:{self.port}")
+            else:
+                server.add_secure_port(f"{shown}:{self.port}", self._tls.build_credentials())
         except RuntimeError as error:
             raise StartupError(f"cannot serve {GRPC} on {host}:{self.port}: {error}") from error
         finally:
@@ -74,7 +79,8 @@ class GrpcServer:
                 self._reserved.close()
         await server.start()
         self._server = server
-        logger.info("%s on %s:%d", GRPC, shown, self.port)
+        secured = "" if self._tls is None else ", with TLS"
+        logger.info("%s on %s:%d%s", GRPC, shown, self.port, secured)
 
     async def stop(self, limit_s: float) -> None:
         """Takes no more RPCs, and ends those in flight after a time."""

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_PASSING = re.compile(
+    r"\b(NETWORK_CONNECTION|INTERNAL_FAILURE|INTERNAL_ERROR|SERVICE_UNAVAILABLE|UNAVAILABLE"
+    r"|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+    r"|HTTP status (429|5\d\d))\b"
+)
+"""In the texts of the object stores' clients, whose errors have no other distinction."""
 
 
 class ImageUnusable(Exception):
@@ -20,6 +28,11 @@ def describe(error: Exception) -> str:
         return error.strerror
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a file in an object store may be readable later: the store cannot be reached."""
+    return isinstance(error, (ConnectionError, TimeoutError)) or bool(_PASSING.search(str(error)))
 
 
 @contextmanager

@@ -28,6 +28,9 @@ _QUERY = re.compile(r"\?\w+=[^&?/]*(&\w+=[^&?/]*)*$")
 _UNPRINTABLE = ("Cc", "Cf", "Zl", "Zp")
 """Unicode categories: controls, invisible formatting, line and paragraph separators."""
 
+ATTEMPTS = 3
+"""Of a request to S3 that fails in a way that may pass."""
+
 LeaveOut = Callable[[str, str], None]
 """Takes the name of an entry that is left out, and the reason."""
 
@@ -173,15 +176,15 @@ class RemoteFile:
         """Size in bytes and modification time in ns when it was listed."""
         return list(self.stamp)
 
-    def read(self) -> bytes:
-        """The content.
+    def read(self, most: int | None = None) -> bytes:
+        """The content, or that many bytes of it.
 
         Raises:
             Exception: The store's own, if it cannot be read.
         """
         store, _ = _open_store(self.root)
         with store.open_input_stream(self.path, compression=None) as stream:
-            data: bytes = stream.read()
+            data: bytes = stream.read(most)
         return data
 
     def __str__(self) -> str:
@@ -189,6 +192,16 @@ class RemoteFile:
 
 
 ImageFile = LocalFile | RemoteFile
+
+
+def has_settings(uri: str) -> bool:
+    """Whether a URI ends with settings of its store, "?name=value"."""
+    return _QUERY.search(uri) is not None
+
+
+def without_settings(uri: str) -> str:
+    """A URI for messages."""
+    return _QUERY.sub("", uri)
 
 
 def is_uri(text: str) -> bool:
@@ -214,11 +227,12 @@ def as_local(text: str) -> str:
 @cache
 def _open_store(root: str) -> tuple[FileSystem, str]:
     """The store, and the path in it that the URI stands for."""
+    name = without_settings(root)
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
     except ImportError as error:
-        raise StartupError(f"{root} requires pyarrow, in the extra 's3' of solo-serve") from error
+        raise StartupError(f"{name} requires pyarrow, in the extra 's3' of solo-serve") from error
     try:
         store, base = FileSystem.from_uri(root)
     except ArrowInvalid as unknown:
@@ -227,9 +241,24 @@ def _open_store(root: str) -> tuple[FileSystem, str]:
         try:
             other, base = url_to_fs(root)
         except (ImportError, ValueError, TypeError) as error:
-            raise StartupError(f"{root}: {unknown}; fsspec: {error}") from error
+            raise StartupError(f"{name}: {unknown}; fsspec: {error}") from error
         store = PyFileSystem(FSSpecHandler(other))
-    return store, base.rstrip("/")
+    return _limit_attempts(store), base.rstrip("/")
+
+
+def _limit_attempts(store: FileSystem) -> FileSystem:
+    """The store, whose calls take seconds where it does not answer; by default S3's take minutes.
+
+    While a call is in progress the process cannot end.
+    """
+    if store.type_name != "s3":
+        return store
+    from pyarrow.fs import AwsStandardS3RetryStrategy
+
+    build, (options,) = store.__reduce__()
+    strategy = AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    limited: FileSystem = build({**options, "retry_strategy": strategy})
+    return limited
 
 
 def list_store(uri: str, leave_out: LeaveOut) -> tuple[str, list[RemoteFile]]:
@@ -248,9 +277,7 @@ def list_store(uri: str, leave_out: LeaveOut) -> tuple[str, list[RemoteFile]]:
     """
     query = _QUERY.search(uri)
     settings = query[0] if query else ""
-    parts = _URI.fullmatch(uri.removesuffix(settings))
-    assert parts is not None, uri
-    scheme, host = parts["scheme"], parts["host"]
+    scheme, host, path = _split(uri.removesuffix(settings))
     if ":" in host.rpartition("@")[0]:
         raise StartupError(
             f"{scheme}://...@{host.rpartition('@')[2]}: a password in a URI would be written into "
@@ -264,13 +291,40 @@ def list_store(uri: str, leave_out: LeaveOut) -> tuple[str, list[RemoteFile]]:
 
     folder, found = _find(
         store,
-        f"{base}/{parts['path']}".rstrip("/"),
+        f"{base}/{path}".rstrip("/"),
         lambda path, reason: leave_out(uri_of(path), reason),
     )
     return uri_of(folder), [
         RemoteFile(uri_of(info.path), root, info.path, (info.size, info.mtime_ns or 0))
         for info in found
     ]
+
+
+def find_in_store(uri: str, settings: str) -> RemoteFile:
+    """The file that a URI, whatever characters it has, names.
+
+    Args:
+        uri: URI without settings of the store.
+        settings: Those, "?region=..." or empty.
+
+    Raises:
+        FileNotFoundError: There is none.
+        Exception: The store's own, if it cannot be read.
+    """
+    scheme, host, path = _split(uri)
+    root = f"{scheme}://{host}/{settings}"
+    store, base = _open_store(root)
+    info = store.get_file_info(f"{base}/{path}")
+    if not info.is_file:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return RemoteFile(uri, root, info.path, (info.size, info.mtime_ns or 0))
+
+
+def _split(uri: str) -> tuple[str, str, str]:
+    """Scheme, host and path."""
+    parts = _URI.fullmatch(uri)
+    assert parts is not None, uri
+    return parts["scheme"], parts["host"], parts["path"]
 
 
 def _find(store: FileSystem, start: str, leave_out: LeaveOut) -> tuple[str, list[FileInfo]]:

@@ -20,6 +20,7 @@ from service.jobs.files import (
     build_folder,
     is_uri,
     list_store,
+    without_settings,
 )
 from service.jobs.listing import Listing
 from service.jobs.patterns import EVERYTHING, Pattern, States
@@ -84,9 +85,8 @@ class _Finder:
         else:
             self._add_local(local)
         if not self._matches:
-            raise self.refuse(
-                f"{given!r} is not an image or a folder with images, and matches none"
-            )
+            name = without_settings(local)
+            raise self.refuse(f"{name!r} is not an image or a folder with images, and matches none")
         self._sort_in()
 
     def refuse(self, text: str) -> StartupError:

@@ -25,6 +25,7 @@ from service.errors import (
     ProcessLost,
     QuotaExceeded,
     ServiceError,
+    SourceBusy,
     SourceUnavailable,
     StorageFull,
     describe_error,
@@ -48,11 +49,13 @@ RETRY_S = 2.0
 EXPIRE_S = 60.0
 """Time between two looks for jobs to delete."""
 MAX_ATTEMPTS = 10
-"""How often a file may have been taken by processes that ended before it was finished."""
+"""How often a file is taken: by processes that end, or while its store does not answer."""
 ENGINE_TRIES = 3
 _WEBHOOKS_AT_ONCE = 8
 _PASSING = (Overloaded, QuotaExceeded, EngineRestarting, ModelUnavailable, Draining)
 """Errors that the file has nothing to do with."""
+_LATER = (ProcessLost, SourceBusy)
+"""Errors after which a file is tried again, a bounded number of times."""
 
 
 class JobRunner:
@@ -191,6 +194,12 @@ class JobRunner:
     async def _process(self, claim: Claim) -> None:
         try:
             result = await self._find_result(claim)
+        except _LATER as error:  # other files go first, see `JobStore.claim`
+            logger.warning("file %d of job %s: %s", claim.number, claim.job, error)
+            await asyncio.sleep(RETRY_S * claim.attempts)
+            await self._insist(lambda store: store.release(self._worker, [claim], is_attempt=True))
+            self._held.pop(claim.place, None)
+            return
         finally:
             self._working.pop(claim.place, None)
         stored = await self._insist(lambda store: store.finish(self._worker, claim, result))
@@ -209,23 +218,27 @@ class JobRunner:
             await asyncio.sleep(RETRY_S)
 
     async def _find_result(self, claim: Claim) -> FileResult:
-        """Processes a file; whatever is wrong with it becomes its result."""
+        """Processes a file; whatever is wrong with it becomes its result.
+
+        Raises:
+            ProcessLost: Another process, which had the file, has ended.
+            SourceBusy: It cannot be read now.
+        """
+        if claim.attempts > MAX_ATTEMPTS:
+            lost = f"{MAX_ATTEMPTS} times the server ended before the file was processed"
+            return _build_failure(claim, ProcessLost(lost))
         try:
-            if claim.attempts > MAX_ATTEMPTS:
-                raise ProcessLost(
-                    f"{MAX_ATTEMPTS} times the server ended before the file was processed"
-                )
-            data = await self._read(claim)
-            return await self._segment(claim, data)
+            return await self._segment(claim, await self._read(claim))
         except Exception as error:
+            if isinstance(error, _LATER) and claim.attempts < MAX_ATTEMPTS:
+                raise
             if not isinstance(error, (ServiceError, DecodeError)):
                 logger.exception("file %d of job %s failed", claim.number, claim.job)
-            _, detail = describe_error(error)
-            return FileResult("", {"file_name": claim.name, "error": detail})
+            return _build_failure(claim, error)
 
     async def _read(self, claim: Claim) -> bytes:
         if claim.source is not None:
-            return await asyncio.to_thread(self._service.sources.read, claim.source)
+            return await self._service.read_file(claim.source)
         data = await self._insist(lambda store: store.read_upload(claim))
         if data is None:
             raise SourceUnavailable("the upload is not there any more")
@@ -288,6 +301,11 @@ class JobRunner:
             lambda store: store.note_webhook(self._worker, claim, problem, last=last)
         )
         return wait_s(attempt) if kept and problem is not None and not last else None
+
+
+def _build_failure(claim: Claim, error: Exception) -> FileResult:
+    _, detail = describe_error(error)
+    return FileResult("", {"file_name": claim.name, "error": detail})
 
 
 def describe_event(job: JobRecord) -> bytes:

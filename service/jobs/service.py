@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -11,15 +11,19 @@ from typing import TypeVar
 
 from service.errors import JobsUnavailable, StorageFull
 from service.jobs.database import JournalError, JournalFull
-from service.jobs.records import JobRecord, Submission
+from service.jobs.listing import Listing
+from service.jobs.records import JobFile, JobRecord, Submission
 from service.jobs.retention import Retention
 from service.jobs.sources import Sources
 from service.jobs.store import JobStore
 from service.jobs.webhook import build_webhooks
+from service.models.background import run_in_thread
 from service.observe.metrics import Metrics
 from service.settings import Settings
 
 T = TypeVar("T")
+LISTINGS = 4
+"""Submissions whose files are looked for at once."""
 
 
 class JobService:
@@ -33,7 +37,6 @@ class JobService:
         metrics: Where faults of the store are counted.
 
     Attributes:
-        sources: Files that jobs may name.
         webhooks: Those that are allowed.
         on_accepted: Called when a job was accepted.
 
@@ -43,7 +46,7 @@ class JobService:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         assert settings.jobs_dir is not None
-        self.sources = Sources(settings.jobs_roots, settings.max_body_bytes)
+        self._sources = Sources(settings.jobs_roots, settings.max_body_bytes)
         self.webhooks = build_webhooks(
             settings.jobs_webhook_secret.get_secret_value(),
             settings.jobs_webhook_hosts,
@@ -56,6 +59,7 @@ class JobService:
         self._metrics = metrics
         self._store: JobStore | None = None
         self._thread = ThreadPoolExecutor(1, "jobs")
+        self._listings = asyncio.Semaphore(LISTINGS)
 
     async def call(self, function: Callable[[JobStore], T]) -> T:
         """Runs a function in the store's thread.
@@ -81,6 +85,15 @@ class JobService:
         if self._store is None:
             self._store = JobStore(self._folder, self._max_bytes)
         return self._store
+
+    async def list_files(self, inputs: Sequence[str]) -> tuple[list[JobFile], Listing]:
+        """See `Sources.list_files`; a store that does not answer keeps no other work waiting."""
+        async with self._listings:
+            return await run_in_thread(partial(self._sources.list_files, inputs))
+
+    async def read_file(self, source: str) -> bytes:
+        """See `Sources.read`."""
+        return await run_in_thread(partial(self._sources.read, source))
 
     async def accept(
         self, submission: Submission, max_open_files: int | None

@@ -13,13 +13,22 @@ from pathlib import Path, PurePosixPath
 from service.errors import (
     BodyTooLarge,
     InvalidParameter,
+    JobsUnavailable,
     ServiceError,
+    SourceBusy,
     SourceForbidden,
     SourceUnavailable,
     StartupError,
 )
-from service.jobs.errors import describe
-from service.jobs.files import LocalFile, as_local, as_text, is_uri, list_store
+from service.jobs.errors import describe, may_pass
+from service.jobs.files import (
+    LocalFile,
+    as_local,
+    as_text,
+    find_in_store,
+    has_settings,
+    is_uri,
+)
 from service.jobs.inputs import find_files
 from service.jobs.listing import Listing
 from service.jobs.records import JobFile
@@ -80,6 +89,7 @@ class Sources:
         Raises:
             SourceForbidden: One is not under a root.
             InvalidParameter: One is no URI, or names no image.
+            JobsUnavailable: A store does not answer, or cannot at the moment.
             SourceUnavailable: A store cannot be read.
         """
         allowed = [self._check(given) for given in inputs]
@@ -88,7 +98,8 @@ class Sources:
         except StartupError as error:
             raise InvalidParameter(f"inputs: {error}") from error
         except Exception as error:  # those of stores have no common base
-            raise SourceUnavailable(f"inputs: {describe(error)}") from error
+            kind = JobsUnavailable if may_pass(error) else SourceUnavailable
+            raise kind(f"inputs: {describe(error)}") from error
         if listing.unreadable:
             name, why = next(iter(listing.unreadable.items()))
             raise SourceUnavailable(f"inputs: {name!r} cannot be read: {why}")
@@ -112,6 +123,8 @@ class Sources:
         if "\0" in local:
             raise InvalidParameter(f"inputs: {given!r} has a zero byte")
         if is_uri(local):
+            if has_settings(given):
+                raise SourceForbidden(f"inputs: {given!r} has settings of a store")
             return given + self._find_store(given).settings
         fixed = Path(local)
         while glob.has_magic(str(fixed)) and not os.path.lexists(fixed):
@@ -129,8 +142,8 @@ class Sources:
 
     def _find_store(self, uri: str) -> StoreRoot:
         root = next((root for root in self._stores if root.holds(uri)), None)
-        if root is None or "?" in uri or ".." in PurePosixPath(uri).parts:
-            raise SourceForbidden(f"inputs: {uri!r} is not in a store that jobs may read")
+        if root is None or ".." in PurePosixPath(uri).parts:
+            raise SourceForbidden(f"{uri!r} is not in a store that jobs may read")
         return root
 
     def read(self, source: str) -> bytes:
@@ -138,6 +151,7 @@ class Sources:
 
         Raises:
             SourceForbidden: It is no longer under a root.
+            SourceBusy: It cannot be read now, but perhaps later.
             SourceUnavailable: It cannot be read.
             BodyTooLarge: It has too many bytes.
         """
@@ -147,7 +161,8 @@ class Sources:
         except ServiceError:
             raise
         except Exception as error:  # those of stores have no common base
-            raise SourceUnavailable(f"the file cannot be read: {describe(error)}") from error
+            kind = SourceBusy if may_pass(error) else SourceUnavailable
+            raise kind(f"the file cannot be read: {describe(error)}") from error
         return data
 
     def _read_local(self, path: str) -> bytes:
@@ -177,13 +192,11 @@ class Sources:
         return data
 
     def _read_store(self, uri: str) -> bytes:
-        root = self._find_store(uri)
-        _, found = list_store(uri + root.settings, lambda name, reason: None)
-        files = [file for file in found if file.uri == uri]
-        if not files:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        self._check_size(files[0].read_stamp()[0])
-        return files[0].read()
+        file = find_in_store(uri, self._find_store(uri).settings)
+        self._check_size(file.read_stamp()[0])
+        data = file.read(self._max_bytes + 1)
+        self._check_size(len(data))
+        return data
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:

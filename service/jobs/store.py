@@ -276,14 +276,14 @@ class JobStore:
                 for worker in workers
             )
 
-    def release(self, worker: str, claims: Iterable[Claim]) -> None:
-        """Gives back what a worker does not go on with; it does not count as an attempt."""
+    def release(self, worker: str, claims: Iterable[Claim], *, is_attempt: bool = False) -> None:
+        """Gives back what a worker does not go on with, as an attempt or as none."""
         with self._database.transaction():
             for claim in claims:
                 self._database.execute(
-                    "UPDATE pending SET worker = NULL, attempts = attempts - 1"
+                    "UPDATE pending SET worker = NULL, attempts = attempts - ?"
                     " WHERE job = ? AND number = ? AND worker = ?",
-                    *(*claim.place, worker),
+                    *(0 if is_attempt else 1, *claim.place, worker),
                 )
 
     def read_upload(self, claim: Claim) -> bytes | None:

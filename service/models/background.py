@@ -52,5 +52,5 @@ async def run_in_thread(
             else:
                 loop.call_soon_threadsafe(set_result, result)
 
-    threading.Thread(target=run, name="build", daemon=True).start()
+    threading.Thread(target=run, name="background", daemon=True).start()
     return await done

@@ -96,7 +96,17 @@ def check_selectors(manifests: list[m.Manifest]) -> Iterator[str]:
 
 
 def check_scaling(manifests: list[m.Manifest]) -> Iterator[str]:
-    """The autoscaler follows the Deployment by a gauge of ours, at a full engine's load."""
+    """The autoscaler follows the Deployment by a gauge of ours, at a full engine's load.
+
+    With jobs there is one pod and never a second: their folder is its own.
+    """
+    if build_settings(manifests).jobs_dir is not None:
+        spec = m.only(manifests, "Deployment")["spec"]
+        if (spec.get("replicas"), spec["strategy"]) != (1, {"type": "Recreate"}):
+            yield f"pods share the folder of jobs: {spec.get('replicas')}, {spec['strategy']}"
+        if m.of_kind(manifests, "HorizontalPodAutoscaler"):
+            yield "the autoscaler adds pods that have other jobs"
+        return
     scaler = m.only(manifests, "HorizontalPodAutoscaler")["spec"]
     deployment = m.only(manifests, "Deployment")
     target = scaler["scaleTargetRef"]
@@ -159,6 +169,8 @@ def check_volumes(manifests: list[m.Manifest]) -> Iterator[str]:
     written = ["/tmp"]
     if settings.device != "cpu":
         written += [str(settings.engine_cache), str(default_cache())]
+    if settings.jobs_dir is not None:
+        written.append(str(settings.jobs_dir))
     for path in written:
         above = [str(folder) for folder in (PurePosixPath(path), *PurePosixPath(path).parents)]
         mount = next((mounts[folder] for folder in above if folder in mounts), None)

@@ -17,7 +17,8 @@ from tests.deploy.test_dockerfiles import last_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "docker/kubernetes"
-OVERLAYS = ("base", "overlays/gpu", "overlays/models-on-a-volume")
+JOBS = "overlays/jobs"
+OVERLAYS = ("base", "overlays/gpu", "overlays/models-on-a-volume", JOBS)
 COMPONENTS = ("components/api-keys", "components/models-on-a-volume")
 ALL = "overlays/gpu with all components"
 BUILDS = (*OVERLAYS, ALL)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.deploy.manifests import Manifest, build, find_kubectl, of_kind, only
+from tests.deploy.manifests import JOBS, Manifest, build, find_kubectl, of_kind, only
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "docker/helm/solo-serve"
@@ -90,12 +90,17 @@ def normalize(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
 @needs_helm
 @pytest.mark.skipif(find_kubectl() is None, reason="kubectl is not installed")
 @pytest.mark.parametrize(
-    ("overlay", "files"), [("base", ()), ("overlays/gpu", ("values-gpu.yaml",))]
+    ("overlay", "files", "values"),
+    [
+        ("base", (), {}),
+        ("overlays/gpu", ("values-gpu.yaml",), {}),
+        (JOBS, (), {"jobs": {"enabled": True}}),
+    ],
 )
 def test_the_chart_and_kustomize_give_the_same_objects(
-    overlay: str, files: tuple[str, ...], tmp_path: Path
+    overlay: str, files: tuple[str, ...], values: dict[str, Any], tmp_path: Path
 ) -> None:
-    chart, kustomized = normalize(render(*files)), normalize(build(overlay, tmp_path))
+    chart, kustomized = normalize(render(*files, **values)), normalize(build(overlay, tmp_path))
     assert len(chart) >= 8
     assert set(chart) == set(kustomized)
     for name, manifest in chart.items():
@@ -139,6 +144,21 @@ def test_models_keys_and_settings() -> None:
 
 
 @needs_helm
+def test_jobs_are_off_by_default_and_may_end_with_the_pod() -> None:
+    assert "SOLO_JOBS_DIR" not in only(render(), "ConfigMap")["data"]
+    files = ("values-gpu.yaml",)
+    kept = render(*files, jobs={"enabled": True, "size": "9Gi", "storageClass": "fast"})
+    claims = {c["metadata"]["name"]: c["spec"] for c in of_kind(kept, "PersistentVolumeClaim")}
+    assert set(claims) == {"solo-serve-jobs", "solo-serve-engine-cache"}
+    assert claims["solo-serve-jobs"]["storageClassName"] == "fast"
+    assert claims["solo-serve-jobs"]["resources"] == {"requests": {"storage": "9Gi"}}
+    lost = render(jobs={"enabled": True, "persistent": False, "size": "9Gi"})
+    assert of_kind(lost, "PersistentVolumeClaim") == []
+    volumes = only(lost, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "jobs", "emptyDir": {"sizeLimit": "9Gi"}} in volumes
+
+
+@needs_helm
 def test_changed_settings_restart_the_pods() -> None:
     def checksum(**settings: str) -> str:
         template = only(render(settings=settings), "Deployment")["spec"]["template"]
@@ -158,6 +178,8 @@ def test_changed_settings_restart_the_pods() -> None:
         {"settings": {"WORKERS": "2"}},
         {"autoscaling": {"queuedCanvases": "none"}},
         {"startupProbe": {"periodSeconds": 0}},
+        {"jobs": {"enabled": "yes"}},
+        {"jobs": {"claim": "mine"}},
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any]) -> None:

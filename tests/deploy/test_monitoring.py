@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.answer_match import AnswerMatch
 from service.engines.state import EngineState
 from service.observe.gpus import GpuCollector
 from service.observe.metrics import Metrics
@@ -49,6 +50,9 @@ def exported() -> dict[str, set[str]]:
     metrics.watch_gpus(gpus)
     metrics.model_refused.labels("broken").set(1)
     metrics.image_errors.labels("nuclei", "corrupt_image").inc()
+    metrics.shadow.begin("nuclei", 2)
+    metrics.shadow.add("nuclei", 2, AnswerMatch((0.9,), (0.1,), (0, 1)))
+    metrics.shadow.decisions.labels("nuclei", "promoted").inc()
     metrics.requests.labels("/segment", "POST", "200").inc()
     metrics.request_seconds.labels("/segment", "POST").observe(0.1)
     found: dict[str, set[str]] = {}

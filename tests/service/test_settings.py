@@ -167,6 +167,14 @@ def test_the_defaults_of_the_bounds() -> None:
     assert settings.request_timeout_ms == 600_000
 
 
+def test_tls_needs_certificate_key_and_port(tmp_path: Path) -> None:
+    both = {"grpc_tls_cert": tmp_path / "a", "grpc_tls_key": tmp_path / "b"}
+    assert Settings.model_validate({**both, "grpc_port": 1}).grpc_tls_key == tmp_path / "b"
+    for values in (both, *({name: path, "grpc_port": 1} for name, path in both.items())):
+        with pytest.raises(ValidationError, match="need each other, and grpc_port"):
+            Settings.model_validate(values)
+
+
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(ValidationError, match="max_bach"):
         Settings(max_bach=3)  # type: ignore[call-arg]

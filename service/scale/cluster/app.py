@@ -17,9 +17,11 @@ from starlette.types import ASGIApp
 
 from service.errors import StartupError
 from service.http.app import create_app
+from service.jobs.service import JobService
 from service.observe.logs import configure_logging
+from service.observe.metrics import Metrics
 from service.scale.cluster.front import ClusterSegmenter
-from service.scale.cluster.messages import Answer, Call, Description, WorkerLost
+from service.scale.cluster.messages import Answer, Call, Description, WorkerDied, WorkerLost
 from service.scale.cluster.metrics import FrontMetrics, report_front
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker, start_segmenter
@@ -41,17 +43,24 @@ SHARED: dict[str, Any] = {
     "logging_config": QUIET,
 }
 """Options of both deployments."""
-LOST = (
-    ray_errors.RayActorError,
-    ray_errors.ObjectLostError,
+DIED = (
+    ray_errors.ActorDiedError,
     ray_errors.WorkerCrashedError,
     ray_errors.NodeDiedError,
     ray_errors.OutOfMemoryError,
+)
+"""What says that a worker has ended."""
+LOST = (
+    *DIED,
+    ray_errors.RayActorError,
+    ray_errors.ObjectLostError,
     ray_errors.TaskCancelledError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
 )
 """What says that a worker is gone, not that the call was wrong."""
+HEAD = "node:__internal_head__"
+"""Resource of the cluster's head node alone."""
 
 
 def build_app(arguments: dict[str, Any]) -> serve.Application:
@@ -68,16 +77,20 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
         settings = ClusterSettings(**arguments)
     except ValidationError as error:
         raise StartupError(str(error)) from error
+    server = settings.server_settings()
+    actor: dict[str, Any] = {"num_cpus": 0}
+    if settings.jobs_dir is not None:
+        JobService(Settings(**server), Metrics())  # its faults are said here, not in a replica
+        actor["resources"] = {HEAD: 0.001}  # they share a folder that is not on a network
     fronts = serve.deployment(
         name=FRONT,
         num_replicas=settings.fronts,
         max_ongoing_requests=MAX_FRONT_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=actor,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 20,
         max_surge_percent=100,
         **SHARED,
     )(serve.ingress()(Front))
-    server = settings.server_settings()
     workers = build_workers(settings).bind(server)
     application: serve.Application = fronts.bind(server, workers)
     return application
@@ -199,7 +212,7 @@ class ServeWorkers:
         """Cancels the call in the worker if the caller is cancelled.
 
         Raises:
-            WorkerLost: The worker died, or cannot be reached.
+            WorkerDied, WorkerLost: See `messages.Workers`.
         """
         response = self._workers.segment.remote(call)
         try:
@@ -207,6 +220,8 @@ class ServeWorkers:
         except asyncio.CancelledError:
             response.cancel()  # type: ignore[no-untyped-call]
             raise
+        except DIED as error:
+            raise WorkerDied(type(error).__name__) from error
         except LOST as error:
             raise WorkerLost(type(error).__name__) from error
         return answer

@@ -2,7 +2,7 @@
 
 A request can be repeated without harm, so a call whose worker is lost goes to another one, a
 bounded number of times and within the request's deadline: an image that kills its worker must not
-kill them all.
+kill them all. A job has other files to go on with, so its file is not repeated here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ from service.errors import (
     Forbidden,
     ModelUnavailable,
     Overloaded,
+    ProcessLost,
     ServiceError,
     UnknownModel,
     UnknownVersion,
 )
 from service.protocol import ModelState, Segmented, choose_default, find_model
-from service.scale.cluster.messages import Answer, Call, Description, WorkerLost, Workers
+from service.scale.cluster.messages import (
+    Answer,
+    Call,
+    Description,
+    WorkerDied,
+    WorkerLost,
+    Workers,
+)
 from service.scale.cluster.metrics import FrontMetrics
 from service.segmenter import measure
 from service.settings import Settings
@@ -200,6 +208,8 @@ class ClusterSegmenter:
             try:
                 answer = await self._workers.segment(call)
             except WorkerLost as lost:
+                if isinstance(lost, WorkerDied) and call.options.priority == "background":
+                    raise ProcessLost(f"the worker ended: {lost}") from lost
                 error = lost
             else:
                 self._heard_s = time.monotonic()

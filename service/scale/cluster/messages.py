@@ -58,7 +58,11 @@ class Description:
 
 
 class WorkerLost(Exception):
-    """A worker or its node failed during a call; another worker can repeat it."""
+    """A worker or its node failed, or cannot be reached; another worker can repeat the call."""
+
+
+class WorkerDied(WorkerLost):
+    """The worker's process ended during the call, perhaps because of it."""
 
 
 class Workers(Protocol):
@@ -68,7 +72,8 @@ class Workers(Protocol):
         """Has one of them do it; cancelling drops the work.
 
         Raises:
-            WorkerLost: Its process has ended.
+            WorkerDied: Its process ended meanwhile.
+            WorkerLost: It cannot be reached.
         """
         ...
 
@@ -76,7 +81,7 @@ class Workers(Protocol):
         """What one of them serves.
 
         Raises:
-            WorkerLost: Its process has ended.
+            WorkerLost: It cannot be reached.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ class ClusterSettings(Settings):
     """`SOLO_MAX_REPLICAS=4` sets `max_replicas`; every other setting goes to fronts and workers.
 
     `threads`, `pool_threads` and `device` follow from `num_cpus` and `num_gpus` unless they are
-    set.
+    set, `jobs_in_flight` from the number of workers.
     """
 
     ray_address: Annotated[
@@ -76,16 +77,22 @@ class ClusterSettings(Settings):
     def _follow_resources(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        cpus = values.get("num_cpus", cls.model_fields["num_cpus"].default)
-        gpus = values.get("num_gpus", cls.model_fields["num_gpus"].default)
+
+        def read(name: str) -> float:
+            return float(values.get(name, cls.model_fields[name].default))
+
         try:
-            cores, has_gpu = max(1, int(float(cpus))), float(gpus) > 0
-        except (TypeError, ValueError):
+            cores, has_gpu = max(1, int(read("num_cpus"))), read("num_gpus") > 0
+            has_most = values.get("max_replicas") is not None
+            workers = read("max_replicas" if has_most else "min_replicas")
+            jobs = max(1, math.ceil(workers * (cores + 1) / read("fronts")))
+        except (TypeError, ValueError, ArithmeticError):
             return values  # the fields' own checks say what is wrong
         implied = {
             "threads": cores,
             "pool_threads": cores,
             "device": "cuda" if has_gpu else "cpu",
+            "jobs_in_flight": jobs,
         }
         return {**implied, **values}
 

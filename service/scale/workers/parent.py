@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from service.errors import StartupError
+from service.grpc.tls import read_tls
 from service.http import listeners
 from service.http.accept import PAUSE_S, Accepter
 from service.http.listeners import bind, listen
@@ -45,8 +46,9 @@ def run_workers(settings: Settings) -> int:
         second signal.
 
     Raises:
-        StartupError: A port cannot be had, or a worker cannot start.
+        StartupError: A port cannot be had, a certificate not be used, or a worker cannot start.
     """
+    read_tls(settings)  # before each worker does
     with ExitStack() as stack:
         main = bind(settings.host, settings.port, "requests")
         sockets = {MAIN: stack.enter_context(main)}

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +14,14 @@ from service.errors import (
     EngineRestarting,
     JobsUnavailable,
     Overloaded,
+    ProcessLost,
     QuotaExceeded,
+    SourceBusy,
     TooManyCanvases,
     UnknownModel,
 )
 from service.jobs import leases, runner
-from service.jobs.records import JobRecord
+from service.jobs.records import JobFile, JobRecord
 from service.jobs.runner import MAX_ATTEMPTS, JobRunner
 from service.jobs.service import JobService
 from service.jobs.store import JobStore
@@ -44,7 +46,7 @@ class FakeSegmenter:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.admission = Admission(100)
-        self.answers: list[Exception] = []
+        self.answers: list[Exception | None] = []
         self.go = asyncio.Event()
         self.go.set()
         self.asked: list[str] = []
@@ -100,7 +102,9 @@ async def running(service: JobService, segmenter: FakeSegmenter) -> AsyncIterato
     await started.stop()
 
 
-async def submit(service: JobService, files: int = 1, **fields: Any) -> JobRecord:
+async def submit(
+    service: JobService, files: int | Sequence[JobFile] = 1, **fields: Any
+) -> JobRecord:
     return (await service.accept(build_submission(files, **fields), None))[0]
 
 
@@ -178,6 +182,50 @@ async def test_a_file_that_ends_the_process_is_given_up(
     (entry,) = await finish(service, job)
     assert entry["error"]["code"] == "process_lost"
     assert segmenter.asked == []
+    await started.stop()
+
+
+async def test_a_file_that_ends_other_processes_goes_last_and_is_given_up(
+    service: JobService, segmenter: FakeSegmenter
+) -> None:
+    job = await submit(service, 2)
+    segmenter.answers = [ProcessLost("gone"), None, *[ProcessLost("gone")] * (MAX_ATTEMPTS - 1)]
+    started = JobRunner(service, cast(Segmenter, segmenter), 1)
+    started.start()
+    first, second = await finish(service, job)
+    assert first["error"] == {"code": "process_lost", "message": "gone"}
+    assert "error" not in second
+    assert segmenter.asked == ["1.png", "2.png", *["1.png"] * (MAX_ATTEMPTS - 1)]
+    await started.stop()
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"), [(3, None), (MAX_ATTEMPTS - 1, None), (1000, "source_unavailable")]
+)
+async def test_a_file_whose_store_does_not_answer_waits_for_it(
+    service: JobService,
+    segmenter: FakeSegmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+    code: str | None,
+) -> None:
+    asked = []
+
+    async def read(source: str) -> bytes:
+        asked.append(source)
+        if source == "s3://busy" and asked.count(source) <= failures:
+            raise SourceBusy("no answer")
+        return b"data"
+
+    monkeypatch.setattr(service, "read_file", read)
+    monkeypatch.setattr(runner, "RETRY_S", 0.001)
+    job = await submit(service, [JobFile(name, f"s3://{name}") for name in ("busy", "well")])
+    started = JobRunner(service, cast(Segmenter, segmenter), 1)
+    started.start()
+    busy, well = await finish(service, job)
+    assert busy.get("error", {}).get("code") == code and "error" not in well
+    assert asked[:2] == ["s3://busy", "s3://well"]  # others go first
+    assert asked.count("s3://busy") == min(failures + 1, MAX_ATTEMPTS)
     await started.stop()
 
 

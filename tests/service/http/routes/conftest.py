@@ -22,9 +22,9 @@ from tests.support.processes import free_port
 from tests.support.ray_nodes import add_node, run_cluster, skip_without_ray
 from tests.support.server import RAY_START_S, ROOT
 
-CONTRACT = ("deadlines", "health", "inference", "metrics", "models", "segment")
+CONTRACT = ("deadlines", "health", "inference", "jobs", "metrics", "models", "segment")
 """What these tests ask of `client` alone holds for both."""
-_INSIDE = {"app", "open_client", "settings"}
+_INSIDE = {"app", "open_client", "settings", "with_jobs"}
 """Fixtures of tests that reach into the application, or need one of their own."""
 
 
@@ -45,7 +45,7 @@ def ray_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         add_node(cluster)
         flags = ["--ray-address", cluster.address, "--port", f"{port}"]
         flags += ["--model-repo", f"{repo}", "--default-model", "blobs"]
-        flags += ["--max-body-bytes", f"{MAX_BODY_BYTES}"]
+        flags += ["--max-body-bytes", f"{MAX_BODY_BYTES}", "--jobs-dir", f"{folder / 'jobs'}"]
         command = [sys.executable, "-m", "service", "ray", *flags]
         subprocess.run(command, cwd=ROOT, check=True, timeout=RAY_START_S)
         yield f"http://127.0.0.1:{port}"

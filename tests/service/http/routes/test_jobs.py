@@ -6,7 +6,6 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pydantic import SecretStr
 from service.http.app import create_app
 from service.http.keys import add_key
 from service.jobs import runner
+from service.jobs.files import ATTEMPTS
 from service.jobs.store import FILE_NAME
 from service.models.repository import load_repository
 from service.settings import Settings
@@ -27,6 +27,7 @@ from tests.service.http.routes.conftest import OpenGated
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.gate import EngineGate
 from tests.support.receiver import receive_webhooks
+from tests.support.s3_server import ENVIRONMENT, serve_store
 
 IMAGE = encode_picture(draw_picture())
 LARGE = encode_picture(draw_picture(256, 256))
@@ -54,9 +55,8 @@ def build(settings: Settings) -> FastAPI:
 
 
 @pytest.fixture
-async def client(with_jobs: Settings, open_client: OpenClient) -> AsyncIterator[httpx.AsyncClient]:
-    async with open_client(build(with_jobs)) as opened:
-        yield opened
+def app(with_jobs: Settings) -> FastAPI:
+    return build(with_jobs)
 
 
 def upload(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
@@ -123,7 +123,9 @@ async def test_a_job_finds_what_a_request_finds(client: httpx.AsyncClient) -> No
     ]
 
 
-async def test_files_of_the_server_good_and_bad(client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_files_of_the_server_good_and_bad(
+    with_jobs: Settings, client: httpx.AsyncClient, tmp_path: Path
+) -> None:
     folder = tmp_path / "in"
     for name, data in (("a.png", IMAGE), ("b.png", b"nonsense"), ("c.png", b""), ("d.png", IMAGE)):
         (folder / name).write_bytes(data)
@@ -143,6 +145,33 @@ async def test_files_of_the_server_good_and_bad(client: httpx.AsyncClient, tmp_p
         "empty_image",
     ]
     assert all(len(e["instances"]) == 1 for e in results if "error" not in e)
+
+
+async def test_files_of_a_store_good_and_bad(
+    with_jobs: Settings, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra s3")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with serve_store({f"bucket/in/{name}.png": IMAGE for name in "abcd"}) as store:
+        store.page = 3
+        root = {"jobs_roots": f"s3://bucket/in{store.settings}"}
+        async with open_client(build(with_jobs.model_copy(update=root))) as client:
+            store.always = {"bucket": 503}
+            answer = await client.post("/v2/jobs", json={"inputs": ["s3://bucket/in/"]})
+            assert (answer.status_code, answer.json()["code"]) == (503, "jobs_unavailable")
+            store.always = {"bucket/in/b.png": 403}
+            store.statuses = {
+                "bucket/in/c.png": [500] * ATTEMPTS,
+                "bucket/in/d.png": [200, 200, -1],
+            }
+            answer = await client.post("/v2/jobs", json={"inputs": ["s3://bucket/in/"]})
+            assert answer.status_code == 202, answer.text
+            done = await wait(client, answer.json())
+            entries = (await client.get(f"/v2/jobs/{done['id']}/results")).json()["results"]
+            codes = [entry.get("error", {}).get("code") for entry in entries]
+            assert codes == [None, "source_unavailable", None, None]
+            assert entries[0]["instances"] == entries[2]["instances"] == entries[3]["instances"]
 
 
 async def test_an_input_that_is_deleted_fails_alone(
@@ -237,7 +266,12 @@ def talk(app: FastAPI) -> httpx.AsyncClient:
     ],
 )
 async def test_a_wrong_submission_makes_no_job(
-    client: httpx.AsyncClient, request_: dict[str, Any], status: int, code: str, text: str
+    with_jobs: Settings,
+    client: httpx.AsyncClient,
+    request_: dict[str, Any],
+    status: int,
+    code: str,
+    text: str,
 ) -> None:
     answer = await client.post("/v2/jobs", **request_)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
@@ -275,11 +309,12 @@ async def test_a_submission_that_is_repeated_makes_one_job(client: httpx.AsyncCl
     )
     assert len({answer.json()["id"] for answer in together}) == 1
     assert sorted(answer.status_code for answer in together) == [200] * 7 + [202]
-    assert len((await client.get("/v2/jobs")).json()["jobs"]) == 2
+    listed = [found["id"] for found in (await client.get("/v2/jobs")).json()["jobs"]]
+    assert listed[:2] == [together[0].json()["id"], job["id"]]
 
 
 async def test_a_repeated_submission_does_not_need_its_files_any_more(
-    client: httpx.AsyncClient, tmp_path: Path
+    with_jobs: Settings, client: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     (tmp_path / "in" / "a.png").write_bytes(IMAGE)
     body, headers = {"inputs": [f"file://{tmp_path}/in/a.png"]}, {"idempotency-key": "k"}
@@ -291,7 +326,7 @@ async def test_a_repeated_submission_does_not_need_its_files_any_more(
     assert (await client.post("/v2/jobs", json=body)).status_code == 422
 
 
-async def test_the_list_has_pages(client: httpx.AsyncClient) -> None:
+async def test_the_list_has_pages(with_jobs: Settings, client: httpx.AsyncClient) -> None:
     ids = [(await submit(client, IMAGE))["id"] for _ in range(3)][::-1]
     first = (await client.get("/v2/jobs?limit=2")).json()
     assert [job["id"] for job in first["jobs"]] == ids[:2]
@@ -364,7 +399,9 @@ async def test_a_drain_gives_files_back_and_the_next_start_goes_on(
     assert time.monotonic() - began_s < 60
 
 
-async def test_the_webhook_says_that_the_job_is_done(client: httpx.AsyncClient) -> None:
+async def test_the_webhook_says_that_the_job_is_done(
+    with_jobs: Settings, client: httpx.AsyncClient
+) -> None:
     with receive_webhooks() as receiver:
         receiver.statuses = [503]
         job = await submit(client, IMAGE, b"bad", params={"webhook": receiver.url})
@@ -395,7 +432,9 @@ async def test_a_damaged_store_stops_jobs_and_nothing_else(
         await wait(client, await submit(client, IMAGE))  # without a restart
 
 
-async def test_jobs_are_counted_but_not_as_latency(client: httpx.AsyncClient) -> None:
+async def test_jobs_are_counted_but_not_as_latency(
+    with_jobs: Settings, client: httpx.AsyncClient
+) -> None:
     await wait(client, await submit(client, IMAGE, b"bad"))
     lines = (await client.get("/metrics")).text.splitlines()
     samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))

@@ -19,6 +19,23 @@ def test_workers_have_reserved_what_the_settings_say() -> None:
     assert workers.max_ongoing_requests == 32
 
 
+def test_fronts_that_share_a_folder_are_on_one_node(tmp_path: Path) -> None:
+    from service.scale.cluster.app import FRONT, build_app
+
+    for jobs_dir, resources in ((None, None), (f"{tmp_path}", {"node:__internal_head__": 0.001})):
+        app = build_app({"model_repo": f"{tmp_path}", "fronts": 2, "jobs_dir": jobs_dir})
+        front = app._bound_deployment
+        assert (front.name, front.num_replicas) == (FRONT, 2)
+        assert front.ray_actor_options.get("resources") == resources
+
+
+def test_a_wrong_setting_of_jobs_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
+    from service.scale.cluster.app import build_app
+
+    with pytest.raises(StartupError, match="data"):
+        build_app({"jobs_dir": f"{tmp_path}", "jobs_roots": "data"})
+
+
 def test_text_is_read_as_a_flags_and_a_wrong_name_is_refused(tmp_path: Path) -> None:
     """`serve run` gives its arguments as text."""
     from service.scale.cluster.app import build_app

@@ -2,28 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from service.errors import Draining, Overloaded, TooManyImages
-from service.http.app import create_app
 from service.http.keys import add_key
 from service.scale.cluster import front
-from service.scale.cluster.front import TRIES, ClusterSegmenter
+from service.scale.cluster.front import TRIES
 from service.scale.cluster.messages import Answer, Call
-from service.scale.cluster.metrics import FrontMetrics
 from service.scale.cluster.settings import ClusterSettings
 from service.scale.cluster.worker import Worker
-from service.settings import Settings
 from service.work.request import ClientProfile
-from tests.service.conftest import OpenClient
-from tests.service.scale.cluster.conftest import LocalWorkers, run_worker
+from tests.service.scale.cluster.conftest import run_worker
 from tests.support.blob_model import draw_picture, encode_picture, publish
 from tests.support.pictures import build_png_header
 
@@ -34,29 +27,6 @@ LOST = None
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "BACKOFF_S", 0.0)
-
-
-async def build_front(
-    settings: ClusterSettings, workers: LocalWorkers, describing: Worker, **changes: Any
-) -> FastAPI:
-    given = Settings(**{**settings.server_settings(), **changes})
-    description = await describing.describe()
-    metrics = FrontMetrics(workers.collect)
-    return create_app(given, segmenter=ClusterSegmenter(given, workers, description, metrics))
-
-
-@pytest.fixture
-def open_front(cluster_settings: ClusterSettings, worker: Worker, open_client: OpenClient) -> Any:
-    """Opens a client of a front with certain workers."""
-
-    @asynccontextmanager
-    async def open_it(*workers: Worker | Answer | None, **changes: Any) -> AsyncIterator[Any]:
-        local = LocalWorkers(workers or [worker])
-        app = await build_front(cluster_settings, local, worker, **changes)
-        async with open_client(app) as client:
-            yield client, local, app.state.segmenter
-
-    return open_it
 
 
 async def post(client: httpx.AsyncClient, path: str = "/segment", **given: Any) -> Any:

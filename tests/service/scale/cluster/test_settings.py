@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -20,12 +21,28 @@ def test_engines_follow_what_ray_reserves(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
+    ("values", "images"),
+    [
+        ({}, 2),
+        ({"min_replicas": 4}, 8),
+        ({"max_replicas": "5", "num_cpus": "3"}, 20),
+        ({"max_replicas": 5, "num_cpus": 0.5, "fronts": 3}, 4),
+        ({"max_replicas": 5, "jobs_in_flight": 3}, 3),
+    ],
+)
+def test_jobs_keep_all_workers_busy(values: dict[str, Any], images: int) -> None:
+    settings = ClusterSettings.model_validate(values)
+    assert settings.server_settings()["jobs_in_flight"] == images
+
+
+@pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"admin_port": 9000}, "admin_port is not for a cluster"),
         ({"model_control": True}, "model_control is not for a cluster"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas 2 is below min_replicas 3"),
         ({"num_gpus": "two"}, "num_gpus"),
+        ({"fronts": 0}, "fronts"),
         ({"max_replica": 2}, "max_replica"),
     ],
 )
