@@ -66,10 +66,8 @@ class LabelImage:
             )
             part = Window(int(top), int(left), int(bottom - top), int(right - left))
             mask = decode_window(self.instances[number], part)
-            rows, columns = (
-                slice(top - window.y, bottom - window.y),
-                slice(*(left - window.x, right - window.x)),
-            )
+            rows = slice(top - window.y, bottom - window.y)
+            columns = slice(left - window.x, right - window.x)
             pixels[rows, columns][mask > 0] = number + 1
         return pixels
 

@@ -229,7 +229,8 @@ def test_a_full_disk_ends_the_run(
     def fill(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("service.predict.job.replace_file", fill)
+    for module in ("job", "outputs"):
+        monkeypatch.setattr(f"service.predict.{module}.replace_file", fill)
     item, found = picture_of(items[0], "x.png")
     with pytest.raises(RunFailed, match=r"cannot write .*x\.png: No space left"):
         Notes(journal, tmp_path).note(item, [1, 2], found)

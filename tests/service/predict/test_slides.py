@@ -11,12 +11,18 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import zarr
 from numpy.typing import NDArray
 from PIL import Image
+from zarr.storage import ZipStore
 
+from pipeline.encode import decode_box, decode_window, instance_from_coco
+from pipeline.types import Window
+from pipeline.writers import FORMATS
 from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
 from service.predict import main
+from service.predict.slides import MAX_SLIDE_PIXELS
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
@@ -269,6 +275,82 @@ def test_what_a_slide_cannot_do_is_said(
     file = _write(tmp_path, _draw(), tile=(64, 64))
     with pytest.raises(SystemExit, match=message):
         predict(file, "slide", *arguments)
+
+
+def _write_sparse(path: Path, image_hw: tuple[int, int], place: tuple[int, int]) -> None:
+    """A slide whose file has two of its tiles, one of them at `place` with a red square."""
+    side = 1024
+    square = np.zeros((side, side, 3), np.uint8)
+    square[988:1004, 978:994, 0] = 255
+    rows, columns = (-(-length // side) for length in image_hw)
+    parts = {(0, 0): np.zeros_like(square), place: square}
+    tifffile.imwrite(
+        path,
+        (parts.get((row, column)) for row in range(rows) for column in range(columns)),
+        shape=(*image_hw, 3),
+        dtype=np.uint8,
+        tile=(side, side),
+        photometric="rgb",
+        bigtiff=True,
+        compression="zlib",
+    )
+
+
+@pytest.mark.slow
+def test_a_slide_may_have_all_pixels_that_its_masks_can_count(
+    tmp_path: Path, predict: Predict
+) -> None:
+    file, hw = tmp_path / "slide.tif", (65_535, 65_537)
+    assert hw[0] * hw[1] == MAX_SLIDE_PIXELS
+    _write_sparse(file, hw, (63, 63))
+    region = ("--region", "65450,65450,87,85", "--all-tiles")
+    (found,) = predict(file, "slide", *region, "--overlays", str(tmp_path / "drawn"))
+    assert found["bbox"] == [65_490, 65_500, 16, 16]
+    assert 240 < found["area"] <= 256
+    assert found["segmentation"]["size"] == [*hw]
+    instance = instance_from_coco(found, 0)
+    assert decode_window(instance, Window(65_490, 65_480, 40, 40)).sum() == found["area"]
+    assert decode_box(instance).sum() == found["area"]
+    drawn = _picture(tmp_path / "drawn")
+    assert drawn.shape == (85, 87, 3) and drawn[50:66, 40:56].all(axis=(0, 1)).any()
+    assert not drawn[:50].any() and not drawn[:, :40].any()
+
+
+def test_a_slide_of_more_pixels_is_refused_by_name(tmp_path: Path, predict: Predict) -> None:
+    file = tmp_path / "slide.tif"
+    _write_sparse(file, (70_000, 70_000), (60, 60))
+    with pytest.raises(SystemExit, match=r"70000x70000 px; COCO's .* at most 4294967295 px"):
+        predict(file, "slide")
+
+
+def _read_labels(path: Path) -> NDArray[Any]:
+    if path.suffix == ".zip":
+        return np.asarray(zarr.open_group(ZipStore(path, mode="r"), mode="r")["0"])
+    return np.asarray(tifffile.imread(path) if path.suffix == ".tif" else Image.open(path))
+
+
+@pytest.mark.parametrize("name", ["labels", "ome-tiff", "ome-zarr"])
+def test_a_label_image_of_a_slide_is_that_of_the_whole_image(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    file, out = _write(tmp_path, _draw(), tile=(64, 64)), tmp_path / "labels"
+    written = []
+    for most in (1 << 40, 0):
+        monkeypatch.setattr("service.predict.slides.MAX_PIXELS", most)
+        options = ["--model-repo", str(tmp_path / "repo"), "--device", "cpu", "--quiet"]
+        main([str(file), *options, "--out", str(out), "--format", name, "--overlaps", "resolve"])
+        (path,) = (out / "masks").iterdir()
+        assert path.name == f"slide{FORMATS[name].suffix}"
+        written.append(_read_labels(path))
+    whole, slide = written
+    assert whole.shape == (HEIGHT, WIDTH) and whole.max() > 10
+    pairs = np.unique(np.stack([whole.ravel(), slide.ravel()]), axis=1)
+    # The same instances; those of one score may have each other's numbers.
+    assert pairs.shape[1] == whole.max() + 1 == slide.max() + 1
 
 
 def test_other_files_have_no_regions(tmp_path: Path, predict: Predict) -> None:
