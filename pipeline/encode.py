@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.model_config import ModelConfig
@@ -73,8 +74,13 @@ def encode_index_png(instances: Sequence[Detection], image_hw: tuple[int, int]) 
         instance = instances[number - 1]
         x, y, width, height = instance.bbox_xywh
         index[y : y + height, x : x + width][decode_box(instance) > 0] = number
+    return encode_png(index)
+
+
+def encode_png(pixels: UInt8 | NDArray[np.uint16]) -> bytes:
+    """An array [H, W] or [H, W, 3] as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(index).save(buffer, "PNG", compress_level=3)
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 

@@ -1,48 +1,7 @@
 """The service's errors, and the table that maps their codes to HTTP status.
 
-    ServiceError                  `code` is sent in responses, the message names the fault
-    ├── InvalidRequest            the request cannot be parsed
-    │   ├── EmptyBody
-    │   ├── InvalidMultipart      malformed, or without a file part named `images`
-    │   ├── InvalidParameter      an invalid parameter or field
-    │   ├── AmbiguousModel        names no model where there is no default
-    │   ├── TooManyImages         more images than the server can ever admit
-    │   ├── TooManyCanvases       an image that needs more canvases than allowed
-    │   └── IdempotencyKeyReused  the key of another job
-    ├── BodyTooLarge              more bytes than allowed, counted before parsing
-    ├── BodyTimeout               the body arrives too slowly
-    ├── UnsupportedEncoding       a compressed body
-    ├── HeadTooLarge              request line and headers exceed the limits
-    ├── HeadTimeout               request line and headers arrive too slowly
-    ├── Unauthorized              no API key, or an unknown one
-    ├── Forbidden                 the API key lacks the permission
-    ├── QuotaExceeded             a limit of the API key; has `reason` and `retry_after_s`
-    │   └── TooManyWrongKeys      of an address, not of a key
-    ├── NotFound                  no such service of gRPC
-    ├── NotOffered                a part of a protocol that this server does not have
-    ├── UnknownModel
-    ├── UnknownVersion
-    ├── ModelUnavailable          in model_repo, but not loaded
-    │   └── RepositoryUnreadable  model_repo itself cannot be read
-    ├── Overloaded                a limit of the server is reached; has `reason`
-    ├── JobsDisabled              the server has no folder for jobs
-    ├── JobsUnavailable           the folder for jobs cannot be used
-    ├── StorageFull               no room for another job
-    ├── UnknownJob
-    ├── JobNotFinished            its results are asked for
-    ├── SourceForbidden           a file or webhook that the settings do not allow
-    ├── SourceUnavailable         a file of a job cannot be read
-    │   └── SourceBusy            now, but perhaps later
-    ├── ProcessLost               processing a file has ended the server's process again and again
-    ├── Draining                  the server is shutting down
-    ├── EngineRestarting          the engine has failed and is being rebuilt
-    ├── DeadlineExceeded          the request's deadline has passed
-    ├── EngineError               the engine failed on this image
-    └── StartupError              the server cannot start; never sent
-        ├── DeviceError           the requested device is not available
-        └── ModelRefused          a model cannot be loaded; has `file` and `reason`
-
-Errors of single images (`pipeline.errors.DecodeError`) have codes of their own in the same table.
+Responses have a `ServiceError`'s `code`; its message names the fault. Errors of single images
+(`pipeline.errors.DecodeError`) have codes of their own in the same table.
 """
 
 from __future__ import annotations
@@ -302,7 +261,7 @@ class EngineError(ServiceError):
 
 
 class StartupError(ServiceError):
-    """The server cannot start."""
+    """The server cannot start; never sent."""
 
 
 class DeviceError(StartupError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from pipeline.auto_scale import ScaleChoice, choose_scale, probe_image
 from pipeline.canvases import find_padding
 from pipeline.domain import check_domain
 from pipeline.model_config import ModelConfig, Precision
-from pipeline.postprocess import Overlaps, TileCandidates, postprocess
+from pipeline.postprocess import TileCandidates, postprocess
 from pipeline.preprocess import prepare
 from pipeline.scale import zoom_input
 from pipeline.types import AnswerWarning, Detection, Prepared, Tile, UInt8
@@ -87,37 +88,17 @@ class LoadedModel:
         warnings += check_domain(image, config, levels)
         return LocalAnswer(self._run(image, config, asked), warnings, config.input.zoom)
 
-    def segment(
-        self,
-        image: UInt8,
-        *,
-        score_threshold: float | None = None,
-        max_instances: int | None = None,
-        overlaps: Overlaps = "keep",
-        object_size_px: float | None = None,
-        um_per_px: float | None = None,
-    ) -> list[Detection]:
+    def segment(self, image: UInt8, **asked: Any) -> list[Detection]:
         """Segments one image in the calling thread, with the server's results.
 
         Args:
             image: [H, W, 3] uint8 RGB.
-            score_threshold: Least score; default from the model's configuration.
-            max_instances: Most instances; default from the model's configuration.
-            overlaps: As in `RequestOptions`, like the next two.
-            object_size_px: The objects' typical diameter in this image.
-            um_per_px: Size of a pixel, instead of that.
+            **asked: Fields of `RequestOptions`.
 
         Raises:
             InvalidParameter: The model cannot do what is asked for.
         """
-        asked = RequestOptions(
-            score_threshold=score_threshold,
-            max_instances=max_instances,
-            overlaps=overlaps,
-            object_size_px=object_size_px,
-            um_per_px=um_per_px,
-        )
-        return self.answer(image, asked).instances
+        return self.answer(image, RequestOptions(**asked)).instances
 
     def _choose_scale(self, image: UInt8, config: ModelConfig) -> ScaleChoice:
         canvases = find_padding(config, self.backend.device)

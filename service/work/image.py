@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 import threading
 import time
 from collections.abc import Sequence
 
 import orjson
-from PIL import Image
 
 from pipeline.decode import ImageHeader, decode_for, open_image, peek_hw, read_header
 from pipeline.domain import check_domain
 from pipeline.draw import draw_instances
-from pipeline.encode import encode_index_png, instance_to_coco
+from pipeline.encode import encode_index_png, encode_png, instance_to_coco
 from pipeline.errors import CorruptImage, WriteError
 from pipeline.model_config import Canvas, InputSpec, ModelConfig, Task
 from pipeline.postprocess import Collector, Detections, TileCandidates
@@ -317,7 +315,7 @@ def encode_entry(
     if um_per_px is not None:
         entry["um_per_px"] = um_per_px
     if picture is not None:
-        entry["picture_png"] = base64.b64encode(_encode_png(picture)).decode()
+        entry["picture_png"] = base64.b64encode(encode_png(picture)).decode()
     if options.masks == "png":
         entry["index_png"] = base64.b64encode(encode_index_png(instances, image_hw)).decode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -354,13 +352,7 @@ def encode_page(
 
 def encode_overlay(picture: UInt8, instances: Sequence[Detection], task: Task) -> bytes:
     """The image [H, W, 3] with its masks or contours drawn on it, as PNG."""
-    return _encode_png(draw_instances(picture, instances, task))
-
-
-def _encode_png(picture: UInt8) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+    return encode_png(draw_instances(picture, instances, task))
 
 
 def fail(file_name: str | None, error: Exception) -> Outcome:

@@ -71,6 +71,15 @@ def test_a_folder_is_free_after_a_run(tmp_path: Path) -> None:
     assert (folder / LOCK_FILE).read_text() == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists open files as Linux does")
+def test_the_lock_file_is_closed_after_a_run(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with claimed(tmp_path / "run"):
+            (tmp_path / "run" / "one").touch()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), claimed(tmp_path / "run"):
         raise ValueError("broken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
@@ -37,6 +38,9 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CHOICES = ("model", "version")
 """Parameters that must be in the query: the model is chosen before the body is read."""
 _FORM_FIELDS = tuple(name for name in SegmentQuery.model_fields if name not in _CHOICES)
+_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(RequestOptions) if field.name != "overlay"
+)
 _PARTS = {
     "schema": {
         "type": "object",
@@ -132,23 +136,8 @@ async def segment(
             media_type = JSON  # the format decides
         if media_type == PNG and len(images) > 1:
             raise InvalidRequest(f"Accept: image/png answers one image, not {len(images)}")
-        options = RequestOptions(
-            score_threshold=query.score_threshold,
-            max_instances=query.max_instances,
-            overlaps=query.overlaps,
-            object_size_px=query.object_size_px,
-            um_per_px=query.um_per_px,
-            channel=query.channel,
-            z=query.z,
-            t=query.t,
-            picture=query.picture,
-            scale=query.scale,
-            masks=query.masks,
-            overlay=media_type == PNG,
-            format=query.format,
-            simplify_px=query.simplify_px,
-            priority=query.priority,
-        )
+        asked = {name: getattr(query, name) for name in _OPTIONS}
+        options = RequestOptions(**asked, overlay=media_type == PNG)
         timeout_ms = query.timeout_ms or x_timeout_ms
         work = segment_in_time(
             request, segmenter, model, images, options, client, progress, timeout_ms

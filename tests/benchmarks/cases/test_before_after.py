@@ -1,14 +1,13 @@
-"""The comparison of two checkouts, and of two scheduling layers, on this one."""
+"""The comparison of two checkouts, on this one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.cases import before_after, scheduler
+from benchmarks.cases import before_after
 from benchmarks.harness.report import ROOT
 from benchmarks.harness.rounds import Samples
 
@@ -34,19 +33,3 @@ def test_ratios_are_after_over_before() -> None:
     twice = {name: [4.0, 4.0] for name in values}
     row = before_after.build_rows(Samples({"before": values, "after": twice}))[0]
     assert list(row.values()) == ["images/s", 3, 4, "1.5 (1-2)"]
-
-
-def test_the_scheduler_of_this_checkout_is_measured(
-    run_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    sides = tmp_path / "sides"
-    sides.mkdir()
-    script = (scheduler.SIDES / "scheduler_after.py").read_text(encoding="utf-8")
-    (sides / "scheduler_after.py").write_text(script)
-    monkeypatch.setattr(scheduler, "SIDES", sides)
-    flags = "--images 20 --clients 4 --rounds 2 --canvases 1 3"
-    report = run_case("scheduler", "--before", ROOT, *flags.split())
-    assert set(report["us_per_image"]) == {"1", "3"}
-    for samples in report["us_per_image"].values():
-        assert set(samples) == {"after"}  # the other script is not there
-        assert all(value > 0 for value in samples["after"]["cpu"])

@@ -49,7 +49,7 @@ def test_every_benchmark_is_listed_and_has_options(capsys: pytest.CaptureFixture
     assert main([]) == main(["--list"]) == 0
     printed = capsys.readouterr().out
     names = find_benchmarks()
-    assert {"serving", "before_after", "scheduler", "fairness", "memory"} < names.keys()
+    assert {"serving", "before_after", "fairness", "memory"} < names.keys()
     for name, text in names.items():
         assert text.endswith((".", ":", "?")) and f"  {name} " in printed
         with pytest.raises(SystemExit) as ended:

@@ -53,6 +53,8 @@ def test_versions_are_listed(capsys: pytest.CaptureFixture[str], root: Path) -> 
         ["a", "3", "yes", "no", "fp32", "0.0", "verified"],
         ["b", "1", "yes", "no", "fp32", "0.0", "verified"],
     ]
+    columns = [re.search(r"(?:FILES|verified)$", line) for line in text.splitlines()]
+    assert len({found and found.start() for found in columns}) == 1
     run(capsys, root, "default", "a")
     assert [entry["is_default"] for entry in list_entries(capsys, root)] == [
         *(False, False, True, False)
