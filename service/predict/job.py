@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from pipeline.decode import open_image
 from pipeline.draw import draw_instances
 from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
+from service.files import replace_bytes, replacing
 from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
 from service.jobs.files import ImageFile, LocalFile, as_line, as_text
 from service.jobs.journal import Journal
 from service.jobs.listing import Listing
 from service.jobs.pictures import mark_picture
-from service.predict.outputs import START, replace_file
+from service.predict.outputs import START
 from service.predict.predictors import Prediction, Predictor
 from service.predict.slide_journal import read_all_results
 from service.predict.slides import SlideJob
@@ -174,8 +174,7 @@ class Notes:
 
 def _write_picture(path: Path, picture: bytes) -> None:
     try:
-        with replace_file(path) as file:
-            file.write(picture)
+        replace_bytes(path, picture, durable=False)
     except OSError as error:
         kind = RunFailed if error.errno in _FULL else ImageUnusable
         raise kind(f"cannot write {as_line(path)}: {describe(error)}") from error
@@ -305,7 +304,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
     """
     count = 0
     try:
-        with replace_file(out) as file:
+        with replacing(out) as partial, partial.open("xb") as file:
             file.write(START)
             for item in items:
                 for result in read_all_results(journal, item.file.key):
@@ -313,8 +312,6 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
                     file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
                     count += 1
             file.write(b"\n]\n" if count else b"]\n")
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise RunFailed(f"cannot write {as_line(out)}: {describe(error)}") from error
     return count
