@@ -14,20 +14,23 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
+PARTIAL = ".partial"
+"""End of the name of an unfinished file."""
 STALE_S = 24 * 3600.0
 """Age from which an unfinished file that others may write is taken for that of a killed process."""
 
 
 @contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yields a path to write to, in the same folder; the file there becomes `path` at the end.
 
-    The folder is created; nothing is at the yielded path. The content is on the disk before it gets
-    the name, and keeps the mode of the file before. After an error nothing has changed.
+    The folder is created; nothing is at the yielded path. The content keeps the mode of the file
+    before. A link at `path` is replaced, not followed. After an error nothing has changed.
 
     Args:
         path: The file.
         shared: Others may write the same file at once; the last one counts.
+        durable: The content is on the disk before it gets the name.
 
     Raises:
         OSError: It cannot be written.
@@ -36,24 +39,26 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     if shared:
         _sweep(path.parent)
     token = f".{secrets.token_hex(4)}" if shared else ""
-    partial = path.with_name(f".{path.name}{token}.partial")
+    partial = path.with_name(f".{path.name}{token}{PARTIAL}")
     partial.unlink(missing_ok=True)  # of a process that was killed
     try:
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, partial)
         os.replace(partial, path)
     finally:
         with suppress(OSError):  # it is there after an error, or if it is a link to the same file
             partial.unlink()
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
-def replace_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
+def replace_bytes(path: Path, data: bytes, *, shared: bool = False, durable: bool = True) -> None:
     """Writes a file as `replacing` does."""
-    with replacing(path, shared=shared) as partial:
+    with replacing(path, shared=shared, durable=durable) as partial:
         partial.write_bytes(data)
 
 
@@ -64,7 +69,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def _sweep(folder: Path) -> None:
     """Removes what processes that were killed have left."""
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             if time.time() - partial.stat().st_mtime > STALE_S:
                 partial.unlink()

@@ -14,11 +14,12 @@ from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError, WriteError
 from pipeline.writers import Classes, OutputFormat, Page, name_files
 from service.errors import StartupError
+from service.files import replacing
 from service.jobs.errors import ImageUnusable, RunFailed, describe
 from service.jobs.files import as_line, as_text
 from service.jobs.journal import Journal
 from service.predict.job import Item, read_data
-from service.predict.outputs import REPLACED, UNFINISHED, replace_file
+from service.predict.outputs import REPLACED, UNFINISHED
 from service.predict.slide_journal import read_all_results
 from service.predict.slides import read_stack_hw
 
@@ -93,7 +94,7 @@ class DocumentPlan:
                 assert self.format.join is not None
                 encode = self.format.encode
                 parts = ((item.image_id, encode(page)) for item, _, page in pages)
-                with replace_file(out) as file:
+                with replacing(out) as partial, partial.open("xb") as file:
                     file.writelines(self.format.join(classes, parts))
         except (WriteError, ImageUnusable, DecodeError) as error:
             raise RunFailed(f"{as_line(pages.current)}: {error}") from error

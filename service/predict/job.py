@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from pipeline.decode import open_image
 from pipeline.draw import draw_instances
 from pipeline.encode import instance_from_coco
 from pipeline.errors import DecodeError
+from service.files import replacing
 from service.jobs.errors import ImageUnusable, RunFailed, blame_image, describe
 from service.jobs.files import ImageFile, LocalFile, as_line, as_text
 from service.jobs.journal import Journal
 from service.jobs.listing import Listing
-from service.predict.outputs import START, encode_picture, replace_file, write_picture
+from service.predict.outputs import START, encode_picture, write_picture
 from service.predict.predictors import Prediction, Predictor
 from service.predict.slide_journal import read_all_results
 from service.predict.slides import SlideJob
@@ -288,7 +288,7 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
     """
     count = 0
     try:
-        with replace_file(out) as file:
+        with replacing(out) as partial, partial.open("xb") as file:
             file.write(START)
             for item in items:
                 for result in read_all_results(journal, item.file.key):
@@ -296,8 +296,6 @@ def write_results(out: Path, items: Sequence[Item], journal: Journal) -> int:
                     file.write((b",\n" if count else b"") + orjson.dumps({**named, **result}))
                     count += 1
             file.write(b"\n]\n" if count else b"]\n")
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise RunFailed(f"cannot write {as_line(out)}: {describe(error)}") from error
     return count

@@ -5,19 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
-import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
 from pipeline.types import UInt8
 from service.errors import StartupError
+from service.files import replace_bytes
 from service.jobs.errors import ImageUnusable, RunFailed, describe
 from service.jobs.files import as_line
 from service.jobs.pictures import mark_picture
@@ -27,7 +24,7 @@ START = b"[\n"
 _JOURNAL = ".partial"
 UNFINISHED = ".partial-new"
 REPLACED = ".partial-old"
-"""Ends of the names of a file or folder that is written, and of a folder that it replaces."""
+"""Ends of the names of a folder that is written, and of one that it replaces."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of writing that every image would get."""
 RESULT_STARTS = (START + b'{"image_id":', START + b"]")
@@ -54,11 +51,11 @@ class Outputs:
 
     def name_own(self) -> dict[Path, str]:
         """What these paths, which may exist, are."""
-        names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal", UNFINISHED)]
+        names = [f"{self.out.name}{end}" for end in ("", _JOURNAL, f"{_JOURNAL}-wal")]
         own = dict.fromkeys(map(self.out.with_name, names), "a file that this command writes")
         if self.is_folder:
-            replaced = self.out.with_name(self.out.name + REPLACED)
-            own |= {self.out: "the folder of --out", replaced: "the folder of --out"}
+            folders = [f"{self.out.name}{end}" for end in ("", UNFINISHED, REPLACED)]
+            own |= dict.fromkeys(map(self.out.with_name, folders), "the folder of --out")
         return own if self.overlays is None else {**own, self.overlays: "the folder of --overlays"}
 
     def create(self) -> None:
@@ -73,28 +70,6 @@ class Outputs:
             tempfile.TemporaryFile(dir=self.overlays).close()
         if self.out.is_dir() and not self.is_folder:
             raise StartupError(f"--out {self.out} is a folder")
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end of the block.
-
-    After an exception nothing has changed. A link at `path` is replaced, not followed.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    unfinished = path.with_name(path.name + UNFINISHED)
-    unfinished.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        with open(unfinished, "xb") as file:
-            yield file
-        if path.is_file() and not path.is_symlink():
-            shutil.copymode(path, unfinished)
-        unfinished.replace(path)
-    finally:
-        with suppress(OSError):  # it is there only after an exception
-            unfinished.unlink()
 
 
 def encode_picture(pixels: UInt8) -> bytes:
@@ -112,8 +87,7 @@ def write_picture(path: Path, picture: bytes) -> None:
         RunFailed: No picture could be.
     """
     try:
-        with replace_file(path) as file:
-            file.write(picture)
+        replace_bytes(path, picture, durable=False)
     except OSError as error:
         kind = RunFailed if error.errno in _FULL else ImageUnusable
         raise kind(f"cannot write {as_line(path)}: {describe(error)}") from error

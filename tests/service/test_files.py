@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -63,6 +64,40 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(
     monkeypatch.setattr(os, "replace", note_replace)
     replace_bytes(tmp_path / "a.txt", b"new")
     assert steps == ["fsync .a.txt.partial", "replace a.txt", f"fsync {tmp_path.name}"]
+    steps.clear()
+    replace_bytes(tmp_path / "a.txt", b"new", durable=False)
+    assert steps == ["replace a.txt"]
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            replacing(path) as partial,
+            partial.open("xb") as file,
+        ):
+            file.write(bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
+    other, path = tmp_path / "other", tmp_path / "a"
+    other.write_bytes(b"not ours")
+    path.symlink_to(other)
+    replace_bytes(path, b"new")
+    assert other.read_bytes() == b"not ours"
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        replace_bytes(tmp_path / "folder", b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "other"]
 
 
 def test_a_file_keeps_its_mode(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ class StoreServer:
         if rest:
             parts.append(f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>")
         for name in page:
-            content = found[name]
-            if content is None:
+            listed = found[name]
+            if listed is None:
                 parts.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
             else:
                 parts.append(
-                    f"<Contents><Key>{escape(name)}</Key><Size>{len(content)}</Size>"
+                    f"<Contents><Key>{escape(name)}</Key><Size>{len(listed)}</Size>"
                     "<LastModified>2026-01-02T03:04:05.000Z</LastModified></Contents>"
                 )
         return f"<ListBucketResult {_NAMESPACE}>{''.join(parts)}</ListBucketResult>"

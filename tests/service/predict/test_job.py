@@ -210,7 +210,8 @@ def test_a_picture_that_cannot_be_written_is_its_images_failure(
 ) -> None:
     notes = Notes(journal, tmp_path)
     (tmp_path / "folder.png").mkdir()
-    for overlay in ("folder.png", "missing/x.png", "n" * 300):
+    (tmp_path / "file").touch()
+    for overlay in ("folder.png", "file/x.png", "n" * 300):
         item, found = picture_of(items[0], overlay)
         with pytest.raises(ImageUnusable, match=f"cannot write .*{overlay}"):
             notes.note(item, [1, 2], found)
@@ -226,11 +227,11 @@ def test_a_picture_that_cannot_be_written_is_its_images_failure(
 def test_a_full_disk_ends_the_run(
     items: list[Item], journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(path: Path) -> None:
+    def fill(*_: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module in ("job", "outputs"):
-        monkeypatch.setattr(f"service.predict.{module}.replace_file", fill)
+    for name in ("job.replacing", "outputs.replace_bytes"):
+        monkeypatch.setattr(f"service.predict.{name}", fill)
     item, found = picture_of(items[0], "x.png")
     with pytest.raises(RunFailed, match=r"cannot write .*x\.png: No space left"):
         Notes(journal, tmp_path).note(item, [1, 2], found)

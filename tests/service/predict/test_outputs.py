@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
-import stat
 from pathlib import Path
 
 import pytest
 
 from service.errors import StartupError
+from service.files import replace_bytes
 from service.predict.outputs import (
     Outputs,
     check_outputs,
-    replace_file,
 )
 
 OURS = b'[\n{"image_id":1,"file_name":"a.png"}\n]\n'
@@ -75,8 +73,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     outputs = check_outputs(link, None)
     assert outputs.out == target
     outputs.create()
-    with replace_file(outputs.out) as file:
-        file.write(OURS)
+    replace_bytes(outputs.out, OURS)
     assert link.is_symlink() and link.read_bytes() == OURS
     assert check_outputs(link, None).out == target
     loop = tmp_path / "loop"
@@ -88,7 +85,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_own_files_are_named(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path / "out.json", tmp_path / "drawn")
     assert {path.name for path in outputs.name_own()} == {
-        *("out.json", "out.json.partial", "out.json.partial-wal", "out.json.partial-new"),
+        *("out.json", "out.json.partial", "out.json.partial-wal"),
         "drawn",
     }
     assert outputs.journal.name == "out.json.partial"
@@ -105,49 +102,3 @@ def test_folders_are_made_and_tried(tmp_path: Path) -> None:
         same.create()
     with pytest.raises(OSError):
         Outputs(tmp_path / "out.json", Path("/proc/self")).create()
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"before")
-    path.chmod(0o640)
-    with pytest.raises(KeyError), replace_file(path) as file:
-        file.write(b"half")
-        raise KeyError
-    assert path.read_bytes() == b"before"
-    (tmp_path / "a.partial-new").write_bytes(b"left behind")
-    with replace_file(path) as file:
-        file.write(b"after")
-        file.flush()
-        assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"), replace_file(path) as file:
-            file.write(bytes(5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
-    other, path = tmp_path / "other", tmp_path / "a"
-    other.write_bytes(b"not ours")
-    path.symlink_to(other)
-    with replace_file(path) as file:
-        file.write(b"new")
-    assert other.read_bytes() == b"not ours"
-    assert path.read_bytes() == b"new" and not path.is_symlink()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError), replace_file(tmp_path / "folder"):
-        pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "other"]
