@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from tqdm import tqdm
 
 from pipeline.formats.planes import MAXIMUM
-from pipeline.model_config import ModelConfig
+from pipeline.model_config import ModelConfig, Precision
 from pipeline.postprocess import Overlaps
 from pipeline.scale import Scale
 from pipeline.types import Window
@@ -85,9 +85,27 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
             client, asked, arguments.model, arguments.version, on_progress=canvases.update
         )
     folder = find_model(arguments.model_repo, arguments.model)
-    options = BackendOptions(device=arguments.device, threads=arguments.threads)
+    options = _build_options(arguments, arguments.device, arguments.threads, automatic="free")
     _check_asked(asked, read_config(folder, arguments.version))
     return LocalPredictor(load_version(folder, arguments.version, options), asked)
+
+
+def _build_options(
+    arguments: argparse.Namespace,
+    device: Literal["auto", "cpu", "cuda"],
+    threads: int | None,
+    *,
+    automatic: Literal["free", "fp32"],
+) -> BackendOptions:
+    """How engines are built; `automatic` is what --precision auto means."""
+    is_automatic = arguments.precision == "auto"
+    return BackendOptions(
+        device=device,
+        threads=threads,
+        precision="fp32" if is_automatic else arguments.precision,
+        precision_fallback=True,
+        free_precision=is_automatic and automatic == "free",
+    )
 
 
 def _read_asked(arguments: argparse.Namespace) -> RequestOptions:
@@ -101,7 +119,14 @@ def _check_asked(asked: RequestOptions, config: ModelConfig) -> None:
         raise StartupError(str(error)) from error
 
 
-def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Callable[[Notes], Run]:
+class Start(NamedTuple):
+    """How a run is started, and the engine and precision of a model in this process."""
+
+    build: Callable[[Notes], Run]
+    engine: str | None = None
+
+
+def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Start:
     """Builds the run: in this process, through a server or on Ray.
 
     Raises:
@@ -112,10 +137,14 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Calla
         predictor = build_predictor(arguments, canvases)
         if not isinstance(predictor, LocalPredictor):
             jobs = arguments.jobs if arguments.url is not None else 1
-            return lambda notes: PredictJob(predictor, notes, jobs)
+            return Start(lambda notes: PredictJob(predictor, notes, jobs))
         options = SlideOptions(arguments.region, not arguments.all_tiles)
         slides = SlideJob(predictor.model, predictor.asked, options, canvases.update)
-        return lambda notes: PredictJob(predictor, notes, 1, slides)
+        backend = predictor.model.backend
+        return Start(
+            lambda notes: PredictJob(predictor, notes, 1, slides),
+            f"{backend.name} {backend.precision}",
+        )
     from service.predict.ray_job import Plan, Pool, RayJob
 
     folder = find_model(arguments.model_repo, arguments.model).resolve()
@@ -128,12 +157,12 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Calla
     plan = Plan(
         folder=folder,
         config=config,
-        options=BackendOptions(device=device, threads=cpus),
+        options=_build_options(arguments, device, cpus, automatic="fp32"),
         asked=asked,
         draw=arguments.overlays is not None,
     )
     pool = Pool(address=arguments.ray_address, actors=arguments.actors, cpus=cpus, gpus=gpus)
-    return lambda notes: RayJob(plan, pool, notes)
+    return Start(lambda notes: RayJob(plan, pool, notes))
 
 
 def _fraction(text: str) -> float:
@@ -219,6 +248,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", type=_positive, help="default: the latest")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="not with --url")
     add("--threads", type=_positive, help="of the engine (default: physical cores; with --ray 1)")
+    add(
+        "--precision",
+        choices=("auto", *get_args(Precision)),
+        default="auto",
+        help="auto: on the CPU the fastest, as the server; with --ray fp32. Not with --url",
+    )
     add("--jobs", type=_positive, default=4, help="concurrent requests with --url (default: 4)")
     add("--api-key-file", type=Path, metavar="FILE", help="file with the API key for --url")
     add(
@@ -336,7 +371,9 @@ def run(arguments: argparse.Namespace) -> list[str]:
     start = choose_run(arguments, canvases)
     outputs.create()
     items = build_items(listing, ids, overlays=arguments.overlays is not None)
-    with Journal(outputs.journal, read_options(arguments), restart=arguments.restart) as journal:
+    with Journal(
+        outputs.journal, read_options(arguments, start.engine), restart=arguments.restart
+    ) as journal:
         notes = Notes(journal, arguments.overlays)
         open_items = notes.find_open(items)
         with tqdm(
@@ -345,7 +382,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
             unit="image",
             disable=arguments.quiet,
         ) as canvases.bar:
-            failed.update(_process(start(notes), open_items, canvases.bar))
+            failed.update(_process(start.build(notes), open_items, canvases.bar))
             canvases.bar.set_postfix_str("")
         done = [item for item in items if item.file not in failed]
         if plan is None:
@@ -411,10 +448,11 @@ def _process(run: Run, items: Sequence[Item], bar: tqdm[Any]) -> dict[ImageFile,
     return failed
 
 
-def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def read_options(arguments: argparse.Namespace, engine: str | None) -> dict[str, Any]:
     """The options that the results depend on: only a run with the same ones can be continued."""
     options = vars(arguments)
     found = {name: options[name] for name in ("url", "model", "version", *_ASKED)}
+    found["engine"] = engine
     if arguments.url is None:
         found["model_repo"] = as_text(arguments.model_repo.absolute())
     if arguments.region is not None:

@@ -97,6 +97,6 @@ def test_engines_are_built_of_the_version_that_was_published(
 
 
 def test_tensorrt_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT / "model_repo" / "nuclei" / "2"
+    folder = ROOT / "model_repo" / "nuclei" / "3"
     assert command.main(["--variants-of", str(folder), "--tensorrt", "fp32"]) == 1
     assert "TensorRT" in capsys.readouterr().err
