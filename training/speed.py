@@ -10,6 +10,8 @@ from statistics import median
 
 import torch
 
+from training import distributed
+from training.termination import Interrupted, Terminated
 from training.trainer import Trainer
 
 MAX_IMAGES = 50
@@ -41,17 +43,29 @@ def measure_step(trainer: Trainer) -> float:
     """Median time of `STEPS` steps with their data, s, after one that is not counted.
 
     Changes the weights.
+
+    Raises:
+        Terminated: A process received SIGTERM.
     """
     times: list[float] = []
     trainer.model.train()
-    with contextlib.closing(trainer.batches()) as batches:
-        while len(times) <= STEPS:
-            started = time.monotonic()
-            step = next(batches, None)
-            if step is None:
-                break
-            trainer.train_step(*step)
-            times.append(time.monotonic() - started)
+    try:
+        with (
+            trainer.termination as termination,
+            termination.shared(),
+            contextlib.closing(trainer.batches()) as batches,
+        ):
+            while len(times) <= STEPS:
+                started = time.monotonic()
+                step = next(batches, None)
+                if step is None:
+                    break
+                trainer.train_step(*step)
+                times.append(time.monotonic() - started)
+                if any(distributed.any_process(termination.received)):
+                    raise Interrupted
+    except Interrupted:
+        raise Terminated("stopped by SIGTERM while a step was timed") from None
     return median(times[1:] or times)
 
 

@@ -19,15 +19,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
+from training import distributed
+
 TERMINATED_STATUS = 143
 """Exit status after SIGTERM (128 + 15); not 0, because the run is not finished."""
 _RECEIVED, _KNOWN, _READY = "received", "known", "ready"
 _LOOK_S = 0.2
 _LEAVE_S = 5.0
+_PARENT_LOOK_S = 1.0
 
 
 class Terminated(Exception):
-    """Training was stopped by SIGTERM; its checkpoint is written."""
+    """Training was stopped by SIGTERM; its checkpoint is written if it had begun."""
 
 
 class Interrupted(BaseException):
@@ -85,6 +88,16 @@ class TerminationRequest:
             yield
         finally:
             self._interruptible = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Context in which another process that leaves after SIGTERM raises `Interrupted` here."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not (self.received and distributed.is_lost_peer(error)):
+                raise
+            raise Interrupted from error
 
     def __enter__(self) -> TerminationRequest:
         if threading.current_thread() is threading.main_thread():
@@ -147,16 +160,36 @@ def interrupt_backward(model: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(return_to_python)  # type: ignore[no-untyped-call]
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Makes a data loading process ignore a SIGTERM that is sent to the whole job.
+def init_worker(worker: int) -> None:
+    """Makes a data loading process end with the main process, and only with it.
 
-    The main process may need it to finish a step.
+    It ignores signals that are sent to the whole job, because the main process may need it to
+    finish a step.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    watch = threading.Thread(
+        target=_end_with_parent, args=(os.getppid(),), name="parent", daemon=True
+    )
+    watch.start()
+
+
+def _end_with_parent(parent_id: int) -> None:
+    """Ends this process without the exit handlers once its parent has ended.
+
+    One of them waits until batches are written to a pipe that nobody reads any more. The end of the
+    parent closes the sentinel, but a worker that was forked later may keep it open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive() and os.getppid() == parent_id:
+        parent.join(_PARENT_LOOK_S)
+    os._exit(1)
 
 
 def _kill_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise an error
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

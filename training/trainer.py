@@ -255,14 +255,11 @@ class Trainer:
         with self.termination:
             while True:
                 try:
-                    self._fit(note)
+                    with self.termination.shared():
+                        self._fit(note)
                 except Diverged as error:
                     note = self._roll_back(error)
                 except Interrupted:
-                    self._stop()
-                except RuntimeError as error:
-                    if not (self.termination.received and distributed.is_lost_peer(error)):
-                        raise
                     self._stop()
                 else:
                     return self.save()
@@ -334,7 +331,7 @@ class Trainer:
         """Validates and saves if it is time; whether to stop because of the time limit.
 
         Raises:
-            Terminated: A process received SIGTERM.
+            Interrupted: A process received SIGTERM.
         """
         options = self.options
         late = options.max_seconds is not None and self.seconds > options.max_seconds
@@ -342,7 +339,7 @@ class Trainer:
         stop, terminated = distributed.any_process(late, self.termination.received)
         self.unvalidated |= stop and not terminated
         if terminated:
-            self._stop()
+            raise Interrupted
         if self.unvalidated:
             self._validate(log)
         if not stop and self.step % options.checkpoint_every == 0:

@@ -11,13 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.support.processes import finish, signal_groups, start_python, wait_until
 from tests.support.shared_training import CHECKPOINT_EVERY, train_long
-from tests.support.tiny import build_tiny_data
+from tests.support.tiny import (
+    CLASSES,
+    annotation_of,
+    build_tiny_data,
+    disc,
+    write_image,
+    write_split,
+)
 from training.termination import TERMINATED_STATUS
 from training.weights.formats import load_checkpoint
 
@@ -128,6 +136,74 @@ def test_sigterm_saves_and_stops(count: int, root: Path, tmp_path: Path) -> None
     wait_until((tmp_path / "last.pt").exists, processes)
     signal_groups(processes[:1], signal.SIGTERM)  # one process is enough to stop all
     assert_stopped(finish(processes), content(tmp_path)["step"])
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images with so many objects that the targets of a batch do not fit into a pipe."""
+    folder, side = tmp_path_factory.mktemp("crowded"), 256
+    centres = range(16, side, 32)
+    masks = [disc(side, side, y, x, 14) for y in centres for x in centres]
+    names = [f"train{index}.png" for index in range(1, 5)]
+    image = np.where(np.any(masks, axis=0), 200, 20).astype(np.uint8)
+    for name in names:
+        write_image(folder / "images" / name, image)
+    annotations = [
+        annotation_of(mask, index, CLASSES[0].category_id)
+        for index in range(1, len(names) + 1)
+        for mask in masks
+    ]
+    write_split(folder, "train", [(name, side, side) for name in names], annotations)
+    return folder
+
+
+CROWDED = ["--workers", "2", "--set", "schedule.batch_size=4"]
+CROWDED += ["--set", "input.resize.tile_hw=[256,256]"]
+
+
+def endless_measurement(root: Path, folder: Path) -> list[str]:
+    """`--precision auto`, which stays in a step and then leaves a file in the folder."""
+    solo_train = endless_run(root, folder / "run")[2:]
+    return ["-m", "tests.support.endless_measurement", str(folder), *solo_train]
+
+
+@pytest.mark.parametrize("where", ["training", "measurement"])
+def test_no_data_loading_process_outlives_a_main_process_that_is_killed(
+    where: str, crowded: Path, tmp_path: Path
+) -> None:
+    command, begun = endless_run(crowded, tmp_path), tmp_path / "last.pt"
+    if where == "measurement":
+        command = [*endless_measurement(crowded, tmp_path), "--precision", "auto"]
+        begun = tmp_path / "in_0"
+    processes = start_python([[*command, *CROWDED]])
+    wait_until(begun.exists, processes)
+    processes[0].kill()
+    # The data loading processes have inherited its output, which ends with the last of them.
+    ((status, text),) = finish(processes, timeout_s=60)
+    assert status == -signal.SIGKILL and "Traceback" not in text
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent_to", ["main", "group"])
+def test_sigterm_ends_a_measurement(
+    sent_to: str, count: int, crowded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    command = [*endless_measurement(crowded, tmp_path), "--precision", "auto", *CROWDED]
+    processes = start_python([command] * count)
+    wait_until(lambda: all((tmp_path / f"in_{i}").exists() for i in range(count)), processes)
+    assert list(temporary.glob("tmp*"))
+    if sent_to == "main":
+        processes[0].terminate()
+    else:
+        signal_groups(processes[:1], signal.SIGTERM)
+    for status, text in finish(processes, timeout_s=60):
+        assert status == TERMINATED_STATUS, text
+        assert "stopped by SIGTERM while a step was timed; the same command resumes it" in text
+        assert "Traceback" not in text, text
+    assert not list(temporary.glob("tmp*")) and not (tmp_path / "run" / "last.pt").exists()
 
 
 @pytest.mark.slow

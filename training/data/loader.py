@@ -17,7 +17,7 @@ from training.data.augment import Sample, check_sizes, random_keep_ratio, random
 from training.data.coco import CocoDataset
 from training.data.sampling import EpochBatches, Item, MicroBatch, Share, SharedBatches
 from training.targets import LevelTargets, assign_targets
-from training.termination import ignore_sigterm
+from training.termination import init_worker
 
 
 @dataclass(frozen=True)
@@ -192,5 +192,5 @@ def build_loader(
         num_workers=workers,
         pin_memory=pinned,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=init_worker,
     )
