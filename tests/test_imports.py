@@ -44,7 +44,7 @@ OPTIONAL_IMPORTS = {
     "service/engines/tensorrt/log.py",
     *(
         f"service/grpc/{name}.py"
-        for name in ("calls", "handler", "messages", "read", "server", "status")
+        for name in ("calls", "handler", "messages", "read", "server", "status", "tls")
     ),
     "service/scale/cluster/app.py",
     "service/scale/cluster/command.py",
@@ -156,7 +156,8 @@ _SERVING = ("service.protocol", "service.segmenter", "service.jobs", *_APPLICATI
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
-            *("service.errors", "service.cores", "service.settings", "service.flags"),
+            *("service.background", "service.errors", "service.cores", "service.settings"),
+            "service.flags",
             *("service.memory", "service.version", "service.files", "service.observe"),
         ),
         ("service.work", "service.models", *_SERVING),

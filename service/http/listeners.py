@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from service.background import spawn
 from service.errors import StartupError
 from service.http.accept import PAUSE_S, Accepter, serve_connection
-from service.models.background import spawn
 from service.observe.rare import RareWarning
 from service.settings import Settings
 

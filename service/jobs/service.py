@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+from service.background import run_in_thread
 from service.errors import JobsUnavailable, StorageFull
 from service.jobs.database import JournalError, JournalFull
 from service.jobs.listing import Listing
@@ -17,7 +18,6 @@ from service.jobs.retention import Retention
 from service.jobs.sources import Sources
 from service.jobs.store import JobStore
 from service.jobs.webhook import build_webhooks
-from service.models.background import run_in_thread
 from service.observe.metrics import Metrics
 from service.settings import Settings
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import partial
 
 from pipeline.errors import ConfigError
+from service.background import run_in_thread, spawn
 from service.engines.base import BackendError
 from service.engines.builder import Upgrade
 from service.engines.state import EngineBuild
 from service.errors import ModelRefused
-from service.models.background import run_in_thread, spawn
 from service.models.repository import LoadedModel, Repository
 from service.models.served import ServedModel
 from service.observe.metrics import Metrics

@@ -19,7 +19,7 @@ import orjson
 from pipeline.answer_match import AnswerMatch, compare_instances
 from pipeline.canvases import find_padding
 from pipeline.repository_config import ShadowedVersion
-from service.models.background import run_in_thread
+from service.background import run_in_thread
 from service.models.repository import LoadedModel
 from service.models.shadow_rule import ShadowTally, Verdict, describe_shadow, judge
 from service.observe.shadow_metrics import ShadowMetrics

@@ -16,9 +16,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.repository_config import RepositoryConfig, ShadowedVersion
+from service.background import run_in_thread, spawn
 from service.engines.base import BackendOptions
 from service.errors import DeviceError, ModelRefused
-from service.models.background import run_in_thread, spawn
 from service.models.folders import explain_refusal, read_repository_config
 from service.models.publishing import edit_config
 from service.models.repository import load_version

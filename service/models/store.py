@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from service.background import run_in_thread, spawn
 from service.engines.watch import WatchedEngine
 from service.errors import (
     DeviceError,
@@ -24,7 +25,6 @@ from service.errors import (
     StartupError,
     UnknownModel,
 )
-from service.models.background import run_in_thread, spawn
 from service.models.folders import explain_refusal, find_folder, read_default
 from service.models.renewal import EngineRenewal
 from service.models.repository import LoadedModel, Repository, load_model

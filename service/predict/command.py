@@ -320,6 +320,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("an INPUT or --files-from is required")
     if parsed.ray and parsed.url is not None:
         parser.error("--ray loads the model itself and cannot be combined with --url")
+    if parsed.url is not None and parsed.precision != "auto":
+        parser.error("--precision is for a model in this process, not with --url")
     if parsed.region is not None and (parsed.ray or parsed.url is not None):
         parser.error("--region is for a model in this process, not with --url or --ray")
     if not parsed.ray and (parsed.ray_address or parsed.actors or parsed.gpus_per_actor):

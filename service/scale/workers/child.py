@@ -14,13 +14,13 @@ import time
 
 import uvicorn
 
+from service.background import spawn
 from service.engines.visible import share_devices, show_devices
 from service.errors import StartupError
 from service.grpc.front import build_front_ends
 from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server, freeze_imports
 from service.http.signals import END_S, EXIT_FAILED, SIGNALS
-from service.models.background import spawn
 from service.models.repository import load_repository
 from service.observe.gpus import find_gpus
 from service.observe.logs import configure_logging

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from service.models.background import spawn
+from service.background import spawn
 from service.scale.merged_metrics import MergedMetrics, Report
 
 logger = logging.getLogger(__name__)

@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from service.engines.base import BackendOptions
+from service.errors import StartupError
 from service.jobs.errors import ImageUnusable, RunFailed
 from service.jobs.journal import Journal
 from service.models.publishing import write_default
 from service.predict import command, main
+from service.predict.command import parse, read_options
 from service.predict.predictors import Prediction
 from service.predict.sources import find_model
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
@@ -133,6 +136,8 @@ def test_one_of_several_models_is_named_or_is_the_default(tmp_path: Path, images
         ["x", "--jobs", "0"],
         ["x", "--url", "http://localhost", "--model-repo", "model_repo"],
         ["x", "--url", "http://localhost", "--ray"],
+        ["x", "--url", "http://localhost", "--precision", "int8"],
+        ["x", "--precision", "fp8"],
         ["x", "--ray-address", "auto"],
         ["x", "--actors", "2"],
         ["x", "--ray", "--gpus-per-actor", "1.5"],
@@ -144,6 +149,37 @@ def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], ("fp32", True)), (["--precision", "int8"], ("int8", False))],
+)
+def test_the_engine_is_chosen_as_in_the_server_unless_a_precision_is_given(
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    expected: tuple[str, bool],
+) -> None:
+    asked: list[BackendOptions] = []
+
+    def load(folder: Path, version: int | None, options: BackendOptions) -> NoReturn:
+        asked.append(options)
+        raise StartupError("stop here")
+
+    monkeypatch.setattr(command, "load_version", load)
+    with pytest.raises(SystemExit, match="stop here"):
+        predict(tmp_path, str(images), *given)
+    (options,) = asked
+    assert (options.precision, options.free_precision) == expected
+
+
+def test_only_a_run_with_the_same_engine_is_continued(images: Path) -> None:
+    parsed = parse([str(images)])
+    found = [read_options(parsed, engine) for engine in ("onnxruntime int8", "onnxruntime fp32")]
+    assert found[0] != found[1]
+    assert found[0] | {"engine": None} == found[1] | {"engine": None}
 
 
 def test_without_ray_the_extra_is_named(

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from service.models.background import run_in_thread, spawn
+from service.background import run_in_thread, spawn
 from tests.support.waiting import wait_until
 
 
