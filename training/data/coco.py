@@ -19,7 +19,7 @@ from pipeline.preprocess import stretch_contrast
 from training.data.federated import format_federated
 from training.data.formats import open_dataset
 from training.data.headers import read_sizes
-from training.data.records import Annotation, DatasetError, Record
+from training.data.records import Annotation, DatasetError, ImageId, Record
 from training.data.validate import check_content
 
 UInt8 = NDArray[np.uint8]
@@ -67,7 +67,7 @@ class CocoDataset:
         self.records, self.classes = self.checked.records, self.checked.classes
         self.labels = {c.category_id: label for label, c in enumerate(self.classes)}
         pixels = sum(r.height * r.width for r in self.records)
-        self._cache: dict[int, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
+        self._cache: dict[ImageId, UInt8] | None = {} if pixels * 3 <= CACHE_LIMIT_BYTES else None
 
     def __len__(self) -> int:
         return len(self.records)

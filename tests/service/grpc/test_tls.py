@@ -48,7 +48,7 @@ async def shakes_hands(port: int, certificate: Path) -> bool:
             async with asyncio.timeout(10):
                 await channel.unary_unary("/none/None")(b"", wait_for_ready=False)
         except aio.AioRpcError as error:
-            return error.code() == grpc.StatusCode.UNIMPLEMENTED
+            return bool(error.code() == grpc.StatusCode.UNIMPLEMENTED)
     return True
 
 

@@ -103,8 +103,8 @@ def test_whole_images_have_levels_for_objects_of_all_sizes() -> None:
     assert isinstance(config.input.resize, KeepRatioResize)
     assert config.input.resize.short_side == 480
     head = config.model.head
-    assert head.scale_ranges == ((1, 48), (24, 96), (48, 192), (96, 2048))
     assert (head.level_strides, head.mask_strides) == ((8, 8, 16, 32), (4, 4, 8, 16))
+    assert head.scale_ranges == ((1, 48), (24, 96), (48, 192), (96, 2048))
 
 
 def test_whole_images_are_enlarged_until_objects_of_one_pixel_are_seen() -> None:

@@ -40,7 +40,7 @@ class LocalWorkers:
     async def segment(self, call: Call) -> Answer:
         worker = self.workers[len(self.calls) % len(self.workers)]
         self.calls.append(pickle.loads(pickle.dumps(call)))
-        if faults := self.faults.get(call.images[0].file_name):
+        if faults := self.faults.get(call.images[0].file_name or ""):
             raise faults.pop()
         if worker is None:
             raise WorkerLost("ActorDiedError")

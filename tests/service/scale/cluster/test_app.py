@@ -26,7 +26,7 @@ def test_fronts_that_share_a_folder_are_on_one_node(tmp_path: Path) -> None:
         app = build_app({"model_repo": f"{tmp_path}", "fronts": 2, "jobs_dir": jobs_dir})
         front = app._bound_deployment
         assert (front.name, front.num_replicas) == (FRONT, 2)
-        assert front.ray_actor_options.get("resources") == resources
+        assert (front.ray_actor_options or {}).get("resources") == resources
 
 
 def test_a_wrong_setting_of_jobs_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ async def finish(client: httpx.AsyncClient, job: str) -> list[dict[str, Any]]:
 
 
 def count_calls(*fronts: LocalWorkers) -> Counter[str]:
-    return Counter(call.images[0].file_name for workers in fronts for call in workers.calls)
+    return Counter(str(call.images[0].file_name) for workers in fronts for call in workers.calls)
 
 
 async def test_fronts_share_a_job_and_process_each_file_once(
