@@ -51,7 +51,7 @@ def test_each_model_shows_its_card_and_its_samples(
     demo.by_id("model").select_option("plain")
     demo.page.get_by_role("button", name="Photograph").wait_for()
     assert card.is_hidden() and demo.by_id("model-domain").is_hidden()
-    assert len(samples.all()) == 4
+    assert len(samples.all()) == 5
 
 
 def test_warnings_are_shown_and_announced(open_demo: OpenDemo, two_models: ServerProcess) -> None:

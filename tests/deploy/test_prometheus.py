@@ -24,6 +24,8 @@ IMAGES = 12
 MAY_BE_EMPTY = {
     "Refused and replaced",
     "Engines timed",  # there is only one for this CPU
+    *("Agreement with the served version", "Images of shadows per second"),  # there is none
+    *("Instances of shadows per second", "Score difference", "Shadows and verdicts"),
     *("GPU memory", "GPU utilisation", "GPU power", "GPU temperature"),  # there is none
 }
 QUERIES = dashboard_queries(rate_interval="1m")

@@ -22,7 +22,7 @@ from training.configs.schema import Config
 ROOT = Path(__file__).resolve().parents[2]
 MODEL: ModelConfig = parse_model_config(
     (ROOT / "model_repo" / "nuclei" / "config.json").read_bytes()
-).for_version(2)
+).for_version(3)
 
 
 @pytest.mark.parametrize("text", ["cpu", "cpu:", ":fp32", "gpu:fp32", "cpu:int8", "cpu:fp32:x"])

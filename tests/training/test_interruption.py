@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,13 +184,23 @@ def test_no_data_loading_process_outlives_a_main_process_that_is_killed(
     assert status == -signal.SIGKILL and "Traceback" not in text
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a short path: batches travel through sockets whose paths have 107 bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sent_to", ["main", "group"])
 def test_sigterm_ends_a_measurement(
-    sent_to: str, count: int, crowded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sent_to: str,
+    count: int,
+    crowded: Path,
+    tmp_path: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     command = [*endless_measurement(crowded, tmp_path), "--precision", "auto", *CROWDED]
     processes = start_python([command] * count)

@@ -59,7 +59,11 @@ def read_network(init: str) -> Config | BackboneKind | None:
 
 
 def _is_folded(content: dict[str, Any]) -> bool:
-    return bool(content.get("provenance", {}).get("batch_norm") == "folded")
+    """Whether the batch norm does nothing: its statistics are part of the convolutions."""
+    means = [v for key, v in content["model"].items() if key.endswith(".running_mean")]
+    variances = [v for key, v in content["model"].items() if key.endswith(".running_var")]
+    same = all(bool((v == 0).all()) for v in means) and all(bool((v == 1).all()) for v in variances)
+    return bool(means) and same
 
 
 def initialise(model: Solo, init: str, classes: Sequence[ClassSpec] = ()) -> list[str]:

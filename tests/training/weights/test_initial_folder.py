@@ -63,7 +63,7 @@ def test_the_bundled_weights_compute_what_the_bundled_graph_does() -> None:
     model = new_model(NUCLEI)
     tensors = len(model.state_dict())
     assert initialise(model, str(BUNDLED)) == [f"model: {tensors} tensors of weights.pt"]
-    graph = (BUNDLED / "2" / "model.onnx").read_bytes()
+    graph = (BUNDLED / "3" / "model.onnx").read_bytes()
     report = compare(model.eval(), graph, build_cases([(192, 160)], [1]))
     assert report["passed"] and report["total"]["candidates_onnx"] > 5
     assert report["total"]["unmatched"] == 0
@@ -129,13 +129,13 @@ def test_weights_that_config_json_does_not_describe_are_refused(
     copied: Path, weights: str | None
 ) -> None:
     change_provenance(copied, weights=weights)
-    with pytest.raises(CheckpointError, match=r"2/weights\.pt is missing or not in .*--weights"):
+    with pytest.raises(CheckpointError, match=r"3/weights\.pt is missing or not in .*--weights"):
         initialise(new_model(NUCLEI), str(copied))
 
 
 def test_a_version_without_weights_is_refused(copied: Path) -> None:
-    (copied / "2" / "weights.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"2/weights\.pt is missing .*takes the checkpoint"):
+    (copied / "3" / "weights.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"3/weights\.pt is missing .*takes the checkpoint"):
         initialise(new_model(NUCLEI), str(copied))
 
 
@@ -150,12 +150,18 @@ def test_a_folder_without_a_valid_config_is_refused(copied: Path, tmp_path: Path
 def test_only_plain_batch_norm_needs_statistics(tmp_path: Path) -> None:
     """A checkpoint that is not folded starts a network with either kind of batch norm."""
     config = TINY["light"]
-    model = new_model(config, 2)
-    for provenance in ({}, {"batch_norm": "as trained"}):
-        content = {"model": model.state_dict(), "ema": {}, "provenance": provenance}
-        save_checkpoint(tmp_path / "a.pt", config, content)
-        for norm in ("frozen_bn", "bn"):
-            initialise(new_model(with_norm(config, norm), 2), str(tmp_path / "a.pt"))
+    state = new_model(config, 2).state_dict()
+    first = next(key for key in state if key.endswith(".running_var"))
+    for scale, is_folded in ((1.0, True), (1.01, False)):
+        state[first] = torch.full_like(state[first], scale)
+        save_checkpoint(tmp_path / "a.pt", config, {"model": state, "ema": {}, "provenance": {}})
+        initialise(new_model(with_norm(config, "frozen_bn"), 2), str(tmp_path / "a.pt"))
+        plain = new_model(with_norm(config, "bn"), 2)
+        if is_folded:
+            with pytest.raises(CheckpointError, match="batch norm folded"):
+                initialise(plain, str(tmp_path / "a.pt"))
+        else:
+            initialise(plain, str(tmp_path / "a.pt"))
 
 
 @pytest.fixture(scope="module")
