@@ -16,7 +16,7 @@ from service.jobs.errors import ImageUnusable, RunFailed
 from service.jobs.journal import Journal
 from service.models.publishing import write_default
 from service.predict import command, main
-from service.predict.command import parse, read_options
+from service.predict.options import parse, read_options
 from service.predict.predictors import Prediction
 from service.predict.sources import find_model
 from tests.solo_client.fake_server import FakeServer, line, progress, stream
