@@ -86,6 +86,7 @@ def test_the_parts_of_a_drawn_street_are_found(server: ServerProcess) -> None:
     sample = decode_image((SAMPLES / "street.jpg").read_bytes())
     assert np.abs(sample.astype(float) - street.picture).mean() < 5
     (entry,) = _post(server, [SAMPLES / "street.jpg"], "facades")
+    assert entry["warnings"] == []
     assert {i["category"] for i in entry["instances"]} >= {"window", "facade", "vegetation"}
     boxes = [i["bbox"] for i in entry["instances"] if i["category"] == "window"]
     truth = street.windows.astype(float)
