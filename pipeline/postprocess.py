@@ -119,8 +119,8 @@ def mask_stride(tile: Tile, mask_hw: tuple[int, int]) -> int:
     return int(stride)
 
 
-def _place(instance: Detection, tile: Tile, stride: int) -> TileInstance:
-    """An instance and what its tile's inner borders do to it.
+def _place(instance: Detection, tile: Tile, stride: int, number: int) -> TileInstance:
+    """An instance, its number in the tile, and what its tile's inner borders do to it.
 
     It is cut if it comes within one mask pixel of an inner border. If it lies wholly, by the same
     margin, in what the next tile beyond each such border shows too, it is that tile's.
@@ -132,9 +132,10 @@ def _place(instance: Detection, tile: Tile, stride: int) -> TileInstance:
     step_y, clear_y = _step((y - window.y, height), window.height, (top, bottom), near_y)
     step_x, clear_x = _step((x - window.x, width), window.width, (left, right), near_x)
     if not step_y and not step_x:
-        return TileInstance(instance, window, cut=False)
+        return TileInstance(instance, window, cut=False, number=number)
     beyond = Window(window.y + step_y, window.x + step_x, window.height, window.width)
-    return TileInstance(instance, window, True, beyond if clear_y and clear_x else None)
+    elsewhere = beyond if clear_y and clear_x else None
+    return TileInstance(instance, window, True, elsewhere, number)
 
 
 def _step(
@@ -306,7 +307,7 @@ class Collector:
         if detections.instances:
             stride = mask_stride(tile, candidates.mask_hw)
             entries = [
-                replace(_place(instance, tile, stride), number=number)
+                _place(instance, tile, stride, number)
                 for number, instance in enumerate(detections.instances)
             ]
         return entries, detections.found

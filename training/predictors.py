@@ -36,8 +36,8 @@ Predictor = Callable[[bytes], list[Result]]
 """Encoded image -> COCO results without their image_id."""
 
 EVALUATION_THRESHOLD = 0.0
-_TILES_AT_ONCE = 4
 """Score threshold in evaluation: COCO AP is computed from all ranked instances."""
+_TILES_AT_ONCE = 4
 
 
 def to_results(instances: Iterable[Detection], classes: tuple[ClassSpec, ...]) -> list[Result]:

@@ -103,11 +103,9 @@ def write_changed(
     annotations: list[dict[str, Any]] = []
     for index in range(0, len(source), step):
         record = source.records[index]
-        picture = decode_image(source.image_bytes(index))
-        if zoom == 1:
+        picture = resize(decode_image(source.image_bytes(index)), zoom)
+        if name in CHANGES:
             picture = CHANGES[name](picture, index)
-        else:
-            picture = np.asarray(resize(picture, zoom), np.uint8)
         height, width = picture.shape[:2]
         file_name = f"{index}.png"
         Image.fromarray(picture).save(folder / "images" / file_name, compress_level=1)

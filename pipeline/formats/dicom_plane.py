@@ -29,7 +29,6 @@ class FrameLayout:
     Attributes:
         hw: H and W.
         samples: S.
-        frames: How many.
         dtype: Of a sample.
         bits_stored: Of a sample that count; the higher ones are something else.
         is_planar: All of a sample's values come before the next sample's.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.errors import WriteError
 from pipeline.writers import coco, cvat, geojson, labelme, labels, ome_zarr, table, yolo
-from pipeline.writers.page import Classes, OutputFormat, Page, in_memory, name_files
+from pipeline.writers.page import Classes, OutputFormat, Page, at_once, name_files
 
 __all__ = [
     "FORMATS",
@@ -37,14 +37,14 @@ _ALL = (
         name="coco",
         suffix=".coco.json",
         media_type=_JSON,
-        encode=coco.encode_rles,
+        write=at_once(coco.encode_rles),
         join=coco.join,
     ),
     OutputFormat(
         name="coco-polygons",
         suffix=".coco.json",
         media_type=_JSON,
-        encode=coco.encode_polygons,
+        write=at_once(coco.encode_polygons),
         join=coco.join,
         has_outlines=True,
     ),
@@ -52,15 +52,14 @@ _ALL = (
         name="geojson",
         suffix=".geojson",
         media_type="application/geo+json",
-        encode=geojson.encode,
+        write=at_once(geojson.encode),
         has_outlines=True,
     ),
     OutputFormat(
         name="labels",
         suffix=".png",
         media_type="image/png",
-        encode=in_memory(labels.write_png),
-        stream=labels.write_png,
+        write=labels.write_png,
         folder="masks",
         add_files=labels.list_classes,
     ),
@@ -68,8 +67,7 @@ _ALL = (
         name="ome-tiff",
         suffix=".ome.tif",
         media_type="image/tiff",
-        encode=in_memory(labels.write_ome_tiff),
-        stream=labels.write_ome_tiff,
+        write=labels.write_ome_tiff,
         folder="masks",
         add_files=labels.list_classes,
         needs="tifffile",
@@ -78,15 +76,14 @@ _ALL = (
         name="ome-zarr",
         suffix=".ome.zarr.zip",
         media_type="application/zip",
-        encode=in_memory(ome_zarr.write_ome_zarr),
-        stream=ome_zarr.write_ome_zarr,
+        write=ome_zarr.write_ome_zarr,
         folder="masks",
     ),
     OutputFormat(
         name="yolo",
         suffix=".txt",
         media_type="text/plain",
-        encode=yolo.encode,
+        write=at_once(yolo.encode),
         folder="labels",
         add_files=yolo.describe,
         has_outlines=True,
@@ -95,7 +92,7 @@ _ALL = (
         name="labelme",
         suffix=".json",
         media_type=_JSON,
-        encode=labelme.encode,
+        write=at_once(labelme.encode),
         folder="images",
         has_outlines=True,
     ),
@@ -103,7 +100,7 @@ _ALL = (
         name="cvat",
         suffix=".xml",
         media_type="application/xml",
-        encode=cvat.encode,
+        write=at_once(cvat.encode),
         join=cvat.join,
         has_outlines=True,
     ),
@@ -111,7 +108,7 @@ _ALL = (
         name="csv",
         suffix=".csv",
         media_type="text/csv",
-        encode=table.encode,
+        write=at_once(table.encode),
         join=table.join,
     ),
 )

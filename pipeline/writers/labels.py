@@ -110,7 +110,7 @@ def write_ome_tiff(page: Page, file: BinaryIO) -> None:
     height, width = labels.image_hw
     tifffile.imwrite(
         file,
-        (_pad(pixels) for _, pixels in labels.iterate_tiles(_TIFF_TILE_PX)),
+        (pad_tile(pixels, _TIFF_TILE_PX) for _, pixels in labels.iterate_tiles(_TIFF_TILE_PX)),
         shape=labels.image_hw,
         dtype=labels.dtype,
         tile=(_TIFF_TILE_PX, _TIFF_TILE_PX),
@@ -130,8 +130,9 @@ def _identify(labels: LabelImage) -> uuid.UUID:
     return uuid.uuid5(uuid.NAMESPACE_OID, content.hexdigest())
 
 
-def _pad(pixels: NDArray[Any]) -> NDArray[Any]:
-    below, right = (_TIFF_TILE_PX - side for side in pixels.shape)
+def pad_tile(pixels: NDArray[Any], side: int) -> NDArray[Any]:
+    """The pixels [h, w] with background to the right and below, up to a tile's side."""
+    below, right = (side - length for length in pixels.shape)
     return np.pad(pixels, ((0, below), (0, right)))
 
 

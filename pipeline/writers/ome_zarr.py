@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.types import Window
-from pipeline.writers.labels import LabelImage
+from pipeline.writers.labels import LabelImage, pad_tile
 from pipeline.writers.page import Page
 
 CHUNK_PX = 512
@@ -100,8 +100,7 @@ class _Level:
 def _add_chunk(archive: zipfile.ZipFile, level: int, window: Window, pixels: NDArray[Any]) -> None:
     if not pixels.any():
         return
-    below, right = (CHUNK_PX - side for side in pixels.shape)
-    chunk = np.pad(pixels, ((0, below), (0, right))).astype(pixels.dtype.newbyteorder("<"))
+    chunk = pad_tile(pixels, CHUNK_PX).astype(pixels.dtype.newbyteorder("<"))
     name = f"{level}/{window.y // CHUNK_PX}/{window.x // CHUNK_PX}"
     _add(archive, name, zlib.compress(chunk.tobytes(), _ZLIB_LEVEL))
 

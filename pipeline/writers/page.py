@@ -47,15 +47,13 @@ class Page:
 Write = Callable[[Page, BinaryIO], None]
 
 
-def in_memory(write: Write) -> Callable[[Page], bytes]:
-    """What a function writes into a file, as bytes."""
+def at_once(encode: Callable[[Page], bytes]) -> Write:
+    """Writes what a function makes of a page into a file."""
 
-    def encode(page: Page) -> bytes:
-        file = io.BytesIO()
-        write(page, file)
-        return file.getvalue()
+    def write(page: Page, file: BinaryIO) -> None:
+        file.write(encode(page))
 
-    return encode
+    return write
 
 
 def _no_files(classes: Classes) -> dict[str, bytes]:
@@ -70,37 +68,35 @@ class OutputFormat:
         name: In requests and commands.
         suffix: Of a file.
         media_type: Of a file.
-        encode: Writes a page: a file, or its part of a document, which `join` reads.
+        write: Writes a page into a file: all of that, or its part of a document, which `join`
+            reads. Raises `WriteError` if the format cannot hold the page.
         join: Writes the document of several pages, given with their image ids; None if each page
             is a file.
         folder: Where the files of pages lie in the folder of several.
         add_files: Further files of that folder.
         has_outlines: Whether `Page.simplify_px` applies.
         needs: Package that must be installed for it.
-        stream: Writes what `encode` gives into a file, part by part, for images of any size.
     """
 
     name: str
     suffix: str
     media_type: str
-    encode: Callable[[Page], bytes]
+    write: Write
     join: Callable[[Classes, Iterable[tuple[int, bytes]]], Iterator[bytes]] | None = None
     folder: str = ""
     add_files: Callable[[Classes], dict[str, bytes]] = field(default=_no_files)
     has_outlines: bool = False
     needs: str | None = None
-    stream: Write | None = None
 
-    def write(self, page: Page, file: BinaryIO) -> None:
-        """Writes a page.
+    def encode(self, page: Page) -> bytes:
+        """What `write` writes.
 
         Raises:
             WriteError: The format cannot hold it.
         """
-        if self.stream is not None:
-            self.stream(page, file)
-        else:
-            file.write(self.encode(page))
+        file = io.BytesIO()
+        self.write(page, file)
+        return file.getvalue()
 
 
 def to_json(value: Any) -> bytes:

@@ -87,12 +87,12 @@ class JobService:
         return self._store
 
     async def list_files(self, inputs: Sequence[str]) -> tuple[list[JobFile], Listing]:
-        """See `Sources.list_files`; a store that does not answer keeps no other work waiting."""
+        """The files that inputs name, in a thread of its own; raises as `Sources.list_files`."""
         async with self._listings:
             return await run_in_thread(partial(self._sources.list_files, inputs))
 
     async def read_file(self, source: str) -> bytes:
-        """See `Sources.read`."""
+        """The content of a file, read in a thread of its own; raises as `Sources.read`."""
         return await run_in_thread(partial(self._sources.read, source))
 
     async def accept(

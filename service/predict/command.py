@@ -56,9 +56,7 @@ def build_predictor(arguments: argparse.Namespace, canvases: CanvasProgress) -> 
             client, asked, arguments.model, arguments.version, on_progress=canvases.update
         )
     folder = find_model(arguments.model_repo, arguments.model)
-    options = build_backend_options(
-        arguments, arguments.device, arguments.threads, automatic="free"
-    )
+    options = build_backend_options(arguments, arguments.device, arguments.threads, may_choose=True)
     _check_asked(asked, read_config(folder, arguments.version))
     return LocalPredictor(load_version(folder, arguments.version, options), asked)
 
@@ -108,7 +106,7 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Start
     plan = Plan(
         folder=folder,
         config=config,
-        options=build_backend_options(arguments, device, cpus, automatic="fp32"),
+        options=build_backend_options(arguments, device, cpus, may_choose=False),
         asked=asked,
         draw=arguments.overlays is not None,
     )

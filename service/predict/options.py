@@ -213,16 +213,16 @@ def build_backend_options(
     device: Literal["auto", "cpu", "cuda"],
     threads: int | None,
     *,
-    automatic: Literal["free", "fp32"],
+    may_choose: bool,
 ) -> BackendOptions:
-    """How engines are built; `automatic` is what --precision auto means."""
+    """How engines are built; --precision auto means fp32 unless the engine may choose."""
     is_automatic = arguments.precision == "auto"
     return BackendOptions(
         device=device,
         threads=threads,
         precision="fp32" if is_automatic else arguments.precision,
         precision_fallback=True,
-        free_precision=is_automatic and automatic == "free",
+        free_precision=is_automatic and may_choose,
     )
 
 

@@ -75,11 +75,7 @@ class CocoDataset:
     def with_objects(self) -> CocoDataset:
         """The images that have objects, crowds not counted; without an object, all images."""
         records = [record for record in self.records if record.objects]
-        if len(records) in (0, len(self)):
-            return self
-        other = self._copy()
-        other.records = records
-        return other
+        return self._with_records(records or self.records)
 
     def with_repeats(self, below: float) -> CocoDataset:
         """Repeats images of rare classes (LVIS, arXiv 1908.03195).
@@ -95,16 +91,20 @@ class CocoDataset:
             rarest = min((counts[label] for label in present), default=len(self))
             factor = math.sqrt(below * len(self) / rarest)
             records += [record] * max(1, math.floor(factor + 0.5))
-        if len(records) == len(self):
-            return self
-        other = self._copy()
-        other.records = records
-        return other
+        return self._with_records(records)
 
     def with_contrast(self, contrast: ContrastSpec | None) -> CocoDataset:
         """The same images with another contrast rule; nothing is checked again."""
         other = self._copy()
         other.contrast = contrast
+        return other
+
+    def _with_records(self, records: list[Record]) -> CocoDataset:
+        """This data set if these are as many as its own, else another one."""
+        if len(records) == len(self):
+            return self
+        other = self._copy()
+        other.records = records
         return other
 
     def _copy(self) -> CocoDataset:

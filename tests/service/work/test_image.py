@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import orjson
@@ -242,10 +243,10 @@ class TestFailures:
         picture = draw_picture(48, 64, {"red": (4, 8, 12, 16)})
         assert run(build(picture, format="labels")).payload.startswith(b"\x89PNG")
 
-        def refuse(page: Page) -> bytes:
+        def refuse(page: Page, file: BinaryIO) -> NoReturn:
             raise WriteError(f"{len(page.instances)} instances of {page.name} do not fit")
 
-        chosen = dataclasses.replace(FORMATS["labels"], encode=refuse)
+        chosen = dataclasses.replace(FORMATS["labels"], write=refuse)
         monkeypatch.setitem(FORMATS, "labels", chosen)
         with pytest.raises(InvalidParameter, match=r"format: 1 instances of a\.png do not fit"):
             run(build(picture, format="labels"))
