@@ -17,7 +17,7 @@ from service.errors import StartupError
 from service.flags import SERVES, build_parser, find_unknown_variables, read_settings
 from service.grpc.front import build_front_ends
 from service.http.servers import build_server, freeze_imports
-from service.http.signals import EXIT_FAILED, hold_reloads
+from service.http.signals import EXIT_FAILED, end_process, hold_reloads
 from service.memory import find_memory_limit, fit_memory
 from service.models.repository import load_repository
 from service.observe.logs import configure_logging
@@ -76,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = serve(settings)
     except StartupError as error:
         sys.exit(f"solo-serve: error: {error}")
-    if status:
-        sys.exit(status)
+    end_process(status)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -86,3 +88,17 @@ def end_within(limit_s: float) -> None:
     timer = threading.Timer(limit_s, end)
     timer.daemon = True
     timer.start()
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends the process once everything of it is closed, without finalising the interpreter.
+
+    A daemon thread may still be in a library: in a call of a store that does not answer, or of an
+    engine that hangs. The interpreter's end would wait for some libraries, and take others away
+    while the thread uses them, which can abort the process. Handlers of `atexit` are not called.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+            stream.flush()
+    os._exit(status)

@@ -13,13 +13,15 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from service.errors import Draining, Overloaded, QuotaExceeded, TooManyImages
 from service.work.request import ClientProfile
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +75,23 @@ class Admission:
     def close(self) -> None:
         """Refuses all new work from now on."""
         self.closed.set()
+
+    async def unless_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for something that precedes accepted work; cancels it when new work is refused.
+
+        Raises:
+            Draining: The server is going down.
+        """
+        closed = asyncio.ensure_future(self.closed.wait())
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({closed, working}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Draining("the server is going down")
+        finally:
+            closed.cancel()
+            working.cancel()
 
     @contextmanager
     def request(self, client: ClientProfile) -> Iterator[None]:

@@ -34,6 +34,7 @@ class StoreServer:
         statuses: Of the next answers for a path "bucket/key", or "bucket" for lists; then it is
             served again. -1: half of the body, then the connection ends.
         always: Status of all answers for a path, as in `statuses`.
+        silent: Paths whose requests are never answered.
         requests: Method, path and query of each request so far.
     """
 
@@ -42,7 +43,9 @@ class StoreServer:
     page: int = 1000
     statuses: dict[str, list[int]] = field(default_factory=dict)
     always: dict[str, int] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     @property
     def settings(self) -> str:
@@ -95,8 +98,11 @@ def serve_store(objects: dict[str, bytes] | None = None) -> Iterator[StoreServer
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         state.address = f"127.0.0.1:{server.server_address[1]}"
-        yield state
-        server.shutdown()
+        try:
+            yield state
+        finally:
+            state.ended.set()
+            server.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,6 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(parts.path).strip("/")
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         store.requests.append((self.command, path, parts.query))
+        if path in store.silent:
+            store.ended.wait()
+            self.close_connection = True
+            return
         planned = store.statuses.get(path)
         status = planned.pop(0) if planned else store.always.get(path, 200)
         is_cut, headers = status == -1, {"Content-Type": "binary/octet-stream"}

@@ -162,7 +162,7 @@ async def submit(
     options = build_options(sent.parameters, model, client)
     files, left_out = sent.files, None
     if sent.inputs:
-        files, listing = await jobs.list_files(sent.inputs)
+        files, listing = await segmenter.admission.unless_closed(jobs.list_files(sent.inputs))
         left_out = listing.describe_left_out()
         if len(files) > settings.jobs_max_files:
             raise InvalidParameter(

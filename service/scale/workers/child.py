@@ -20,7 +20,7 @@ from service.errors import StartupError
 from service.grpc.front import build_front_ends
 from service.http.accept import serve_connection
 from service.http.servers import AdminServer, DrainingServer, build_server, freeze_imports
-from service.http.signals import END_S, EXIT_FAILED, SIGNALS
+from service.http.signals import END_S, EXIT_FAILED, SIGNALS, end_process
 from service.models.repository import load_repository
 from service.observe.gpus import find_gpus
 from service.observe.logs import configure_logging
@@ -75,7 +75,8 @@ def run_child(settings: Settings, index: int, channel: socket.socket) -> None:
     server.run()
     if segmenter.failure is not None:
         logger.error("the process ends to be replaced: %s", segmenter.failure)
-        sys.exit(EXIT_FAILED)
+        end_process(EXIT_FAILED)
+    end_process(0)
 
 
 def end_with_parent(limit_s: float) -> None:

@@ -65,3 +65,25 @@ def test_a_process_that_does_not_end_after_a_signal_is_aborted() -> None:
         "the process has not ended within 0.3 s and is aborted"
         in (running.process.communicate()[1])
     )
+
+
+def test_a_process_ends_whatever_its_daemon_threads_do() -> None:
+    program = """
+import atexit, logging, sys, threading, time
+from service.http import signals
+
+atexit.register(print, "the interpreter is finalised")
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print("written", end="; ")
+logging.warning("logged")
+signals.end_process(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "written; logged\n", "")

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +20,6 @@ from service.jobs.files import ATTEMPTS
 from service.jobs.sources import Sources
 from tests.support.s3_server import ENVIRONMENT, StoreServer, serve_store
 
-ROOT = Path(__file__).resolve().parents[3]
 MOST_BYTES = 1000
 FILE, BUCKET = "bucket/in/000.png", "bucket"
 URI = f"s3://{FILE}"
@@ -154,41 +147,3 @@ def test_a_store_that_nobody_serves_may_be_there_later() -> None:
         sources = build_sources(StoreServer(f"127.0.0.1:{unused.getsockname()[1]}"))
         with pytest.raises(SourceBusy, match="connect"):
             sources.read(URI)
-
-
-def test_a_call_to_a_silent_store_keeps_the_process_for_seconds(tmp_path: Path) -> None:
-    """The library waits for it when the interpreter ends; its own default takes minutes."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        settings = StoreServer(f"127.0.0.1:{silent.getsockname()[1]}").settings
-        script = f"""
-            import asyncio
-            from pathlib import Path
-            from service.jobs.service import JobService
-            from service.observe.metrics import Metrics
-            from service.settings import Settings
-
-            async def run():
-                settings = Settings(
-                    jobs_dir=Path({str(tmp_path)!r}), jobs_roots="s3://bucket/in{settings}"
-                )
-                jobs = JobService(settings, Metrics())
-                reads = [jobs.read_file("{URI}") for _ in range(40)]
-                tasks = [asyncio.ensure_future(read) for read in reads]
-                await asyncio.sleep(1)
-                assert not any(task.done() for task in tasks)
-                await asyncio.to_thread(print, "other work goes on", flush=True)
-                raise SystemExit(7)
-
-            asyncio.run(run())
-        """
-        began_s = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
-            capture_output=True,
-            text=True,
-            timeout=90,
-        )
-        assert (done.returncode, done.stdout) == (7, "other work goes on\n"), done.stderr
-        assert time.monotonic() - began_s < 80

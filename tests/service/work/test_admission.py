@@ -220,3 +220,44 @@ class TestQuotas:
             with admission.admit(client, [1]):
                 assert client.name in admission._accounts
         assert list(admission._accounts) == ["key rate"]
+
+
+async def test_what_precedes_accepted_work_is_given_up_when_new_work_is_refused() -> None:
+    admission, ended = Admission(100), asyncio.Event()
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    waiting = asyncio.ensure_future(admission.unless_closed(wait()))
+    assert await admission.unless_closed(asyncio.sleep(0, "found")) == "found"
+    with pytest.raises(OverflowError, match="too many"):
+        await admission.unless_closed(fail())
+    assert not waiting.done()
+    admission.close()
+    with pytest.raises(Draining):
+        await waiting
+    await asyncio.wait_for(ended.wait(), 10)
+
+
+async def test_what_precedes_accepted_work_ends_with_its_client() -> None:
+    ended = asyncio.Event()
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    waiting = asyncio.ensure_future(Admission(100).unless_closed(wait()))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.wait_for(ended.wait(), 10)
+
+
+async def fail() -> None:
+    raise OverflowError("too many")
