@@ -194,16 +194,17 @@ class LocalSegmenter:
         """Counts a finished image."""
         outcome = work.outcome if isinstance(work, ImageWork) else work
         assert outcome is not None
-        name, metrics = model.name, self.metrics
+        name, version, metrics = model.name, model.loaded.version, self.metrics
         if outcome.timing is None:
             assert outcome.error is not None
             code = describe_error(outcome.error)[1]["code"]
             if code == "internal_error":
                 logger.error("an image failed", exc_info=outcome.error)
                 drop_frames(outcome.error)
-            metrics.image_errors.labels(name, code).inc()
+            metrics.count_error(name, version, code)
         else:
-            metrics.count_image(name, outcome, timed=options.priority != "background")
+            is_timed = options.priority != "background"
+            metrics.count_image(name, version, outcome, timed=is_timed)
             note_image(name, outcome.whole, outcome.stages)
         return outcome
 

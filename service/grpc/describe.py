@@ -66,7 +66,7 @@ async def show_config(rpc: Rpc, message: bytes) -> Any:
 
 
 async def show_statistics(rpc: Rpc, message: bytes) -> Any:
-    """Images, engine calls and times of one model, or of all."""
+    """Images, engine calls and times of each version, of one model or of all."""
     request = parse("ModelStatisticsRequest", message)
     found = await read_statistics(
         rpc.state.segmenter, request.name or None, read_version(request.version)

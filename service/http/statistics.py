@@ -1,7 +1,4 @@
-"""Triton's inference statistics, from the metrics.
-
-Metrics are of a model, all its versions together; so are the statistics.
-"""
+"""Triton's inference statistics, from the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from collections.abc import Mapping
 from prometheus_client import Metric
 from pydantic import BaseModel
 
-from service.errors import InvalidParameter
 from service.protocol import Segmenter
 
 _NS = 1_000_000_000
@@ -48,10 +44,9 @@ class InferDurations(BaseModel):
 
 
 class ModelStats(BaseModel):
-    """A model's statistics since the start of the server.
+    """A version's statistics since the start of the server, or since it is served.
 
     Attributes:
-        version: Empty if several are served: they are counted together.
         last_inference: Not known: 0.
         inference_count: Images answered with a result.
         execution_count: Engine calls.
@@ -75,59 +70,53 @@ class StatisticsResponse(BaseModel):
 async def read_statistics(
     segmenter: Segmenter, name: str | None = None, version: int | None = None
 ) -> list[ModelStats]:
-    """The statistics of one model, or of all that are served.
+    """The statistics of each version that is served, of one model or of all.
 
     Args:
         segmenter: The application's.
         name: None: all models.
-        version: Of the model; None: all of them.
+        version: Of the model; None: all that are served.
 
     Raises:
         UnknownModel, UnknownVersion, ModelUnavailable, EngineRestarting: See `Segmenter.find`.
-        InvalidParameter: A version is asked for, and several are served.
     """
-    versions: dict[str, list[int]] = {}
-    for model in segmenter.models:
-        versions.setdefault(model.name, []).append(model.version)
     if name is not None:
         segmenter.find(name, version)
-        if version is not None and len(versions[name]) > 1:
-            raise InvalidParameter(
-                f"version: the versions {versions[name]} of model {name!r} are counted together; "
-                "ask for the model's statistics"
-            )
-        versions = {name: versions[name]}
+    asked = sorted(
+        (model.name, model.version)
+        for model in segmenter.models
+        if name in (None, model.name) and version in (None, model.version)
+    )
     values = _sum_samples(await segmenter.metrics.collect_all_processes())
-    return [_describe(model, found, values) for model, found in sorted(versions.items())]
+    return [_describe(*model, values) for model in asked]
 
 
-def _sum_samples(metrics: list[Metric]) -> Mapping[tuple[str, str, str], float]:
-    """The samples that are needed, by name, model and stage; of all processes together."""
-    values: dict[tuple[str, str, str], float] = defaultdict(float)
+def _sum_samples(metrics: list[Metric]) -> Mapping[tuple[str, ...], float]:
+    """The samples that are needed, by name, model, version and stage; of all processes together."""
+    values: dict[tuple[str, ...], float] = defaultdict(float)
     for metric in metrics:
         for sample in metric.samples:
             if sample.name in (_IMAGES, _ERRORS, _CALLS, _STAGE_SECONDS):
-                key = sample.name, sample.labels["model"], sample.labels.get("stage", "")
-                values[key] += sample.value
+                labels = (sample.labels.get(label, "") for label in ("model", "version", "stage"))
+                values[sample.name, *labels] += sample.value
     return values
 
 
-def _describe(
-    name: str, versions: list[int], values: Mapping[tuple[str, str, str], float]
-) -> ModelStats:
-    images = round(values.get((_IMAGES, name, ""), 0))
+def _describe(name: str, version: int, values: Mapping[tuple[str, ...], float]) -> ModelStats:
+    def value_of(sample: str, stage: str = "") -> float:
+        return values.get((sample, name, str(version), stage), 0.0)
+
+    images = round(value_of(_IMAGES))
     durations = {
         field: Duration(
-            count=images,
-            ns=round(_NS * sum(values.get((_STAGE_SECONDS, name, s), 0.0) for s in stages)),
+            count=images, ns=round(_NS * sum(value_of(_STAGE_SECONDS, s) for s in stages))
         )
         for field, stages in _STAGES.items()
     }
-    failed = Duration(count=round(values.get((_ERRORS, name, ""), 0)))
     return ModelStats(
         name=name,
-        version=str(versions[0]) if len(versions) == 1 else "",
+        version=str(version),
         inference_count=images,
-        execution_count=round(values.get((_CALLS, name, ""), 0)),
-        inference_stats=InferDurations(fail=failed, **durations),
+        execution_count=round(value_of(_CALLS)),
+        inference_stats=InferDurations(fail=Duration(count=round(value_of(_ERRORS))), **durations),
     )

@@ -88,10 +88,10 @@ class JobRunner:
         self._service.on_accepted = self._wake.set
         self._task = asyncio.get_running_loop().create_task(self._run(), name="jobs")
         metrics = self._segmenter.metrics
-        metrics.follow(metrics.jobs_open, lambda: self._open[0])
-        metrics.follow(metrics.job_files_open, lambda: self._open[1])
-        metrics.follow(metrics.jobs_bytes, lambda: self._open[2])
-        metrics.follow(metrics.job_files_in_flight, lambda: len(self._files))
+        metrics.follow(metrics.jobs.open, lambda: self._open[0])
+        metrics.follow(metrics.jobs.files_open, lambda: self._open[1])
+        metrics.follow(metrics.jobs.bytes, lambda: self._open[2])
+        metrics.follow(metrics.jobs.files_in_flight, lambda: len(self._files))
 
     async def stop(self) -> None:
         """Stops what is in progress and gives it back: another process, or the next, takes it."""
@@ -206,7 +206,7 @@ class JobRunner:
         self._held.pop(claim.place, None)
         if stored:
             state = "failed" if result.failed else "done"
-            self._segmenter.metrics.job_files.labels(state).inc()
+            self._segmenter.metrics.jobs.files.labels(state).inc()
 
     async def _insist(self, function: Callable[[JobStore], T]) -> T:
         """Calls the store, again and again while it cannot be used: no result is lost."""
@@ -295,7 +295,7 @@ class JobRunner:
             problem = str(error)
             logger.warning("webhook of job %s, attempt %d: %s", job.id, attempt, problem)
         result = "delivered" if problem is None else "failed"
-        self._segmenter.metrics.job_webhooks.labels(result).inc()
+        self._segmenter.metrics.jobs.webhooks.labels(result).inc()
         last = attempt >= ATTEMPTS
         kept = await self._insist(
             lambda store: store.note_webhook(self._worker, claim, problem, last=last)

@@ -75,10 +75,10 @@ class JobService:
         try:
             return function(self._open())
         except JournalFull as error:
-            self._metrics.job_store_errors.inc()
+            self._metrics.jobs.store_errors.inc()
             raise StorageFull(str(error)) from error
         except (JournalError, OSError) as error:
-            self._metrics.job_store_errors.inc()
+            self._metrics.jobs.store_errors.inc()
             raise JobsUnavailable(f"jobs: {error}") from error
 
     def _open(self) -> JobStore:

@@ -292,7 +292,7 @@ class ModelStore:
     def _serve(self, loaded: LoadedModel) -> ServedModel:
         name = loaded.config.name
 
-        sizes = self._metrics.batch_size.labels(name)
+        sizes = self._metrics.batch_size.labels(name, loaded.version)
         failures = self._metrics.engine_failures.labels(name)
         shown, padding = (self._metrics.pixels.labels(name, kind) for kind in PIXELS)
 

@@ -27,8 +27,10 @@ from service.engines.base import Precision
 from service.engines.state import EngineState
 from service.observe.exposition import choose_format
 from service.observe.gpus import GpuCollector
+from service.observe.job_metrics import JobMetrics
 from service.observe.shadow_metrics import ShadowMetrics
 from service.observe.shared import SharedCalls
+from service.observe.version_series import VersionSeries
 
 if TYPE_CHECKING:
     from service.work.admission import Admission
@@ -43,8 +45,6 @@ WORK_ROUTES = (
 """The routes that segment; dashboard and alert rules count requests of these alone."""
 PIXELS = ("image", "padding")
 CANCELLATIONS = ("client_left", "deadline")
-JOB_FILES = ("done", "failed")
-JOB_WEBHOOKS = ("delivered", "failed")
 REJECTIONS = (
     *("queue_canvases", "client_share", "draining", "engine_restarting", "body_too_large"),
     *("unauthorized", "wrong_keys", "key_canvases", "key_rate", "connections", "body_timeout"),
@@ -56,6 +56,7 @@ _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
     *(0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
 )
+_ImageSeries = tuple[Counter, Counter, Counter, dict[str, Histogram]]
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -69,7 +70,7 @@ class Metrics:
         self._engines: dict[
             tuple[str, int], tuple[Callable[[], EngineState], Precision | None]
         ] = {}
-        self._series: dict[str, tuple[Counter, Counter, Counter, dict[str, Histogram]]] = {}
+        self._series: dict[tuple[str, int], _ImageSeries] = {}
         self._gpus: GpuCollector | None = None
         self._followed: dict[Gauge, Callable[[], float]] = {}
         self._collecting = asyncio.Lock()
@@ -80,7 +81,7 @@ class Metrics:
         self.stage_seconds = Histogram(
             "solo_stage_duration_seconds",
             "Time of one image in a stage; the stages add up to total",
-            ["model", "stage"],
+            ["model", "version", "stage"],
             buckets=_SECONDS,
             registry=registry,
         )
@@ -94,21 +95,24 @@ class Metrics:
         self.batch_size = Histogram(
             "solo_batch_size",
             "Canvases in one engine call",
-            ["model"],
+            ["model", "version"],
             buckets=_BATCH_SIZES,
             registry=registry,
         )
-        self.shadow = ShadowMetrics(registry)
+        self._versions = VersionSeries()
+        self.shadow = ShadowMetrics(registry, self._versions)
         self._build_counters(registry)
+        self._versions.bound(
+            [
+                *(self.stage_seconds, self.batch_size, self.images, self.canvases),
+                *(self.instances, self.image_errors),
+            ]
+        )
         self._build_gauges(registry)
-        self._build_jobs(registry)
+        self.jobs = JobMetrics(registry)
         # Series that exist from the start have a rate from the first request on.
         for reason in REJECTIONS:
             self.rejections.labels(reason)
-        for state in JOB_FILES:
-            self.job_files.labels(state)
-        for result in JOB_WEBHOOKS:
-            self.job_webhooks.labels(result)
         for route in WORK_ROUTES:
             self.requests.labels(route, "POST", "200")
             self.request_seconds.labels(route, "POST")
@@ -121,22 +125,25 @@ class Metrics:
             registry=registry,
         )
         self.images = Counter(
-            "solo_images_total", "Images answered with a result", ["model"], registry=registry
+            "solo_images_total",
+            "Images answered with a result",
+            ["model", "version"],
+            registry=registry,
         )
         self.canvases = Counter(
             "solo_canvases_total",
             "Canvases of images answered with a result",
-            ["model"],
+            ["model", "version"],
             registry=registry,
         )
         self.image_errors = Counter(
             "solo_image_errors_total",
             "Images answered with an error",
-            ["model", "code"],
+            ["model", "version", "code"],
             registry=registry,
         )
         self.instances = Counter(
-            "solo_instances_total", "Instances returned", ["model"], registry=registry
+            "solo_instances_total", "Instances returned", ["model", "version"], registry=registry
         )
         self.rejections = Counter(
             "solo_rejections_total", "Requests rejected", ["reason"], registry=registry
@@ -228,38 +235,6 @@ class Metrics:
         )
         self.repository_readable.set(1)
 
-    def _build_jobs(self, registry: CollectorRegistry) -> None:
-        self.job_files = Counter(
-            "solo_jobs_files_total", "Files of jobs finished", ["state"], registry=registry
-        )
-        self.job_webhooks = Counter(
-            "solo_jobs_webhooks_total",
-            "Attempts to deliver webhooks of jobs",
-            ["result"],
-            registry=registry,
-        )
-        self.job_store_errors = Counter(
-            "solo_jobs_store_errors_total",
-            "Accesses to the store of jobs that failed",
-            registry=registry,
-        )
-        self.job_files_in_flight = Gauge(
-            "solo_jobs_files_in_flight", "Files of jobs in progress", registry=registry
-        )
-        self.jobs_open = Gauge(
-            "solo_jobs_open", "Jobs that are not done; every process shows all", registry=registry
-        )
-        self.job_files_open = Gauge(
-            "solo_jobs_files_open",
-            "Files of jobs that are not finished; every process shows all",
-            registry=registry,
-        )
-        self.jobs_bytes = Gauge(
-            "solo_jobs_bytes",
-            "Bytes of uploads and results of jobs; every process shows all",
-            registry=registry,
-        )
-
     def add_model(
         self,
         name: str,
@@ -277,22 +252,26 @@ class Metrics:
             max_batch: Most canvases in one call of it.
             asked_precision: None: the engine's.
         """
+        if (name, version) not in self._engines:
+            self._versions.begin(name, version)
+            self._series.clear()  # its series may have been removed since they were looked up
         self._engines[name, version] = engine, asked_precision
         self.batch_limit.labels(name).set(max_batch)
         for stage in STAGES:
-            self.stage_seconds.labels(name, stage)
-        families = (self.images, self.canvases, self.instances, self.engine_failures)
-        for family in (*families, self.engine_restarts):
+            self.stage_seconds.labels(name, version, stage)
+        for family in (self.images, self.canvases, self.instances, self.batch_size):
+            family.labels(name, version)
+        for family in (self.engine_failures, self.engine_restarts):
             family.labels(name)
         for reason in CANCELLATIONS:
             self.cancelled_images.labels(name, reason)
         for kind in PIXELS:
             self.pixels.labels(name, kind)
-        self.batch_size.labels(name)
 
     def remove_model(self, name: str, version: int) -> None:
-        """Forgets a version that is no longer served; what was counted stays."""
-        self._engines.pop((name, version), None)
+        """A version is no longer served; `VersionSeries` bounds how long its counts stay."""
+        if self._engines.pop((name, version), None) is not None:
+            self._versions.end(name, version)
 
     def forget_model(self, name: str) -> None:
         """Removes the refusal of a model that is no longer in the repository."""
@@ -306,15 +285,16 @@ class Metrics:
         self.queue_limit_canvases.set(admission.max_canvases)
         self.follow(self.in_flight_requests, lambda: admission.requests)
 
-    def count_image(self, name: str, outcome: Outcome, *, timed: bool = True) -> None:
+    def count_image(self, name: str, version: int, outcome: Outcome, *, timed: bool = True) -> None:
         """Counts an image that was answered with a result.
 
         Args:
             name: The model's.
+            version: Of the model.
             outcome: The image's.
             timed: Whether its times count: those of an image that nobody waits for do not.
         """
-        images, canvases, instances, stages = self._series_of(name)
+        images, canvases, instances, stages = self._series_of(name, version)
         images.inc()
         canvases.inc(outcome.canvases)
         instances.inc(outcome.instances)
@@ -323,16 +303,23 @@ class Metrics:
         for stage, seconds in vars(outcome.timing).items():
             stages[stage].observe(seconds)
 
-    def _series_of(self, name: str) -> tuple[Counter, Counter, Counter, dict[str, Histogram]]:
-        """A model's series of `count_image`; looking a series up takes longer than counting."""
-        if name not in self._series:
-            self._series[name] = (
-                self.images.labels(name),
-                self.canvases.labels(name),
-                self.instances.labels(name),
-                {stage: self.stage_seconds.labels(name, stage) for stage in STAGES},
+    def _series_of(self, name: str, version: int) -> _ImageSeries:
+        """A version's series of `count_image`; looking a series up takes longer than counting."""
+        key = name, version
+        if key not in self._series:
+            self._versions.expect(name, version)
+            self._series[key] = (
+                self.images.labels(name, version),
+                self.canvases.labels(name, version),
+                self.instances.labels(name, version),
+                {stage: self.stage_seconds.labels(name, version, stage) for stage in STAGES},
             )
-        return self._series[name]
+        return self._series[key]
+
+    def count_error(self, name: str, version: int, code: str) -> None:
+        """Counts an image that was answered with an error."""
+        self._versions.expect(name, version)
+        self.image_errors.labels(name, version, code).inc()
 
     def watch_gpus(self, gpus: GpuCollector | None) -> None:
         """Shows what NVML says of the GPUs, if there are any."""

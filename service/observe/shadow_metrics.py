@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from pipeline.answer_match import AnswerMatch
+from service.observe.version_series import VersionSeries
 
 _LABELS = ["model", "version"]
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
@@ -13,9 +14,15 @@ OUTCOMES = ("compared", "failed", "dropped")
 
 
 class ShadowMetrics:
-    """Series of a shadow exist from its start; their label `version` is the shadow's."""
+    """Series of a shadow exist from its start; their label `version` is the shadow's.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        registry: Of the server's metrics.
+        versions: Bounds how long a shadow's series stay after its end.
+    """
+
+    def __init__(self, registry: CollectorRegistry, versions: VersionSeries) -> None:
+        self._versions = versions
         self.images = Counter(
             "solo_shadow_images_total",
             "Images chosen for the shadow, by outcome",
@@ -57,16 +64,24 @@ class ShadowMetrics:
             _LABELS,
             registry=registry,
         )
+        versions.bound(
+            [
+                *(self.images, self.instances, self.agreement, self.iou),
+                *(self.score_difference, self.running),
+            ]
+        )
 
     def begin(self, name: str, version: int) -> None:
         """A shadow runs from now on."""
+        self._versions.begin(name, version)
         self.running.labels(name, version).set(1)
         for outcome in OUTCOMES:
             self.images.labels(name, version, outcome)
 
     def end(self, name: str, version: int) -> None:
-        """A shadow has ended; what was counted stays."""
+        """A shadow has ended; called once for each `begin`."""
         self.running.labels(name, version).set(0)
+        self._versions.end(name, version)
 
     def add(self, name: str, version: int, agreement: AnswerMatch) -> None:
         """Counts an image that was compared."""

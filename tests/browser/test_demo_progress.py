@@ -27,7 +27,7 @@ ROUNDS = 10_000
 """About 0.1 s for each tile."""
 MAX_CANVASES = 500
 CANCELLED = 'solo_cancelled_images_total{model="slow",reason="client_left"}'
-TILES = 'solo_batch_size_sum{model="slow"}'
+TILES = 'solo_batch_size_sum{model="slow",version="1"}'
 STEP_PX = 48
 """Distance of two tiles of 64 px."""
 

@@ -49,7 +49,7 @@ def exported() -> dict[str, set[str]]:
     gpus.read()
     metrics.watch_gpus(gpus)
     metrics.model_refused.labels("broken").set(1)
-    metrics.image_errors.labels("nuclei", "corrupt_image").inc()
+    metrics.count_error("nuclei", 1, "corrupt_image")
     metrics.shadow.begin("nuclei", 2)
     metrics.shadow.add("nuclei", 2, AnswerMatch((0.9,), (0.1,), (0, 1)))
     metrics.shadow.decisions.labels("nuclei", "promoted").inc()

@@ -228,7 +228,7 @@ def test_predict_killed_and_started_again_gives_what_one_run_gives(
 
 def read_images(server: ServerProcess) -> int:
     for line in httpx.get(f"{server.url}/metrics").text.splitlines():
-        if line.startswith('solo_images_total{model="blobs"}'):
+        if line.startswith('solo_images_total{model="blobs",version="1"}'):
             return round(float(line.rsplit(" ", 1)[1]))
     raise AssertionError("there is no such metric")
 

@@ -62,8 +62,8 @@ def read_metric(url: str, name: str) -> float:
 
 
 def test_images_are_segmented_and_counted(server: ServerProcess) -> None:
-    images = 'solo_images_total{model="blobs"}'
-    total = 'solo_stage_duration_seconds_sum{model="blobs",stage="%s"}'
+    images = 'solo_images_total{model="blobs",version="1"}'
+    total = 'solo_stage_duration_seconds_sum{model="blobs",stage="%s",version="1"}'
     stages = ("decode", "queue", "infer", "postprocess", "encode")
     before = read_metric(server.url, images)
     with ThreadPoolExecutor(8) as pool:

@@ -22,7 +22,7 @@ from tests.support.waiting import poll_until
 
 PICTURE = encode_picture(draw_picture())
 WAIT_S = 60.0
-IMAGES = 'solo_images_total{model="blobs",replica="%d"}'
+IMAGES = 'solo_images_total{model="blobs",replica="%d",version="1"}'
 MEMORY = 'process_resident_memory_bytes{replica="%d"}'
 
 

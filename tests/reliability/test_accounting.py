@@ -32,7 +32,7 @@ def test_a_thousand_requests_count_a_thousand(tmp_path: Path, report: Report) ->
             )
             assert load.statuses == {status: count}
         metrics = read_metrics(server.url)
-    stage = 'solo_stage_duration_seconds_%s{model="blobs",stage="%s"}'
+    stage = 'solo_stage_duration_seconds_%s{model="blobs",stage="%s",version="1"}'
     counts = {name: metrics[stage % ("count", name)] for name in STAGES}
     sums = {name: metrics[stage % ("sum", name)] for name in STAGES}
     whole = sums.pop("total")
@@ -44,7 +44,7 @@ def test_a_thousand_requests_count_a_thousand(tmp_path: Path, report: Report) ->
     assert metrics[f"solo_request_duration_seconds_count{{{labels}}}"] == COUNT + BAD
     assert metrics[f'solo_requests_total{{{labels},status="200"}}'] == COUNT
     assert metrics[f'solo_requests_total{{{labels},status="422"}}'] == BAD
-    assert metrics['solo_images_total{model="blobs"}'] == COUNT
-    assert metrics['solo_image_errors_total{code="corrupt_image",model="blobs"}'] == BAD
-    assert metrics['solo_batch_size_sum{model="blobs"}'] == COUNT
+    assert metrics['solo_images_total{model="blobs",version="1"}'] == COUNT
+    assert metrics['solo_image_errors_total{code="corrupt_image",model="blobs",version="1"}'] == BAD
+    assert metrics['solo_batch_size_sum{model="blobs",version="1"}'] == COUNT
     assert metrics["solo_queue_images"] == metrics["solo_in_flight_requests"] == 0

@@ -43,8 +43,8 @@ def test_64_sizes_fill_the_batches_and_leave_the_event_loop_free(
             )
         ping = json.loads(out.read_bytes())
         metrics = read_metrics(server.url)
-    calls = metrics['solo_batch_size_count{model="blobs"}']
-    mean = metrics['solo_batch_size_sum{model="blobs"}'] / calls
+    calls = metrics['solo_batch_size_count{model="blobs",version="1"}']
+    mean = metrics['solo_batch_size_sum{model="blobs",version="1"}'] / calls
     report("images", len(load.answers))
     report("mean_batch_of_8", mean)
     report("live_p50_ms", ping["p50_ms"])
@@ -93,8 +93,9 @@ def test_batches_change_nothing(tmp_path: Path, report: Report) -> None:
         metrics = read_metrics(server.url)
     report("least_mask_iou", least)
     assert least >= 0.999
-    calls = metrics['solo_batch_size_count{model="wide"}']
-    assert metrics['solo_batch_size_sum{model="wide"}'] > 1.2 * calls  # there were batches
+    calls = metrics['solo_batch_size_count{model="wide",version="1"}']
+    canvases = metrics['solo_batch_size_sum{model="wide",version="1"}']
+    assert canvases > 1.2 * calls  # there were batches
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ def send(server: ServerProcess, may_go_on: Callable[[int], bool]) -> Load:
 def count_accepted(url: str) -> float:
     """Images in work or done."""
     metrics = read_metrics(url)
-    return metrics["solo_queue_images"] + metrics.get('solo_images_total{model="blobs"}', 0)
+    return metrics["solo_queue_images"] + metrics.get(
+        'solo_images_total{model="blobs",version="1"}', 0
+    )
 
 
 @pytest.mark.skipif(isinstance(find_gpu(), Gpu), reason="this machine has a GPU")

@@ -72,7 +72,8 @@ def test_work_of_clients_that_left_is_not_done(tmp_path: Path, report: Report) -
     with run_server(tmp_path / "log", *flags) as server:
         asyncio.run(leave_90_of_100(server.url, report))
         metrics = read_metrics(server.url)
-        executed = metrics['solo_batch_size_sum{model="blobs"}'] - 1  # without the first image
+        executed = metrics['solo_batch_size_sum{model="blobs",version="1"}']
+        executed -= 1  # without the first image
         left = metrics['solo_cancelled_images_total{model="blobs",reason="client_left"}']
         after = asyncio.run(
             run_closed_loop(server.url, [PICTURE], clients=10, may_go_on=lambda sent: sent < 100)
@@ -101,5 +102,5 @@ def test_work_past_its_deadline_is_not_done(tmp_path: Path) -> None:
         asyncio.run(ask_too_late(server.url))
         assert httpx.post(f"{server.url}/segment", content=PICTURE).status_code == 200
         metrics = read_metrics(server.url)
-    assert metrics['solo_batch_size_sum{model="blobs"}'] <= 2 + BATCH
+    assert metrics['solo_batch_size_sum{model="blobs",version="1"}'] <= 2 + BATCH
     assert metrics['solo_cancelled_images_total{model="blobs",reason="deadline"}'] == 50

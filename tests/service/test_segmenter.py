@@ -128,12 +128,12 @@ async def test_finished_and_failed_images_are_counted(
     await running.segment(NINE, b"text", ONE)
     await running.segment(b"", ONE)
     text = render(running.segmenter.metrics)
-    assert 'solo_images_total{model="blobs"} 3.0' in text
-    assert 'solo_canvases_total{model="blobs"} 11.0' in text
-    assert 'solo_instances_total{model="blobs"} 3.0' in text
+    assert 'solo_images_total{model="blobs",version="1"} 3.0' in text
+    assert 'solo_canvases_total{model="blobs",version="1"} 11.0' in text
+    assert 'solo_instances_total{model="blobs",version="1"} 3.0' in text
     for code in ("unsupported_format", "empty_image"):
-        assert f'solo_image_errors_total{{code="{code}",model="blobs"}} 1.0' in text
-    assert 'solo_stage_duration_seconds_count{model="blobs",stage="total"} 3.0' in text
+        assert f'solo_image_errors_total{{code="{code}",model="blobs",version="1"}} 1.0' in text
+    assert 'solo_stage_duration_seconds_count{model="blobs",stage="total",version="1"} 3.0' in text
     assert [r for r in caplog.records if r.levelno >= logging.ERROR and r.exc_info] == []
 
 
@@ -150,7 +150,7 @@ async def test_an_error_of_our_own_is_logged_with_its_traceback(
     (record,) = [r for r in caplog.records if r.exc_info]
     assert "of our own" in str(record.exc_info)
     text = render(running.segmenter.metrics)
-    assert 'solo_image_errors_total{code="internal_error",model="blobs"} 1.0' in text
+    assert 'solo_image_errors_total{code="internal_error",model="blobs",version="1"} 1.0' in text
 
 
 async def test_an_engine_error_is_its_images_alone(running: Running) -> None:

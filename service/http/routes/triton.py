@@ -30,7 +30,7 @@ NOT_OFFERED = {
 
 @router.get("/v2/models/stats")
 async def show_statistics(segmenter: SegmenterDep) -> StatisticsResponse:
-    """Images, engine calls and times of every model that is served, since the start.
+    """Images, engine calls and times of every version that is served, since the start.
 
     ```sh
     curl --fail-with-body localhost:8000/v2/models/stats
@@ -41,7 +41,7 @@ async def show_statistics(segmenter: SegmenterDep) -> StatisticsResponse:
 
 @router.get("/v2/models/{name}/stats", responses=FAILURES)
 async def show_model_statistics(name: str, segmenter: SegmenterDep) -> StatisticsResponse:
-    """As `/v2/models/stats`, of one model."""
+    """As `/v2/models/stats`, of one model's versions."""
     return StatisticsResponse(model_stats=await read_statistics(segmenter, name))
 
 
@@ -49,7 +49,7 @@ async def show_model_statistics(name: str, segmenter: SegmenterDep) -> Statistic
 async def show_version_statistics(
     name: str, version: VersionNumber, segmenter: SegmenterDep
 ) -> StatisticsResponse:
-    """As `/v2/models/{name}/stats`; 422 if several versions are served, as they count together."""
+    """As `/v2/models/{name}/stats`, of one version."""
     return StatisticsResponse(model_stats=await read_statistics(segmenter, name, version))
 
 

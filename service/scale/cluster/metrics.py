@@ -37,7 +37,8 @@ class FrontMetrics(MergedMetrics):
 
     def describe_models(self, models: Sequence[ModelState]) -> None:
         """Shows what the workers serve, in place of what was shown before."""
-        self._engines.clear()
+        for gone in self._engines.keys() - {(model.name, model.version) for model in models}:
+            self.remove_model(*gone)
         for model in models:
             engine, asked = partial(_engine_of, model), model.asked_precision
             self.add_model(model.name, model.version, engine, model.max_batch, asked)

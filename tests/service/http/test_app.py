@@ -93,9 +93,11 @@ async def test_metrics_count_exactly(client: httpx.AsyncClient) -> None:
     await client.post("/segment", content=b"text")
     await client.get("/nothing")
     found = read_metrics((await client.get("/metrics")).text)
-    assert found['solo_images_total{model="blobs"}'] == 15
-    assert found['solo_instances_total{model="blobs"}'] == 15
-    assert found['solo_image_errors_total{code="unsupported_format",model="blobs"}'] == 1
+    assert found['solo_images_total{model="blobs",version="1"}'] == 15
+    assert found['solo_instances_total{model="blobs",version="1"}'] == 15
+    assert (
+        found['solo_image_errors_total{code="unsupported_format",model="blobs",version="1"}'] == 1
+    )
     assert found['solo_requests_total{method="POST",route="/segment",status="200"}'] == 5
     assert found['solo_requests_total{method="POST",route="/segment",status="415"}'] == 1
     assert found['solo_requests_total{method="any",route="unmatched",status="404"}'] == 1
@@ -107,13 +109,15 @@ async def test_metrics_count_exactly(client: httpx.AsyncClient) -> None:
         == 1
     )
     assert found['solo_model_refused{model="broken"}'] == 1
-    assert found['solo_batch_size_sum{model="blobs"}'] == 15
+    assert found['solo_batch_size_sum{model="blobs",version="1"}'] == 15
     sums = {
-        stage: found[f'solo_stage_duration_seconds_sum{{model="blobs",stage="{stage}"}}']
+        stage: found[
+            f'solo_stage_duration_seconds_sum{{model="blobs",stage="{stage}",version="1"}}'
+        ]
         for stage in ("decode", "queue", "infer", "postprocess", "encode", "total")
     }
     assert 0 < sum(sums.values()) - sums["total"] <= sums["total"]
-    assert found['solo_stage_duration_seconds_count{model="blobs",stage="total"}'] == 15
+    assert found['solo_stage_duration_seconds_count{model="blobs",stage="total",version="1"}'] == 15
 
 
 async def test_a_refused_body_is_counted_under_its_route(client: httpx.AsyncClient) -> None:

@@ -121,6 +121,61 @@ async def test_loading_under_load_loses_no_request(
     assert set(versions) == {1, 2}
 
 
+async def test_each_version_has_statistics_of_its_own(
+    client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    folder = model_repo / "blobs"
+    add_version(folder, 2)
+    edit_config(folder, lambda content: content.update(serve={"policy": "all"}))
+    assert (await load(client, "blobs")).status_code == 200
+    for version, images in ((1, 3), (2, 1)):
+        for _ in range(images):
+            assert (await segment(client, version=version)).status_code == 200
+    refused = await client.post("/segment", params={"version": 2}, content=b"no image")
+    assert refused.status_code == 415
+
+    async def read(path: str) -> dict[str, tuple[int, int, int]]:
+        stats = (await client.get(path)).json()["model_stats"]
+        return {
+            f"{one['name']} {one['version']}": (
+                *(one["inference_count"], one["execution_count"]),
+                one["inference_stats"]["fail"]["count"],
+            )
+            for one in stats
+        }
+
+    found = await read("/v2/models/stats")
+    assert found == {"blobs 1": (3, 3, 0), "blobs 2": (1, 1, 1), "wide 1": (0, 0, 0)}
+    assert await read("/v2/models/blobs/stats") == {k: found[k] for k in ("blobs 1", "blobs 2")}
+    for version in (1, 2):
+        path = f"/v2/models/blobs/versions/{version}/stats"
+        assert await read(path) == {f"blobs {version}": found[f"blobs {version}"]}
+    (one,) = (await client.get("/v2/models/blobs/versions/2/stats")).json()["model_stats"]
+    times = one["inference_stats"]
+    parts = ("queue", "compute_input", "compute_infer", "compute_output")
+    assert sum(times[part]["ns"] for part in parts) == pytest.approx(
+        times["success"]["ns"], rel=0.01
+    )
+
+
+async def test_versions_that_are_replaced_many_times_leave_few_series(
+    app: FastAPI, client: httpx.AsyncClient, model_repo: Path
+) -> None:
+    sizes = []
+    for version in range(2, 12):
+        add_version(model_repo / "blobs", version)
+        assert (await load(client, "blobs")).status_code == 200
+        await wait_for_retirement(get_store(app))
+        assert (await segment(client)).json()["version"] == version
+        text = (await client.get("/metrics")).text
+        sizes.append(text.count("\nsolo_"))
+        assert f'solo_images_total{{model="blobs",version="{version}"}} 1.0' in text
+    assert len(set(sizes[-5:])) == 1
+    assert 'version="3"' not in text
+    (stats,) = (await client.get("/v2/models/blobs/stats")).json()["model_stats"]
+    assert (stats["version"], stats["inference_count"]) == ("11", 1)
+
+
 @pytest.mark.usefixtures("client")
 async def test_a_request_keeps_its_version_to_the_end(app: FastAPI, model_repo: Path) -> None:
     store = get_store(app)

@@ -119,7 +119,7 @@ class TestWhatIsShown:
             engine.infer = fail_once  # type: ignore[method-assign]
             assert isinstance((await start(model)).error, EngineError)
             page = render(store._metrics)
-            assert 'solo_batch_size_count{model="blobs"} 2.0' in page
+            assert 'solo_batch_size_count{model="blobs",version="1"} 2.0' in page
             assert 'solo_engine_failures_total{model="blobs"} 1.0' in page
 
 

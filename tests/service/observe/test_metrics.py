@@ -75,12 +75,16 @@ def test_a_models_series_exist_before_its_first_image() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 3, lambda: ENGINE, 8)
     text = render(metrics)
-    for family in ("images", "canvases", "instances", "engine_failures", "engine_restarts"):
+    for family in ("images", "canvases", "instances"):
+        assert f'solo_{family}_total{{model="nuclei",version="3"}} 0.0' in text
+    for family in ("engine_failures", "engine_restarts"):
         assert f'solo_{family}_total{{model="nuclei"}} 0.0' in text
+    assert 'solo_batch_size_count{model="nuclei",version="3"} 0.0' in text
     for kind in PIXELS:
         assert f'solo_engine_pixels_total{{kind="{kind}",model="nuclei"}} 0.0' in text
     for stage in STAGES:
-        assert f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}"}} 0.0' in text
+        sample = f'solo_stage_duration_seconds_count{{model="nuclei",stage="{stage}",version="3"}}'
+        assert f"{sample} 0.0" in text
     assert (
         'solo_model_info{backend="onnxruntime",device="cpu",model="nuclei",precision="fp32",'
         'version="3"} 1.0'
@@ -111,9 +115,9 @@ def test_an_edge_stands_at_each_objective() -> None:
 def test_how_full_batches_are_can_be_told() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
-    metrics.batch_size.labels("nuclei").observe(6)
+    metrics.batch_size.labels("nuclei", 1).observe(6)
     text = render(metrics)
-    assert 'solo_batch_size_sum{model="nuclei"} 6.0' in text
+    assert 'solo_batch_size_sum{model="nuclei",version="1"} 6.0' in text
     assert 'solo_batch_limit_canvases{model="nuclei"} 8.0' in text
 
 
@@ -126,8 +130,8 @@ def test_routes_that_segment_have_a_rate_from_their_first_request_on(route: str)
 
 def test_two_servers_in_one_process_do_not_share_numbers() -> None:
     one, other = Metrics(), Metrics()
-    one.images.labels("nuclei").inc()
-    assert 'solo_images_total{model="nuclei"}' not in render(other)
+    one.images.labels("nuclei", 1).inc()
+    assert 'solo_images_total{model="nuclei",version="1"}' not in render(other)
 
 
 def test_the_queue_is_read_when_it_is_asked_for() -> None:
@@ -150,12 +154,12 @@ def test_an_image_is_counted_with_its_canvases_instances_and_stages() -> None:
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     timing = Timing(decode=0.5, queue=0.25, infer=1.0, postprocess=0.125, encode=0.0625, total=2.0)
     for _ in range(2):
-        metrics.count_image("nuclei", Outcome(b"{}", timing, canvases=9, instances=70))
+        metrics.count_image("nuclei", 1, Outcome(b"{}", timing, canvases=9, instances=70))
     text = render(metrics)
     for name, value in (("images", 2), ("canvases", 18), ("instances", 140)):
-        assert f'solo_{name}_total{{model="nuclei"}} {value}.0' in text
+        assert f'solo_{name}_total{{model="nuclei",version="1"}} {value}.0' in text
     for stage, seconds in zip(STAGES, (1.0, 0.5, 2.0, 0.25, 0.125, 4.0), strict=True):
-        sample = f'solo_stage_duration_seconds_sum{{model="nuclei",stage="{stage}"}}'
+        sample = f'solo_stage_duration_seconds_sum{{model="nuclei",stage="{stage}",version="1"}}'
         assert f"{sample} {seconds}" in text
 
 
@@ -163,11 +167,11 @@ def test_a_version_that_is_not_served_any_more_is_not_shown() -> None:
     metrics = Metrics()
     metrics.add_model("nuclei", 1, lambda: ENGINE, 8)
     metrics.add_model("nuclei", 2, lambda: ENGINE, 8)
-    metrics.images.labels("nuclei").inc()
+    metrics.images.labels("nuclei", 1).inc()
     metrics.remove_model("nuclei", 1)
     text = render(metrics)
     assert re.findall(r'^solo_model_info{.*version="(\d)"', text, re.M) == ["2"]
-    assert 'solo_images_total{model="nuclei"} 1.0' in text
+    assert 'solo_images_total{model="nuclei",version="1"} 1.0' in text
 
 
 def test_an_engine_that_is_dead_in_one_version_is_not_up() -> None:

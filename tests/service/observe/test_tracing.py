@@ -108,7 +108,9 @@ async def test_spans_and_histograms_have_the_same_times(
     spans = kept.get_finished_spans()
     # The time of a stage equals the sum of its spans only if no other stage overlaps it.
     for stage, name in (("decode", "decode"), ("infer", "infer"), ("total", "image")):
-        pattern = f'solo_stage_duration_seconds_sum{{model="blobs",stage="{stage}"}} (.*)'
+        pattern = (
+            f'solo_stage_duration_seconds_sum{{model="blobs",stage="{stage}",version="1"}} (.*)'
+        )
         (counted,) = re.findall(pattern, text)
         taken = sum(times(span)[1] - times(span)[0] for span in spans if span.name == name)
         assert taken / 1e9 == pytest.approx(float(counted), abs=1e-6)

@@ -440,8 +440,8 @@ async def test_jobs_are_counted_but_not_as_latency(
     samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert samples['solo_jobs_files_total{state="done"}'] == "1.0"
     assert samples['solo_jobs_files_total{state="failed"}'] == "1.0"
-    assert samples['solo_images_total{model="blobs"}'] == "1.0"
-    stage = 'solo_stage_duration_seconds_count{model="blobs",stage="total"}'
+    assert samples['solo_images_total{model="blobs",version="1"}'] == "1.0"
+    stage = 'solo_stage_duration_seconds_count{model="blobs",stage="total",version="1"}'
     assert samples[stage] == "0.0"
 
 

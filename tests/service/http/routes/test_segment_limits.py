@@ -85,7 +85,7 @@ async def test_a_thin_image_is_413_with_its_canvases_and_is_not_decoded(
         assert "the server allows 4096" in message
     assert app.state.segmenter.admission.canvases == 0
     text = (await client.get("/metrics")).text
-    assert 'solo_image_errors_total{code="too_many_canvases",model="blobs"} 2.0' in text
+    assert 'solo_image_errors_total{code="too_many_canvases",model="blobs",version="1"} 2.0' in text
 
 
 async def test_an_image_of_too_many_canvases_fails_alone(

@@ -38,7 +38,7 @@ async def test_statistics_are_those_of_the_metrics(client: AsyncClient) -> None:
         times["success"]["ns"], rel=0.01
     )
     text = (await client.get("/metrics")).text
-    assert f'solo_images_total{{model="blobs"}} {after["inference_count"]}.0' in text
+    assert f'solo_images_total{{model="blobs",version="1"}} {after["inference_count"]}.0' in text
     for path in ("/v2/models/stats", "/v2/models/blobs/versions/1/stats"):
         assert await get_stats(client, path) == after
 

@@ -29,7 +29,7 @@ class Exchange:
         self.kept: list[socket.socket] = []
         self.workers = [Peers(i, count, partial(self._connect, i)) for i in range(count)]
         for index, worker in enumerate(self.workers):
-            worker.metrics.images.labels("blobs").inc(index)
+            worker.metrics.images.labels("blobs", 1).inc(index)
 
     def _connect(self, asker: int, tag: int) -> None:
         for index, worker in enumerate(self.workers):
@@ -59,7 +59,9 @@ async def test_any_worker_tells_the_metrics_of_all() -> None:
         lines = body.decode().splitlines()
         assert lines.count("# TYPE solo_images_total counter") == 1
         for index in range(3):
-            sample = f'solo_images_total{{model="blobs",replica="{index}"}} {float(index)}'
+            sample = (
+                f'solo_images_total{{model="blobs",replica="{index}",version="1"}} {float(index)}'
+            )
             assert lines.count(sample) == 1
         assert media_type.startswith("text/plain")
 
