@@ -23,6 +23,7 @@ from grpc import aio
 from service.grpc.messages import MESSAGES
 from service.http.keys import add_key
 from tests.support.blob_model import draw_picture, encode_picture, publish
+from tests.support.model_folder import add_version, edit_config
 from tests.support.server import CPU_FLAGS, ServerProcess, run_server
 from tests.support.slow_model import build_slow_graph, publish_graph
 from tests.support.waiting import poll_until, wait_until
@@ -406,6 +407,23 @@ async def test_a_drain_finishes_what_runs_and_health_says_so(slow_server: Server
         assert await ask(channel, INFER, REQUEST) == "UNAVAILABLE"
         assert await running
     assert await asyncio.to_thread(slow_server.wait) == 0
+
+
+def test_each_version_has_statistics_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "repo" / "blobs"
+    publish(folder.parent)
+    add_version(folder, 2)
+    edit_config(folder, lambda content: content.update(serve={"policy": "all"}))
+    flags = ("--model-repo", str(folder.parent), *CPU_FLAGS, "--grpc-port", "0")
+    with run_server(tmp_path / "log", *flags) as running:
+        with triton.InferenceServerClient(port_of(running)) as client:
+            for version in ("1", "2", "2"):
+                client.infer("blobs", [files_input(FILE)], model_version=version)
+            found = client.get_inference_statistics("blobs").model_stats
+            (second,) = client.get_inference_statistics("blobs", "2").model_stats
+        counts = [(stats.name, stats.version, stats.inference_count) for stats in found]
+        assert counts == [("blobs", "1", 1), ("blobs", "2", 2)]
+        assert (second.inference_count, second.execution_count) == (2, 2)
 
 
 def test_workers_share_the_port_and_the_statistics(repo: Path, tmp_path: Path) -> None:
