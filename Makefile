@@ -82,7 +82,7 @@ test: lint ## lint, type-check, and run every test that is not slow
 test-all: lint ## the slow tests too
 	$(TEST_VENV)/bin/python -m pytest -m "not docker" $(PYTEST_ARGS)
 
-test-deploy: install-test ## the compose file on a real Docker engine (ten minutes)
+test-deploy: install-test ## the image and the compose file on a real Docker engine (15 minutes)
 	$(TEST_VENV)/bin/python -m pytest -n 0 -m docker $(PYTEST_ARGS)
 
 bench: install-test ## measure the running code: python -m benchmarks

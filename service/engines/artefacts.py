@@ -15,6 +15,8 @@ from pipeline.model_config import FileSpec
 from service.errors import ModelRefused
 
 ONNX_FILE = "model.onnx"
+EXITS_FILE = "model.exits.onnx"
+"""The same network with early exits, which the CPU prefers."""
 MAX_GRAPH_BYTES = 2**31 - 1
 """Of an ONNX file: the limit of protobuf. Larger networks have data files beside the graph."""
 _CHUNK_BYTES = 1 << 20
@@ -77,7 +79,7 @@ class Artefacts:
         files: Size and SHA-256 by file name.
 
     Raises:
-        ModelRefused: model.onnx is not listed, or a file name is a path.
+        ModelRefused: No float32 graph is listed, or a file name is a path.
     """
 
     folder: Path
@@ -89,7 +91,7 @@ class Artefacts:
                 raise ModelRefused(
                     self.folder / name, "a file name in config.json must not be a path"
                 )
-        if ONNX_FILE not in self.files:
+        if ONNX_FILE not in self.files and EXITS_FILE not in self.files:
             raise ModelRefused(
                 self.folder, f"config.json lists {sorted(self.files)}, but no {ONNX_FILE}"
             )

@@ -12,14 +12,14 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.model_config import ModelConfig
 from service.engines.aoti_package import name_package
-from service.engines.artefacts import ONNX_FILE, Artefacts
+from service.engines.artefacts import EXITS_FILE, ONNX_FILE, Artefacts
 from service.engines.base import Backend, BackendError, BackendOptions, EngineKind, Precision
 from service.engines.driver import Gpu, find_gpu
 from service.engines.slots import SlotBackend
@@ -154,7 +154,27 @@ def graph_file(precision: str) -> str:
 
 def exits_file(precision: str) -> str:
     """Name of the ONNX file with early exits in a precision, which the CPU prefers."""
-    return f"{graph_file(precision).removesuffix('.onnx')}.exits.onnx"
+    return EXITS_FILE if precision == "fp32" else f"model.{precision}.exits.onnx"
+
+
+def list_cpu_files(files: Collection[str]) -> set[str]:
+    """Those files of a version that an engine on the CPU may read.
+
+    Of half precisions none: ONNX Runtime computes them in float32, and OpenVINO lowers the
+    precision of the float32 graph itself.
+    """
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    unused = {file(p) for p in get_args(Precision) for file in (graph_file, exits_file)}
+    unused -= {_graph_on_cpu(precision, files) for precision in precisions}
+    packages = {name_package("cpu", p) for p in get_args(Precision)}
+    unused |= {name for name in files if name.endswith(".pt2")} - packages
+    return {*files} - unused
+
+
+def _graph_on_cpu(precision: Precision, files: Collection[str]) -> str:
+    """The graph with early exits if the version has it."""
+    exits = exits_file(precision)
+    return exits if exits in files else graph_file(precision)
 
 
 def _list_routes(
@@ -209,10 +229,8 @@ def _list_cpu_routes(
 def _on_cpu(kind: Literal["ort", "openvino"], precision: Precision, artefacts: Artefacts) -> _Route:
     """With early exits if the version has them; OpenVINO lowers the precision itself."""
     of_graph: Precision = precision if kind == "ort" or precision == "int8" else "fp32"
-    exits = exits_file(of_graph)
-    if exits in artefacts:
-        return _Route(kind, "cpu", precision, exits, exits=True)
-    return _Route(kind, "cpu", precision, graph_file(of_graph))
+    file = _graph_on_cpu(of_graph, artefacts.files)
+    return _Route(kind, "cpu", precision, file, exits=file == exits_file(of_graph))
 
 
 def _has_openvino() -> bool:
@@ -228,8 +246,9 @@ def _list_timed_routes(
     if options.engine in ("auto", "ort"):
         routes.append(_on_cpu("ort", "fp32", artefacts))
         is_good = config.ap_cost.get("int8", math.inf) <= MAX_AP_COST
-        if is_good and graph_file("int8") in artefacts:
-            routes.append(_on_cpu("ort", "int8", artefacts))
+        of_int8 = _on_cpu("ort", "int8", artefacts)
+        if is_good and of_int8.file in artefacts:
+            routes.append(of_int8)
     if options.engine == "openvino" or (options.engine == "auto" and _has_openvino()):
         precision = _find_openvino_precision(config, refusals)
         routes.append(_on_cpu("openvino", precision, artefacts))

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pipeline.errors import ConfigError
 from pipeline.model_config import Precision
 from pipeline.repository_config import RepositoryConfig, ShadowedVersion, parse_model_config
-from service.engines.choose import graph_file
+from service.engines.choose import exits_file, graph_file
 from service.errors import ModelRefused, StartupError, make_printable
 from service.models.folders import (
     explain_refusal,
@@ -26,6 +26,7 @@ from service.models.folders import (
 )
 from service.models.publishing import edit_config, write_default
 from service.models.repository import CONFIG_FILE, read_config
+from service.models.trimming import trim_model
 
 EPILOG = """\
 examples:
@@ -35,6 +36,7 @@ examples:
   solo-models serve nuclei latest      serve the highest version again
   solo-models shadow nuclei 3          compare version 3 with the one that is served
   solo-models rollback nuclei          serve the version before the one that is served
+  solo-models trim                     remove the files that no server on a CPU reads
 
 Changes are written in one step. A server that watches the repository (SOLO_MODEL_POLL_S) takes
 them up; any other when the model is loaded again.
@@ -106,7 +108,11 @@ def _describe_version(
         config = read_config(folder, version)
         entry = replace(
             entry,
-            precisions=tuple(p for p in get_args(Precision) if graph_file(p) in config.files),
+            precisions=tuple(
+                precision
+                for precision in get_args(Precision)
+                if {graph_file(precision), exits_file(precision)} & config.files.keys()
+            ),
             wanted_precision=config.limits.precision,
             size_bytes=sum(file.bytes for file in config.files.values()),
         )
@@ -268,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     added = add("rollback", "Serves the version before the one that is served.")
     added.add_argument("model")
+    add("trim", "Removes the files that no server on a CPU reads: other graphs, GPUs' packages.")
     return parser
 
 
@@ -291,6 +298,10 @@ def run(arguments: argparse.Namespace) -> int:
         return int(any(entry.fault for entry in entries))
     if arguments.command == "default":
         _change_default(root, arguments.model, clear=arguments.clear)
+        return 0
+    if arguments.command == "trim":
+        for folder in find_published(root):
+            print(f"{folder.name}: {trim_model(folder) / 1e6:.1f} MB removed")
         return 0
     folder = find_model_folder(root, arguments.model)
     if arguments.command == "serve":

@@ -198,7 +198,7 @@ def find_artefacts(folder: Path, config: ModelConfig) -> Artefacts:
     """The files of a version, where they are if publishing was interrupted.
 
     Raises:
-        ModelRefused: model.onnx is not listed, or a file name is a path.
+        ModelRefused: No float32 graph is listed, or a file name is a path.
     """
     published = Artefacts(folder / str(config.version), config.files)
     staged = Artefacts(staged_folder(folder, config.version), config.files)

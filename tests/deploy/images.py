@@ -60,10 +60,15 @@ def find_fault() -> str | None:
     return None
 
 
-def build_server_image(tag: str) -> None:
-    """Builds docker/Dockerfile."""
-    arguments = ("--network", "host", "--quiet", "--file", "docker/Dockerfile", "--tag", tag, ".")
-    docker("build", *arguments, timeout_s=_BUILD_S)
+def build_server_image(tag: str, extras: str = "") -> None:
+    """Builds docker/Dockerfile.
+
+    Args:
+        tag: The image's.
+        extras: Of pyproject.toml, beside `service`; separated by commas.
+    """
+    arguments = ("--network", "host", "--quiet", "--file", "docker/Dockerfile", "--tag", tag)
+    docker("build", *arguments, "--build-arg", f"EXTRAS={extras}", ".", timeout_s=_BUILD_S)
 
 
 def find_base() -> str:
