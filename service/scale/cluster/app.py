@@ -35,6 +35,9 @@ MAX_FRONT_REQUESTS = 4096
 HEALTH_PERIOD_S = 5.0
 """Serve replaces a process whose health check fails three times running."""
 REPORT_TIMEOUT_S = 5.0
+LOOK_BACK_S = (12.0, 30.0)
+"""Bounds of the time over which the load is averaged. Serve's processes report theirs every 10 s; a
+shorter time would miss what is between two reports."""
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 """Requests are logged once, by the front."""
 SHARED: dict[str, Any] = {
@@ -107,7 +110,7 @@ def build_workers(settings: ClusterSettings) -> serve.Deployment:
             target_ongoing_requests=settings.target_requests,
             upscale_delay_s=settings.upscale_delay_s,
             downscale_delay_s=settings.downscale_delay_s,
-            look_back_period_s=max(2.0, min(30.0, settings.upscale_delay_s)),
+            look_back_period_s=min(max(LOOK_BACK_S[0], settings.upscale_delay_s), LOOK_BACK_S[1]),
         )
         number = {"autoscaling_config": scaling}
     deployment: serve.Deployment = serve.deployment(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ def test_workers_have_reserved_what_the_settings_say() -> None:
     assert workers.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
     assert workers.num_replicas == 3
     assert workers.max_ongoing_requests == 32
+
+
+@pytest.mark.parametrize(("delay_s", "look_back_s"), [(0, 12), (10, 12), (20, 20), (600, 30)])
+def test_the_load_is_averaged_over_more_than_one_report(delay_s: float, look_back_s: float) -> None:
+    from service.scale.cluster.app import build_workers
+
+    settings = ClusterSettings(max_replicas=2, upscale_delay_s=delay_s)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Ray will refuse a time that is not longer than its period
+        scaling = build_workers(settings)._deployment_config.autoscaling_config
+    assert scaling is not None
+    assert scaling.look_back_period_s == look_back_s
 
 
 def test_fronts_that_share_a_folder_are_on_one_node(tmp_path: Path) -> None:
