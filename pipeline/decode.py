@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -13,15 +14,16 @@ from pipeline.errors import (
     PlaneError,
     UnsupportedFormat,
 )
-from pipeline.formats import bmp, dicom, jpeg, png, tiff, webp
+from pipeline.formats import bmp, jpeg, png, webp
 from pipeline.formats.base import EncodedImage, damage_is_refused
 from pipeline.formats.names import name_format
+from pipeline.formats.picture import PlaneStack, open_picture
 from pipeline.formats.planes import PlaneChoice
-from pipeline.formats.tiff_file import TiffStack, is_tiff
+from pipeline.formats.stacks import START_BYTES, is_stack, open_stack
 from pipeline.model_config import InputSpec
 from pipeline.types import UInt8
 
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "DICOM")
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "DICOM", "OME-Zarr in a ZIP")
 MAX_PIXELS = 64_000_000
 _PEEKED_BYTES, _PEEKED_SEGMENTS = 1 << 18, 32
 
@@ -48,11 +50,9 @@ def _find_reader(data: bytes) -> ModuleType:
     )
 
 
-def _open_stack(data: bytes) -> TiffStack | dicom.DicomStack | None:
+def _open_stack(data: bytes) -> PlaneStack | None:
     """A file that may have several planes; None for other files."""
-    if dicom.is_dicom(data):  # its preamble may be the start of a TIFF
-        return dicom.DicomStack(data)
-    return tiff.open_stack(data) if is_tiff(data) else None
+    return open_stack(io.BytesIO(data), len(data)) if is_stack(data[:START_BYTES]) else None
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -115,7 +115,7 @@ def peek_hw(data: bytes) -> tuple[int, int] | None:
     Returns:
         Before EXIF orientation; None where `read_header` has to parse the header.
     """
-    if is_tiff(data) or dicom.is_dicom(data):
+    if is_stack(data[:START_BYTES]):
         return None
     try:
         with damage_is_refused():
@@ -144,12 +144,13 @@ def open_image(
         stack = _open_stack(data)
         if stack is not None:
             check_size(stack.height, stack.width, max_pixels)
-            return tiff.open_picture(data, stack, choice)
+            return open_picture(data, stack, choice)
     read_header(data, max_pixels=max_pixels)
     reader = _find_reader(data)
     if given := choice.named():
         raise PlaneError(
-            f"{', '.join(given)}: the image has one picture; only TIFF and DICOM may have several"
+            f"{', '.join(given)}: the image has one picture; only TIFF, DICOM and OME-Zarr may "
+            "have several"
         )
     with damage_is_refused():
         image: EncodedImage = reader.open_file(data)
@@ -162,7 +163,8 @@ def decode_image(
     """Decodes an image of `ALLOWED_FORMATS`; of an animation the first frame.
 
     The format is known by content, not by name. EXIF orientation is applied; ICC profiles are
-    ignored. Of TIFF and DICOM, see `pipeline.formats.planes` and `pipeline.formats.stretch`.
+    ignored. Of files with several planes, see `pipeline.formats.planes`; of samples of more than 8
+    bits, `pipeline.formats.stretch`.
 
     Args:
         data: The file's bytes.

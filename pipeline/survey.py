@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UnsupportedFormat
+from pipeline.formats.picture import PlanePicture
 from pipeline.formats.stretch import DEFAULT, count_values, limits_of_counts
-from pipeline.formats.tiff import Tiff
 from pipeline.model_config import ContrastSpec
 from pipeline.preprocess import build_table, count_greys
 from pipeline.types import Bool, Int64, UInt8, Window
@@ -50,7 +50,7 @@ class Survey:
         return bool(self.tissue[rows, columns].any())
 
 
-def survey(slide: Tiff, contrast: ContrastSpec | None, *, find_tissue: bool) -> Survey:
+def survey(slide: PlanePicture, contrast: ContrastSpec | None, *, find_tissue: bool) -> Survey:
     """Reads the whole slide block by block, then the blocks with tissue again.
 
     Args:
@@ -71,7 +71,7 @@ def survey(slide: Tiff, contrast: ContrastSpec | None, *, find_tissue: bool) -> 
     return Survey(None, table, tissue)
 
 
-def _blocks(slide: Tiff) -> Iterator[Window]:
+def _blocks(slide: PlanePicture) -> Iterator[Window]:
     for y in range(0, slide.height, _BLOCK_PX):
         for x in range(0, slide.width, _BLOCK_PX):
             height, width = min(_BLOCK_PX, slide.height - y), min(_BLOCK_PX, slide.width - x)
@@ -85,7 +85,7 @@ def _cells_of(block: Window) -> tuple[slice, slice]:
     return slice(row, row + rows), slice(column, column + columns)
 
 
-def _read(slide: Tiff, block: Window) -> NDArray[Any]:
+def _read(slide: PlanePicture, block: Window) -> NDArray[Any]:
     """A block as RGB, or grey samples [h, w, 1] of 16 bits."""
     samples = slide.read(block)
     if not slide.is_deep:
@@ -98,7 +98,7 @@ def _read(slide: Tiff, block: Window) -> NDArray[Any]:
     return samples
 
 
-def _count(slide: Tiff, tissue: Bool) -> Int64:
+def _count(slide: PlanePicture, tissue: Bool) -> Int64:
     """Histogram of the grey values in the tissue."""
     counts = np.zeros(1 << 16 if slide.is_deep else 256, np.int64)
     for block in _blocks(slide):
@@ -111,7 +111,7 @@ def _count(slide: Tiff, tissue: Bool) -> Int64:
     return counts
 
 
-def _list_deviations(slide: Tiff, cells_hw: tuple[int, int]) -> NDArray[np.float32]:
+def _list_deviations(slide: PlanePicture, cells_hw: tuple[int, int]) -> NDArray[np.float32]:
     """Standard deviation [h, w] of the grey values in every cell."""
     deviations = np.zeros(cells_hw, np.float32)
     for block in _blocks(slide):

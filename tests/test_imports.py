@@ -31,6 +31,7 @@ OPTIONAL_IMPORTS = {
     "pipeline/formats/dicom.py",
     "pipeline/formats/tiff_file.py",
     "pipeline/formats/tiff_plane.py",
+    "pipeline/formats/zarr_library.py",
     "pipeline/writers/labels.py",  # tifffile
     "service/engines/aotinductor.py",
     "service/engines/openvino.py",

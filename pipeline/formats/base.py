@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -112,6 +114,26 @@ class EncodedImage(ABC):
             DecodeError: The image cannot be decoded.
             Exception: One of `DAMAGE`, which means that it is damaged.
         """
+
+
+class FileRanges:
+    """A file of which ranges of bytes are read; any number of threads may do so.
+
+    Args:
+        file: The file.
+        size: Its bytes.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self.size = size
+        self._lock = threading.Lock()
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range; fewer where the file ends."""
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(length)
 
 
 def turn(pixels: UInt8, orientation: int) -> UInt8:

@@ -6,11 +6,12 @@ import io
 import logging
 import struct
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
+from pipeline.formats.base import FileRanges
 from pipeline.formats.dicom_plane import DicomPlane, FrameLayout, find_frames, find_items
 from pipeline.formats.pixel_size import combine
 from pipeline.formats.planes import Stack
@@ -56,7 +57,8 @@ class DicomStack:
     """The frames of a file, which count as planes along z.
 
     Args:
-        data: The file.
+        file: The file; it stays open, and belongs to the stack.
+        size: Its bytes.
 
     Attributes:
         height, width: Of the frames.
@@ -74,8 +76,9 @@ class DicomStack:
     palette = None
     has_alpha = False
 
-    def __init__(self, data: bytes) -> None:
-        syntax, header, position = _read_header(data)
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        data = FileRanges(file, size)
+        syntax, header, position = _read_header(data.read(0, MAX_HEADER_BYTES))
         photometric = str(_find(header, "PhotometricInterpretation") or "")
         if not photometric:
             raise UnsupportedFormat("a DICOM without an image is not read")
@@ -118,12 +121,10 @@ class DicomStack:
 
     def plane(self, index: int) -> DicomPlane:
         """A frame."""
-        return DicomPlane(
-            memoryview(self._data)[self._frames[index]], self._layout, f"frame {index}"
-        )
+        return DicomPlane(self._data, self._frames[index], self._layout, f"frame {index}")
 
 
-def _read_header(data: bytes) -> tuple[str, Dataset, int]:
+def _read_header(start: bytes) -> tuple[str, Dataset, int]:
     """The transfer syntax, the elements of `_TAGS`, and where the element of the pixels begins."""
     try:
         from pydicom.filereader import read_dataset
@@ -135,7 +136,6 @@ def _read_header(data: bytes) -> tuple[str, Dataset, int]:
     # Damaged files would fill the log.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module="pydicom")
-    start = data[:MAX_HEADER_BYTES]
     if start.count(_ITEM) > MAX_ITEMS:
         raise CorruptImage(f"the DICOM has more than {MAX_ITEMS} items before its pixels")
     file = io.BytesIO(start)
@@ -165,16 +165,16 @@ def _read_header(data: bytes) -> tuple[str, Dataset, int]:
     return syntax, header, file.tell()
 
 
-def _locate_pixels(data: bytes, position: int, *, is_implicit: bool) -> tuple[int, int | None]:
+def _locate_pixels(data: FileRanges, position: int, *, is_implicit: bool) -> tuple[int, int | None]:
     """Where the value of the element of the pixels begins, and its length; None if it has none."""
-    head = data[position : min(position + 12, MAX_HEADER_BYTES)]
+    head = data.read(position, min(12, MAX_HEADER_BYTES - position))
     try:
         group, element, length = struct.unpack_from("<HHI", head)
         if not is_implicit:
             (length,) = struct.unpack_from("<I", head, 8)
     except struct.error as error:
         raise CorruptImage(
-            f"the DICOM has no pixels within its first {min(len(data), MAX_HEADER_BYTES)} bytes"
+            f"the DICOM has no pixels within its first {min(data.size, MAX_HEADER_BYTES)} bytes"
         ) from error
     tag = group << 16 | element
     if tag != _PIXELS:

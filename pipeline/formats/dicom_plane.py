@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CorruptImage
+from pipeline.errors import CorruptImage, UnsupportedFormat
 from pipeline.formats import libtiff
+from pipeline.formats.base import FileRanges
 from pipeline.types import Window
 
 _ITEM = 0xE000FFFE
@@ -53,7 +54,8 @@ class DicomPlane:
     """A frame; any number of threads may read it.
 
     Args:
-        data: What is stored of it.
+        data: The file.
+        place: Where the frame begins in it, and its bytes.
         layout: How it is stored.
         name: For messages.
 
@@ -61,8 +63,10 @@ class DicomPlane:
         dtype: Of the samples.
     """
 
-    def __init__(self, data: memoryview, layout: FrameLayout, name: str) -> None:
-        self._data, self._layout, self._name = data, layout, name
+    def __init__(
+        self, data: FileRanges, place: tuple[int, int], layout: FrameLayout, name: str
+    ) -> None:
+        self._data, self._place, self._layout, self._name = data, place, layout, name
         self.dtype = layout.dtype
 
     def read(self, region: Window, samples: Sequence[int]) -> NDArray[Any]:
@@ -77,7 +81,7 @@ class DicomPlane:
         return self._keep_stored(pixels[rows, columns][..., list(samples)])
 
     def _read_plain(self) -> NDArray[Any]:
-        return self._shape(np.frombuffer(self._data, self._layout.dtype))
+        return self._shape(np.frombuffer(self._data.read(*self._place), self._layout.dtype))
 
     def _shape(self, values: NDArray[Any]) -> NDArray[Any]:
         layout = self._layout
@@ -96,7 +100,7 @@ class DicomPlane:
     def _read_rle(self) -> NDArray[Any]:
         """Segments of a byte of a sample each, the highest byte of the first sample first."""
         layout = self._layout
-        frame = self._data
+        frame = self._data.read(*self._place)
         if len(frame) < _RLE_HEADER_BYTES:
             raise CorruptImage(f"{self._name} of the DICOM has {len(frame)} bytes")
         count, *offsets = struct.unpack_from("<16I", frame)
@@ -111,8 +115,7 @@ class DicomPlane:
         for number, (start, end) in enumerate(zip(offsets, ends, strict=False)):
             sample, byte = divmod(number, size)
             try:
-                packed = bytes(frame[start:end])
-                content = libtiff.decompress(packed, libtiff.PACKBITS, height * width)
+                content = libtiff.decompress(frame[start:end], libtiff.PACKBITS, height * width)
             except OSError as error:
                 raise CorruptImage(
                     f"RLE segment {number} of {self._name} of the DICOM is damaged"
@@ -122,8 +125,10 @@ class DicomPlane:
         return pixels.view(layout.dtype)[..., 0]
 
 
-def find_frames(data: bytes, start: int, length: int, frames: int, frame_bytes: int) -> list[slice]:
-    """Where frames lie that are not compressed.
+def find_frames(
+    data: FileRanges, start: int, length: int, frames: int, frame_bytes: int
+) -> list[tuple[int, int]]:
+    """Where frames lie that are not compressed, and their bytes.
 
     Args:
         data: The file.
@@ -135,34 +140,42 @@ def find_frames(data: bytes, start: int, length: int, frames: int, frame_bytes: 
     Raises:
         CorruptImage: Some are missing.
     """
-    found = min(length, len(data) - start)
+    found = min(length, data.size - start)
     if frames * frame_bytes > found:
         raise CorruptImage(
             f"the DICOM has {frames} frames of {frame_bytes} bytes by its header, but {found} "
             "bytes of pixels"
         )
-    firsts = range(start, start + frames * frame_bytes, frame_bytes)
-    return [slice(first, first + frame_bytes) for first in firsts]
+    return [(start + number * frame_bytes, frame_bytes) for number in range(frames)]
 
 
-def find_items(data: bytes, start: int, frames: int) -> list[slice]:
-    """Where frames lie that have an item each; the first item of all is a table of the others.
+def find_items(data: FileRanges, start: int, frames: int) -> list[tuple[int, int]]:
+    """Where frames lie that have an item each, and their bytes.
+
+    The first item of all is a table of the others.
 
     Raises:
         CorruptImage: Some are missing.
+        UnsupportedFormat: There are more items than frames.
     """
-    found: list[slice] = []
+    found: list[tuple[int, int]] = []
     position = start
     while len(found) <= frames:
-        tag, length = (0, 0)
-        if position + _ITEM_BYTES <= len(data):
-            tag, length = struct.unpack_from("<II", data, position)
+        tag, length = _read_item(data, position)
         first = position + _ITEM_BYTES
         position = first + length
-        if tag != _ITEM or position > len(data):
+        if tag != _ITEM or position > data.size:
             raise CorruptImage(
                 f"the DICOM has {frames} frames by its header, but {max(0, len(found) - 1)} whole "
                 "ones"
             )
-        found.append(slice(first, position))
+        found.append((first, length))
+    if _read_item(data, position)[0] == _ITEM:
+        raise UnsupportedFormat("a DICOM with frames in several fragments is not read")
     return found[1:]
+
+
+def _read_item(data: FileRanges, position: int) -> tuple[int, int]:
+    """Tag and length of an item; zeros where the file ends."""
+    head = data.read(position, _ITEM_BYTES)
+    return struct.unpack("<II", head) if len(head) == _ITEM_BYTES else (0, 0)

@@ -20,7 +20,6 @@ _STARTS = (
     (re.compile(rb"v/1\x01"), "OpenEXR"),
     (re.compile(rb"qoif"), "QOI"),
     (re.compile(rb"DDS "), "DDS"),
-    (re.compile(rb"PK\x03\x04"), "ZIP"),
     (re.compile(rb"\x1f\x8b"), "gzip"),
     (re.compile(rb"(\xef\xbb\xbf)?\s{0,99}<(!doctype html|html)", re.IGNORECASE), "HTML"),
     (re.compile(rb"(\xef\xbb\xbf)?\s{0,99}<(\?xml|svg)"), "SVG or XML"),

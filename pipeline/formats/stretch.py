@@ -100,9 +100,10 @@ def _percentiles(pixels: NDArray[Any], spec: ContrastSpec) -> tuple[float, float
 
 def to_grey(pixels: NDArray[Any]) -> NDArray[np.floating[Any]]:
     """Grey values [...] of samples [..., 1] or [..., 3]."""
-    wide: NDArray[np.floating[Any]] = pixels.astype(
-        np.float64 if pixels.dtype.itemsize > 2 else np.float32
-    )
+    with np.errstate(invalid="ignore"):
+        wide: NDArray[np.floating[Any]] = pixels.astype(
+            np.float64 if pixels.dtype.itemsize > 2 else np.float32
+        )
     return wide[..., 0] if wide.shape[-1] == 1 else np.asarray(wide @ _LUMA.astype(wide.dtype))
 
 
@@ -119,8 +120,8 @@ def stretch(pixels: NDArray[Any], limits: tuple[float, float]) -> UInt8:
     low, high = limits
     out = np.empty((*pixels.shape[:2], 3), np.uint8)
     for rows in stripes(*pixels.shape[:2]):
-        wide = pixels[rows].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
+            wide = pixels[rows].astype(np.float64)
             wide -= low
             wide *= 255 / max(high - low, _LEAST_DIFFERENCE)
             wide += 0.5

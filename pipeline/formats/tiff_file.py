@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
 from pipeline.formats import ome, pixel_size
+from pipeline.formats.parts import OpenPlanes
 from pipeline.formats.planes import Stack
 from pipeline.formats.tiff_guard import count_pages
 from pipeline.formats.tiff_plane import TiffPlane
@@ -21,7 +22,6 @@ MAX_OME_CHARS = 1 << 24
 _KINDS = ("ome", "imagej", "shaped", "svs", "ndpi", "uniform")
 """Of the dialects of TIFF that tifffile knows, those that are read as such."""
 _PIXEL_AXES = "YXS"
-_OPEN_PLANES = 3
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _PHOTOMETRICS = (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _YCBCR)
 
@@ -79,7 +79,7 @@ class TiffStack:
             channels=_name_channels(axes, samples, described, self._tiff),
         )
         self._pages = self._list_pages()
-        self._planes: dict[int, TiffPlane] = {}
+        self._planes = OpenPlanes(self._open_plane)
         self.um_per_px = self._read_um_per_px(described)
         orientation = page.tags.valueof(274, default=1)
         self.orientation = orientation if orientation in range(1, 9) else 1
@@ -114,11 +114,7 @@ class TiffStack:
         Raises:
             DecodeError: It is missing, or cannot be read.
         """
-        if index not in self._planes:
-            if len(self._planes) == _OPEN_PLANES:
-                del self._planes[next(iter(self._planes))]
-            self._planes[index] = self._open_plane(index)
-        return self._planes[index]
+        return self._planes.get(index)
 
     def _open_plane(self, index: int) -> TiffPlane:
         key: TiffPage = self._key

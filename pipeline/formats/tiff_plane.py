@@ -5,25 +5,19 @@ Symbols: H W plane, h w region, S samples of a pixel.
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.errors import CorruptImage, DecodeError, ImageTooLarge, UnsupportedFormat
+from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
 from pipeline.formats import jpeg, libtiff
+from pipeline.formats.parts import PartedPlane, Samples, check_part_bytes
 from pipeline.types import Window
 
 if TYPE_CHECKING:
     from tifffile import TiffFrame, TiffPage
-
-Samples = NDArray[Any]
-"""[h, w, S] of any number type."""
 
 _JPEG = 7
 _COMPRESSIONS = {1: "none", 5: "LZW", _JPEG: "JPEG", 8: "Deflate", 32946: "Deflate"} | {
@@ -33,12 +27,9 @@ _COMPRESSIONS = {1: "none", 5: "LZW", _JPEG: "JPEG", 8: "Deflate", 32946: "Defla
 }
 """Codes of the compressions that are read: decoders that are told how large a result may be."""
 _MAX_SAMPLES = 1024
-_BYTES_A_PIXEL, _USUAL_PART_BYTES = 16, 1 << 26
-"""A strip or tile takes at most so many bytes for each pixel of the plane, or so many at all."""
-_CACHED_BYTES = 1 << 28
 
 
-class TiffPlane:
+class TiffPlane(PartedPlane):
     """A plane of a series of pages; any number of threads may read it.
 
     Args:
@@ -64,30 +55,19 @@ class TiffPlane:
         contiguous: int | None = None,
     ) -> None:
         self._page, self._keyframe = page, keyframe
-        separate, depth, self.height, self.width, self._packed = keyframe.shaped
-        self.samples = separate * self._packed
+        separate, depth, height, width, packed = keyframe.shaped
+        self.samples = separate * packed
         self._compression = int(keyframe.tags.valueof(259, default=1))
         self._check_kind(depth)
         if self._compression in (libtiff.LZW, libtiff.PACKBITS):
             keyframe.compression = 1  # tifffile is given what is decompressed here
         assert keyframe.dtype is not None
-        self.dtype = keyframe.dtype
-        self._part_hw = self._find_part_hw()
-        bound = max(_BYTES_A_PIXEL * self.height * self.width, _USUAL_PART_BYTES)
-        needed = math.prod(self._part_hw) * self._packed * self.dtype.itemsize
-        if needed > bound and contiguous is None:
-            raise ImageTooLarge(
-                f"a strip or tile of the TIFF takes {needed} bytes, more than the {bound} allowed"
-            )
-        self._grid = tuple(
-            -(-length // part)
-            for length, part in zip((self.height, self.width), self._part_hw, strict=True)
-        )
+        super().__init__((height, width), packed, keyframe.dtype, self._find_part_hw())
+        if contiguous is None:
+            needed = math.prod(self.part_hw) * packed * self.dtype.itemsize
+            check_part_bytes(needed, (height, width), "a strip or tile of the TIFF")
         self._file = keyframe.parent.filehandle
         self._contiguous = contiguous
-        self._cache: OrderedDict[int, Samples] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
 
     def _check_kind(self, depth: int) -> None:
         page = self._keyframe
@@ -135,47 +115,10 @@ class TiffPlane:
         """
         if self._contiguous is not None:
             return self._read_rows(self._contiguous, region, samples)
-        out = np.zeros((region.height, region.width, len(samples)), self.dtype)
-        is_whole = region == Window(0, 0, self.height, self.width)
-        decode = self._decode if is_whole else self._decode_cached
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for place, sample in enumerate(samples):
-            plane, inner = divmod(sample, self._packed)
-            wanted.setdefault(plane, []).append((place, inner))
-        for (row, column), plane in itertools.product(self._touched(region), wanted):
-            part = decode((plane * self._grid[0] + row) * self._grid[1] + column)
-            if part is not None:
-                y, x = row * self._part_hw[0] - region.y, column * self._part_hw[1] - region.x
-                for place, inner in wanted[plane]:
-                    _paste(out[..., place], part[..., inner], y, x)
-        return out
+        return super().read(region, samples)
 
-    def _touched(self, region: Window) -> Iterator[tuple[int, int]]:
-        """Rows and columns, in the grid of strips or tiles, of those that a region touches."""
-        (ph, pw), (rows, columns) = self._part_hw, self._grid
-        return itertools.product(
-            range(region.y // ph, min(rows, -(-(region.y + region.height) // ph))),
-            range(region.x // pw, min(columns, -(-(region.x + region.width) // pw))),
-        )
-
-    def _decode_cached(self, index: int) -> Samples | None:
-        """[h, w, S of a strip or tile]; None if the file leaves it out."""
-        with self._lock:
-            if index in self._cache:
-                self._cache.move_to_end(index)
-                return self._cache[index]
-        part = self._decode(index)
-        if part is None:
-            return None
-        with self._lock:
-            if index not in self._cache:
-                self._cache[index] = part
-                self._cached_bytes += part.nbytes
-            while self._cached_bytes > _CACHED_BYTES and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return part
-
-    def _decode(self, index: int) -> Samples | None:
+    def decode_part(self, index: int) -> Samples | None:
+        """As `PartedPlane.decode_part`."""
         page, keyframe = self._page, self._keyframe
         if index >= min(len(page.dataoffsets), len(page.databytecounts)):
             raise CorruptImage(
@@ -202,9 +145,9 @@ class TiffPlane:
 
     def _count_bytes(self, index: int) -> int:
         """Of a strip or tile that is not compressed."""
-        (rows, width), keyframe = self._part_hw, self._keyframe
+        (rows, width), keyframe = self.part_hw, self._keyframe
         if not keyframe.is_tiled:
-            rows = min(rows, self.height - index % self._grid[0] * rows)
+            rows = min(rows, self.height - index % self.grid[0] * rows)
         stated = keyframe.bitspersample
         bits = stated if isinstance(stated, int) else max(stated)
         return int(rows * -(-width * self._packed * bits // 8))
@@ -223,10 +166,10 @@ class TiffPlane:
     def _check_jpeg(self, data: bytes) -> None:
         """The decoder allocates memory for the size inside, not for that of the strip or tile."""
         height, width = jpeg.read_hw(data)
-        if height > self._part_hw[0] or width > self._part_hw[1]:
+        if height > self.part_hw[0] or width > self.part_hw[1]:
             raise CorruptImage(
                 f"a JPEG of {width}x{height} px is in a strip or tile of "
-                f"{self._part_hw[1]}x{self._part_hw[0]} px"
+                f"{self.part_hw[1]}x{self.part_hw[0]} px"
             )
 
     def _read_rows(self, start: int, region: Window, samples: Sequence[int]) -> Samples:
@@ -242,10 +185,3 @@ class TiffPlane:
         )
         rows = np.frombuffer(data, dtype).reshape(region.height, region.width, self.samples)
         return np.ascontiguousarray(rows[..., list(samples)].astype(self.dtype))
-
-
-def _paste(out: Samples, part: Samples, y: int, x: int) -> None:
-    """Copies what of a part at y, x (may be negative) lies inside [h, w]."""
-    top, left = max(0, y), max(0, x)
-    part = part[top - y : out.shape[0] - y, left - x : out.shape[1] - x]
-    out[top : top + part.shape[0], left : left + part.shape[1]] = part

@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import stat
+import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from urllib.parse import unquote
 from urllib.request import url2pathname
 
 from service.errors import StartupError
+from service.jobs import zarr_folder
 from service.jobs.patterns import EVERYTHING, Pattern
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def build_folder(given: str) -> InputFolder:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file of this machine.
+    """A file of this machine, or a folder that is a Zarr.
 
     Attributes:
         folder: The folder where it was found.
@@ -121,19 +123,28 @@ class LocalFile:
         """Size in bytes and modification time in ns; differs when the file was changed.
 
         Raises:
-            OSError: It does not exist, or is a folder, pipe or device.
+            OSError: It does not exist, or is a folder but no Zarr, a pipe or a device.
         """
         status = os.stat(self.path)
+        if self.is_zarr:
+            return zarr_folder.read_stamp(self.path)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
         return [status.st_size, status.st_mtime_ns]
 
+    @property
+    def is_zarr(self) -> bool:
+        """Whether it is a folder that is a Zarr."""
+        return os.path.isdir(self.path) and zarr_folder.is_zarr(self.path)
+
     def read(self) -> bytes:
-        """The content.
+        """The content; of a Zarr as a ZIP.
 
         Raises:
             OSError: It cannot be read.
         """
+        if self.is_zarr:
+            return zarr_folder.pack(self.path, sys.maxsize)
         with open(self.path, "rb") as file:
             return file.read()
 

@@ -25,6 +25,7 @@ from service.jobs.files import (
 from service.jobs.listing import Listing
 from service.jobs.patterns import EVERYTHING, Pattern, States
 from service.jobs.pictures import is_picture
+from service.jobs.zarr_folder import is_named_zarr, is_zarr
 
 _MOST_DETAILS = 3
 Identity = int | str
@@ -105,7 +106,11 @@ class _Finder:
                 if not self._matches:
                     self.listing.unreadable[local] = "no such file"
                 self._sort_in()
-            elif (status := _read_status(local)) is not None and stat.S_ISDIR(status.st_mode):
+            elif (
+                (status := _read_status(local)) is not None
+                and stat.S_ISDIR(status.st_mode)
+                and not is_zarr(local)
+            ):
                 self._add_folder(local, status)
                 self._sort_in()
             else:
@@ -132,9 +137,9 @@ class _Finder:
             fixed, pattern = Pattern.split(Path(given).parts)
             self._walk(str(Path(*fixed)), pattern)
             return
-        if stat.S_ISDIR(status.st_mode):
+        if stat.S_ISDIR(status.st_mode) and not is_zarr(given):
             self._add_folder(given, status)
-        elif stat.S_ISREG(status.st_mode):
+        elif stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):
             self._add_file(given, status)
         else:
             raise StartupError(f"{given!r} is neither a file nor a folder")
@@ -261,7 +266,12 @@ class _Walk:
         self, below: str, states: States, status: os.stat_result | None, reason: str | None
     ) -> None:
         """Takes a file or enters a folder, unless there is a reason to leave it out."""
-        if status is not None and stat.S_ISDIR(status.st_mode):
+        is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+        if is_folder and is_named_zarr(self._path_of(below)):
+            if not self._pattern.accepts(states):
+                return
+            reason = reason or self._finder.take(LocalFile(self._folder, below), status)
+        elif status is not None and is_folder:
             reason = reason or self._enter(below, states, status)
         elif self._pattern.accepts(states):
             reason = reason or self._take(below, status)

@@ -10,8 +10,9 @@ from typing import Self
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".dcm"),
+    *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".dcm", ".ozx"),
 )
+_SUFFIXES_ZARR = (".zarr.zip",)
 _RECURSIVE = "**"
 _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store")
 _APPLE_DOUBLE = "._"
@@ -86,6 +87,8 @@ class Pattern:
     def refuse_file(self, name: str) -> str | None:
         """The reason why a file of this name, which the pattern accepts, is left out."""
         if self._parts[-1] != _RECURSIVE or PurePosixPath(name).suffix.lower() in SUFFIXES:
+            return None
+        if name.lower().endswith(_SUFFIXES_ZARR):
             return None
         return "no suffix of a supported image"
 

@@ -20,6 +20,7 @@ from service.errors import (
     SourceUnavailable,
     StartupError,
 )
+from service.jobs import zarr_folder
 from service.jobs.errors import describe, may_pass
 from service.jobs.files import (
     LocalFile,
@@ -182,6 +183,13 @@ class Sources:
             file = os.open(name, os.O_RDONLY | _NO_LINK | nonblock, dir_fd=folder)
         finally:
             os.close(folder)
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            try:
+                data = zarr_folder.pack(".", self._max_bytes, file)
+            finally:
+                os.close(file)
+            self._check_size(len(data))
+            return data
         with open(file, "rb") as opened:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):

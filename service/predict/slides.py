@@ -8,18 +8,20 @@ they would if the slide were processed as a whole: the results are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import solo_client
 from pipeline.calibration import to_reported
 from pipeline.decode import MAX_PIXELS
 from pipeline.encode import instance_from_coco, instance_to_coco
 from pipeline.errors import DecodeError
-from pipeline.formats.tiff import Tiff, open_slide
-from pipeline.formats.tiff_file import TiffStack, is_tiff
+from pipeline.formats.picture import PlanePicture, PlaneStack, open_picture
+from pipeline.formats.stacks import open_stack
+from pipeline.formats.zarr_stack import ZarrStack
 from pipeline.merge import TileInstance, intersect
 from pipeline.merge_stream import StreamMerger, StreamResolver
 from pipeline.model_config import ModelConfig, TileResize
@@ -31,6 +33,7 @@ from pipeline.types import Detection, Prepared, UInt8, Window
 from service.jobs.errors import ImageUnusable, blame_image
 from service.jobs.files import ImageFile, LocalFile
 from service.jobs.journal import Journal
+from service.jobs.zarr_folder import FolderFiles
 from service.models.repository import LoadedModel
 from service.predict.outputs import encode_picture, write_picture
 from service.predict.slide_journal import (
@@ -50,19 +53,32 @@ MAX_SLIDE_PIXELS = 2**32 - 1
 _SUFFIX_NDPI = ".ndpi"
 
 
+@contextmanager
+def open_planes(file: LocalFile) -> Iterator[PlaneStack | None]:
+    """The planes of a local file that may have several, read as they are needed; else None.
+
+    Raises:
+        OSError, DecodeError: It cannot be read.
+    """
+    if file.is_zarr:
+        yield ZarrStack(FolderFiles(file.path))
+        return
+    with open(file.path, "rb") as opened:
+        size = opened.seek(0, 2)
+        yield open_stack(opened, size, is_ndpi=file.path.lower().endswith(_SUFFIX_NDPI))
+
+
 def read_stack_hw(file: ImageFile) -> tuple[int, int] | None:
-    """Height and width of the upright planes of a local TIFF; None for other files.
+    """Height and width of the upright planes of a local file that may have several; else None.
 
     Raises:
         OSError, DecodeError: It cannot be read.
     """
     if not isinstance(file, LocalFile):
         return None
-    with open(file.path, "rb") as opened:
-        if not is_tiff(opened.read(4)):
+    with open_planes(file) as stack:
+        if stack is None:
             return None
-        size = opened.seek(0, 2)
-        stack = TiffStack(opened, size, is_ndpi=file.path.lower().endswith(_SUFFIX_NDPI))
         hw = stack.height, stack.width
         return hw[::-1] if stack.orientation > 4 else hw
 
@@ -162,29 +178,22 @@ class SlideJob:
     on_progress: Callable[[solo_client.Progress], None]
 
     def takes(self, file: ImageFile) -> bool:
-        """Whether a file is a slide: a TIFF of more pixels than are decoded at once.
+        """Whether a file is a slide: a TIFF, Zarr or DICOM of more pixels than are decoded at once.
 
         Raises:
-            ImageUnusable: A region is wanted of a file that is no TIFF.
+            ImageUnusable: A region is wanted of another file.
         """
         if isinstance(file, LocalFile):
             try:
-                with open(file.path, "rb") as opened:
-                    if is_tiff(opened.read(4)):
-                        if self.options.region is not None:
-                            return True
-                        slide = self._open(file, opened)
-                        return slide.height * slide.width > MAX_PIXELS
+                with open_planes(file) as stack:
+                    if stack is not None:
+                        is_large = stack.height * stack.width > MAX_PIXELS
+                        return is_large or self.options.region is not None
             except (OSError, DecodeError):  # reading it as an image gives the reason
                 return False
         if self.options.region is not None:
-            raise ImageUnusable("--region is for local TIFF files")
+            raise ImageUnusable("--region is for local TIFF, OME-Zarr and DICOM files")
         return False
-
-    def _open(self, file: LocalFile, opened: BinaryIO) -> Tiff:
-        size = opened.seek(0, 2)
-        is_ndpi = file.path.lower().endswith(_SUFFIX_NDPI)
-        return open_slide(opened, size, self.asked.planes, is_ndpi=is_ndpi)
 
     def run(self, file: LocalFile, picture: Path | None, journal: Journal) -> None:
         """Processes a slide, or what is left of it.
@@ -198,16 +207,23 @@ class SlideJob:
             ImageUnusable: The slide cannot be processed.
             RunFailed: The journal cannot be written.
         """
-        with blame_image(), open(file.path, "rb") as opened:
+        with blame_image():
             stamp = file.read_stamp()
             try:
-                slide = self._open(file, opened)
-                self._process(slide, file.key, stamp, picture, journal)
+                with open_planes(file) as stack:
+                    assert stack is not None
+                    slide = open_picture(b"", stack, self.asked.planes)
+                    self._process(slide, file.key, stamp, picture, journal)
             except DecodeError as error:
                 raise ImageUnusable(f"{error.code}: {error}") from error
 
     def _process(
-        self, slide: Tiff, key: str, stamp: list[int], picture: Path | None, journal: Journal
+        self,
+        slide: PlanePicture,
+        key: str,
+        stamp: list[int],
+        picture: Path | None,
+        journal: Journal,
     ) -> None:
         config = self._adapt(slide)
         image_hw = slide.height, slide.width
@@ -243,7 +259,7 @@ class SlideJob:
         journal.append(key, [], served=self._served, properties=properties)
 
     def _draw(
-        self, slide: Tiff, seen: Survey, path: Path, results: Iterable[dict[str, Any]]
+        self, slide: PlanePicture, seen: Survey, path: Path, results: Iterable[dict[str, Any]]
     ) -> None:
         ordered = sorted(results, key=lambda result: -result["score"])
         whole = Window(0, 0, slide.height, slide.width)
@@ -260,7 +276,7 @@ class SlideJob:
     def _served(self) -> str:
         return f"{self.model.config.name}:{self.model.version}"
 
-    def _adapt(self, slide: Tiff) -> ModelConfig:
+    def _adapt(self, slide: PlanePicture) -> ModelConfig:
         """The model's configuration for a slide.
 
         Raises:
@@ -286,7 +302,7 @@ class SlideJob:
             )
         return config
 
-    def _survey(self, slide: Tiff, key: str, stamp: list[int], journal: Journal) -> Survey:
+    def _survey(self, slide: PlanePicture, key: str, stamp: list[int], journal: Journal) -> Survey:
         """The survey of a slide, which is made once."""
         name = f"survey//{key}"
         entry = journal.find(name)
@@ -338,7 +354,7 @@ def _keep_own(entry: TileInstance, plan: _Plan) -> TileInstance:
     return replace(entry, elsewhere=None)
 
 
-def _read(slide: Tiff, window: Window, seen: Survey) -> UInt8:
+def _read(slide: PlanePicture, window: Window, seen: Survey) -> UInt8:
     return slide.convert(slide.read(window), seen.limits)
 
 

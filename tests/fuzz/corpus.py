@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tests.fuzz.targets import FuzzTarget
+from tests.support import zarr_files
 
 FOLDER = Path(__file__).with_name("corpus")
 
@@ -80,7 +83,18 @@ def _build_stacks() -> list[bytes]:
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, pixels, **options)
         files.append(buffer.getvalue())
-    return files
+    return [*files, *_build_zarrs(grey)]
+
+
+def _build_zarrs(grey: NDArray[np.uint16]) -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        chunked = zarr_files.write(
+            Path(folder, "a"), np.stack([grey, grey]), "zyx", chunks=(1, 8, 8)
+        )
+        sharded = zarr_files.write(
+            Path(folder, "b"), grey, version="0.5", chunks=(4, 4), shards=(12, 16)
+        )
+        return [zarr_files.pack(zarr_files.read_files(path)) for path in (chunked, sharded)]
 
 
 def _build_forms() -> list[bytes]:

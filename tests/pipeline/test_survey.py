@@ -8,9 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import UnsupportedFormat
+from pipeline.formats.picture import PlanePicture, open_picture
 from pipeline.formats.planes import PlaneChoice
 from pipeline.formats.stretch import find_limits
-from pipeline.formats.tiff import Tiff, open_slide
+from pipeline.formats.tiff_file import TiffStack
 from pipeline.model_config import ContrastSpec
 from pipeline.preprocess import contrast_table
 from pipeline.survey import CELL_PX, survey
@@ -22,10 +23,10 @@ CONTRAST = ContrastSpec(low=0.5, high=99.8)
 RNG = np.random.default_rng(0)
 
 
-def open_pixels(pixels: NDArray[Any], **options: Any) -> Tiff:
+def open_pixels(pixels: NDArray[Any], **options: Any) -> PlanePicture:
     file = io.BytesIO()
     tifffile.imwrite(file, pixels, tile=(64, 64), **options)
-    return open_slide(file, file.tell(), PlaneChoice())
+    return open_picture(b"", TiffStack(file, file.tell()), PlaneChoice())
 
 
 def test_the_contrast_rule_is_that_of_the_whole_image() -> None:

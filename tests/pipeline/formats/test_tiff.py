@@ -265,7 +265,7 @@ def test_three_channels_are_colours_and_pages_are_planes() -> None:
 
 
 def test_a_projection_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.formats.tiff.MAX_PROJECTED_PIXELS", 4 * 70 * 50)
+    monkeypatch.setattr("pipeline.formats.picture.MAX_PROJECTED_PIXELS", 4 * 70 * 50)
     with pytest.raises(
         ImageTooLarge, match="z=max reads 5 planes of 50x70 px, more than the 14000"
     ):

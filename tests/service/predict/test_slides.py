@@ -23,6 +23,7 @@ from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
 from service.predict import main
 from service.predict.slides import MAX_SLIDE_PIXELS
+from tests.support import zarr_files
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
@@ -97,6 +98,28 @@ def _segment_whole(
     with monkeypatch.context() as patched:
         patched.setattr("service.predict.slides.MAX_PIXELS", 1 << 40)
         return predict(file, "whole")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_zarr_is_a_slide(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    pixels = np.moveaxis(_draw(), -1, 0)
+    file = zarr_files.write(tmp_path / "s.zarr", pixels, "cyx", version="0.5", chunks=(3, 64, 50))
+    if kind == "zip":
+        files = zarr_files.read_files(file)
+        file = tmp_path / "s.zarr.zip"
+        file.write_bytes(zarr_files.pack(files))
+    whole = _segment_whole(predict, file, monkeypatch)
+    assert len(whole) > 10
+    assert _keys(predict(file, "slide")) == _keys(whole)
+    window = "60,100,120,150"
+    part = predict(file, "part", "--region", window)
+    assert 0 < len(part) < len(whole) and set(_keys(part)) < set(_keys(whole))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +379,7 @@ def test_a_label_image_of_a_slide_is_that_of_the_whole_image(
 def test_other_files_have_no_regions(tmp_path: Path, predict: Predict) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(encode_picture(draw_picture(48, 64)))
-    with pytest.raises(SystemExit, match="--region is for local TIFF files"):
+    with pytest.raises(SystemExit, match="--region is for local TIFF, OME-Zarr and DICOM files"):
         predict(file, "slide", "--region", "0,0,9,9")
     for region in ("1,2,3", "a,b,c,d", "0,0,0,5", "-1,0,4,4"):
         with pytest.raises(SystemExit, match="2"):

@@ -1,11 +1,10 @@
-"""TIFF and DICOM as images of a request: one picture of the planes in the file, as RGB."""
+"""One picture of the planes in a file, as RGB: a TIFF, DICOM, OME-Zarr or JPEG 2000 as an image."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,8 @@ from numpy.typing import NDArray
 from pipeline.errors import ImageTooLarge, UnsupportedFormat
 from pipeline.formats.base import EncodedImage
 from pipeline.formats.convert import draw_on_black, stripes
-from pipeline.formats.dicom import DicomStack
-from pipeline.formats.planes import ChosenPlanes, PlaneChoice, choose_planes
+from pipeline.formats.planes import ChosenPlanes, PlaneChoice, Stack, choose_planes
 from pipeline.formats.stretch import find_limits, stretch, undo_stretch
-from pipeline.formats.tiff_file import TiffStack
 from pipeline.model_config import ContrastSpec
 from pipeline.types import UInt8, Window
 
@@ -26,16 +23,70 @@ _PALETTE_SCALE = 257
 """A TIFF's palette has 16 bits."""
 
 
+class Plane(Protocol):
+    """A plane; any number of threads may read it."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the samples."""
+
+    def read(self, region: Window, samples: Sequence[int]) -> NDArray[Any]:
+        """The samples [h, w, len(samples)] of a region; a `DecodeError` says what is wrong."""
+
+
+class PlaneStack(Protocol):
+    """A file that may have several planes of one size."""
+
+    @property
+    def height(self) -> int:
+        """Of the planes."""
+
+    @property
+    def width(self) -> int:
+        """Of the planes."""
+
+    @property
+    def stack(self) -> Stack:
+        """Axes and channels."""
+
+    @property
+    def um_per_px(self) -> float | None:
+        """Size of a pixel, if it is stated."""
+
+    @property
+    def orientation(self) -> int:
+        """EXIF's."""
+
+    @property
+    def is_inverted(self) -> bool:
+        """0 is white."""
+
+    @property
+    def palette(self) -> NDArray[Any] | None:
+        """[3, N] uint16."""
+
+    @property
+    def has_alpha(self) -> bool:
+        """The sample after the colours is an alpha that was not multiplied in."""
+
+    @property
+    def bits(self) -> int:
+        """Of a sample that count."""
+
+    def plane(self, index: int) -> Plane:
+        """A plane; a `DecodeError` says why it cannot be read."""
+
+
 @dataclass(frozen=True)
-class Tiff(EncodedImage):
-    """A picture in a TIFF or DICOM.
+class PlanePicture(EncodedImage):
+    """A picture of the planes in a file.
 
     Attributes:
         stack: The file.
         picture: The planes that are shown.
     """
 
-    stack: TiffStack | DicomStack = field(repr=False)
+    stack: PlaneStack = field(repr=False)
     picture: ChosenPlanes
 
     @property
@@ -111,28 +162,13 @@ def _invert(pixels: UInt8, is_inverted: bool) -> UInt8:
     return np.asarray(255 - pixels, np.uint8) if is_inverted else pixels
 
 
-def open_stack(data: bytes) -> TiffStack:
-    """Reads the directories of a file in memory."""
-    return TiffStack(io.BytesIO(data), len(data))
-
-
-def open_slide(file: BinaryIO, size: int, choice: PlaneChoice, *, is_ndpi: bool = False) -> Tiff:
-    """A picture of any size in an open file, of which regions are read.
+def open_picture(data: bytes, stack: PlaneStack, choice: PlaneChoice) -> PlanePicture:
+    """The picture of a file that a choice selects.
 
     Args:
-        file: Stays open, and belongs to the picture.
-        size: Its bytes.
+        data: The file; empty if the stack reads it by regions.
+        stack: What is in it.
         choice: Selects the picture.
-        is_ndpi: Hamamatsu's dialect.
-
-    Raises:
-        DecodeError: As `open_picture`.
-    """
-    return open_picture(b"", TiffStack(file, size, is_ndpi=is_ndpi), choice)
-
-
-def open_picture(data: bytes, stack: TiffStack | DicomStack, choice: PlaneChoice) -> Tiff:
-    """The picture of a file that a choice selects.
 
     Raises:
         PlaneError: The file has several planes and the choice does not select a picture.
@@ -149,7 +185,7 @@ def open_picture(data: bytes, stack: TiffStack | DicomStack, choice: PlaneChoice
         )
     if stack.palette is not None and stack.bits > 16:
         raise UnsupportedFormat(f"a TIFF with a palette and {stack.bits} bits is not read")
-    return Tiff(
+    return PlanePicture(
         data,
         stack.height,
         stack.width,
