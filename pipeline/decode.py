@@ -16,6 +16,8 @@ from pipeline.errors import (
 )
 from pipeline.formats import bmp, jpeg, png, webp
 from pipeline.formats.base import EncodedImage, damage_is_refused
+from pipeline.formats.jpeg2000 import is_jpeg2000
+from pipeline.formats.jpeg2000_stack import Jpeg2000Stack
 from pipeline.formats.names import name_format
 from pipeline.formats.picture import PlaneStack, open_picture
 from pipeline.formats.planes import PlaneChoice
@@ -23,7 +25,7 @@ from pipeline.formats.stacks import START_BYTES, is_stack, open_stack
 from pipeline.model_config import InputSpec
 from pipeline.types import UInt8
 
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "DICOM", "OME-Zarr in a ZIP")
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "JPEG 2000", "TIFF", "DICOM", "OME-Zarr in a ZIP")
 MAX_PIXELS = 64_000_000
 _PEEKED_BYTES, _PEEKED_SEGMENTS = 1 << 18, 32
 
@@ -51,7 +53,9 @@ def _find_reader(data: bytes) -> ModuleType:
 
 
 def _open_stack(data: bytes) -> PlaneStack | None:
-    """A file that may have several planes; None for other files."""
+    """A file that may have several planes, or deep ones; None for other files."""
+    if is_jpeg2000(data):
+        return Jpeg2000Stack(data)
     return open_stack(io.BytesIO(data), len(data)) if is_stack(data[:START_BYTES]) else None
 
 
@@ -115,7 +119,7 @@ def peek_hw(data: bytes) -> tuple[int, int] | None:
     Returns:
         Before EXIF orientation; None where `read_header` has to parse the header.
     """
-    if is_stack(data[:START_BYTES]):
+    if is_stack(data[:START_BYTES]) or is_jpeg2000(data):
         return None
     try:
         with damage_is_refused():

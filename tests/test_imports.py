@@ -29,6 +29,7 @@ DISTRIBUTIONS = {
 # Modules that import a library only where it is asked for and installed.
 OPTIONAL_IMPORTS = {
     "pipeline/formats/dicom.py",
+    "pipeline/formats/jpeg2000.py",
     "pipeline/formats/tiff_file.py",
     "pipeline/formats/tiff_plane.py",
     "pipeline/formats/zarr_library.py",

@@ -11,7 +11,6 @@ _STARTS = (
     (re.compile(rb"....ftyp(mif1|msf1|miaf)", re.DOTALL), "HEIF or AVIF"),
     (re.compile(rb"....ftyp", re.DOTALL), "MP4"),
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
-    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
     (re.compile(rb"\0\0[\1\2]\0"), "Windows icon"),
     (re.compile(rb"8BPS"), "Photoshop"),
     (re.compile(rb"%PDF"), "PDF"),

@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
 from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
-from pipeline.formats import jpeg, libtiff
+from pipeline.formats import jpeg, jpeg2000, libtiff
 from pipeline.formats.parts import PartedPlane, Samples, check_part_bytes
 from pipeline.types import Window
 
@@ -24,8 +25,14 @@ _COMPRESSIONS = {1: "none", 5: "LZW", _JPEG: "JPEG", 8: "Deflate", 32946: "Defla
     32773: "PackBits",
     34925: "LZMA",
     50000: "Zstandard",
+    33003: "JPEG 2000",
+    33005: "JPEG 2000",
+    34712: "JPEG 2000",
 }
 """Codes of the compressions that are read: decoders that are told how large a result may be."""
+_JPEG_2000 = (33003, 33005, 34712)
+_JPEG_2000_YCBCR = 33003
+"""Aperio's, whose codestreams do not say that their colours are luma and chroma."""
 _MAX_SAMPLES = 1024
 
 
@@ -86,7 +93,7 @@ class TiffPlane(PartedPlane):
             known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
             name = getattr(page.compression, "name", page.compression)
             raise UnsupportedFormat(f"a TIFF with compression {name} is not read; {known} are")
-        if page.is_subsampled and self._compression != _JPEG:
+        if page.is_subsampled and self._compression not in (_JPEG, *_JPEG_2000):
             raise UnsupportedFormat("a TIFF with subsampled colour outside JPEG is not read")
 
     def _find_part_hw(self) -> tuple[int, int]:
@@ -128,6 +135,8 @@ class TiffPlane(PartedPlane):
         if not length:
             return None
         data = self._read_bytes(offset, length, f"strip or tile {index}")
+        if self._compression in _JPEG_2000:
+            return self._decode_jpeg2000(data)
         if self._compression == _JPEG:
             self._check_jpeg(data)
         # tifffile and its codecs raise what they like on damaged data.
@@ -171,6 +180,21 @@ class TiffPlane(PartedPlane):
                 f"a JPEG of {width}x{height} px is in a strip or tile of "
                 f"{self.part_hw[1]}x{self.part_hw[0]} px"
             )
+
+    def _decode_jpeg2000(self, data: bytes) -> Samples:
+        found = jpeg2000.read_jp2(data).codestream
+        kind = found.height, found.width, found.components, found.dtype
+        hw, expected = self.part_hw, (self._packed, self.dtype.newbyteorder("="))
+        if kind[0] > hw[0] or kind[1] > hw[1] or kind[2:] != expected:
+            raise CorruptImage(
+                f"a JPEG 2000 of {found.width}x{found.height} px with {found.components} samples "
+                f"of type {found.dtype} is in a strip or tile of {hw[1]}x{hw[0]} px with "
+                f"{expected[0]} of type {expected[1]}"
+            )
+        pixels = jpeg2000.decode(data, found)
+        if self._compression == _JPEG_2000_YCBCR and pixels.shape[2] == 3:
+            return np.asarray(cv2.cvtColor(pixels[..., [0, 2, 1]], cv2.COLOR_YCrCb2RGB))
+        return pixels
 
     def _read_rows(self, start: int, region: Window, samples: Sequence[int]) -> Samples:
         """A region of a plane that is stored as plain rows."""

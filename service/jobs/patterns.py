@@ -11,6 +11,7 @@ from typing import Self
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
     *(".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".dcm", ".ozx"),
+    *(".jp2", ".j2k", ".jpf", ".j2c", ".jpc"),
 )
 _SUFFIXES_ZARR = (".zarr.zip",)
 _RECURSIVE = "**"

@@ -54,6 +54,8 @@ def _build_images() -> list[bytes]:
         ("WEBP", colour, {}),
         ("BMP", colour, {}),
         ("BMP", colour.convert("1"), {}),
+        ("JPEG2000", colour, {"num_resolutions": 2, "tile_size": (8, 8)}),
+        ("JPEG2000", colour.convert("LA"), {"no_jp2": True}),
     ]
     files = []
     for kind, image, options in kinds:

@@ -76,13 +76,19 @@ def build_good_files() -> list[bytes]:
         (colour.convert("RGBA"), {}),
         (colour, {"save_all": True, "append_images": [second]}),
     ]
+    jpeg2000: list[tuple[Image.Image, dict[str, object]]] = [
+        (colour, {"num_resolutions": 3, "precinct_size": (64, 64), "codeblock_size": (16, 16)}),
+        (colour.convert("RGBA"), {"tile_size": (32, 32), "irreversible": True}),
+        (deep, {"quality_layers": [20, 0], "no_jp2": True}),
+    ]
     bmp: list[tuple[Image.Image, dict[str, object]]] = [
         (colour, {}),
         (colour.convert("P"), {}),
         (colour.convert("1"), {}),
     ]
     files = []
-    for kind, group in (("JPEG", jpeg), ("PNG", png), ("WEBP", webp), ("BMP", bmp)):
+    groups = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "BMP": bmp, "JPEG2000": jpeg2000}
+    for kind, group in groups.items():
         for image, options in group:
             buffer = io.BytesIO()
             image.save(buffer, kind, **options)

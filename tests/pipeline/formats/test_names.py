@@ -25,7 +25,6 @@ PICTURE = np.zeros((8, 8, 3), np.uint8)
         (b"\0\0\0\x20ftypisom", "MP4"),
         (b"\xff\x0a\0", "JPEG XL"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
         (b"8BPS\0\1", "Photoshop"),
         (b"\x1f\x8b\x08", "gzip"),
         (b"\n<!DOCTYPE html>", "HTML"),

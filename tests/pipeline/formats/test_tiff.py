@@ -8,6 +8,7 @@ import itertools
 import struct
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from pipeline.errors import (
 from pipeline.formats.planes import PlaneChoice
 from pipeline.model_config import ContrastSpec, InputSpec, TileResize
 from pipeline.preprocess import stretch_contrast
+from pipeline.types import Window
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
 
@@ -335,7 +337,7 @@ HOSTILE = {
     "no width": (set_tag(PLAIN, 256, 0), CorruptImage, "0x70 px by its header"),
     "flat strips": (set_tag(PLAIN, 278, 0), DecodeError, "."),
     "depth": (set_tag(PLAIN, 258, 13), DecodeError, "."),
-    "compression": (set_tag(PLAIN, 259, 34712), UnsupportedFormat, "compression .*; none, LZW"),
+    "compression": (set_tag(PLAIN, 259, 50001), UnsupportedFormat, "compression .*; none, LZW"),
     "colours": (set_tag(PLAIN, 262, 8), UnsupportedFormat, "colours of kind CIELAB"),
     "samples": (set_tag(PLAIN, 277, 60_000), DecodeError, "."),
     "complex": (write(GREY.astype(np.complex64)), UnsupportedFormat, "complex64"),
@@ -427,3 +429,38 @@ def test_damage_anywhere_is_refused_or_read() -> None:
                 assert found.decode().ndim == 3
             except DecodeError as error:
                 assert str(error)
+
+
+@pytest.mark.parametrize("storage", [TILED, STRIPS])
+@pytest.mark.parametrize("compression", [33005, 34712])
+def test_jpeg_2000_gives_the_pixels(compression: int, storage: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"compression": compression, "compressionargs": {"level": 0}}
+    data = write(COLOUR, photometric="rgb", **options, **storage)
+    np.testing.assert_array_equal(decode_image(data), COLOUR)
+    deep = {**options, "compressionargs": {"level": 0, "bitspersample": 12}}
+    image = open_image(write(DEEP, **deep, **storage))
+    found = image.read(Window(9, 7, 50, 40))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(found[..., 0], DEEP[9:59, 7:47])
+
+
+def test_aperios_jpeg_2000_is_in_luma_and_chroma() -> None:
+    smooth = np.cumsum(RNG.integers(-2, 3, COLOUR.shape), axis=0).clip(-60, 60).astype(np.int16)
+    colour = (smooth + 128).astype(np.uint8)
+    stored = cv2.cvtColor(colour, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+    lossless = {"level": 0, "mct": False}
+    data = write(stored, photometric="rgb", compression=33003, compressionargs=lossless, **TILED)
+    np.testing.assert_allclose(decode_image(data).astype(int), colour, atol=2)
+
+
+def test_a_jpeg_2000_is_as_large_as_its_tile() -> None:
+    options = {"photometric": "rgb", "compression": 34712, "compressionargs": {"level": 0}}
+    data = write(COLOUR, **options, **TILED)
+    place = data.index(b"\xff\x4f\xff\x51") + 8
+    changed = bytearray(data)
+    struct.pack_into(">2I", changed, place, 400, 400)
+    with pytest.raises(CorruptImage, match=r"JPEG 2000 of 400x400 px .* a strip or tile of 16x32"):
+        decode_image(bytes(changed))
+    changed = bytearray(data)
+    struct.pack_into(">H", changed, place + 32, 1)
+    with pytest.raises(CorruptImage, match="with 1 samples"):
+        decode_image(bytes(changed))
