@@ -7,8 +7,12 @@ from service.http.servers import FrontEnd
 from service.settings import Settings
 
 
-def build_front_ends(settings: Settings) -> list[FrontEnd]:
+def build_front_ends(settings: Settings, *, shares_port: bool | None = None) -> list[FrontEnd]:
     """The front ends beside HTTP.
+
+    Args:
+        settings: Of the server.
+        shares_port: Whether other processes listen on the port, too; default: with workers.
 
     Raises:
         StartupError: The port is not available, the extra is not installed, or the certificate
@@ -22,4 +26,5 @@ def build_front_ends(settings: Settings) -> list[FrontEnd]:
         raise StartupError(
             f"SOLO_GRPC_PORT needs the extra 'grpc' of solo-serve: {error}"
         ) from error
-    return [GrpcServer(settings)]
+    shares = settings.workers > 1 if shares_port is None else shares_port
+    return [GrpcServer(settings, shares_port=shares)]

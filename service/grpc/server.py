@@ -33,24 +33,26 @@ _IDENTITY = 1  # bit set of the compression algorithms that are enabled
 class GrpcServer:
     """Serves gRPC in the event loop of the HTTP server; a `FrontEnd`.
 
-    The port is reserved at once. With several workers each listens on it, and the system divides
-    the connections among them.
+    The port is reserved at once, unless it is shared: then the system divides the connections
+    among the processes that listen on it.
 
     Args:
         settings: Host, port and limits.
+        shares_port: Whether other processes listen on the port, too.
 
     Raises:
         StartupError: The port is not available, or certificate or key cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, shares_port: bool) -> None:
         assert settings.grpc_port is not None
         self._settings = settings
+        self._shares_port = shares_port
         self._reserved: socket.socket | None = None
         self._server: aio.Server | None = None
         self._tls = read_tls(settings)
         self.port = settings.grpc_port
-        if settings.workers == 1:
+        if not shares_port:
             self._reserved = bind(settings.host, settings.grpc_port, GRPC)
             self.port = self._reserved.getsockname()[1]
 
@@ -65,7 +67,8 @@ class GrpcServer:
         """
         host = self._settings.host
         shown = f"[{host}]" if ":" in host else host
-        server = aio.server(options=_build_options(self._settings))
+        options = _build_options(self._settings, shares_port=self._shares_port)
+        server = aio.server(options=options)
         server.add_generic_rpc_handlers([RpcHandler(RpcState(state))])
         try:
             if self._tls is None:
@@ -88,10 +91,10 @@ class GrpcServer:
             await self._server.stop(limit_s)
 
 
-def _build_options(settings: Settings) -> list[tuple[str, int]]:
+def _build_options(settings: Settings, *, shares_port: bool) -> list[tuple[str, int]]:
     idle_ms = round(1e3 * settings.keep_alive_s)
     return [
-        ("grpc.so_reuseport", int(settings.workers > 1)),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_send_message_length", -1),
         # A compressed message could be a thousand times as large; images do not get smaller.

@@ -9,8 +9,8 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal, Protocol, cast
 
 import uvicorn
@@ -203,6 +203,29 @@ class DrainingServer(uvicorn.Server):
         if not await segmenter.finish_accepted():
             await segmenter.give_up()
         self.should_exit = True
+
+
+def serve_beside(app: FastAPI, fronts: Sequence[FrontEnd], limit_s: float) -> None:
+    """Has front ends serve as long as an application whose server is another's.
+
+    Args:
+        app: Starts before them, and ends after them.
+        fronts: The front ends.
+        limit_s: Time for the requests in flight at the end.
+    """
+    run_app = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with run_app(app):
+            for front in fronts:
+                await front.start(app.state)
+            try:
+                yield
+            finally:
+                await asyncio.gather(*(front.stop(limit_s) for front in fronts))
+
+    app.router.lifespan_context = lifespan
 
 
 def freeze_imports() -> None:

@@ -29,8 +29,8 @@ OPENCV = {
     *("max", "mean", "meanStdDev", "min", "morphologyEx", "norm", "resize", "setNumThreads"),
     *("split", "subtract", "threshold"),
 }
-"""Functions that work with what docker/trim.sh leaves of OpenCV: `pytest tests/pipeline` passes with
-it. Before one is added, see whether it needs linear algebra (LAPACK, a product of matrices) or video.
+"""Work with what docker/trim.sh leaves of OpenCV; `pytest tests/pipeline` passes with that alone.
+Before one is added, see whether it needs linear algebra (LAPACK, a product of matrices) or video.
 """
 
 

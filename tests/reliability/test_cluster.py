@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from benchmarks.load import Load, read_metrics, run_closed_loop
 from service.scale.cluster.settings import ClusterSettings
@@ -146,6 +148,37 @@ def test_an_upgrade_under_load_fails_no_request(
         report("failed", len(load.answers) - load.statuses[200])
         assert set(load.statuses) == {200}
         assert httpx.post(f"{url}/segment", content=PICTURE).json()["version"] == 2
+
+
+def test_an_upgrade_under_grpc_load_fails_no_request(
+    head: Any, port: int, repos: tuple[Path, Path], report: Report
+) -> None:
+    """Old and new fronts listen on the port together for a time."""
+    grpc_port, stop = free_port(), threading.Event()
+    image = triton.InferInput("image", [1], "BYTES")
+    image.set_data_from_numpy(np.array([PICTURE, None], np.object_)[:-1])
+    versions: list[str] = []
+
+    def send() -> None:
+        while not stop.is_set():
+            with triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client:
+                for _ in range(3):
+                    answer = client.infer("blobs", [image], client_timeout=120)
+                    versions.append(answer.get_response().model_version)
+
+    with second_node(head), ThreadPoolExecutor(2) as pool:
+        deploy(port, repos[0], grpc_port=grpc_port)
+        running = [pool.submit(send) for _ in range(2)]
+        try:
+            wait_until(lambda: len(versions) > 4)
+            deploy(port, repos[1], grpc_port=grpc_port)
+            wait_until(lambda: versions[-4:] == ["2"] * 4)
+        finally:
+            stop.set()
+        for sending in running:
+            sending.result()
+    report("requests", len(versions))
+    assert set(versions) == {"1", "2"}
 
 
 def test_workers_follow_the_load(

@@ -16,7 +16,11 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from service.errors import StartupError
+from service.grpc.front import build_front_ends
 from service.http.app import create_app
+from service.http.connections import raise_file_limit
+from service.http.limits import RequestBodies
+from service.http.servers import serve_beside
 from service.jobs.service import JobService
 from service.observe.logs import configure_logging
 from service.observe.metrics import Metrics
@@ -82,8 +86,9 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
         raise StartupError(str(error)) from error
     server = settings.server_settings()
     actor: dict[str, Any] = {"num_cpus": 0}
+    build_front_ends(Settings(**server), shares_port=True)  # faults are said here, not in a replica
     if settings.jobs_dir is not None:
-        JobService(Settings(**server), Metrics())  # its faults are said here, not in a replica
+        JobService(Settings(**server), Metrics())
         actor["resources"] = {HEAD: 0.001}  # they share a folder that is not on a network
     fronts = serve.deployment(
         name=FRONT,
@@ -188,8 +193,19 @@ class Front:
         self._segmenter = ClusterSegmenter(self._settings, asked, description, self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """What Serve gives the requests to."""
-        return create_app(self._settings, segmenter=self._segmenter)
+        """What Serve gives the requests to; gRPC, if it has a port, is served beside it.
+
+        Serve's own gRPC would give a message to any front of the cluster, but without its deadline;
+        it takes messages of up to 2 GiB, and has no TLS.
+        """
+        app = create_app(self._settings, segmenter=self._segmenter)
+        bodies = app.state.bodies = RequestBodies(self._settings.max_bodies_bytes)
+        self._metrics.follow(self._metrics.request_body_bytes, lambda: bodies.held)
+        fronts = build_front_ends(self._settings, shares_port=True)
+        if fronts:
+            raise_file_limit(self._settings.max_connections)
+        serve_beside(app, fronts, self._settings.drain_timeout_s)
+        return app
 
     async def finish_accepted(self) -> None:
         """Refuses new work and waits for what was accepted; workers must be there until then."""

@@ -52,6 +52,8 @@ def run(settings: ClusterSettings) -> None:
     try:
         application.start(settings, proxy_location="HeadOnly" if is_local else "EveryNode")
         logger.info("solo-serve running on http://%s:%d (Ray)", settings.host, settings.port)
+        if settings.grpc_port is not None:
+            logger.info("gRPC on port %d of every node with a front", settings.grpc_port)
         if is_local:
             _wait_for_signal()
             logger.info("draining")

@@ -12,7 +12,6 @@ from service.settings import PositiveInt, Settings
 
 _ONE_SERVER_ONLY = {
     "admin_port": "Serve has one port",
-    "grpc_port": "Serve has one port, for HTTP",
     "devices": "Ray gives each worker its GPUs, see --num-gpus",
     "model_control": "it would change one worker; use --model-poll-s",
     "workers": "use --min-replicas",
@@ -101,6 +100,8 @@ class ClusterSettings(Settings):
         for name, instead in _ONE_SERVER_ONLY.items():
             if getattr(self, name) != Settings.model_fields[name].default:
                 raise ValueError(f"{name} is not for a cluster: {instead}")
+        if self.grpc_port == 0:
+            raise ValueError("grpc_port 0: fronts share a port, so give its number")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}"

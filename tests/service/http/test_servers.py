@@ -9,11 +9,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.datastructures import State
 
 from service.errors import StartupError
 from service.http.app import create_admin_app, create_app
 from service.http.keys import WRONG_KEYS, add_key
-from service.http.servers import build_server
+from service.http.servers import build_server, serve_beside
 from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
@@ -105,6 +106,34 @@ async def test_an_extension_of_the_admin_port_is_not_listed_on_the_main_port(
 ) -> None:
     assert "model_repository" in (await client.get("/v2")).json()["extensions"]
     assert "model_repository" not in (await outside.get("/v2")).json()["extensions"]
+
+
+class RecordingFront:
+    """A front end that says what is done with it."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    async def start(self, state: State) -> None:
+        self.events.append(f"start, ready: {state.segmenter.is_ready}")
+        self.state = state
+
+    async def stop(self, limit_s: float) -> None:
+        self.events.append(f"stop within {limit_s:g} s, ready: {self.state.segmenter.is_ready}")
+
+
+async def test_a_front_end_serves_while_the_application_does(
+    settings: Settings, open_client: OpenClient
+) -> None:
+    app = create_app(settings, load_repository(settings.model_repo, OPTIONS))
+    fronts = RecordingFront(), RecordingFront()
+    serve_beside(app, fronts, 7)
+    async with open_client(app):
+        for front in fronts:
+            assert front.events == ["start, ready: True"]
+    for front in fronts:
+        assert front.events[1:] == ["stop within 7 s, ready: True"]
+    assert not app.state.segmenter.is_ready
 
 
 def test_an_admin_port_in_use_is_a_startup_error(split: Settings) -> None:

@@ -39,6 +39,7 @@ def test_jobs_keep_all_workers_busy(values: dict[str, Any], images: int) -> None
     ("values", "reason"),
     [
         ({"admin_port": 9000}, "admin_port is not for a cluster"),
+        ({"grpc_port": 0}, "grpc_port 0: fronts share a port"),
         ({"model_control": True}, "model_control is not for a cluster"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas 2 is below min_replicas 3"),
         ({"num_gpus": "two"}, "num_gpus"),
