@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import struct
 import warnings
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,7 +13,14 @@ import numpy as np
 
 from pipeline.errors import CorruptImage, DecodeError, UnsupportedFormat
 from pipeline.formats.base import FileRanges
-from pipeline.formats.dicom_plane import DicomPlane, FrameLayout, find_frames, find_items
+from pipeline.formats.dicom_plane import (
+    Coding,
+    DicomPlane,
+    FrameLayout,
+    find_frames,
+    find_items,
+)
+from pipeline.formats.parts import OpenPlanes, check_part_bytes
 from pipeline.formats.pixel_size import combine
 from pipeline.formats.planes import Stack
 
@@ -21,14 +29,30 @@ if TYPE_CHECKING:
 
 EXTRA = "science"
 MAX_FRAMES = 20_000
+MAX_TILES = 250_000
+"""Frames of a slide."""
 MAX_HEADER_BYTES = 1 << 21
 MAX_ITEMS = 50_000
 """Of sequences before the pixels; pydicom makes an object of each."""
 _START = 132
 _ITEM = b"\xfe\xff\x00\xe0"
-_IMPLICIT, _EXPLICIT, _RLE = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".5"))
-_PHOTOMETRICS = {"MONOCHROME1": 1, "MONOCHROME2": 1, "RGB": 3}
-"""Samples of a pixel by the photometric interpretations that are read."""
+_UID = "1.2.840.10008.1.2"
+_IMPLICIT = _UID
+_CODINGS: dict[str, Coding] = {
+    _UID: "plain",
+    f"{_UID}.1": "plain",
+    f"{_UID}.5": "rle",
+    f"{_UID}.4.50": "jpeg",
+    f"{_UID}.4.90": "jpeg2000",
+    f"{_UID}.4.91": "jpeg2000",
+}
+"""By the transfer syntaxes that are read."""
+_GREYS, _RGB = ("MONOCHROME1", "MONOCHROME2"), "RGB"
+_COLOURS = {"plain": (_RGB,), "rle": (_RGB,), "jpeg": (_RGB, "YBR_FULL", "YBR_FULL_422")} | {
+    "jpeg2000": (_RGB, "YBR_ICT", "YBR_RCT")
+}
+"""Photometric interpretations of three samples that are read, by coding."""
+_TILED_FULL = "TILED_FULL"
 _META_END, _FIRST_PIXELS, _PIXELS = 0x00030000, 0x7FE00008, 0x7FE00010
 _TAGS = {
     "TransferSyntaxUID": 0x00020010,
@@ -43,7 +67,11 @@ _TAGS = {
     "BitsStored": 0x00280101,
     "HighBit": 0x00280102,
     "PixelRepresentation": 0x00280103,
+    "DimensionOrganizationType": 0x00209311,
     "TotalPixelMatrixColumns": 0x00480006,
+    "TotalPixelMatrixRows": 0x00480007,
+    "NumberOfOpticalPaths": 0x00480302,
+    "TotalPixelMatrixFocalPlanes": 0x00480303,
     "SharedFunctionalGroupsSequence": 0x52009229,
 }
 
@@ -54,14 +82,14 @@ def is_dicom(data: bytes) -> bool:
 
 
 class DicomStack:
-    """The frames of a file, which count as planes along z.
+    """The frames of a file: planes along z, or the tiles of a slide.
 
     Args:
         file: The file; it stays open, and belongs to the stack.
         size: Its bytes.
 
     Attributes:
-        height, width: Of the frames.
+        height, width: Of the planes.
         stack: Axes and samples.
         um_per_px: Size of a pixel, if it is stated.
         orientation, palette, has_alpha: As those of a `TiffStack`; DICOM has none of them.
@@ -77,51 +105,102 @@ class DicomStack:
     has_alpha = False
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        data = FileRanges(file, size)
-        syntax, header, position = _read_header(data.read(0, MAX_HEADER_BYTES))
-        photometric = str(_find(header, "PhotometricInterpretation") or "")
-        if not photometric:
-            raise UnsupportedFormat("a DICOM without an image is not read")
-        samples = _read_number(header, "SamplesPerPixel", 1)
-        if _PHOTOMETRICS.get(photometric) != samples:
+        self._data = FileRanges(file, size)
+        syntax, header, position = _read_header(self._data.read(0, MAX_HEADER_BYTES))
+        self._layout = _read_layout(header, _CODINGS[syntax])
+        self.height, self.width = hw = _read_slide_hw(header, self._layout.hw)
+        self._tiles = math.prod(
+            -(-side // part) for side, part in zip(hw, self._layout.hw, strict=True)
+        )
+        frames, most = _read_number(header, "NumberOfFrames", 1), MAX_FRAMES
+        if hw != self._layout.hw:
+            most = MAX_TILES
+            check_part_bytes(self._layout.frame_bytes, hw, "a frame of the DICOM")
+        if not 1 <= frames <= most:
+            raise CorruptImage(f"the DICOM has {frames} frames, not 1..{most}")
+        if hw != self._layout.hw and frames != self._tiles:
             raise UnsupportedFormat(
-                f"a DICOM with {samples} samples of kind {photometric!r} is not read; "
-                f"{', '.join(_PHOTOMETRICS)} are"
+                f"a slide in DICOM of {self.width}x{self.height} px with {frames} frames in place "
+                f"of {self._tiles} is not read"
             )
-        self.height, self.width = (_read_number(header, side) for side in ("Rows", "Columns"))
-        if not (self.height and self.width):
-            raise CorruptImage(f"the DICOM is {self.width}x{self.height} px by its header")
-        if _read_number(header, "TotalPixelMatrixColumns", 0) > self.width:
-            raise UnsupportedFormat("a DICOM whose frames are tiles of a slide is not read")
-        frames = _read_number(header, "NumberOfFrames", 1)
-        if not 1 <= frames <= MAX_FRAMES:
-            raise CorruptImage(f"the DICOM has {frames} frames, not 1..{MAX_FRAMES}")
-        self.is_inverted = photometric == "MONOCHROME1"
-        self.stack = Stack({"Z": frames} if frames > 1 else {}, samples, is_colour=samples == 3)
+        planes = frames // self._tiles
+        self.is_inverted = _find(header, "PhotometricInterpretation") == "MONOCHROME1"
+        samples = self._layout.samples
+        self.stack = Stack({"Z": planes} if planes > 1 else {}, samples, is_colour=samples == 3)
         self.um_per_px = _read_um_per_px(header)
-        dtype = _choose_dtype(header)
-        self.bits = _read_number(header, "BitsStored", 8 * dtype.itemsize)
-        self._data = data
-        self._layout = FrameLayout(
-            hw=(self.height, self.width),
-            samples=samples,
-            dtype=dtype,
-            bits_stored=self.bits,
-            is_planar=_read_number(header, "PlanarConfiguration", 0) == 1,
-            is_rle=syntax == _RLE,
-        )
+        self.bits = self._layout.bits_stored
+        self._frames = self._find_frames(syntax, position, frames)
+        self._planes = OpenPlanes(self._open_plane)
+
+    def _find_frames(self, syntax: str, position: int, frames: int) -> list[tuple[int, int]]:
+        data, layout = self._data, self._layout
         start, length = _locate_pixels(data, position, is_implicit=syntax == _IMPLICIT)
-        if (length is None) != self._layout.is_rle:
+        if (length is None) != (layout.coding != "plain"):
             raise CorruptImage(f"the DICOM's pixels have length {length} in the syntax {syntax}")
-        self._frames = (
-            find_items(data, start, frames)
-            if length is None
-            else find_frames(data, start, length, frames, self._layout.frame_bytes)
-        )
+        if length is None:
+            return find_items(data, start, frames)
+        return find_frames(data, start, length, frames, layout.frame_bytes)
 
     def plane(self, index: int) -> DicomPlane:
-        """A frame."""
-        return DicomPlane(self._data, self._frames[index], self._layout, f"frame {index}")
+        """A plane; the last ones keep frames that they have decoded."""
+        return self._planes.get(index)
+
+    def _open_plane(self, index: int) -> DicomPlane:
+        first = index * self._tiles
+        places = self._frames[first : first + self._tiles]
+        return DicomPlane(self._data, places, first, (self.height, self.width), self._layout)
+
+
+def _read_layout(header: Dataset, coding: Coding) -> FrameLayout:
+    photometric = str(_find(header, "PhotometricInterpretation") or "")
+    if not photometric:
+        raise UnsupportedFormat("a DICOM without an image is not read")
+    samples = _read_number(header, "SamplesPerPixel", 1)
+    if photometric not in {1: _GREYS, 3: _COLOURS[coding]}.get(samples, ()):
+        raise UnsupportedFormat(
+            f"a DICOM with {samples} samples of kind {photometric!r} is not read; "
+            f"{', '.join((*_GREYS, *_COLOURS[coding]))} are"
+        )
+    height, width = (_read_number(header, side) for side in ("Rows", "Columns"))
+    if height <= 0 or width <= 0:
+        raise CorruptImage(f"the DICOM is {width}x{height} px by its header")
+    dtype = _choose_dtype(header)
+    if coding == "jpeg" and dtype != np.uint8:
+        raise UnsupportedFormat(f"a DICOM with JPEG of type {dtype} is not read")
+    return FrameLayout(
+        hw=(height, width),
+        samples=samples,
+        dtype=dtype,
+        bits_stored=_read_number(header, "BitsStored", 8 * dtype.itemsize),
+        is_planar=_read_number(header, "PlanarConfiguration", 0) == 1,
+        coding=coding,
+        is_rgb=photometric == _RGB,
+    )
+
+
+def _read_slide_hw(header: Dataset, frame_hw: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a slide whose tiles are the frames; of other files those of a frame.
+
+    Raises:
+        CorruptImage: It is of no size.
+        UnsupportedFormat: The tiles are not one complete grid.
+    """
+    height, width = (
+        _read_number(header, f"TotalPixelMatrix{side}", 0) for side in ("Rows", "Columns")
+    )
+    if (height, width) in ((0, 0), frame_hw):
+        return frame_hw
+    if height <= 0 or width <= 0:
+        raise CorruptImage(f"the slide in DICOM is {width}x{height} px by its header")
+    organization = _find(header, "DimensionOrganizationType")
+    paths = _read_number(header, "NumberOfOpticalPaths", 1)
+    depth = _read_number(header, "TotalPixelMatrixFocalPlanes", 1)
+    if organization != _TILED_FULL or paths != 1 or depth != 1:
+        raise UnsupportedFormat(
+            f"a slide in DICOM with tiles of the kind {organization or 'none'!s}, {paths} optical "
+            f"paths and {depth} focal planes is not read; {_TILED_FULL} with one of each is"
+        )
+    return height, width
 
 
 def _read_header(start: bytes) -> tuple[str, Dataset, int]:
@@ -146,10 +225,10 @@ def _read_header(start: bytes) -> tuple[str, Dataset, int]:
             file, False, True, stop_when=lambda tag, *_: tag >= _META_END, specific_tags=tags
         )
         syntax = str(_find(meta, "TransferSyntaxUID") or "")
-        if syntax not in (_IMPLICIT, _EXPLICIT, _RLE):
+        if syntax not in _CODINGS:
             raise UnsupportedFormat(
                 f"a DICOM of the transfer syntax {UID(syntax).name or 'none'!r} is not read; "
-                "uncompressed little-endian ones and RLE Lossless are"
+                "uncompressed little-endian ones, RLE Lossless, JPEG Baseline and JPEG 2000 are"
             )
         header = read_dataset(
             file,

@@ -1,6 +1,6 @@
-"""One frame of a DICOM.
+"""A plane of a DICOM: one frame, or the frames that are the tiles of a slide.
 
-Symbols: H W frame, h w region, S samples of a pixel.
+Symbols: H W frame, S samples of a pixel.
 """
 
 from __future__ import annotations
@@ -8,19 +8,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptImage, UnsupportedFormat
-from pipeline.formats import libtiff
+from pipeline.formats import jpeg, jpeg2000, libtiff
 from pipeline.formats.base import FileRanges
-from pipeline.types import Window
+from pipeline.formats.parts import PartedPlane, Samples
 
+Coding = Literal["plain", "rle", "jpeg", "jpeg2000"]
 _ITEM = 0xE000FFFE
 """An item's tag as one little-endian number."""
 _ITEM_BYTES, _RLE_HEADER_BYTES = 8, 64
+_ADOBE = b"\xff\xee\0\x0eAdobe"
+"""Start of the segment of a JPEG that says what its colours are."""
+_ADOBE_RGB = _ADOBE + b"\0\x64\0\0\0\0\0"
+_ADOBE_WITHIN = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,8 @@ class FrameLayout:
         dtype: Of a sample.
         bits_stored: Of a sample that count; the higher ones are something else.
         is_planar: All of a sample's values come before the next sample's.
-        is_rle: In DICOM's RLE: PackBits for each byte of the samples.
+        coding: RLE is DICOM's: PackBits for each byte of the samples.
+        is_rgb: Colours are red, green and blue also in a JPEG that does not say what they are.
     """
 
     hw: tuple[int, int]
@@ -41,7 +48,8 @@ class FrameLayout:
     dtype: np.dtype[Any]
     bits_stored: int
     is_planar: bool
-    is_rle: bool
+    coding: Coding
+    is_rgb: bool
 
     @property
     def frame_bytes(self) -> int:
@@ -50,38 +58,40 @@ class FrameLayout:
         return height * width * self.samples * self.dtype.itemsize
 
 
-class DicomPlane:
-    """A frame; any number of threads may read it.
+class DicomPlane(PartedPlane):
+    """A plane; any number of threads may read it.
 
     Args:
         data: The file.
-        place: Where the frame begins in it, and its bytes.
-        layout: How it is stored.
-        name: For messages.
-
-    Attributes:
-        dtype: Of the samples.
+        places: Where each frame begins in it, and its bytes; row by row.
+        first: Number of the first frame.
+        hw: Height and width of the plane.
+        layout: How the frames are stored.
     """
 
     def __init__(
-        self, data: FileRanges, place: tuple[int, int], layout: FrameLayout, name: str
+        self,
+        data: FileRanges,
+        places: Sequence[tuple[int, int]],
+        first: int,
+        hw: tuple[int, int],
+        layout: FrameLayout,
     ) -> None:
-        self._data, self._place, self._layout, self._name = data, place, layout, name
-        self.dtype = layout.dtype
+        super().__init__(hw, layout.samples, layout.dtype, layout.hw)
+        self._data, self._places, self._first, self._layout = data, places, first, layout
 
-    def read(self, region: Window, samples: Sequence[int]) -> NDArray[Any]:
-        """The region [h, w, len(samples)].
-
-        Raises:
-            CorruptImage: The frame is damaged.
-        """
-        pixels = self._read_rle() if self._layout.is_rle else self._read_plain()
-        rows = slice(region.y, region.y + region.height)
-        columns = slice(region.x, region.x + region.width)
-        return self._keep_stored(pixels[rows, columns][..., list(samples)])
-
-    def _read_plain(self) -> NDArray[Any]:
-        return self._shape(np.frombuffer(self._data.read(*self._place), self._layout.dtype))
+    def decode_part(self, index: int) -> Samples:
+        """As `PartedPlane.decode_part`; a frame is never left out."""
+        frame, name = self._data.read(*self._places[index]), f"frame {self._first + index}"
+        match self._layout.coding:
+            case "plain":
+                return self._keep_stored(self._shape(np.frombuffer(frame, self.dtype)))
+            case "rle":
+                return self._keep_stored(self._decode_rle(frame, name))
+            case "jpeg":
+                return self._decode_jpeg(frame, name)
+            case "jpeg2000":
+                return self._decode_jpeg2000(frame, name)
 
     def _shape(self, values: NDArray[Any]) -> NDArray[Any]:
         layout = self._layout
@@ -97,17 +107,16 @@ class DicomPlane:
         wide = np.left_shift(pixels, unused)
         return np.asarray(np.right_shift(wide, unused, out=wide))
 
-    def _read_rle(self) -> NDArray[Any]:
+    def _decode_rle(self, frame: bytes, name: str) -> NDArray[Any]:
         """Segments of a byte of a sample each, the highest byte of the first sample first."""
         layout = self._layout
-        frame = self._data.read(*self._place)
         if len(frame) < _RLE_HEADER_BYTES:
-            raise CorruptImage(f"{self._name} of the DICOM has {len(frame)} bytes")
+            raise CorruptImage(f"{name} of the DICOM has {len(frame)} bytes")
         count, *offsets = struct.unpack_from("<16I", frame)
         size = layout.dtype.itemsize
         if count != layout.samples * size:
             raise CorruptImage(
-                f"{self._name} of the DICOM has {count} RLE segments, not {layout.samples * size}"
+                f"{name} of the DICOM has {count} RLE segments, not {layout.samples * size}"
             )
         height, width = layout.hw
         pixels = np.empty((height, width, layout.samples, size), np.uint8)
@@ -118,11 +127,35 @@ class DicomPlane:
                 content = libtiff.decompress(frame[start:end], libtiff.PACKBITS, height * width)
             except OSError as error:
                 raise CorruptImage(
-                    f"RLE segment {number} of {self._name} of the DICOM is damaged"
+                    f"RLE segment {number} of {name} of the DICOM is damaged"
                 ) from error
             values = np.frombuffer(content, np.uint8).reshape(height, width)
             pixels[:, :, sample, size - 1 - byte] = values
         return pixels.view(layout.dtype)[..., 0]
+
+    def _decode_jpeg(self, frame: bytes, name: str) -> NDArray[Any]:
+        layout = self._layout
+        hw = jpeg.read_hw(frame)
+        jpeg.check_scans(frame)
+        if hw != layout.hw:
+            raise CorruptImage(f"{name} of the DICOM is a JPEG of {hw[1]}x{hw[0]} px")
+        if layout.is_rgb and _ADOBE not in frame[:_ADOBE_WITHIN]:
+            frame = frame[:2] + _ADOBE_RGB + frame[2:]
+        try:
+            pixels = simplejpeg.decode_jpeg(frame, "GRAY" if layout.samples == 1 else "RGB")
+        except ValueError as error:
+            raise CorruptImage(f"{name} of the DICOM is damaged: {error}") from error
+        return np.asarray(pixels).reshape(*hw, layout.samples)
+
+    def _decode_jpeg2000(self, frame: bytes, name: str) -> NDArray[Any]:
+        layout, found = self._layout, jpeg2000.read_jp2(frame).codestream
+        expected = (*layout.hw, layout.samples, layout.dtype.newbyteorder("="))
+        if (found.height, found.width, found.components, found.dtype) != expected:
+            raise CorruptImage(
+                f"{name} of the DICOM is a JPEG 2000 of {found.width}x{found.height} px with "
+                f"{found.components} samples of type {found.dtype}"
+            )
+        return jpeg2000.decode(frame, found)
 
 
 def find_frames(

@@ -77,7 +77,7 @@ class Jpeg(EncodedImage):
     scan: int
 
     def _decode(self, least_hw: tuple[int, int], contrast: ContrastSpec | None) -> UInt8:
-        _check_scans(self.data)
+        check_scans(self.data)
         pixels = self._decode_fast(least_hw)
         if pixels is not None:
             return pixels
@@ -198,7 +198,7 @@ def _find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
     return None
 
 
-def _check_scans(data: bytes) -> None:
+def check_scans(data: bytes) -> None:
     """Refuses a JPEG of more scans than an honest encoder writes."""
     scans = 0
     for marker, _, _ in _segments(data, MAX_SEGMENTS):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.fuzz.targets import FuzzTarget
-from tests.support import zarr_files
+from tests.support import dicom_files, zarr_files
 
 FOLDER = Path(__file__).with_name("corpus")
 
@@ -85,7 +85,8 @@ def _build_stacks() -> list[bytes]:
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, pixels, **options)
         files.append(buffer.getvalue())
-    return [*files, *_build_zarrs(grey)]
+    slide = dicom_files.save(dicom_files.build_slide(grey.astype(np.uint8), (4, 4)), rle=True)
+    return [*files, slide, *_build_zarrs(grey)]
 
 
 def _build_zarrs(grey: NDArray[np.uint16]) -> list[bytes]:

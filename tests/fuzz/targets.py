@@ -45,7 +45,7 @@ def check_decode(data: bytes) -> None:
 
 
 def check_tiff(data: bytes) -> None:
-    """A TIFF or OME-Zarr: header and pixels, of the first plane and of the projection of all."""
+    """A TIFF, OME-Zarr or DICOM: the header, and pixels of the first plane and of all planes."""
     from pipeline.decode import open_image, read_header
     from pipeline.errors import DecodeError
     from pipeline.formats.planes import PlaneChoice

@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    JPEG2000,
     UID,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLSLossless,
 )
 
 from pipeline.decode import decode_image, open_image, peek_hw, read_header
@@ -31,15 +35,39 @@ from pipeline.errors import (
     PlaneError,
     UnsupportedFormat,
 )
-from pipeline.formats.dicom import MAX_HEADER_BYTES, MAX_ITEMS
+from pipeline.formats.dicom import MAX_HEADER_BYTES, MAX_ITEMS, MAX_TILES
 from pipeline.formats.planes import PlaneChoice
-from tests.support.dicom_files import build, save
+from pipeline.types import Window
+from tests.support.dicom_files import build, build_slide, save, save_encoded
+
+imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra science")
 
 RNG = np.random.default_rng(5)
 GREY = RNG.integers(0, 256, (31, 44)).astype(np.uint8)
 COLOUR = RNG.integers(0, 256, (31, 44, 3)).astype(np.uint8)
 DEEP = (RNG.integers(0, 4096, (31, 44))).astype(np.uint16)
 STACK = RNG.integers(0, 256, (5, 31, 44)).astype(np.uint8)
+SLIDE = RNG.integers(0, 256, (70, 50)).astype(np.uint8)
+Y, X = np.indices((70, 50))
+COLOURS = np.stack([2 * Y + X, 250 - 2 * X - Y, Y + 3 * X], axis=-1).astype(np.uint8)
+
+
+def encode_jpeg(frame: NDArray[Any], outside: str = "YCBCR") -> bytes:
+    colours = {} if frame.ndim == 2 else {"colorspace": "RGB", "outcolorspace": outside}
+    data: bytes = imagecodecs.jpeg8_encode(np.ascontiguousarray(frame), level=95, **colours)
+    return data
+
+
+def encode_bare_rgb(frame: NDArray[Any]) -> bytes:
+    """A JPEG that does not say that its colours are red, green and blue."""
+    data = encode_jpeg(frame, "RGB")
+    place = data.index(b"\xff\xee\0\x0eAdobe")
+    return data[:place] + data[place + 16 :]
+
+
+def encode_jpeg2000(frame: NDArray[Any]) -> bytes:
+    data: bytes = imagecodecs.jpeg2k_encode(frame, level=0, codecformat="j2k")
+    return data
 
 
 def as_rgb(grey: NDArray[Any]) -> NDArray[np.uint8]:
@@ -60,6 +88,64 @@ def test_every_storage_gives_the_pixels(storage: str) -> None:
     np.testing.assert_array_equal(found.decode(), as_rgb(STACK[3]))
     found = open_image(save(build(STACK, frames=5), syntax, **options), choice=PlaneChoice(z="max"))
     np.testing.assert_array_equal(found.decode(), as_rgb(STACK.max(axis=0)))
+
+
+@pytest.mark.parametrize(
+    ("encode", "syntax", "photometric", "atol"),
+    [
+        (encode_jpeg, JPEGBaseline8Bit, "YBR_FULL_422", 6),
+        (lambda frame: encode_jpeg(frame, "RGB"), JPEGBaseline8Bit, "RGB", 6),
+        (encode_bare_rgb, JPEGBaseline8Bit, "RGB", 6),
+        (encode_jpeg2000, JPEG2000Lossless, "YBR_RCT", 0),
+        (encode_jpeg2000, JPEG2000, "RGB", 0),
+    ],
+)
+def test_compressed_frames_are_read(
+    encode: Callable[[NDArray[Any]], bytes], syntax: UID, photometric: str, atol: int
+) -> None:
+    found = decode_image(save_encoded(build(COLOURS), encode, syntax, photometric))
+    np.testing.assert_allclose(found.astype(int), COLOURS, atol=atol)
+    grey = COLOURS[..., 0]
+    if encode is not encode_bare_rgb:
+        found = decode_image(save_encoded(build(grey), encode, syntax, "MONOCHROME2"))
+        np.testing.assert_allclose(found.astype(int), as_rgb(grey), atol=atol)
+
+
+def test_deep_jpeg_2000_is_read() -> None:
+    data = save_encoded(build(DEEP), encode_jpeg2000, JPEG2000Lossless, "MONOCHROME2")
+    samples = open_image(data).read(Window(0, 0, 31, 44))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(samples[..., 0], DEEP)
+
+
+@pytest.mark.parametrize("storage", ["plain", "rle", "jpeg2000"])
+@pytest.mark.parametrize("pixels", [SLIDE, COLOURS])
+def test_the_frames_of_a_slide_are_its_tiles(pixels: NDArray[Any], storage: str) -> None:
+    slide = build_slide(pixels, (16, 24), um_per_px=0.25)
+    if storage == "jpeg2000":
+        data = save_encoded(
+            slide, encode_jpeg2000, JPEG2000Lossless, str(slide.PhotometricInterpretation)
+        )
+    else:
+        data = save(slide, rle=storage == "rle")
+    image = open_image(data)
+    expected = pixels if pixels.ndim == 3 else as_rgb(pixels)
+    np.testing.assert_array_equal(image.decode(), expected)
+    region = image.read(Window(11, 20, 33, 17))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(region, expected[11:44, 20:37, : region.shape[2]])
+    assert read_header(data).hw == (70, 50) and image.um_per_px == pytest.approx(0.25)
+
+
+def test_a_slide_of_one_tile_is_its_frame() -> None:
+    for organization in ("TILED_FULL", "TILED_SPARSE"):
+        slide = build_slide(SLIDE, (70, 50), DimensionOrganizationType=organization)
+        np.testing.assert_array_equal(decode_image(save(slide)), as_rgb(SLIDE))
+
+
+def test_a_frame_has_one_fragment() -> None:
+    data = save_encoded(build(GREY), encode_jpeg, JPEGBaseline8Bit, "MONOCHROME2")
+    end = data.rindex(b"\xfe\xff\xdd\xe0")
+    with pytest.raises(UnsupportedFormat, match="frames in several fragments"):
+        read_header(data[:end] + b"\xfe\xff\0\xe0" + bytes(4) + data[end:])
 
 
 def test_colours_may_lie_plane_by_plane() -> None:
@@ -186,8 +272,69 @@ HOSTILE = {
     ),
     "tiles": (
         save(build(STACK, frames=5, TotalPixelMatrixColumns=220)),
+        CorruptImage,
+        "slide in DICOM is 220x0 px",
+    ),
+    "sparse": (
+        save(build_slide(SLIDE, (16, 16), DimensionOrganizationType="TILED_SPARSE")),
         UnsupportedFormat,
-        "tiles of a slide",
+        "tiles of the kind TILED_SPARSE, 1 optical paths and 1 focal planes",
+    ),
+    "paths": (
+        save(build_slide(SLIDE, (16, 16), NumberOfOpticalPaths=2)),
+        UnsupportedFormat,
+        "2 optical paths",
+    ),
+    "focal planes": (
+        save(build_slide(SLIDE, (16, 16), TotalPixelMatrixFocalPlanes=3)),
+        UnsupportedFormat,
+        "3 focal planes",
+    ),
+    "fewer tiles": (
+        save(build_slide(SLIDE, (16, 16), TotalPixelMatrixRows=81)),
+        UnsupportedFormat,
+        "slide in DICOM of 50x81 px with 20 frames in place of 24",
+    ),
+    "negative": (
+        save(build_slide(SLIDE, (16, 16), TotalPixelMatrixRows=0)),
+        CorruptImage,
+        "50x0 px",
+    ),
+    "tiny tiles": (
+        save(build_slide(SLIDE, (1, 1), TotalPixelMatrixRows=60_000, NumberOfFrames=3_000_000)),
+        CorruptImage,
+        f"3000000 frames, not 1..{MAX_TILES}",
+    ),
+    "jpeg of 16 bits": (
+        save_encoded(build(DEEP), lambda frame: bytes(8), JPEGBaseline8Bit, "MONOCHROME2"),
+        UnsupportedFormat,
+        "JPEG of type uint16",
+    ),
+    "another jpeg": (
+        save_encoded(
+            build(GREY), lambda frame: encode_jpeg(frame[:-1]), JPEGBaseline8Bit, "MONOCHROME2"
+        ),
+        CorruptImage,
+        "frame 0 of the DICOM is a JPEG of 44x30 px",
+    ),
+    "another jpeg 2000": (
+        save_encoded(
+            build(DEEP), lambda frame: encode_jpeg2000(GREY), JPEG2000Lossless, "MONOCHROME2"
+        ),
+        CorruptImage,
+        "frame 0 of the DICOM is a JPEG 2000 of 44x31 px with 1 samples of type uint8",
+    ),
+    "damaged jpeg": (
+        save_encoded(
+            build(GREY), lambda frame: encode_jpeg(frame)[:-200], JPEGBaseline8Bit, "MONOCHROME2"
+        ),
+        CorruptImage,
+        "damaged|truncated",
+    ),
+    "no jpeg": (
+        save_encoded(build(GREY), lambda frame: bytes(99), JPEGBaseline8Bit, "MONOCHROME2"),
+        CorruptImage,
+        "no frame header",
     ),
     "no syntax": (bytes(128) + b"DICM" + bytes(200), UnsupportedFormat, "transfer syntax 'none'"),
     "no image": (
@@ -216,7 +363,7 @@ def test_hostile_files_are_refused_with_the_reason(name: str) -> None:
         open_image(data, choice=PlaneChoice(z=1) if name.endswith("rle") else None).decode()
 
 
-@pytest.mark.parametrize("syntax", [JPEG2000Lossless, ExplicitVRBigEndian])
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, ExplicitVRBigEndian])
 def test_other_transfer_syntaxes_are_refused_by_name(syntax: UID) -> None:
     file = io.BytesIO()
     meta = Dataset()
@@ -265,7 +412,19 @@ def test_what_precedes_the_pixels_is_bounded(data: bytes) -> None:
     assert time.process_time() - began_s < 30
 
 
-@pytest.mark.parametrize("data", [PLAIN, PACKED, save(build(DEEP), ImplicitVRLittleEndian)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(
+            PLAIN,
+            PACKED,
+            save(build(DEEP), ImplicitVRLittleEndian),
+            save(build_slide(SLIDE, (16, 16))),
+        ),
+        save_encoded(build(COLOUR), encode_jpeg, JPEGBaseline8Bit, "YBR_FULL_422"),
+        save_encoded(build(COLOUR), encode_jpeg2000, JPEG2000Lossless, "YBR_RCT"),
+    ],
+)
 def test_damage_anywhere_is_refused_or_read(data: bytes) -> None:
     rng = np.random.default_rng(7)
     outcomes = set()

@@ -23,7 +23,7 @@ from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
 from service.predict import main
 from service.predict.slides import MAX_SLIDE_PIXELS
-from tests.support import zarr_files
+from tests.support import dicom_files, zarr_files
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
@@ -100,8 +100,8 @@ def _segment_whole(
         return predict(file, "whole")
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_a_zarr_is_a_slide(
+@pytest.mark.parametrize("kind", ["folder", "zip", "dicom"])
+def test_a_zarr_or_dicom_is_a_slide(
     tmp_path: Path,
     predict: Predict,
     tiles: list[int],
@@ -114,6 +114,9 @@ def test_a_zarr_is_a_slide(
         files = zarr_files.read_files(file)
         file = tmp_path / "s.zarr.zip"
         file.write_bytes(zarr_files.pack(files))
+    elif kind == "dicom":
+        file = tmp_path / "s.dcm"
+        file.write_bytes(dicom_files.save(dicom_files.build_slide(_draw(), (64, 50))))
     whole = _segment_whole(predict, file, monkeypatch)
     assert len(whole) > 10
     assert _keys(predict(file, "slide")) == _keys(whole)
