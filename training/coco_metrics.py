@@ -40,8 +40,8 @@ def score_masks(
     *,
     max_dets: int = 100,
     image_ids: Collection[int | str] | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """AP, AP50, AP75, APs, APm, APl and AR of segmentation results, and the AP of each class.
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """AP, AP50, AP75, APs, APm, APl and AR of segmentation results, and AP, AP50 of each class.
 
     Args:
         truth: COCO ground truth as `CocoDataset.truth` gives it: every field is valid. Images may
@@ -52,8 +52,8 @@ def score_masks(
         image_ids: Evaluate only these images.
 
     Returns:
-        The seven metrics, and AP by class name; -1 if the ground truth has no such object, 0 if
-        there are no results.
+        The seven metrics, and two of them by class name; -1 if the ground truth has no such
+        object, 0 if there are no results.
 
     Raises:
         ValueError: A result names an image that the ground truth does not have.
@@ -96,7 +96,10 @@ def score_masks(
     }
     names = {category["id"]: str(category["name"]) for category in truth["categories"]}
     classes = {
-        names[category_id]: _mean(precision[:, :, place, 0, -1])
+        names[category_id]: {
+            "AP": _mean(precision[:, :, place, 0, -1]),
+            "AP50": _mean(precision[IOU_50, :, place, 0, -1]),
+        }
         for place, category_id in enumerate(evaluation.params.catIds)
     }
     return metrics, classes

@@ -25,8 +25,8 @@ class EvaluationReport:
 
     Attributes:
         score_threshold: That of all metrics but the AP.
-        rows: By group, `ALL` first: the metrics of `mask_ap` and `summarise`; `classes` has the AP
-            of each class by name.
+        rows: By group, `ALL` first: the metrics of `mask_ap` and `summarise`; `classes` has AP
+            and AP50 of each class by name.
         images: Scores of each image.
         names: File names of the images, in the same order.
     """
@@ -45,8 +45,11 @@ class EvaluationReport:
         classes = self.rows[ALL]["classes"]
         if len(classes) > 1:
             width = max(map(len, classes))
-            lines.append("AP by class:")
-            lines += [f"{name:>{max(width, 20)}} {_show(ap)}" for name, ap in classes.items()]
+            lines.append("by class:")
+            lines += [
+                f"{name:>{max(width, 20)}} " + describe_metrics(metrics)
+                for name, metrics in classes.items()
+            ]
         return lines
 
     def describe_images(self) -> list[Row]:
@@ -69,10 +72,6 @@ class EvaluationReport:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
-
-
-def _show(value: float) -> str:
-    return f"{value:.4f}" if value >= 0 else "-"
 
 
 def evaluate_results(

@@ -28,15 +28,19 @@ def describe_measured(
 ) -> Any:
     """The section `measured` of a version's provenance."""
     row = report.rows[ALL]
-    classes = {name: round(value, 4) for name, value in row["classes"].items()}
-    metrics = {name: round(value, 4) for name, value in row.items() if name != "classes"}
+    metrics = dict(row)
+    classes = {name: _rounded(of_class) for name, of_class in metrics.pop("classes").items()}
     return {
         **describe_data(data, split),
         "max_dets": max_dets,
         "score_threshold": report.score_threshold,
-        **metrics,
+        **_rounded(metrics),
         **({"classes": classes} if len(classes) > 1 else {}),
     }
+
+
+def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in metrics.items()}
 
 
 def find_measured(config: ModelConfig) -> dict[str, Any]:
@@ -105,7 +109,11 @@ def compare_measured(
 
 def _metrics(section: Mapping[str, Any], skipped: set[str]) -> dict[str, float]:
     own = {name: value for name, value in section.items() if name not in skipped}
-    classes = {f"AP of {name}": value for name, value in section.get("classes", {}).items()}
+    classes = {
+        f"{metric} of {name}": value
+        for name, of_class in section.get("classes", {}).items()
+        for metric, value in of_class.items()
+    }
     return {name: float(value) for name, value in {**own, **classes}.items()}
 
 

@@ -127,7 +127,15 @@ def test_the_score_is_that_of_pycocotools_on_the_file(tmp_path: Path, seed: int)
         evaluation.summarize()
     data = CocoDataset(tmp_path, "val")
     assert sum(len(r.crowds) for r in data.records) > 0
-    metrics = mask_ap(data.truth(), results)
+    metrics, classes = score_masks(data.truth(), results)
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     assert tuple(metrics[name] for name in names) == tuple(evaluation.stats[:6])
     assert metrics["AR"] == evaluation.stats[8] and metrics["AP"] > 0.1
+    for category in data.classes:
+        evaluation.params.catIds = [category.category_id]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        found = classes[category.name]
+        assert (found["AP"], found["AP50"]) == tuple(evaluation.stats[:2])

@@ -38,12 +38,18 @@ def test_rows_of_all_images_and_of_groups(data: CocoDataset) -> None:
     assert list(report.rows) == ["all", "g0", "g1"]
     row = report.rows["all"]
     assert row["F1_50"] == pytest.approx(2 * 2 / (4 + 2)) and row["count_ratio"] == 0.5
-    assert row["classes"] == {"disc": 0.0, "box": pytest.approx(1.0)}
+    assert row["classes"] == {
+        "disc": {"AP": 0.0, "AP50": 0.0},
+        "box": {"AP": pytest.approx(1.0), "AP50": pytest.approx(1.0)},
+    }
     expected = mask_ap(data.truth(), _results(data, discs=False))
     assert {name: row[name] for name in expected} == expected
     lines = report.describe()
     assert "0.5" in lines[0] and "F1_50 0.6667" in lines[1] and lines[1].split()[0] == "all"
-    assert [line.split() for line in lines[-2:]] == [["disc", "0.0000"], ["box", "1.0000"]]
+    assert [line.split() for line in lines[-2:]] == [
+        ["disc", "AP", "0.0000", "AP50", "0.0000"],
+        ["box", "AP", "1.0000", "AP50", "1.0000"],
+    ]
 
 
 def test_scores_below_the_threshold_count_for_the_ap_alone(data: CocoDataset) -> None:
