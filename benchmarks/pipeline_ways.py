@@ -231,7 +231,7 @@ def build_paste(prepared: Prepared, candidates: Candidates, count: int) -> Pipel
 
 def build_rle(prepared: Prepared, candidates: Candidates, count: int) -> PipelineStage:
     """Run lengths alone: ours of edges, as pasting gives them; pycocotools' of dense masks."""
-    found = postprocess(prepared, [candidates], solo_spec(count))
+    found = postprocess(prepared, [candidates], solo_spec(count)).instances
     height, width = prepared.image_hw
     edges = [column_runs(instance).ravel() for instance in found]
     splits = np.cumsum([0, *map(len, edges)])

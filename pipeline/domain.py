@@ -1,17 +1,21 @@
-"""Whether an image looks like those that a model was trained on; from simple statistics of it.
+"""Whether an image is like those that a model was trained on.
 
-The statistics are of a thumbnail, so that they cost little however large the image is, and of
-patches at full resolution, which show its texture. Of the hues only yellow counts (brown, orange
-and green contain it): that photographs have it sets them apart, while stains differ in hue.
+The statistics are of a thumbnail, so that they cost little however large the image is, of patches
+at full resolution, which show its texture, and of the network's scores: photographs of other things
+can look like the training images, but hardly anything in them is found with a high score. Of the
+hues only yellow counts (brown, orange and green contain it): that photographs have it sets them
+apart, while stains differ in hue.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.model_config import DomainSpec, ModelConfig
+from pipeline.model_config import CONFIDENCE, DomainSpec, ModelConfig
 from pipeline.types import AnswerWarning, UInt8
 
 UNUSUAL, NOT_JUDGED = "unusual_image", "image_not_judged"
@@ -30,7 +34,7 @@ _SAME = np.arange(256, dtype=np.uint8)
 
 
 def describe_image(image: UInt8, levels: UInt8 | None = None) -> NDArray[np.float64] | None:
-    """The `STATISTICS` of an image; None if it is too small or too uniform.
+    """The `STATISTICS` of an image's pixels; None if it is too small or too uniform.
 
     Args:
         image: [H, W, 3] RGB uint8.
@@ -81,34 +85,57 @@ def _patches(image: UInt8) -> list[UInt8]:
     return [image[y : y + PATCH_PX, x : x + PATCH_PX] for y in ys for x in xs]
 
 
-def measure_distance(statistics: NDArray[np.float64], spec: DomainSpec) -> float:
-    """Distance to the nearest centre, in the spreads of the training images."""
+def measure_distance(appearance: NDArray[np.float64], confidence: float, spec: DomainSpec) -> float:
+    """Distance to the nearest centre, in the spreads of the training images.
+
+    Args:
+        appearance: Of `describe_image`.
+        confidence: See `Detections`; more than usual adds nothing.
+        spec: Of the model.
+    """
+    has_confidence = spec.statistics[-1] == CONFIDENCE
+    statistics = np.append(appearance, confidence) if has_confidence else appearance
     offsets = (np.array(spec.centres) - statistics) / np.array(spec.spreads)
+    if has_confidence:
+        offsets[:, -1] = np.maximum(offsets[:, -1], 0)
     return float(np.sqrt((offsets**2).sum(axis=1).min()))
 
 
-def check_domain(
+def describe_exposures(
     image: UInt8, config: ModelConfig, levels: UInt8 | None = None
+) -> list[NDArray[np.float64]]:
+    """What `check_domain` needs to know of an image's pixels; empty if it cannot be described.
+
+    Args:
+        image: [H, W, 3] RGB uint8.
+        config: Of the model; without `domain` nothing is described.
+        levels: Of an image whose contrast was stretched, as the training images are described as
+            they were recorded: maps [K, 256], see `EncodedImage.decode_stretched`.
+    """
+    if config.domain is None:
+        return []
+    exposures = [None] if levels is None else list(levels)
+    described = [describe_image(image, exposure) for exposure in exposures]
+    return [appearance for appearance in described if appearance is not None]
+
+
+def check_domain(
+    described: Sequence[NDArray[np.float64]], confidence: float, config: ModelConfig
 ) -> list[AnswerWarning]:
     """A warning if an image is unlike those that the model was trained on, or cannot be judged.
 
     Args:
-        image: [H, W, 3] RGB uint8.
+        described: Of `describe_exposures`; one that makes the image usual suffices.
+        confidence: See `Detections`.
         config: Of the model; without `domain` there is no warning.
-        levels: Of an image whose contrast was stretched, as the training images are described as
-            they were recorded: maps [K, 256], see `EncodedImage.decode_stretched`. One that makes
-            it usual suffices.
     """
     spec = config.domain
     if spec is None:
         return []
-    exposures = [None] if levels is None else list(levels)
-    described = [describe_image(image, exposure) for exposure in exposures]
-    known = [statistics for statistics in described if statistics is not None]
-    if not known:
+    if not described:
         reason = f"too small or too uniform to tell whether model {config.name!r} suits it"
         return [AnswerWarning(NOT_JUDGED, f"the image is {reason}")]
-    distance = min(measure_distance(statistics, spec) for statistics in known)
+    distance = min(measure_distance(a, confidence, spec) for a in described)
     if distance <= spec.threshold:
         return []
     purpose = f" ({config.card.domain})" if config.card.domain else ""

@@ -270,15 +270,19 @@ class Calibration(Spec):
         return self
 
 
-STATISTICS = ("mean", "std", "low", "high", "saturation", "yellow", "detail", "direction")
-"""Of an image, in `pipeline.domain`."""
+CONFIDENCE = "confidence"
+STATISTICS = (
+    *("mean", "std", "low", "high", "saturation", "yellow", "detail", "direction"),
+    CONFIDENCE,
+)
+"""Of an image, in `pipeline.domain`; models published before the last was added lack it."""
 
 
 class DomainSpec(Spec):
     """Where the training images lie among all images, see `pipeline.domain`.
 
     Attributes:
-        statistics: What is measured of an image; other ones than this version's are refused.
+        statistics: What is measured of an image: `STATISTICS`, or all but the last.
         spreads: Standard deviation of each in the training images.
         centres: Typical images, as these statistics.
         threshold: Greatest distance to the nearest centre that is usual, in spreads.
@@ -291,11 +295,11 @@ class DomainSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> DomainSpec:
-        if self.statistics != STATISTICS:
+        if self.statistics not in (STATISTICS, STATISTICS[:-1]):
             raise ValueError(f"statistics are {self.statistics}, this version has {STATISTICS}")
         for name, values in [("spreads", self.spreads), *(("centre", c) for c in self.centres)]:
-            if len(values) != len(STATISTICS):
-                raise ValueError(f"{name} {values} has not {len(STATISTICS)} values")
+            if len(values) != len(self.statistics):
+                raise ValueError(f"{name} {values} has not {len(self.statistics)} values")
         return self
 
 

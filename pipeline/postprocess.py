@@ -61,6 +61,8 @@ class DeviceCandidates(Protocol):
 
 
 TileCandidates = Candidates | DeviceCandidates
+CONFIDENT = 5
+"""Candidates whose scores make a tile's confidence."""
 Overlaps = Literal["keep", "resolve"]
 """Whether pixels of several masks stay with all of them, or are given to the best one."""
 
@@ -180,10 +182,18 @@ class Detections:
         instances: Best first, at most `max_instances`.
         found: How many there were before that bound. Objects that several tiles show and that are
             cut off within a tile count once for each of them.
+        confidence: 0..1, see `measure_confidence`; the highest of the tiles.
     """
 
     instances: list[Detection]
     found: int
+    confidence: float
+
+
+def measure_confidence(candidates: TileCandidates, spec: PostprocessSpec) -> float:
+    """Mean score of the best candidates, before NMS; those below `update_threshold` count as 0."""
+    best = candidates.scores[:CONFIDENT]
+    return float(best[best >= spec.update_threshold].sum()) / CONFIDENT
 
 
 def postprocess_tile(
@@ -210,15 +220,17 @@ def postprocess_tile(
     """
     threshold, bound = _bounds(spec, score_threshold, max_instances)
     mask_stride(tile, candidates.mask_hw)
+    confidence = measure_confidence(candidates, spec)
     if isinstance(candidates, Candidates):
-        return _find_instances(candidates, tile, image_hw, spec, threshold, bound)
+        found_here = _find_instances(candidates, tile, image_hw, spec, threshold, bound)
+        return Detections(*found_here, confidence)
     instances = candidates.find_instances(
         tile, image_hw, spec, score_threshold=threshold, max_instances=bound
     )
     found = len(instances)
     if found == bound:
         found = max(found, candidates.count_survivors(spec, threshold))
-    return Detections(instances, found)
+    return Detections(instances, found, confidence)
 
 
 def _find_instances(
@@ -228,7 +240,8 @@ def _find_instances(
     spec: PostprocessSpec,
     score_threshold: float,
     max_instances: int,
-) -> Detections:
+) -> tuple[list[Detection], int]:
+    """`instances` and `found` of `Detections`."""
     scores, indices = select(candidates, spec, least_score=score_threshold)
     stride = mask_stride(tile, candidates.mask_hw)
     found: list[Detection] = []
@@ -243,12 +256,17 @@ def _find_instances(
         ]
         if len(found) >= max_instances:
             rest = len(indices) - some.stop  # not pasted, so not known to be empty
-            return Detections(found[:max_instances], len(found) + max(0, rest))
-    return Detections(found, len(found))
+            return found[:max_instances], len(found) + max(0, rest)
+    return found, len(found)
 
 
-Found = tuple[list[TileInstance], int]
-"""Instances of a tile, and how many there were before they were cut off."""
+@dataclass(frozen=True)
+class TileFindings:
+    """What `Collector.search` finds in a tile; `found` and `confidence` as in `Detections`."""
+
+    entries: list[TileInstance]
+    found: int
+    confidence: float
 
 
 class Collector:
@@ -287,8 +305,9 @@ class Collector:
         self._is_final = tiles == 1 and overlaps == "keep"
         self._found: dict[int, list[TileInstance]] = {}
         self._dropped = 0
+        self._confidence = 0.0
 
-    def search(self, tile: Tile, candidates: TileCandidates) -> Found:
+    def search(self, tile: Tile, candidates: TileCandidates) -> TileFindings:
         """Instances of one tile, for `add`; any number of threads may call it at once.
 
         Raises:
@@ -310,12 +329,13 @@ class Collector:
                 _place(instance, tile, stride, number)
                 for number, instance in enumerate(detections.instances)
             ]
-        return entries, detections.found
+        return TileFindings(entries, detections.found, detections.confidence)
 
-    def add(self, index: int, found: Found) -> None:
+    def add(self, index: int, tile: TileFindings) -> None:
         """Takes what `search` found in the tile with this index."""
-        self._found[index] = found[0]
-        self._dropped += found[1] - len(found[0])
+        self._found[index] = tile.entries
+        self._dropped += tile.found - len(tile.entries)
+        self._confidence = max(self._confidence, tile.confidence)
 
     def merge(self) -> Detections:
         """Instances of the image: those of its only tile, or those of all tiles merged."""
@@ -330,7 +350,8 @@ class Collector:
             instances = [
                 replace(i, score=to_reported(self._calibration, i.score)) for i in instances
             ]
-        return Detections(instances[: self._bound], len(instances) + self._dropped)
+        found = len(instances) + self._dropped
+        return Detections(instances[: self._bound], found, self._confidence)
 
 
 def postprocess(
@@ -342,8 +363,8 @@ def postprocess(
     max_instances: int | None = None,
     overlaps: Overlaps = "keep",
     calibration: Calibration | None = None,
-) -> list[Detection]:
-    """Instances of one image, best first: `postprocess_tile` of each tile, then `merge_tiles`.
+) -> Detections:
+    """Instances of one image: `postprocess_tile` of each tile, then `merge_tiles`.
 
     Args:
         prepared: The image's tiles.
@@ -374,4 +395,4 @@ def postprocess(
             collector.add(count - 1, collector.search(tile, found))
     if count != total:
         raise ValueError(f"{count} candidate sets for {total} tiles")
-    return collector.merge().instances
+    return collector.merge()

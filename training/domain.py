@@ -1,15 +1,17 @@
 """python -m training.domain: lets a model say which images are unlike those it was trained on.
 
-Describes the training images by simple statistics (`pipeline.domain`), groups them, and takes as
-threshold the distance that 98% of training images keep to the groups of the others. Prints how many
-images of other folders would get a warning; with --write the groups are stored in config.json.
+Describes the training images by simple statistics and by how sure the model is of what it finds in
+them (`pipeline.domain`), groups them, and takes as threshold the distance that 98% of training
+images keep to the groups of the others. Prints how many images of other folders would get a
+warning; with --write the groups are stored in config.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from pipeline.decode import decode_image
 from pipeline.domain import describe_image, measure_distance
 from pipeline.errors import DecodeError
 from pipeline.model_config import STATISTICS, DomainSpec
-from service.models.repository import edit_config, read_config
+from pipeline.types import UInt8
+from service.models.loaded import LoadedModel
+from service.models.repository import edit_config, load_version
+from service.work.request import RequestOptions
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 
@@ -36,13 +41,29 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 Float64 = NDArray[np.float64]
 
 
-def describe_split(data: CocoDataset) -> list[Float64 | None]:
-    """`describe_image` of every image of a split."""
-    return [describe_image(data.image(index)) for index in range(len(data))]
+@dataclass(frozen=True)
+class Described:
+    """What `pipeline.domain` needs to know of an image."""
+
+    appearance: Float64
+    confidence: float
 
 
-def describe_folder(folder: Path) -> list[Float64 | None]:
-    """`describe_image` of every image below a folder, in the order of the names.
+def describe(image: UInt8, model: LoadedModel) -> Described | None:
+    """Describes an image, [H, W, 3] RGB; None if it is too small or too uniform."""
+    appearance = describe_image(image)
+    if appearance is None:
+        return None
+    return Described(appearance, model.answer(image, RequestOptions()).confidence)
+
+
+def read_split(data: CocoDataset) -> Iterator[UInt8]:
+    """The images of a split, decoded."""
+    return (data.image(index) for index in range(len(data)))
+
+
+def read_folder(folder: Path) -> Iterator[UInt8]:
+    """Every image below a folder, decoded, in the order of the names.
 
     Raises:
         ValueError: There is no image, or one that cannot be decoded.
@@ -50,16 +71,14 @@ def describe_folder(folder: Path) -> list[Float64 | None]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
         raise ValueError(f"{folder} has no images")
-    found = []
     for path in paths:
         try:
-            found.append(describe_image(decode_image(path.read_bytes())))
+            yield decode_image(path.read_bytes())
         except DecodeError as error:
             raise ValueError(f"{path}: {error}") from error
-    return found
 
 
-def fit_domain(described: Sequence[Float64 | None], centres: int = CENTRES) -> DomainSpec:
+def fit_domain(described: Sequence[Described | None], centres: int = CENTRES) -> DomainSpec:
     """The groups of some images, and the threshold by cross-validation; always the same.
 
     Args:
@@ -69,7 +88,7 @@ def fit_domain(described: Sequence[Float64 | None], centres: int = CENTRES) -> D
     Raises:
         ValueError: There are fewer than `LEAST_IMAGES` to go by.
     """
-    known = [statistics for statistics in described if statistics is not None]
+    known = [np.append(d.appearance, d.confidence) for d in described if d is not None]
     if len(known) < LEAST_IMAGES:
         raise ValueError(
             f"{len(known)} images are neither too small nor too uniform, {LEAST_IMAGES} are needed"
@@ -100,8 +119,10 @@ def _fold(values: Float64) -> Iterator[tuple[Float64, Float64]]:
 
 
 def _distances(values: Float64, centres: Float64) -> Float64:
-    """[N, K]."""
-    return np.asarray(np.linalg.norm(values[:, None] - centres[None], axis=2))
+    """[N, K]; as `measure_distance`, more confidence than a centre's adds nothing."""
+    offsets = centres[None] - values[:, None]
+    offsets[..., -1] = np.maximum(offsets[..., -1], 0)
+    return np.asarray(np.linalg.norm(offsets, axis=2))
 
 
 def _group(values: Float64, count: int) -> Float64:
@@ -127,10 +148,11 @@ def _group(values: Float64, count: int) -> Float64:
     return centres
 
 
-def describe_shares(name: str, described: Sequence[Float64 | None], spec: DomainSpec) -> str:
+def describe_shares(name: str, described: Sequence[Described | None], spec: DomainSpec) -> str:
     """A line: how many of some images get a warning."""
-    known = [statistics for statistics in described if statistics is not None]
-    unusual = sum(measure_distance(statistics, spec) > spec.threshold for statistics in known)
+    known = [d for d in described if d is not None]
+    distances = [measure_distance(d.appearance, d.confidence, spec) for d in known]
+    unusual = sum(distance > spec.threshold for distance in distances)
     share = f"{unusual / len(known):.1%}" if known else "-"
     return (
         f"{name}: {unusual} of {len(known)} images are unusual ({share}), "
@@ -173,18 +195,22 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: It is not possible; the message says why.
     """
-    config = read_config(options.model, options.version)
-    described = describe_split(open_split(options, options.train_split))
+    model = load_version(options.model, options.version)
+
+    def describe_all(images: Iterable[UInt8]) -> list[Described | None]:
+        return [describe(image, model) for image in images]
+
+    described = describe_all(read_split(open_split(options, options.train_split)))
     spec = fit_domain(described)
     print(f"{len(spec.centres)} groups, threshold {spec.threshold:g}")
     print(describe_shares(options.train_split, described, spec))
     if options.split:
-        checked = describe_split(open_split(options, options.split))
+        checked = describe_all(read_split(open_split(options, options.split)))
         print(describe_shares(options.split, checked, spec))
     for folder in options.other:
-        print(describe_shares(str(folder), describe_folder(folder), spec))
+        print(describe_shares(str(folder), describe_all(read_folder(folder)), spec))
     if options.write:
-        write_domain(options.model, config.version, spec)
+        write_domain(options.model, model.version, spec)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -109,7 +109,7 @@ class CheckpointPredictor:
             self.config.postprocess,
             score_threshold=EVALUATION_THRESHOLD,
             max_instances=self.max_dets,
-        )
+        ).instances
         return as_regions(to_results(instances, self.config.classes), self.config.task)
 
 

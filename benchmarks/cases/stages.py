@@ -73,7 +73,7 @@ def run_stages(model: LoadedModel, data: bytes) -> dict[str, float]:
     starts = range(0, len(prepared.tiles), size)
     candidates = [c for i in starts for c in model.backend.infer(prepared.tiles[i : i + size])]
     clock.lap("engine")
-    found = postprocess(prepared, candidates, model.config.postprocess)
+    found = postprocess(prepared, candidates, model.config.postprocess).instances
     clock.lap("postprocess")
     for instance in found:
         instance_to_coco(instance, model.config)

@@ -110,7 +110,7 @@ def finish(subject: GpuSubject, candidates: TileCandidates) -> int:
     """Instances of an image, encoded as in a response; returns their number."""
     shown = subject.tile.window
     prepared = Prepared((shown.height, shown.width), (subject.tile,))
-    found = postprocess(prepared, [candidates], subject.config.postprocess)
+    found = postprocess(prepared, [candidates], subject.config.postprocess).instances
     return len([instance_to_coco(instance, subject.served) for instance in found])
 
 

@@ -33,7 +33,7 @@ def main(file: Path) -> None:
         reset_peak()
         before = read_status("VmRSS")
         clock = StageClock()
-        found = postprocess(prepared, [candidates], spec)
+        found = postprocess(prepared, [candidates], spec).instances
         clock.lap("all")
         added_bytes = read_status("VmHWM") - before
         select(candidates, spec, least_score=spec.score_threshold)

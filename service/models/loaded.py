@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline.auto_scale import ScaleChoice, choose_scale, probe_image
 from pipeline.canvases import find_padding
-from pipeline.domain import check_domain
+from pipeline.domain import check_domain, describe_exposures
 from pipeline.model_config import ModelConfig, Precision
-from pipeline.postprocess import TileCandidates, postprocess
+from pipeline.postprocess import Detections, TileCandidates, postprocess
 from pipeline.preprocess import prepare
 from pipeline.scale import zoom_input
 from pipeline.types import AnswerWarning, Detection, Prepared, Tile, UInt8
@@ -30,11 +30,13 @@ class LocalAnswer:
         instances: Best first.
         warnings: Why they may be worthless.
         scale: At which the model saw the image, relative to its usual one.
+        confidence: See `Detections`.
     """
 
     instances: list[Detection]
     warnings: Sequence[AnswerWarning]
     scale: float
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,10 @@ class LoadedModel:
             if choice.zoom != 1:
                 scaled = zoom_input(config.input, choice.zoom)
                 config = config.model_copy(update={"input": scaled})
-        warnings += check_domain(image, config, levels)
-        return LocalAnswer(self._run(image, config, asked), warnings, config.input.zoom)
+        found = self._run(image, config, asked)
+        described = describe_exposures(image, config, levels)
+        warnings += check_domain(described, found.confidence, config)
+        return LocalAnswer(found.instances, warnings, config.input.zoom, found.confidence)
 
     def segment(self, image: UInt8, **asked: Any) -> list[Detection]:
         """Segments one image in the calling thread, with the server's results.
@@ -107,7 +111,7 @@ class LoadedModel:
         sightings = [s for index, seen in found for s in probe.find(index, seen, config)]
         return choose_scale(config, sightings)
 
-    def _run(self, image: UInt8, config: ModelConfig, asked: RequestOptions) -> list[Detection]:
+    def _run(self, image: UInt8, config: ModelConfig, asked: RequestOptions) -> Detections:
         canvases = find_padding(config, self.backend.device)
         prepared = prepare(image, config.input, canvases=canvases)
         return postprocess(

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from pipeline.decode import ImageHeader, decode_for, open_image, peek_hw, read_header
-from pipeline.domain import check_domain
+from pipeline.domain import check_domain, describe_exposures
 from pipeline.draw import draw_instances
 from pipeline.encode import encode_index_png, encode_png, instance_to_coco
 from pipeline.errors import CorruptImage, WriteError
@@ -115,6 +117,7 @@ class ImageWork:
         self._orientation = 1
         self._um_per_px: float | None = None
         self._levels: UInt8 | None = None
+        self._described: Sequence[NDArray[np.float64]] = ()
         self._prepared: Prepared | None = None
         self._picture: UInt8 | None = None
         self._collector: Collector | None = None
@@ -149,7 +152,7 @@ class ImageWork:
             raise CorruptImage("the image is larger than its header says")
         self.canvases = len(prepared.tiles)
         self._picture = pixels if self._options.overlay or self._options.picture else None
-        self.warnings += check_domain(pixels, self._config, self._levels)
+        self._described = describe_exposures(pixels, self._config, self._levels)
         self._collector = Collector(
             prepared.image_hw,
             self.canvases,
@@ -231,6 +234,7 @@ class ImageWork:
             raise Dropped
         started_s = time.monotonic()
         detections = collector.merge()
+        self.warnings += check_domain(self._described, detections.confidence, self._config)
         merged_s = time.monotonic()
         if options.format is not None:
             payload = encode_page(

@@ -81,7 +81,7 @@ def segment_with_torch(network: Solo, config: Config, image: Any) -> list[Detect
                 torch.from_numpy(tile.image[None]), torch.tensor([tile.valid_hw])
             )
         found.append(Candidates(*(output[0].numpy() for output in outputs)))
-    return postprocess(prepared, found, config.postprocess, score_threshold=0.25)
+    return postprocess(prepared, found, config.postprocess, score_threshold=0.25).instances
 
 
 @pytest.mark.parametrize("image_hw", [(64, 64), (50, 40), (100, 130)])

@@ -37,7 +37,7 @@ def segment_with_torch(network: Solo, config: Config, image: UInt8) -> list[Dete
             torch.from_numpy(tile.image[None]), torch.tensor([tile.valid_hw])
         )
     found = [Candidates(*(output[0].numpy() for output in outputs))]
-    return postprocess(prepared, found, config.postprocess)
+    return postprocess(prepared, found, config.postprocess).instances
 
 
 @pytest.mark.slow

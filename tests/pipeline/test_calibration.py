@@ -101,7 +101,7 @@ def test_answers_and_thresholds_are_calibrated() -> None:
             spec,
             score_threshold=score_threshold,
             calibration=calibration,
-        )
+        ).instances
         return [instance.score for instance in found]
 
     assert find(0.0) == pytest.approx([0.9, 0.8, 0.4])

@@ -153,7 +153,7 @@ def test_the_result_is_the_curve_not_the_region() -> None:
     tile = Tile(np.zeros((64, 64, 3), np.uint8), (64, 64), Window(0, 0, 64, 64))
     spec = PostprocessSpec(nms=MatrixNms(), compare="enclosed", mask_threshold=0.3)
     found = candidates_of([draw_contour(mask)], [0.9])
-    (instance,) = postprocess(Prepared((64, 64), (tile,)), [found], spec)
+    (instance,) = postprocess(Prepared((64, 64), (tile,)), [found], spec).instances
     pixels = pixels_of(instance)
     assert not pixels[32 - 6 : 32 + 6, 32 - 6 : 32 + 6].any()
     assert pixels[34, 14:56].any() and fill_contour(pixels)[32, 32]

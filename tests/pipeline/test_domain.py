@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.domain import NOT_JUDGED, UNUSUAL, check_domain, describe_image, measure_distance
+from pipeline.domain import (
+    NOT_JUDGED,
+    UNUSUAL,
+    check_domain,
+    describe_exposures,
+    describe_image,
+    measure_distance,
+)
 from pipeline.model_config import STATISTICS, DomainSpec, ModelConfig
-from pipeline.types import UInt8
+from pipeline.types import AnswerWarning, UInt8
 from tests.support.tiny import disc
 
 
@@ -31,15 +38,21 @@ def _stripes(height: int = 200, width: int = 260) -> UInt8:
 
 
 def _spec(image: UInt8, threshold: float = 1.0) -> DomainSpec:
-    """A domain of one typical image."""
-    statistics = describe_image(image)
-    assert statistics is not None
+    """A domain of one typical image, whose confidence is 0.5."""
+    appearance = describe_image(image)
+    assert appearance is not None
     return DomainSpec(
         statistics=STATISTICS,
         spreads=(0.1,) * len(STATISTICS),
-        centres=((9.0,) * len(STATISTICS), tuple(statistics.tolist())),
+        centres=((9.0,) * len(STATISTICS), (*appearance.tolist(), 0.5)),
         threshold=threshold,
     )
+
+
+def _check(
+    image: UInt8, config: ModelConfig, levels: UInt8 | None = None, confidence: float = 0.5
+) -> list[AnswerWarning]:
+    return check_domain(describe_exposures(image, config, levels), confidence, config)
 
 
 def _config(**changes: Any) -> ModelConfig:
@@ -59,9 +72,9 @@ def _config(**changes: Any) -> ModelConfig:
 
 def test_an_image_of_another_kind_gets_a_warning_that_says_what_the_model_is_for() -> None:
     config = _config(domain=_spec(_discs(), 3.0), card={"domain": "round cells"})
-    assert check_domain(_discs(), config) == []
-    assert check_domain(_discs(seed=1), config) == []
-    (warning,) = check_domain(_stripes(), config)
+    assert _check(_discs(), config) == []
+    assert _check(_discs(seed=1), config) == []
+    (warning,) = _check(_stripes(), config)
     assert warning.code == UNUSUAL
     for text in ("'cells'", "(round cells)", "usually up to 3.0"):
         assert text in warning.message
@@ -72,12 +85,34 @@ def test_a_stretched_image_is_judged_as_it_was_recorded() -> None:
     config = _config(domain=_spec(dim, 0.2))
     recorded = np.linspace(0, 15, 256).round().astype(np.uint8)  # of a stretch of 0..15 to 0..255
     levels = np.stack([np.arange(256, dtype=np.uint8), recorded])
-    assert check_domain(dim, config) == check_domain(dim * 17, config, levels) == []
-    assert [w.code for w in check_domain(dim * 17, config)] == [UNUSUAL]
+    assert _check(dim, config) == _check(dim * 17, config, levels) == []
+    assert [w.code for w in _check(dim * 17, config)] == [UNUSUAL]
+
+
+def test_an_image_in_which_little_is_found_is_unusual_and_one_in_which_more_is_found_is_not() -> (
+    None
+):
+    config = _config(domain=_spec(_discs(), 3.0))
+    assert _check(_discs(), config, confidence=1.0) == []
+    assert _check(_discs(), config, confidence=0.21) == []
+    assert [w.code for w in _check(_discs(), config, confidence=0.19)] == [UNUSUAL]
+
+
+def test_a_domain_without_confidence_goes_by_the_pixels_alone() -> None:
+    spec = _spec(_discs(), 3.0)
+    older = DomainSpec(
+        statistics=STATISTICS[:-1],
+        spreads=spec.spreads[:-1],
+        centres=tuple(centre[:-1] for centre in spec.centres),
+        threshold=3.0,
+    )
+    config = _config(domain=older)
+    assert _check(_discs(), config, confidence=0.0) == []
+    assert [w.code for w in _check(_stripes(), config, confidence=1.0)] == [UNUSUAL]
 
 
 def test_a_model_without_a_domain_never_warns() -> None:
-    assert check_domain(_stripes(), _config()) == []
+    assert _check(_stripes(), _config()) == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +127,7 @@ def test_a_model_without_a_domain_never_warns() -> None:
     ],
 )
 def test_what_cannot_be_judged_is_said_and_not_called_unusual(image: UInt8) -> None:
-    (warning,) = check_domain(image, _config(domain=_spec(_discs())))
+    (warning,) = _check(image, _config(domain=_spec(_discs())))
     assert warning.code == NOT_JUDGED and "too small or too uniform" in warning.message
 
 
@@ -102,7 +137,7 @@ def test_of_the_hues_only_yellow_counts() -> None:
     def describe(*channels: UInt8) -> dict[str, float]:
         statistics = describe_image(np.stack(channels, axis=2))
         assert statistics is not None
-        return dict(zip(STATISTICS, statistics.tolist(), strict=True))
+        return dict(zip(STATISTICS, statistics.tolist(), strict=False))
 
     grey, red = describe(bright, bright, bright), describe(bright, dim, dim)
     purple, yellow = describe(bright, dim, bright), describe(bright, bright, dim)
@@ -116,7 +151,7 @@ def test_every_size_from_the_least_has_finite_statistics(hw: tuple[int, int]) ->
     image[: hw[0] // 2] += 190
     statistics = describe_image(image)
     assert statistics is not None
-    assert statistics.shape == (len(STATISTICS),) and np.isfinite(statistics).all()
+    assert statistics.shape == (len(STATISTICS) - 1,) and np.isfinite(statistics).all()
 
 
 def test_texture_is_that_of_the_full_resolution() -> None:
@@ -143,18 +178,22 @@ def test_the_distance_is_to_the_nearest_centre_in_spreads() -> None:
         centres=((0.0,) * count, (10.0,) * count),
         threshold=1,
     )
-    assert measure_distance(np.array([6.0, 4.0, *(0.0,) * (count - 2)]), spec) == pytest.approx(5)
+    near_first = np.array([6.0, 4.0, *(0.0,) * (count - 3)])
+    assert measure_distance(near_first, 0.0, spec) == pytest.approx(5)
+    assert measure_distance(near_first, 7.0, spec) == pytest.approx(5)
+    assert measure_distance(near_first, -12.0, spec) == pytest.approx(13)
+    assert measure_distance(np.full(count - 1, 10.0), 7.0, spec) == pytest.approx(3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"statistics": ["mean", "hue"]}, "this version has"),
-        ({"spreads": [0.1]}, "has not 8 values"),
-        ({"spreads": [0.0] * 8}, "greater than 0"),
+        ({"spreads": [0.1]}, "has not 9 values"),
+        ({"spreads": [0.0] * 9}, "greater than 0"),
         ({"centres": []}, "at least 1"),
-        ({"centres": [[0.0] * 8, [0.0] * 7]}, "centre .* has not 8 values"),
-        ({"centres": [[float("nan")] * 8]}, "finite"),
+        ({"centres": [[0.0] * 9, [0.0] * 8]}, "centre .* has not 9 values"),
+        ({"centres": [[float("nan")] * 9]}, "finite"),
         ({"threshold": 0}, "greater than 0"),
         ({"kind": "gaussian"}, "Extra inputs"),
     ],

@@ -46,7 +46,9 @@ def _whole(side: int = 64) -> Prepared:
 @pytest.mark.parametrize("spec", [MATRIX, MASK])
 def test_a_duplicate_goes_and_another_class_stays(spec: PostprocessSpec) -> None:
     masks = [_square(2, 2, 6), _square(2, 2, 6), _square(2, 2, 6), _square(10, 10, 4)]
-    found = postprocess(_whole(), [_candidates(masks, [0.9, 0.8, 0.7, 0.6], [0, 0, 1, 0])], spec)
+    found = postprocess(
+        _whole(), [_candidates(masks, [0.9, 0.8, 0.7, 0.6], [0, 0, 1, 0])], spec
+    ).instances
     kept = [(i.label, round(i.score, 3)) for i in found if i.score > 0.2]
     assert kept == [(0, 0.9), (1, 0.7), (0, 0.6)]
     assert found[0].bbox_xywh == (8, 8, 24, 24)
@@ -55,28 +57,30 @@ def test_a_duplicate_goes_and_another_class_stays(spec: PostprocessSpec) -> None
 
 def test_empty_slots_and_empty_masks_are_dropped() -> None:
     masks = [_square(2, 2, 6), np.zeros((16, 16)), _square(9, 9, 3)]
-    found = postprocess(_whole(), [_candidates(masks, [0.9, 0.8, 0.0], [0, 0, 0])], MATRIX)
+    found = postprocess(
+        _whole(), [_candidates(masks, [0.9, 0.8, 0.0], [0, 0, 0])], MATRIX
+    ).instances
     assert [i.score for i in found] == [pytest.approx(0.9)]
 
 
 @pytest.mark.parametrize("overlaps", ["keep", "resolve"])
 def test_no_candidates(overlaps: Overlaps) -> None:
-    found = postprocess(_whole(32), [_candidates([], [], [])], MATRIX, overlaps=overlaps)
+    found = postprocess(_whole(32), [_candidates([], [], [])], MATRIX, overlaps=overlaps).instances
     assert found == []
 
 
 def test_thresholds_and_bound() -> None:
     masks = [_square(0, 4 * k, 3) for k in range(4)]
     candidates = [_candidates(masks, [0.9, 0.7, 0.5, 0.3], [0] * 4)]
-    assert len(postprocess(_whole(), candidates, MASK, score_threshold=0.6)) == 2
-    assert len(postprocess(_whole(), candidates, MASK, max_instances=3)) == 3
-    assert len(postprocess(_whole(), candidates, MASK, score_threshold=1.0)) == 0
+    assert len(postprocess(_whole(), candidates, MASK, score_threshold=0.6).instances) == 2
+    assert len(postprocess(_whole(), candidates, MASK, max_instances=3).instances) == 3
+    assert len(postprocess(_whole(), candidates, MASK, score_threshold=1.0).instances) == 0
 
 
 def test_full_k_of_separate_masks_all_stay() -> None:
     masks = [_square(y, x, 1, 20) for y in range(20) for x in range(20)]
     candidates = [_candidates(masks, [0.5] * 400, [0] * 400)]
-    assert len(postprocess(_whole(80), candidates, MATRIX, max_instances=500)) == 400
+    assert len(postprocess(_whole(80), candidates, MATRIX, max_instances=500).instances) == 400
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_discs_over_tile_borders_are_found_once_with_exact_pixels() -> None:
                 np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros((0, 64, 64), np.float32)
             )
         )
-    found = postprocess(prepared, sets, MASK)
+    found = postprocess(prepared, sets, MASK).instances
     assert len(found) == len(discs)
     got = {bytes(coco_mask.decode(i.rle)) for i in found}
     assert got == {bytes(d.astype(np.uint8)) for d in discs}
@@ -188,13 +192,13 @@ def test_a_mosaic_has_each_ellipse_once_and_no_straight_edges(seed: int) -> None
             masks.append(half & tiled)
             scores.append(0.95)
         sets.append(_answer(masks, scores, tile))
-    found = postprocess(prepared, sets, MASK)
+    found = postprocess(prepared, sets, MASK).instances
     assert {coco_mask.decode(i.rle).tobytes("C") for i in found} == {
         m.astype(np.uint8).tobytes() for m in truth
     }
     assert len(found) == len(truth)
     for most in (1, 2, 5, len(truth) - 1):
-        assert postprocess(prepared, sets, MASK, max_instances=most) == found[:most]
+        assert postprocess(prepared, sets, MASK, max_instances=most).instances == found[:most]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -211,7 +215,7 @@ def test_an_object_as_long_as_the_overlap_is_not_lost_between_tiles(axis: int, l
             mask[a:b, 20:30] = True
             masks.append(mask if axis == 0 else mask.T)
         answers = [_answer([m], [0.9], t) for m, t in zip(masks, prepared.tiles, strict=True)]
-        (instance,) = postprocess(prepared, answers, MASK)
+        (instance,) = postprocess(prepared, answers, MASK).instances
         assert instance.area >= 10 * (length - 2)
 
 
@@ -244,3 +248,14 @@ def test_masks_that_are_dropped_for_overlaps_make_room_for_others(bound: int) ->
     found = collector.merge()
     assert [i.label for i in found.instances] == [0, 3][:bound]
     assert found.found == 2
+
+
+def test_confidence_is_that_of_the_surest_tile_and_independent_of_the_bounds() -> None:
+    scores = [[0.9, 0.8, 0.2], [0.7, 0.7, 0.7, 0.7, 0.6, 0.6, 0.5]]
+    sets = [_candidates([_square(0, 0, 4)] * len(s), s, [0] * len(s)) for s in scores]
+    prepared = Prepared((64, 64), _whole().tiles * 2)
+    found = postprocess(prepared, sets, MASK, score_threshold=0.75, max_instances=1)
+    assert found.confidence == pytest.approx((0.7 * 4 + 0.6) / 5)
+    low = _candidates([_square(0, 0, 4)] * 2, [0.5, MASK.update_threshold / 2], [0, 0])
+    assert postprocess(_whole(), [low], MASK).confidence == pytest.approx(0.1)
+    assert postprocess(_whole(), [_candidates([], [], [])], MASK).confidence == 0

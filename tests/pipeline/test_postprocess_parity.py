@@ -25,7 +25,7 @@ def _run(head: str, nms: MatrixNms) -> tuple[dict[str, np.ndarray], list[Detecti
     candidates = Candidates(data["cand_scores"], data["cand_labels"], data["cand_probs"])
     return data, postprocess(
         prepared, [candidates], PostprocessSpec(nms=nms, score_threshold=0.0, max_instances=100)
-    )
+    ).instances
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])

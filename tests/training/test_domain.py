@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from pipeline.domain import describe_image, measure_distance
+from pipeline.model_config import DomainSpec
 from pipeline.types import UInt8
 from service.models.repository import read_config
 from tests.support.blob_model import publish
 from tests.support.tiny import annotation_of, disc, write_image, write_split
-from training.domain import LEAST_IMAGES, fit_domain, main, write_domain
+from training.domain import LEAST_IMAGES, Described, fit_domain, main, write_domain
 
 HW = (64, 80)
 
@@ -37,6 +38,17 @@ def _pictures(count: int, seed: int) -> list[UInt8]:
     return [_picture(rng, bright=i % 3 == 0) for i in range(count)]
 
 
+def _describe(image: UInt8, confidence: float = 0.5) -> Described:
+    appearance = describe_image(image)
+    assert appearance is not None
+    return Described(appearance, confidence)
+
+
+def _is_usual(described: Described, spec: DomainSpec) -> bool:
+    distance = measure_distance(described.appearance, described.confidence, spec)
+    return distance <= spec.threshold
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     root = tmp_path / "data"
@@ -50,28 +62,41 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_other_images_are_farther_than_those_of_either_kind() -> None:
-    spec = fit_domain([describe_image(image) for image in _pictures(60, 0)], centres=4)
-    own = [describe_image(image) for image in _pictures(60, 1)]
-    others = [describe_image(_noise(np.random.default_rng(i))) for i in range(10)]
-    usual = [measure_distance(s, spec) <= spec.threshold for s in own if s is not None]
-    assert np.mean(usual) > 0.85 and len(usual) == 60
-    assert all(s is not None and measure_distance(s, spec) > 2 * spec.threshold for s in others)
+    spec = fit_domain([_describe(image) for image in _pictures(60, 0)], centres=4)
+    usual = [_is_usual(_describe(image), spec) for image in _pictures(60, 1)]
+    assert np.mean(usual) > 0.85
+    for number in range(10):
+        other = _describe(_noise(np.random.default_rng(number)))
+        assert measure_distance(other.appearance, 0.5, spec) > 2 * spec.threshold
+
+
+def test_images_in_which_less_is_found_than_in_any_like_them_are_unusual() -> None:
+    """Images of the first kind hold little, those of the second are found with high scores."""
+    rng = np.random.default_rng(0)
+    sure = [0.3 if number % 3 == 0 else 0.9 for number in range(60)]
+    described = [
+        _describe(image, confidence + rng.normal(0, 0.01))
+        for image, confidence in zip(_pictures(60, 0), sure, strict=True)
+    ]
+    spec = fit_domain(described, centres=4)
+    empty, full = _pictures(2, 1)
+    assert _is_usual(_describe(empty, 0.3), spec) and _is_usual(_describe(empty, 0.9), spec)
+    assert _is_usual(_describe(full, 0.9), spec) and not _is_usual(_describe(full, 0.1), spec)
 
 
 def test_the_same_images_give_the_same_domain_and_blank_ones_change_nothing() -> None:
-    described = [describe_image(image) for image in _pictures(30, 0)]
+    described = [_describe(image) for image in _pictures(30, 0)]
     assert fit_domain(described) == fit_domain([*described[:7], None, *described[7:]])
 
 
 def test_equal_images_are_no_fault() -> None:
-    described = [describe_image(_pictures(1, 0)[0])] * LEAST_IMAGES
-    spec = fit_domain(described)
-    assert described[0] is not None and measure_distance(described[0], spec) <= spec.threshold
+    described = _describe(_pictures(1, 0)[0])
+    assert _is_usual(described, fit_domain([described] * LEAST_IMAGES))
 
 
 @pytest.mark.parametrize("count", [0, LEAST_IMAGES - 1])
 def test_too_few_images_are_refused(count: int) -> None:
-    described = [describe_image(image) for image in _pictures(count, 0)]
+    described = [_describe(image) for image in _pictures(count, 0)]
     with pytest.raises(ValueError, match=f"{count} images .* {LEAST_IMAGES} are needed"):
         fit_domain([*described, None])
 
@@ -98,7 +123,7 @@ def test_the_command_prints_shares_and_stores_the_domain(
 
 def test_it_is_stored_with_its_version(tmp_path: Path) -> None:
     folder = publish(tmp_path)
-    spec = fit_domain([describe_image(image) for image in _pictures(30, 0)])
+    spec = fit_domain([_describe(image) for image in _pictures(30, 0)])
     write_domain(folder, 1, spec)
     assert read_config(folder).domain == spec
 

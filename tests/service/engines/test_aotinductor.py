@@ -222,7 +222,7 @@ def test_a_compiled_package_finds_what_onnx_runtime_finds(package: Path) -> None
 def check_instances(tile: Tile, ours: Candidates, theirs: Candidates, config: ModelConfig) -> None:
     prepared = Prepared(tile.valid_hw, (tile,))
     found, expected = (
-        [i.score for i in postprocess(prepared, [candidates], config.postprocess)]
+        [i.score for i in postprocess(prepared, [candidates], config.postprocess).instances]
         for candidates in (ours, theirs)
     )
     assert len(expected) > 0 and abs(len(found) - len(expected)) <= 1

@@ -134,7 +134,9 @@ def test_from_candidates_to_instances(kind: HeadKind) -> None:
         tile = Tile(images[image].numpy(), (height, width), Window(0, 0, height, width))
         prepared = Prepared((height, width), (tile,))
         for bound in (2, 100):
-            instances = postprocess(prepared, [candidates], config.postprocess, max_instances=bound)
+            instances = postprocess(
+                prepared, [candidates], config.postprocess, max_instances=bound
+            ).instances
             assert len(instances) == len(seen[:bound])
             for instance, (k, mask) in zip(instances, seen, strict=False):
                 assert instance.label == rows[k][1]

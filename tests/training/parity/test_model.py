@@ -179,7 +179,7 @@ def instances_of(
     )
     prepared = Prepared((height, width), (tile,))
     spec = PostprocessSpec(nms=MatrixNms(), max_instances=100)
-    return postprocess(prepared, [candidates], spec, score_threshold=threshold)
+    return postprocess(prepared, [candidates], spec, score_threshold=threshold).instances
 
 
 @EVERY_CASE

@@ -336,9 +336,9 @@ def test_the_bundled_model_on_real_images(launcher: Launcher, uploads: Uploads) 
             if isinstance(item, Candidates)
         ]
         assert len(found) == len(candidates)
-        expected = postprocess(prepared, candidates, config.postprocess)
+        expected = postprocess(prepared, candidates, config.postprocess).instances
         assert len(expected) > 5
-        assert_same(postprocess(prepared, found, config.postprocess), expected)
+        assert_same(postprocess(prepared, found, config.postprocess).instances, expected)
     processor.close()
 
 
