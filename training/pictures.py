@@ -1,6 +1,6 @@
 """python -m training.pictures: draws the instances of a model beside the ground truth.
 
-The images are the best and the worst of a split, or those that are named.
+The images are the best, the middle and the worst ones of a split, or those that are named.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument(
-        "--count", type=int, default=3, help="number of best and of worst images (3)"
+        "--count", type=int, default=3, help="number of images of each of the three kinds (3)"
     )
     parser.add_argument(
         "--images", nargs="+", metavar="NAME", help="only these images, in one file chosen.png"
@@ -141,7 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
             chosen = {"chosen.png": named(model, data, options.images)}
         else:
             rows = rank(model, data)
-            some = {"worst": rows[: options.count], "best": rows[::-1][: options.count]}
+            middle = max(0, len(rows) - options.count) // 2
+            some = {
+                "worst": rows[: options.count],
+                "median": rows[middle : middle + options.count],
+                "best": rows[::-1][: options.count],
+            }
             chosen = {
                 f"{kind}_{place}.png": [row]
                 for kind, kind_rows in some.items()
