@@ -332,9 +332,9 @@ class SlideJob:
             columns = kept[start : start + config.limits.max_batch]
             tiles = [prepared.tiles[row * len(plan.columns) + column] for column in columns]
             for tile, candidates in zip(tiles, self.model.backend.infer(tiles), strict=True):
-                entries, count = collector.search(tile, candidates)
-                found += [_keep_own(entry, plan) for entry in entries]
-                is_cut |= count > len(entries)
+                searched = collector.search(tile, candidates)
+                found += [_keep_own(entry, plan) for entry in searched.entries]
+                is_cut |= searched.found > len(searched.entries)
             clock.advance(len(columns))
         return found, is_cut
 

@@ -253,7 +253,7 @@ def test_masks_that_are_dropped_for_overlaps_make_room_for_others(bound: int) ->
 def test_confidence_is_that_of_the_surest_tile_and_independent_of_the_bounds() -> None:
     scores = [[0.9, 0.8, 0.2], [0.7, 0.7, 0.7, 0.7, 0.6, 0.6, 0.5]]
     sets = [_candidates([_square(0, 0, 4)] * len(s), s, [0] * len(s)) for s in scores]
-    prepared = Prepared((64, 64), _whole().tiles * 2)
+    prepared = Prepared((64, 64), (*_whole().tiles, *_whole().tiles))
     found = postprocess(prepared, sets, MASK, score_threshold=0.75, max_instances=1)
     assert found.confidence == pytest.approx((0.7 * 4 + 0.6) / 5)
     low = _candidates([_square(0, 0, 4)] * 2, [0.5, MASK.update_threshold / 2], [0, 0])

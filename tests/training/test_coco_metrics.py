@@ -137,5 +137,5 @@ def test_the_score_is_that_of_pycocotools_on_the_file(tmp_path: Path, seed: int)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        found = classes[category.name]
-        assert (found["AP"], found["AP50"]) == tuple(evaluation.stats[:2])
+        of_class = classes[category.name]
+        assert (of_class["AP"], of_class["AP50"]) == tuple(evaluation.stats[:2])

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.domain import NOT_JUDGED, UNUSUAL, describe_image
 from pipeline.model_config import STATISTICS
+from pipeline.types import UInt8
 from service.http.app import create_app
 from service.models.repository import load_repository
 from service.settings import Settings
@@ -21,18 +22,20 @@ from tests.support.blob_model import draw_picture, encode_picture, publish
 
 USUAL = draw_picture(64, 64)
 STRIPES = np.repeat(np.tile(np.array([0, 255], np.uint8), (64, 32))[..., None], 3, axis=2)
+FAINT = USUAL // 2
+"""Too dark for anything to be found."""
 BLANK = np.zeros((64, 64, 3), np.uint8)
 
 
-def add_domain(folder: Path) -> None:
-    """A domain around `USUAL`."""
-    statistics = describe_image(USUAL)
-    assert statistics is not None
+def add_domain(folder: Path, image: UInt8 = USUAL, confidence: float = 0.0) -> None:
+    """A domain around an image."""
+    appearance = describe_image(image)
+    assert appearance is not None
     content = json.loads((folder / "config.json").read_text())
     content["versions"]["1"]["domain"] = {
         "statistics": STATISTICS,
         "spreads": [0.1] * len(STATISTICS),
-        "centres": [statistics.tolist()],
+        "centres": [[*appearance.tolist(), confidence]],
         "threshold": 1.0,
     }
     (folder / "config.json").write_text(json.dumps(content))
@@ -45,6 +48,7 @@ async def blobs(
     root = tmp_path / "warned"
     add_domain(publish(root, "blobs"))
     publish(root, "plain")
+    add_domain(publish(root, "sure"), FAINT, 0.5)
     given = settings.model_copy(update={"model_repo": root, "default_model": "blobs"})
     async with open_client(create_app(given, load_repository(root, OPTIONS))) as client:
         yield client
@@ -58,6 +62,10 @@ async def test_each_image_has_its_own_warnings(blobs: httpx.AsyncClient) -> None
     assert [w["code"] for w in second["warnings"]] == [UNUSUAL]
     assert [w["code"] for w in third["warnings"]] == [NOT_JUDGED]
     assert "'blobs'" in second["warnings"][0]["message"]
+    (nothing,) = (await blobs.post("/segment?model=sure", content=encode_picture(FAINT))).json()[
+        "results"
+    ]
+    assert not nothing["instances"] and [w["code"] for w in nothing["warnings"]] == [UNUSUAL]
     plain = await blobs.post("/segment?model=plain", content=encode_picture(STRIPES))
     assert plain.json()["results"][0]["warnings"] == []
 
