@@ -49,7 +49,7 @@ from service.predict.slide_journal import (
 from service.work.request import RequestOptions
 
 MAX_SLIDE_PIXELS = 2**32 - 1
-"""pycocotools counts the pixels of a mask in 32 bits."""
+"""Run lengths in pycocotools have 32 bits; it reads longer ones as masks in other places."""
 _SUFFIX_NDPI = ".ndpi"
 
 

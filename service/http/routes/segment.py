@@ -33,7 +33,10 @@ from service.work.in_time import Stopped, describe_deadline, run_in_time
 from service.work.request import ClientProfile, ImageFile, RequestOptions, RequestProgress
 
 PATH = "/segment"
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
+IMAGE_TYPES = (
+    *("image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff", "image/jp2"),
+    *("application/dicom", "application/zip"),  # of an OME-Zarr
+)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CHOICES = ("model", "version")
 """Parameters that must be in the query: the model is chosen before the body is read."""

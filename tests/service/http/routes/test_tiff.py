@@ -1,4 +1,4 @@
-"""TIFF and DICOM over HTTP: planes, size of a pixel, the picture that browsers cannot show."""
+"""TIFF, DICOM, OME-Zarr and JPEG 2000 over HTTP: planes, size of a pixel, pictures for browsers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from service.http.app import create_app
 from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
+from tests.support import zarr_files
 from tests.support.blob_model import draw_picture, encode_picture, publish
-from tests.support.dicom_files import build, save
+from tests.support.dicom_files import build, build_slide, save
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra science")
 
@@ -68,6 +69,25 @@ async def test_a_tiff_is_answered_as_the_same_png(blobs: httpx.AsyncClient) -> N
 async def test_a_dicom_is_answered_as_the_same_png(blobs: httpx.AsyncClient) -> None:
     expected = await ask(blobs, encode_picture(RED))
     assert await ask(blobs, save(build(RED), rle=True)) == expected
+    expected |= {"um_per_px": 0.5}
+    assert await ask(blobs, save(build_slide(RED, (16, 32), um_per_px=0.5))) == expected
+
+
+async def test_a_jpeg_2000_is_answered_as_the_same_png(blobs: httpx.AsyncClient) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(RED).save(buffer, "JPEG2000")
+    assert await ask(blobs, buffer.getvalue()) == await ask(blobs, encode_picture(RED))
+
+
+async def test_a_zip_of_an_ome_zarr_is_answered_as_the_same_png(
+    blobs: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    pixels = np.moveaxis(RED, -1, 0)
+    folder = zarr_files.write(tmp_path / "a.zarr", pixels, "cyx", version="0.5", um_per_px=0.5)
+    expected = await ask(blobs, encode_picture(RED)) | {"um_per_px": 0.5}
+    assert await ask(blobs, zarr_files.pack(zarr_files.read_files(folder))) == expected
+    answer = await blobs.post("/segment", content=zarr_files.pack({"a.txt": b"a"}))
+    assert answer.status_code == 415 and "OME-Zarr" in answer.json()["error"]["message"]
     sized = await ask(blobs, save(build(RED, PixelSpacing=[0.0005, 0.0005])))
     assert sized["um_per_px"] == pytest.approx(0.5)
     frames = save(build(STACK, frames=2))
