@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.contour import fill_instance, join_contours
-from pipeline.runs import BoxMask, encode_box_mask
+from pipeline.encode import decode_window
+from pipeline.long_runs import find_columns, share_columns
+from pipeline.runs import is_long
 from pipeline.types import Detection, Int64, Window
 
 DUPLICATE_IOU = 0.5
@@ -80,10 +82,7 @@ def _find_in(region: Window, members: Int64, boxes: Int64) -> list[int]:
 
 
 def _area_inside(instance: Detection, region: Window) -> int:
-    height, width = instance.rle["size"]
-    ones = np.ones((region.height, region.width), np.bool_)
-    box = encode_box_mask(BoxMask(region.y, region.x, ones), (height, width))
-    return int(coco_mask.area(coco_mask.merge([instance.rle, box], intersect=True)))
+    return int(np.count_nonzero(decode_window(instance, region)))
 
 
 def _neighbours(windows: Collection[Window]) -> Iterator[tuple[Window, Window]]:
@@ -120,9 +119,7 @@ def _shared_pixels(found: Sequence[TileInstance]) -> dict[int, dict[int, int]]:
         left, right = _find_in(region, in_a, boxes), _find_in(region, in_b, boxes)
         if not left or not right:
             continue
-        rles: list[list[dict[str, Any]]] = [
-            [found[i].instance.rle for i in s] for s in (left, right)
-        ]
+        rles = share_columns(*([found[i].instance for i in side] for side in (left, right)))
         iou = np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(right)))
         for row, column in np.argwhere(iou > 0):
             i, j = left[row], right[column]
@@ -164,10 +161,14 @@ def _union(parts: Sequence[Detection]) -> Detection:
     best = max(parts, key=lambda instance: instance.score)
     if len(parts) == 1:
         return best
-    rle = coco_mask.merge([instance.rle for instance in parts])
-    x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
-    rle = {"size": best.rle["size"], "counts": rle["counts"]}
-    return replace(best, rle=rle, bbox_xywh=(x, y, width, height), area=int(coco_mask.area(rle)))
+    (rles,) = share_columns(parts)
+    joined = coco_mask.merge(rles)
+    x, y, width, height = (int(v) for v in coco_mask.toBbox(joined))
+    rle = {"size": best.rle["size"], "counts": joined["counts"]}
+    if is_long(*best.rle["size"]):
+        columns = find_columns(parts)
+        x, rle = x + columns.x, columns.leave(joined)
+    return replace(best, rle=rle, bbox_xywh=(x, y, width, height), area=int(coco_mask.area(joined)))
 
 
 def find_groups(

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from pipeline.long_runs import share_columns
 from pipeline.merge import Ranked, TileInstance, find_groups, label_groups, merge_ranked
 from pipeline.overlaps import resolve_overlaps
 from pipeline.postprocess import Overlaps
@@ -139,6 +140,6 @@ def _keep_touching(
 ) -> Iterable[int]:
     if not others:
         return ()
-    rles = [instances[other].rle for other in others]
-    shared = np.asarray(coco_mask.iou(rles, [instances[index].rle], [0])).ravel()
+    rles, one = share_columns([instances[other] for other in others], [instances[index]])
+    shared = np.asarray(coco_mask.iou(rles, one, [0])).ravel()
     return [other for other, iou in zip(others, shared.tolist(), strict=True) if iou > 0]

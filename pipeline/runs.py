@@ -16,6 +16,18 @@ from pycocotools import mask as coco_mask
 
 from pipeline.types import Bool, Detection, Int64
 
+_MOST_CHARACTERS = 8
+"""Of a number of an RLE: it has 40 bits and a sign."""
+LONG_PIXELS = 1 << 32
+"""An image of so many pixels has runs that pycocotools cannot count; it reads them as others."""
+MAX_MASK_PIXELS = 1 << 38
+"""The most that `write_counts` and `read_counts` can count."""
+
+
+def is_long(height: int, width: int) -> bool:
+    """Whether run lengths of an image may not fit pycocotools."""
+    return height * width >= LONG_PIXELS
+
 
 def read_counts(counts: str | bytes, pixels: int) -> Int64:
     """The run lengths of a compressed RLE, alternately of zeros and ones.
@@ -36,7 +48,7 @@ def read_counts(counts: str | bytes, pixels: int) -> Int64:
     ends = np.flatnonzero(characters & 32 == 0)
     starts = np.append(0, ends[:-1] + 1)
     places = np.arange(characters.size) - np.repeat(starts, np.diff(starts, append=len(text)))
-    if characters[-1] & 32 or places.max() > 6:
+    if characters[-1] & 32 or places.max() >= _MOST_CHARACTERS:
         raise ValueError(f"the RLE counts are cut, or have a number too large: {text[-20:]!r}")
     values = np.add.reduceat((characters & 31) << (5 * places), starts)
     values -= ((characters[ends] & 16) << 1) << (5 * places[ends])  # the sign
@@ -45,6 +57,20 @@ def read_counts(counts: str | bytes, pixels: int) -> Int64:
     if values.min() < 0 or values.sum() != pixels:
         raise ValueError(f"the RLE counts give {values.sum()} pixels, the mask has {pixels}")
     return values
+
+
+def write_counts(counts: Int64) -> bytes:
+    """What `read_counts` reads, byte for byte as pycocotools writes it, of any length."""
+    values = counts.copy()
+    values[3:] -= counts[1:-2]
+    bits = np.frexp(np.where(values < 0, ~values, values).astype(np.float64))[1] + 1
+    groups = np.maximum((bits + 4) // 5, 1)
+    ends = np.cumsum(groups)
+    places = np.arange(ends[-1]) - np.repeat(ends - groups, groups)
+    characters = (np.repeat(values, groups) >> (5 * places)) & 31
+    characters |= np.where(places < np.repeat(groups, groups) - 1, 32, 0)
+    text: bytes = (characters + 48).astype(np.uint8).tobytes()
+    return text
 
 
 @dataclass(frozen=True)
@@ -93,9 +119,11 @@ def encode_edges(
     boxes, areas = _measure(edges, splits, height)
     counts, bounds = _count(*_join_runs(edges, splits), height * width)
     size = [height, width]
-    rles = coco_mask.frPyObjects(
-        [{"size": size, "counts": counts[a:b]} for a, b in bounds.tolist()], height, width
-    )
+    runs = [counts[a:b] for a, b in bounds.tolist()]
+    if is_long(height, width):
+        rles = [{"counts": write_counts(r)} for r in runs]
+    else:
+        rles = coco_mask.frPyObjects([{"size": size, "counts": r} for r in runs], height, width)
     for place, rle, box, area in zip(filled, rles, boxes.tolist(), areas.tolist(), strict=True):
         encoded[place] = EncodedMask(
             {"size": list(size), "counts": rle["counts"]}, tuple(box), area

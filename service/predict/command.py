@@ -23,7 +23,7 @@ from service.models.repository import load_version, read_config
 from service.predict.image_ids import assign_ids, read_image_ids
 from service.predict.job import Item, Notes, PredictJob, Run, build_items, write_results
 from service.predict.options import build_backend_options, parse, read_asked, read_options
-from service.predict.output_options import build_plan, choose_outputs
+from service.predict.output_options import RUN_FORMATS, build_plan, choose_outputs
 from service.predict.predictors import (
     LocalPredictor,
     Predictor,
@@ -87,7 +87,8 @@ def choose_run(arguments: argparse.Namespace, canvases: CanvasProgress) -> Start
         if not isinstance(predictor, LocalPredictor):
             jobs = arguments.jobs if arguments.url is not None else 1
             return Start(lambda notes: PredictJob(predictor, notes, jobs))
-        options = SlideOptions(arguments.region, not arguments.all_tiles)
+        takes_long_runs = arguments.format not in RUN_FORMATS
+        options = SlideOptions(arguments.region, not arguments.all_tiles, takes_long_runs)
         slides = SlideJob(predictor.model, predictor.asked, options, canvases.update)
         backend = predictor.model.backend
         return Start(

@@ -14,6 +14,8 @@ from service.predict.outputs import Outputs, check_outputs
 
 RESULTS = "results"
 """The format that is not one of `FORMATS`: a list of COCO results."""
+RUN_FORMATS = (RESULTS, "coco", "coco-polygons")
+"""Formats with run lengths of the whole image: of 2^32 px and more they exceed 32 bits."""
 _START_BYTES = 60
 
 

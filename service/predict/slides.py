@@ -28,6 +28,7 @@ from pipeline.model_config import ModelConfig, TileResize
 from pipeline.overview import draw_overview
 from pipeline.postprocess import Collector
 from pipeline.preprocess import prepare_regions, windows_of
+from pipeline.runs import MAX_MASK_PIXELS, is_long
 from pipeline.survey import Survey, survey
 from pipeline.types import Detection, Prepared, UInt8, Window
 from service.jobs.errors import ImageUnusable, blame_image
@@ -48,8 +49,6 @@ from service.predict.slide_journal import (
 )
 from service.work.request import RequestOptions
 
-MAX_SLIDE_PIXELS = 2**32 - 1
-"""Run lengths in pycocotools have 32 bits; it reads longer ones as masks in other places."""
 _SUFFIX_NDPI = ".ndpi"
 
 
@@ -90,10 +89,12 @@ class SlideOptions:
     Attributes:
         region: Instances whose boxes have their centres in it are wanted; None: all.
         find_tissue: Tiles that show only background are left out.
+        takes_long_runs: The results are not written as run lengths, which may exceed 32 bits.
     """
 
     region: Window | None = None
     find_tissue: bool = True
+    takes_long_runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,17 +291,27 @@ class SlideJob:
             raise ImageUnusable("--z max is not possible for a slide")
         if slide.orientation != 1:
             raise ImageUnusable(f"a slide of orientation {slide.orientation} is not read")
-        if slide.height * slide.width > MAX_SLIDE_PIXELS:
-            raise ImageUnusable(
-                f"the slide has {slide.width}x{slide.height} px; COCO's run-length masks hold at "
-                f"most {MAX_SLIDE_PIXELS} px"
-            )
+        self._check_size(slide)
         region = self.options.region
         if region is not None and not _touches(region, Window(0, 0, slide.height, slide.width)):
             raise ImageUnusable(
                 f"the region {region} is outside the slide of {slide.width}x{slide.height} px"
             )
         return config
+
+    def _check_size(self, slide: PlanePicture) -> None:
+        size = f"the slide has {slide.width}x{slide.height} px"
+        if slide.height * slide.width > MAX_MASK_PIXELS:
+            raise ImageUnusable(f"{size}, more than {MAX_MASK_PIXELS}")
+        if not is_long(slide.height, slide.width):
+            return
+        if not self.options.takes_long_runs:
+            raise ImageUnusable(
+                f"{size}: run lengths of 2^32 px and more cannot be read by pycocotools; use "
+                "--format geojson, ome-tiff, ome-zarr or another without them"
+            )
+        if self.model.backend.device != "cpu":
+            raise ImageUnusable(f"{size}: slides of 2^32 px and more need --device cpu")
 
     def _survey(self, slide: PlanePicture, key: str, stamp: list[int], journal: Journal) -> Survey:
         """The survey of a slide, which is made once."""

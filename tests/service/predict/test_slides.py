@@ -17,12 +17,12 @@ from PIL import Image
 from zarr.storage import ZipStore
 
 from pipeline.encode import decode_box, decode_window, instance_from_coco
+from pipeline.runs import LONG_PIXELS
 from pipeline.types import Window
 from pipeline.writers import FORMATS
 from service.jobs.journal import Journal
 from service.models.repository import LoadedModel, load_version
 from service.predict import main
-from service.predict.slides import MAX_SLIDE_PIXELS
 from tests.support import dicom_files, zarr_files
 from tests.support.blob_model import KEEP_RATIO_INPUT, draw_picture, encode_picture, publish
 
@@ -75,6 +75,9 @@ def predict(tmp_path: Path) -> Predict:
         repo = str(tmp_path / "repo")
         options = ["--out", str(out), "--model-repo", repo, "--device", "cpu", "--quiet"]
         main([str(file), *options, *arguments])
+        if out.is_dir():  # of GeoJSON
+            (document,) = out.glob("*.geojson")
+            return list(json.loads(document.read_bytes())["features"])
         found: list[dict[str, Any]] = json.loads(out.read_bytes())
         return found
 
@@ -323,11 +326,11 @@ def _write_sparse(path: Path, image_hw: tuple[int, int], place: tuple[int, int])
 
 
 @pytest.mark.slow
-def test_a_slide_may_have_all_pixels_that_its_masks_can_count(
+def test_a_slide_may_have_all_pixels_that_pycocotools_can_count(
     tmp_path: Path, predict: Predict
 ) -> None:
     file, hw = tmp_path / "slide.tif", (65_535, 65_537)
-    assert hw[0] * hw[1] == MAX_SLIDE_PIXELS
+    assert hw[0] * hw[1] == LONG_PIXELS - 1
     _write_sparse(file, hw, (63, 63))
     region = ("--region", "65450,65450,87,85", "--all-tiles")
     (found,) = predict(file, "slide", *region, "--overlays", str(tmp_path / "drawn"))
@@ -342,11 +345,40 @@ def test_a_slide_may_have_all_pixels_that_its_masks_can_count(
     assert not drawn[:50].any() and not drawn[:, :40].any()
 
 
-def test_a_slide_of_more_pixels_is_refused_by_name(tmp_path: Path, predict: Predict) -> None:
+@pytest.mark.slow
+def test_a_slide_of_more_pixels_is_written_without_run_lengths(
+    tmp_path: Path, predict: Predict
+) -> None:
     file = tmp_path / "slide.tif"
-    _write_sparse(file, (70_000, 70_000), (60, 60))
-    with pytest.raises(SystemExit, match=r"70000x70000 px; COCO's .* at most 4294967295 px"):
-        predict(file, "slide")
+    _write_sparse(file, (70_000, 70_100), (67, 67))
+    region = ("--region", "69550,69550,87,85", "--all-tiles", "--overlays", str(tmp_path / "drawn"))
+    for name in ("results", "coco", "coco-polygons"):
+        with pytest.raises(SystemExit, match="70100x70000 px: run lengths of 2"):
+            predict(file, name, *region, "--format", name)
+    (feature,) = predict(file, "large", *region, "--format", "geojson")
+    corners = np.array(feature["geometry"]["coordinates"][0])
+    np.testing.assert_array_equal(corners.min(axis=0), [69_586, 69_596])
+    np.testing.assert_array_equal(corners.max(axis=0), [69_602, 69_612])
+    drawn = _picture(tmp_path / "drawn")
+    assert drawn.shape == (85, 87, 3) and drawn[46:62, 36:52].all(axis=(0, 1)).any()
+
+
+@pytest.mark.parametrize("overlaps", ["keep", "resolve"])
+def test_long_runs_give_the_same_instances(
+    tmp_path: Path,
+    predict: Predict,
+    tiles: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    overlaps: str,
+) -> None:
+    file = _write(tmp_path, _draw(), tile=(64, 32), compression="zlib")
+    options = ("--format", "geojson", "--overlaps", overlaps)
+    expected = predict(file, "short", *options)
+    monkeypatch.setattr("pipeline.runs.LONG_PIXELS", HEIGHT * WIDTH)
+    assert len(expected) > 10 and predict(file, "long", *options) == expected
+    monkeypatch.setattr("service.predict.slides.MAX_MASK_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(SystemExit, match=f"250x330 px, more than {HEIGHT * WIDTH - 1}"):
+        predict(file, "larger", *options)
 
 
 def _read_labels(path: Path) -> NDArray[Any]:
