@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pipeline.formats.zarr_zip import ROOT_FILES
 from service.errors import (
     BodyTooLarge,
     InvalidParameter,
@@ -184,18 +185,24 @@ class Sources:
         finally:
             os.close(folder)
         if stat.S_ISDIR(os.fstat(file).st_mode):
-            try:
-                data = zarr_folder.pack(".", self._max_bytes, file)
-            finally:
-                os.close(file)
-            self._check_size(len(data))
-            return data
+            return self._read_folder(file)
         with open(file, "rb") as opened:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
             self._check_size(status.st_size)
             data = opened.read(self._max_bytes + 1)
+        self._check_size(len(data))
+        return data
+
+    def _read_folder(self, folder: int) -> bytes:
+        """A Zarr as a ZIP; the open folder is closed."""
+        try:
+            if not set(ROOT_FILES) & set(os.listdir(folder)):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            data = zarr_folder.pack(".", self._max_bytes, folder)
+        finally:
+            os.close(folder)
         self._check_size(len(data))
         return data
 
