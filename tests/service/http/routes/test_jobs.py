@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import orjson
 import pytest
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from service.models.repository import load_repository
 from service.settings import Settings
 from tests.service.conftest import OPTIONS, OpenClient
 from tests.service.http.routes.conftest import OpenGated
+from tests.support import zarr_files
 from tests.support.blob_model import draw_picture, encode_picture
 from tests.support.gate import EngineGate
 from tests.support.receiver import receive_webhooks
@@ -498,3 +500,19 @@ async def call_once(gate: EngineGate) -> None:
     deadline_s = time.monotonic() + 10
     while not (gate.calls > calls and gate.is_waiting) and time.monotonic() < deadline_s:
         await asyncio.sleep(0.005)
+
+
+async def test_a_folder_that_is_a_zarr_is_one_file(
+    with_jobs: Settings, client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    pixels = np.moveaxis(draw_picture(), -1, 0)
+    zarr_files.write(tmp_path / "in" / "a.zarr", pixels, "cyx", chunks=(1, 20, 30))
+    (tmp_path / "in" / "b.png").write_bytes(IMAGE)
+    body = {"inputs": [f"file://{tmp_path / 'in'}"]}
+    answer = await client.post("/v2/jobs", json=body)
+    assert answer.status_code == 202, answer.text
+    await wait(client, answer.json())
+    results = await client.get(f"/v2/jobs/{answer.json()['id']}/results")
+    one, other = results.json()["results"]
+    assert (one["file_name"], other["file_name"]) == ("a.zarr", "b.png")
+    assert one["instances"] and one["instances"] == other["instances"]
