@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +15,11 @@ from tests.support.server import run_server
 from tests.support.waiting import poll_until
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra s3")
-REPEATS = int(os.environ.get("SOLO_TEST_REPEATS", "1"))
 IN_FLIGHT = 8
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("repeat", range(REPEATS))
-def test_a_silent_store_does_not_hold_a_drain(tmp_path: Path, workers: str, repeat: int) -> None:
+def test_a_silent_store_does_not_hold_a_drain(tmp_path: Path, workers: str) -> None:
     paths = {f"bucket/in/{number:03}.png" for number in range(3 * IN_FLIGHT)}
     with serve_store(dict.fromkeys(paths, b"")) as store, ThreadPoolExecutor(1) as sender:
         store.silent |= paths
