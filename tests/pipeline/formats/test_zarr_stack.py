@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,10 @@ def test_too_many_planes_are_refused(tmp_path: Path) -> None:
     files = read_files(write(tmp_path / "a.zarr", GREY[None], "zyx"))
     with pytest.raises(CorruptImage, match="more than 100000 planes"):
         open_image(change(files, "0/.zarray", shape=[100_001, 70, 50]))
+
+
+def test_without_zarr_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build(tmp_path, GREY)
+    monkeypatch.setitem(sys.modules, "pipeline.formats.zarr_library", None)
+    with pytest.raises(UnsupportedFormat, match="only with the extra 'science' of solo-serve"):
+        open_image(data)
