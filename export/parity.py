@@ -64,6 +64,11 @@ class Case:
     images: UInt8
     valid_hw: Int64
 
+    def split(self) -> list[Case]:
+        """Batches of one canvas each."""
+        places = [slice(place, place + 1) for place in range(len(self.images))]
+        return [Case(self.content, self.images[p], self.valid_hw[p]) for p in places]
+
 
 @dataclass
 class Difference:

@@ -23,9 +23,7 @@ from pipeline.domain import describe_image, measure_distance
 from pipeline.errors import DecodeError
 from pipeline.model_config import STATISTICS, DomainSpec
 from pipeline.types import UInt8
-from service.models.loaded import LoadedModel
-from service.models.repository import edit_config, load_version
-from service.work.request import RequestOptions
+from service.models.repository import LoadedModel, edit_config, load_version
 from training.data.coco import CocoDataset, open_split
 from training.data.formats import add_format_options
 
@@ -54,7 +52,7 @@ def describe(image: UInt8, model: LoadedModel) -> Described | None:
     appearance = describe_image(image)
     if appearance is None:
         return None
-    return Described(appearance, model.answer(image, RequestOptions()).confidence)
+    return Described(appearance, model.answer(image).confidence)
 
 
 def read_split(data: CocoDataset) -> Iterator[UInt8]:

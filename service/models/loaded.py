@@ -22,6 +22,9 @@ from service.work.request import RequestOptions
 WARM_IMAGE_HW = (64, 64)
 
 
+AS_CONFIGURED = RequestOptions()
+
+
 @dataclass(frozen=True)
 class LocalAnswer:
     """What was found in one image.
@@ -59,7 +62,7 @@ class LoadedModel:
     def answer(
         self,
         image: UInt8,
-        asked: RequestOptions,
+        asked: RequestOptions = AS_CONFIGURED,
         *,
         stated_um_per_px: float | None = None,
         levels: UInt8 | None = None,

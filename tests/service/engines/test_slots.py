@@ -248,18 +248,28 @@ def graph(slots: int) -> Callable[[UInt8, Int64], list[np.ndarray]]:
 class TestHostSlot:
     def test_results_are_views_only_while_half_of_the_slots_are_used(self) -> None:
         slot = HostSlot(graph(4))
-        mostly, hardly = slot.infer(build_tiles(1, 3)), slot.infer(build_tiles(2, 1))
-        assert [found.mask_hw for found in (*mostly, *hardly)] == [(2, 2)] * 3
+        mostly, hardly = slot.infer(build_tiles(1, 3)), slot.infer(build_tiles(1, 1))
+        assert [found.mask_hw for found in (*mostly, *hardly)] == [(2, 2)] * 2
         masks = [found.mask_probs for found in (*mostly, *hardly) if isinstance(found, Candidates)]
-        assert [len(mask) for mask in masks] == [3, 1, 1]
-        assert masks[0].base is not None
-        assert all(mask.base is None for mask in masks[1:])
+        assert [len(mask) for mask in masks] == [3, 1]
+        assert masks[0].base is not None and masks[1].base is None
+
+    def test_each_canvas_has_a_call_of_its_own(self) -> None:
+        run = graph(4)
+        calls: list[tuple[int, int]] = []
+
+        def note(images: UInt8, valid_hw: Int64) -> list[np.ndarray]:
+            calls.append((len(images), len(valid_hw)))
+            return run(images, valid_hw)
+
+        assert len(HostSlot(note).infer(build_tiles(3, 2))) == 3
+        assert calls == [(1, 1)] * 3
 
     def test_another_number_of_results_is_an_error(self) -> None:
         run = graph(4)
-        slot = HostSlot(lambda images, valid_hw: run(images[:1], valid_hw[:1]))
-        with pytest.raises(BackendError, match="2 canvases gave 1 results"):
-            slot.infer(build_tiles(2, 1))
+        slot = HostSlot(lambda images, valid_hw: run(images.repeat(2, 0), valid_hw.repeat(2, 0)))
+        with pytest.raises(BackendError, match="a canvas gave 2 results"):
+            slot.infer(build_tiles(1, 1))
 
     def test_a_closed_slot_has_dropped_its_engine(self) -> None:
         slot = HostSlot(graph(4))
