@@ -1,7 +1,7 @@
 """python -m training.domain: lets a model say which images are unlike those it was trained on.
 
 Describes the training images by simple statistics and by how sure the model is of what it finds in
-them (`pipeline.domain`), groups them, and takes as threshold the distance that 98% of training
+them (`pipeline.domain`), groups them, and takes as threshold the distance that 99% of training
 images keep to the groups of the others. Prints how many images of other folders would get a
 warning; with --write the groups are stored in config.json.
 """
@@ -29,7 +29,7 @@ from training.data.formats import add_format_options
 
 CENTRES = 32
 FOLDS = 5
-USUAL = 0.98
+USUAL = 0.99
 """Share of the training images that get no warning."""
 LEAST_IMAGES = 20
 LEAST_SPREAD, LEAST_THRESHOLD = 0.01, 0.1

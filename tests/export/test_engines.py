@@ -22,7 +22,7 @@ from training.configs.schema import Config
 ROOT = Path(__file__).resolve().parents[2]
 MODEL: ModelConfig = parse_model_config(
     (ROOT / "model_repo" / "nuclei" / "config.json").read_bytes()
-).for_version(3)
+).for_version(4)
 
 
 @pytest.mark.parametrize("text", ["cpu", "cpu:", ":fp32", "gpu:fp32", "cpu:int8", "cpu:fp32:x"])
@@ -97,6 +97,6 @@ def test_engines_are_built_of_the_version_that_was_published(
 
 
 def test_tensorrt_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT / "model_repo" / "nuclei" / "3"
+    folder = ROOT / "model_repo" / "nuclei" / "4"
     assert command.main(["--variants-of", str(folder), "--tensorrt", "fp32"]) == 1
     assert "TensorRT" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_exported_graphs_have_no_node_on_the_cpu_that_cuda_nodes_read(
 
 
 def test_the_bundled_graphs_run_on_gpus() -> None:
-    version = ROOT / "model_repo" / "nuclei" / "3"
+    version = ROOT / "model_repo" / "nuclei" / "4"
     for name in ("model.onnx", "model.fp16.onnx"):
         require_gpu_graph((version / name).read_bytes())
     faults = list(find_faults(onnx.load(version / "model.exits.onnx")))

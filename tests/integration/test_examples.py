@@ -104,7 +104,7 @@ def test_the_openapi_request_bodies_are_taken(
         example = content.get("application/json", {}).get("example")
         if example is not None:
             method, path = name.split()
-            path = path.replace("{name}", "nuclei").replace("{version}", "3")
+            path = path.replace("{name}", "nuclei").replace("{version}", "4")
             response = httpx.request(method, server.url + path, json=example)
             assert response.is_success, response.text
             posted.append(name)

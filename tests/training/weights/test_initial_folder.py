@@ -110,8 +110,8 @@ def copied(tmp_path: Path) -> Path:
 
 def change_provenance(folder: Path, **changes: Any) -> None:
     content = json.loads((folder / "config.json").read_text())
-    provenance = content["versions"]["3"]["provenance"]
-    content["versions"]["3"]["provenance"] = {
+    provenance = content["versions"]["4"]["provenance"]
+    content["versions"]["4"]["provenance"] = {
         key: value for key, value in (provenance | changes).items() if value is not None
     }
     (folder / "config.json").write_text(json.dumps(content))
