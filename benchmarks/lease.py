@@ -29,6 +29,7 @@ LEFT_BEHIND = (
     "benchmarks/servers/*",
     "docs/*",
     "docker/*",
+    "model_repo/facades/*/weights.pt",
     "service/http/web/samples/*",
     "tests/browser/*",
     "tests/data/parity/*",

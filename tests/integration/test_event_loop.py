@@ -12,9 +12,13 @@ from tests.support.server import CPU_FLAGS, ROOT, run_server
 
 FAST = ("uvloop",)
 _REPORT = """
-import atexit, gc, sys
-atexit.register(lambda: print("frozen:", gc.get_freeze_count()))
-atexit.register(lambda: print("loaded:", *(m for m in {fast} if m in sys.modules)))
+import gc, os, sys
+end = os._exit
+def report(status):
+    print("loaded:", *(m for m in {fast} if m in sys.modules))
+    print("frozen:", gc.get_freeze_count(), flush=True)
+    end(status)
+os._exit = report
 """
 
 

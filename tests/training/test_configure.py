@@ -95,7 +95,7 @@ def test_bf16_is_chosen_where_it_is_faster_and_kept_on_a_machine_without_it(
     monkeypatch.setattr(Trainer, "fit", recorded)
     out = tmp_path / "run"
     assert main(command(root, out, "--max-hours", "0.0000001")) == 0
-    reason = "precision: bf16 with channels-last layout, because a step takes 1 s in bf16 and 2 s"
+    reason = "precision: bf16, because a step takes 1 s in bf16 with channels-last layout and 2 s"
     assert reason in capsys.readouterr().out and reason in (out / "config.toml").read_text()
     assert "at 1.00 s for" in (out / "config.toml").read_text()  # the schedule counts on it
     monkeypatch.setattr("training.precision.has_native_bf16", lambda device: False)

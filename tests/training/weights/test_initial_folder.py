@@ -63,7 +63,7 @@ def test_the_bundled_weights_compute_what_the_bundled_graph_does() -> None:
     model = new_model(NUCLEI)
     tensors = len(model.state_dict())
     assert initialise(model, str(BUNDLED)) == [f"model: {tensors} tensors of weights.pt"]
-    graph = (BUNDLED / "3" / "model.onnx").read_bytes()
+    graph = (BUNDLED / "4" / "model.onnx").read_bytes()
     report = compare(model.eval(), graph, build_cases([(192, 160)], [1]))
     assert report["passed"] and report["total"]["candidates_onnx"] > 5
     assert report["total"]["unmatched"] == 0
@@ -129,13 +129,13 @@ def test_weights_that_config_json_does_not_describe_are_refused(
     copied: Path, weights: str | None
 ) -> None:
     change_provenance(copied, weights=weights)
-    with pytest.raises(CheckpointError, match=r"3/weights\.pt is missing or not in .*--weights"):
+    with pytest.raises(CheckpointError, match=r"4/weights\.pt is missing or not in .*--weights"):
         initialise(new_model(NUCLEI), str(copied))
 
 
 def test_a_version_without_weights_is_refused(copied: Path) -> None:
-    (copied / "3" / "weights.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"3/weights\.pt is missing .*takes the checkpoint"):
+    (copied / "4" / "weights.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"4/weights\.pt is missing .*takes the checkpoint"):
         initialise(new_model(NUCLEI), str(copied))
 
 

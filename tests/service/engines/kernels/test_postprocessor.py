@@ -324,7 +324,7 @@ def test_the_bundled_model_on_real_images(launcher: Launcher, uploads: Uploads) 
     """Nuclei: real probabilities of many touching objects, tiles, and their merging."""
     folder = ROOT / "model_repo" / "nuclei"
     config = parse_model_config((folder / "config.json").read_bytes()).for_version(4)
-    engine = build_ort_backend(folder / "3" / "model.onnx", BackendOptions(device="cpu", threads=1))
+    engine = build_ort_backend(folder / "4" / "model.onnx", BackendOptions(device="cpu", threads=1))
     processor = CudaPostprocessor(config.postprocess, config.mask_stride, launcher=launcher)
     paths = sorted((ROOT / "tests" / "data" / "nuclei" / "images").iterdir())[:1]
     for path in paths:
