@@ -30,6 +30,7 @@ pytestmark = [
 
 IMAGE = "solo-serve:e2e"
 NEXT_IMAGE = "solo-serve:e2e-next"
+LOAD_THREADS = 2
 SERVICES = ("server", "server-b", "proxy", "prometheus", "alertmanager")
 USER = "12345:12345"
 READY_S = 120.0
@@ -142,7 +143,7 @@ def wait_for(what: str, holds: Callable[[], bool], seconds: float = READY_S) -> 
 
 @contextmanager
 def load(stack: Stack, client: httpx.Client, body: bytes) -> Iterator[Counter[int | str]]:
-    """Requests through the proxy from two threads; counts statuses and errors."""
+    """Requests through the proxy from `LOAD_THREADS` threads; counts statuses and errors."""
     counts: Counter[int | str] = Counter()
     stop = threading.Event()
     url = stack.url("HTTPS_PORT", "https")
@@ -154,7 +155,7 @@ def load(stack: Stack, client: httpx.Client, body: bytes) -> Iterator[Counter[in
             except httpx.HTTPError as error:
                 counts[repr(error)] += 1
 
-    threads = [threading.Thread(target=send, daemon=True) for _ in range(2)]
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(LOAD_THREADS)]
     for thread in threads:
         thread.start()
     try:
@@ -292,7 +293,10 @@ def test_a_killed_server_restarts_and_the_other_one_answers(
         docker("run", *options, IMAGE, "-c", kill)
         wait_for("restarted", lambda: stack.inspect("server")["RestartCount"] == 1)
         wait_for("healthy", lambda: is_healthy(stack, "server"))
-    assert set(counts) == {200}, counts
+    # The proxy cannot ask again for an answer whose first bytes had left: at most one a thread.
+    cut = {key: count for key, count in counts.items() if key != 200}
+    assert all("complete message body" in str(key) for key in cut), counts
+    assert sum(cut.values()) <= LOAD_THREADS, counts
 
 
 def test_a_stopped_server_raises_an_alert_that_reaches_alertmanager(
