@@ -96,9 +96,21 @@ def measure_distance(appearance: NDArray[np.float64], confidence: float, spec: D
     has_confidence = spec.statistics[-1] == CONFIDENCE
     statistics = np.append(appearance, confidence) if has_confidence else appearance
     offsets = (np.array(spec.centres) - statistics) / np.array(spec.spreads)
+    return float(measure_offsets(offsets, has_confidence=has_confidence).min())
+
+
+def measure_offsets(
+    offsets: NDArray[np.float64], *, has_confidence: bool = True
+) -> NDArray[np.float64]:
+    """Lengths of offsets [..., S] of centres from images; changes the offsets.
+
+    Args:
+        offsets: In spreads.
+        has_confidence: The last one is of confidence: more than a centre's adds nothing.
+    """
     if has_confidence:
-        offsets[:, -1] = np.maximum(offsets[:, -1], 0)
-    return float(np.sqrt((offsets**2).sum(axis=1).min()))
+        offsets[..., -1] = np.maximum(offsets[..., -1], 0)
+    return np.asarray(np.sqrt((offsets**2).sum(axis=-1)))
 
 
 def describe_exposures(

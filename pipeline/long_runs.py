@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.runs import is_long, read_counts, write_counts
-from pipeline.types import Detection
+from pipeline.types import Detection, Int64
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,27 @@ class Columns:
     def enter(self, instance: Detection) -> dict[str, Any]:
         """The mask of an instance that lies in the columns, as RLE of them alone."""
         height, width = self.image_hw
-        counts = read_counts(instance.rle["counts"], height * width)
-        if not len(counts) % 2:  # the mask ends with the image
-            counts = np.append(counts, 0)
-        counts[0] -= height * self.x
-        counts[-1] -= height * (width - self.x - self.width)
+        counts = self._extend(read_counts(instance.rle["counts"], height * width), -1)
         size = [height, self.width]
         packed: dict[str, Any] = coco_mask.frPyObjects(
-            {"size": size, "counts": counts[: None if counts[-1] else -1].tolist()}, *size
+            {"size": size, "counts": counts.tolist()}, *size
         )
         return packed
 
     def leave(self, rle: dict[str, Any]) -> dict[str, Any]:
         """The RLE of the image for one of the columns."""
         height, width = self.image_hw
-        counts = read_counts(rle["counts"], height * self.width)
-        if not len(counts) % 2:
+        counts = self._extend(read_counts(rle["counts"], height * self.width), 1)
+        return {"size": [height, width], "counts": write_counts(counts)}
+
+    def _extend(self, counts: Int64, sign: Literal[-1, 1]) -> Int64:
+        """Run lengths with the pixels of the other columns added, or with -1 taken away."""
+        height, width = self.image_hw
+        if not len(counts) % 2:  # the mask ends with the last column
             counts = np.append(counts, 0)
-        counts[0] += height * self.x
-        counts[-1] += height * (width - self.x - self.width)
-        text = write_counts(counts[: None if counts[-1] else -1])
-        return {"size": [height, width], "counts": text}
+        counts[0] += sign * height * self.x
+        counts[-1] += sign * height * (width - self.x - self.width)
+        return counts[: None if counts[-1] else -1]
 
 
 def find_columns(instances: Sequence[Detection]) -> Columns:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decode import decode_image
-from pipeline.domain import describe_image, measure_distance
+from pipeline.domain import describe_image, measure_distance, measure_offsets
 from pipeline.errors import DecodeError
 from pipeline.model_config import STATISTICS, DomainSpec
 from pipeline.types import UInt8
@@ -117,10 +117,8 @@ def _fold(values: Float64) -> Iterator[tuple[Float64, Float64]]:
 
 
 def _distances(values: Float64, centres: Float64) -> Float64:
-    """[N, K]; as `measure_distance`, more confidence than a centre's adds nothing."""
-    offsets = centres[None] - values[:, None]
-    offsets[..., -1] = np.maximum(offsets[..., -1], 0)
-    return np.asarray(np.linalg.norm(offsets, axis=2))
+    """[N, K]."""
+    return measure_offsets(centres[None] - values[:, None])
 
 
 def _group(values: Float64, count: int) -> Float64:

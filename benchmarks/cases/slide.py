@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -143,7 +144,8 @@ def predict(path: Path, model: Path, threads: int) -> Row:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
-        memory.append(_read_resident(process.pid))
+        with suppress(OSError, RuntimeError):  # it has just ended
+            memory.append(read_status("VmRSS", process.pid))
         time.sleep(SAMPLE_S)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
@@ -156,14 +158,6 @@ def predict(path: Path, model: Path, threads: int) -> Row:
         "instances": len(json.loads(out.read_text())),
         "memory": memory,
     }
-
-
-def _read_resident(pid: int) -> int:
-    """Bytes; 0 if the process has just ended."""
-    try:
-        return read_status("VmRSS", pid)
-    except (OSError, RuntimeError):
-        return 0
 
 
 def average_tenths(values: list[int]) -> list[float]:

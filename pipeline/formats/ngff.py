@@ -131,9 +131,8 @@ def _name_axes(axes: Sequence[Mapping[str, Any]]) -> str:
     in_space = len(axes) - len(others)
     letters = "".join(others) + "ZYX"[-in_space:]
     is_ordered = all(axis.get("type") == "space" for axis in axes[len(others) :])
-    if not is_ordered or in_space not in (2, 3) or not set(others) <= {"T", "C"}:
-        raise UnsupportedFormat(f"an OME-Zarr with the axes {', '.join(names)} is not read")
-    if len(set(letters)) < len(letters):
+    is_known = in_space in (2, 3) and set(others) <= {"T", "C"}
+    if not is_ordered or not is_known or len(set(letters)) < len(letters):
         raise UnsupportedFormat(f"an OME-Zarr with the axes {', '.join(names)} is not read")
     return letters
 
